@@ -1,0 +1,47 @@
+r"""Variational autoencoders in Pyro, and what their numbers mean.
+
+A model p(z) p(x|z) and a guide q(z|x) are Pyro functions. What is maximised, and what is reported, is a
+reduction of their log-weights log w[k, n] = log p(x_n, z_kn) - log q(z_kn | x_n), and it obeys
+
+.. math:: \log p(x) = \underbrace{\mathbb{E}_q \log p(x \mid z) - \mathrm{KL}\bigl(q(z \mid x) \,\|\, p(z)\bigr)}
+    _{\mathrm{ELBO}} + \mathrm{KL}\bigl(q(z \mid x) \,\|\, p(z \mid x)\bigr)
+
+In six lines::
+
+    import pyro_vae as pv
+
+    digits = pv.data.load("digits", binarize="dynamic")
+    vae = pv.mlp_vae(digits.event_shape, latent_dim=2, hidden_dims=(200,))
+    history = pv.fit(vae.model, vae.guide, digits.train, pv.ELBO(), epochs=50, batch_size=64, lr=1e-3)
+    print(pv.compare(vae.model, vae.guide, digits.test.x))
+"""
+
+from pyro_vae import data, plots
+from pyro_vae.evaluation import compare
+from pyro_vae.likelihoods import Bernoulli, Gaussian, Likelihood
+from pyro_vae.objectives import ELBO, IWAE, Objective
+from pyro_vae.posteriors import DiagonalNormal
+from pyro_vae.priors import StandardNormal
+from pyro_vae.training import fit
+from pyro_vae.vae import VAE, conv_vae, mlp_vae
+from pyro_vae.weights import log_weights
+
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "VAE",
+    "Bernoulli",
+    "DiagonalNormal",
+    "Gaussian",
+    "Likelihood",
+    "Objective",
+    "StandardNormal",
+    "compare",
+    "conv_vae",
+    "data",
+    "fit",
+    "load_parameters",
+    "log_weights",
+    "mlp_vae",
+    "plots",
+]

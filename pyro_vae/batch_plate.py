@@ -1,0 +1,125 @@
+"""Finds the batch plate: the one :class:`pyro.plate` around every sample site, whose rows are the data.
+
+A bound per datum means something only if each term of the log-density belongs to one row of one plate. Where
+that fails, Pyro's own multi-particle objectives silently bound something else; here each way to fail has a
+message of its own, which says what was expected, what came, and the fix.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
+
+Site = Any  # a message of Pyro's, as a trace holds it
+Sites = dict[str, Site]  # by the words that an error names the site by, such as "model site 'x'"
+
+
+class Plate(NamedTuple):
+    """A vectorised plate: its name, its dimension counted from the right, its size after subsampling."""
+
+    name: str
+    dim: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"'{self.name}' (dim {self.dim}, size {self.size})"
+
+
+def plates(site: Site) -> list[Plate]:
+    """The vectorised plates around a site, outermost first, without the one over particles."""
+    return [
+        Plate(frame.name, frame.dim, frame.size)
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized and frame.name != PARTICLE_PLATE
+    ]
+
+
+def find_batch_plate(sites: Sites) -> Plate:
+    """The outermost plate that holds every site.
+
+    Raises:
+        ValueError: the sites have no batch plate (none at all, ``to_event`` in its place, two plates, a latent
+            site or a factor outside it), or a plate inside it is subsampled.
+    """
+    stacks = {words: plates(site) for words, site in sites.items()}
+    common = set.intersection(*map(set, stacks.values())) if stacks else set()
+    if not common:
+        raise ValueError(_why_none(sites, stacks))
+    batch = next(plate for plate in next(iter(stacks.values())) if plate in common)
+    for words, site in sites.items():
+        if _swallows(site, batch):
+            raise ValueError(_to_event(words, site, f"the batch plate '{batch.name}'"))
+        for frame in site["cond_indep_stack"]:
+            if frame.name not in (batch.name, PARTICLE_PLATE) and frame.full_size != frame.size:
+                raise ValueError(
+                    f"plate '{frame.name}', inside the batch plate '{batch.name}', is subsampled ({frame.size} of "
+                    f"{frame.full_size}): expected whole data, since the log-weight of a part of a datum bounds "
+                    f"nothing. Subsample '{batch.name}' alone, or use pv.ELBO's loss, which is linear and stays "
+                    "unbiased."
+                )
+    return batch
+
+
+def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
+    all_plates = [plate for stack in stacks.values() for plate in stack]
+    if not all_plates:
+        return _why_no_plate_at_all(sites)
+    main = max(all_plates, key=lambda plate: sum(plate in stack for stack in stacks.values()))
+    inside = next(words for words, stack in stacks.items() if main in stack)
+    words = next(words for words, stack in stacks.items() if main not in stack)
+    site = sites[words]
+    if stacks[words]:
+        other = stacks[words][0]
+        return (
+            f"two different batch plates: expected one plate around every sample site, got {main} around {inside} and "
+            f"{other} around {words}. Give both the same plate, or nest '{other.name}' in '{main.name}'."
+        )
+    if site["fn"].event_dim and site["fn"].event_shape[0] == main.size:
+        return _to_event(words, site, f"the batch plate '{main.name}'")
+    if not site["is_observed"]:
+        return (
+            f"{words} is a latent site outside the batch plate '{main.name}': expected all latent sites inside, since "
+            "data that share a latent have no log-weight of their own. Move it into the plate, make it a parameter, "
+            "or use pv.ELBO's loss, which also serves global latents."
+        )
+    return (
+        f"{words} is a factor or observation outside the batch plate '{main.name}': expected every term of the "
+        "log-density inside, since one outside belongs to no datum. Move it into the plate (a factor there has "
+        f"shape ({main.size},)), or use pv.ELBO's loss."
+    )
+
+
+def _why_no_plate_at_all(sites: Sites) -> str:
+    sequential = sorted({f.name for s in sites.values() for f in s["cond_indep_stack"] if not f.vectorized})
+    batched = any(any(size > 1 for size in _own_batch_shape(site)) for site in sites.values())
+    for words, site in sites.items():
+        if site["is_observed"] and site["fn"].event_dim and not batched and not sequential:
+            return _to_event(words, site, "the batch plate")
+    got = f"only the sequential plate {sequential}" if sequential else "no plate at all"
+    return (
+        f"no batch plate: expected one vectorised plate around every sample site, got {got}. Put the sites of model "
+        "and guide inside `with pyro.plate('data', len(x)):`."
+    )
+
+
+def _own_batch_shape(site: Site) -> list[int]:
+    """The batch shape without the dimensions that plates (of particles, here) take."""
+    taken = {f.dim for f in site["cond_indep_stack"]}
+    shape = site["fn"].batch_shape
+    return [size for i, size in enumerate(shape) if i - len(shape) not in taken]
+
+
+def _swallows(site: Site, plate: Plate) -> bool:
+    """Whether an observation's event holds the plate's rows, so that each row would count all rows."""
+    event = site["fn"].event_shape
+    return bool(site["is_observed"] and event and event[0] == plate.size > 1 and site["value"].dim() == len(event))
+
+
+def _to_event(words: str, site: Site, plate: str) -> str:
+    shape = tuple(site["fn"].event_shape)
+    return (
+        f"{words} has to_event in place of {plate}: expected the data to be rows of a plate, got all of them, of shape "
+        f"{shape}, as one event with a single log-density. Use `with pyro.plate('data', {shape[0]}):` around it and "
+        f".to_event({len(shape) - 1})."
+    )

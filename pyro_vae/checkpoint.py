@@ -1,0 +1,100 @@
+"""Training state on disk: written all or not at all, and read without running code from the file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae import rng
+from pyro_vae.weights import Program, find_parameters
+
+FORMAT = "pyro_vae checkpoint 1"
+
+
+def save(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint beside `path` and move it there in one step, so that a kill leaves the old or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors to the CPU.
+
+    Raises:
+        FileNotFoundError: there is none at `path`.
+        ValueError: the file is truncated, or is not a checkpoint of pyro_vae.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Train first, or check the path.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} can't be read as a checkpoint: it is truncated, or another kind of file. Delete it and train "
+            "again, or pass another path."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"expected {path} to be a '{FORMAT}', got {found!r}. Pass the path that pv.fit wrote.")
+    return state
+
+
+def load_parameters(path: str | Path, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
+    """Give a program the parameters that a checkpoint of :func:`pyro_vae.fit` holds.
+
+    Arguments:
+        path: the checkpoint.
+        model: the Pyro model that was trained.
+        guide: its guide.
+        *args: what both are called with, to find their parameters; some data of the right shape.
+        **kwargs: what both are called with.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at `path`.
+        ValueError: the file is no checkpoint, or one of another program.
+    """
+    in_model, in_guide = find_parameters(model, guide, *args, **kwargs)
+    copy_tensors(path, "parameters", load(path)["parameters"], in_model | in_guide)
+
+
+def copy_tensors(path: str | Path, what: str, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Copy saved tensors into a program's own, in place; refuse other names or shapes before the first copy."""
+    saved_shapes = {name: tuple(value.shape) for name, value in saved.items()}
+    own_shapes = {name: tuple(value.shape) for name, value in own.items()}
+    if saved_shapes != own_shapes:
+        names = sorted(saved_shapes.keys() | own_shapes.keys())
+        name = next(name for name in names if saved_shapes.get(name) != own_shapes.get(name))
+        raise ValueError(
+            f"the checkpoint {path} is of another program: expected {what} as in this one, with '{name}' of shape "
+            f"{own_shapes.get(name, 'none')}, got {saved_shapes.get(name, 'none')}. Build the program that was trained, "
+            "or pass another path."
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(saved[name])
+
+
+def pack_rng() -> dict[str, Any]:
+    """The state of all generators, in types that ``weights_only`` loads."""
+    state = rng.get_state()
+    algorithm, keys, *rest = state["numpy"]
+    return state | {"numpy": [algorithm, torch.from_numpy(keys.astype(np.int64)), *rest]}
+
+
+def unpack_rng(state: dict[str, Any]) -> None:
+    """Put all generators where :func:`pack_rng` found them."""
+    algorithm, keys, *rest = state["numpy"]
+    rng.set_state(state | {"numpy": (algorithm, keys.numpy().astype(np.uint32), *rest)})

@@ -1,0 +1,165 @@
+"""Compares objectives on one model and guide: their values, their noise, their gradients and their cost."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_vae import rng
+from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
+from pyro_vae.weights import Program, find_parameters
+
+ROWS_AT_ONCE = 2**15  # data times particles: 100 MB for each float32 tensor of 784 pixels
+
+
+def compare(
+    model: Program,
+    guide: Program,
+    x: Any,
+    objectives: Sequence[Objective] | Mapping[str, Objective] | None = None,
+    *,
+    repeats: int = 10,
+    seed: int | None = None,
+) -> pd.DataFrame:
+    r"""Measure objectives on the same data: a row for each.
+
+    With :math:`L_{rn}` the bound of datum n in repeat r, and :math:`g_r` the gradient of the mean bound over x:
+
+    ``bound``
+        :math:`\frac1N \sum_n \bar L_n` with :math:`\bar L_n = \frac1R \sum_r L_{rn}`, in nats per datum.
+    ``bound_se``
+        its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`.
+    ``estimator_std``
+        the standard deviation of one datum's estimate over repeats,
+        :math:`\sqrt{\frac1N \sum_n \operatorname{var}_r L_{rn}}`, in nats.
+    ``grad_snr_model``, ``grad_snr_guide``
+        the signal-to-noise ratio of the gradient as a vector, :math:`\|\mathbb E g\| / \sqrt{\operatorname{tr Cov} g}`,
+        over the model's and over the guide's parameters. :math:`\|\bar g\|^2` overstates the signal by
+        :math:`\operatorname{tr Cov} g / R`, which is taken off; 0 says that no signal shows in so few repeats.
+    ``milliseconds``
+        the median time of the loss and its gradients on all of x, by the wall clock.
+
+    Arguments:
+        model: a Pyro model with a batch plate.
+        guide: its guide.
+        x: data (N, ...), or a split of :mod:`pyro_vae.data`.
+        objectives: a list, or a dictionary that gives each its name; None takes the ELBO with closed-form KL, by
+            Monte Carlo with 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
+        repeats: R, at least 2.
+        seed: where each objective's random numbers start; None goes on from the generators' state.
+
+    Returns:
+        The table, with rows by objective and number of particles.
+
+    Raises:
+        ValueError: fewer than 2 repeats or data, two objectives of one name and number of particles, or a program
+            without a bound per datum (see :func:`pyro_vae.log_weights`).
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> pyro.set_rng_seed(0)
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
+        >>> table = pv.compare(vae.model, vae.guide, torch.randn(64, 5), [pv.ELBO(), pv.IWAE(64)], seed=0)
+        >>> bool(table.bound["IWAE", 64] > table.bound["ELBO, closed-form KL", 1])
+        True
+
+    References:
+        Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
+    """
+    x = x[:]
+    if repeats < 2 or len(x) < 2:
+        raise ValueError(f"expected at least 2 repeats and 2 data, got {repeats} repeats and {len(x)} data.")
+    chosen = _defaults(model, guide, x) if objectives is None else objectives
+    named = list(chosen.items()) if isinstance(chosen, Mapping) else [(o.name, o) for o in chosen]
+    keys = [(name, objective.num_particles) for name, objective in named]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
+    parameters = find_parameters(model, guide, x[:2])
+    rows = []
+    for _, objective in named:
+        with nullcontext() if seed is None else rng.preserved(seed):
+            rows.append(_measure(model, guide, x, objective, parameters, repeats))
+    return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
+
+
+def _defaults(model: Program, guide: Program, x: Tensor) -> list[Objective]:
+    objectives: list[Objective] = [ELBO(1, "monte_carlo"), ELBO(16, "monte_carlo")]
+    objectives += [IWAE(num_particles) for num_particles in (1, 4, 16, 64, 256)]
+    closed_form = ELBO()
+    try:
+        with torch.no_grad(), rng.preserved():
+            closed_form.bound(model, guide, x[:2])
+    except NoClosedFormError as error:
+        warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=3)
+        return objectives
+    return [closed_form, *objectives]
+
+
+def _measure(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    objective: Objective,
+    parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
+    repeats: int,
+) -> dict[str, float]:
+    chunks = x.split(max(1, ROWS_AT_ONCE // objective.num_particles))
+    leaves = [value for group in parameters for value in group.values()]
+    in_model = sum(value.numel() for value in parameters[0].values())
+    bounds, seconds, gradients = [], [], _Moments()
+    for _ in range(repeats):
+        with torch.no_grad():
+            bounds.append(torch.cat([objective.bound(model, guide, chunk) for chunk in chunks]).double())
+        started = time.perf_counter()
+        gradient = torch.zeros(())
+        for chunk in chunks:
+            loss = objective.differentiable_loss(model, guide, chunk)
+            parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            gradient = gradient + torch.cat([part.flatten() for part in parts])
+        seconds.append(time.perf_counter() - started)
+        gradients.add(gradient.split([in_model, len(gradient) - in_model]))
+    per_repeat = torch.stack(bounds)
+    per_datum = per_repeat.mean(0)
+    snr_model, snr_guide = gradients.snr()
+    return {
+        "bound": per_datum.mean().item(),
+        "bound_se": per_datum.std().item() / math.sqrt(len(x)),
+        "estimator_std": per_repeat.var(0).mean().sqrt().item(),
+        "grad_snr_model": snr_model,
+        "grad_snr_guide": snr_guide,
+        "milliseconds": 1e3 * sorted(seconds)[repeats // 2],
+    }
+
+
+class _Moments:
+    """The signal-to-noise ratio of several vectors over repeats, in the memory of one repeat."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[Tensor] = []
+        self.squares: list[float] = []
+
+    def add(self, vectors: Sequence[Tensor]) -> None:
+        doubles = [vector.double() for vector in vectors]
+        if self.count == 0:
+            self.sums, self.squares = [torch.zeros_like(v) for v in doubles], [0.0 for _ in doubles]
+        self.count += 1
+        self.sums = [total + vector for total, vector in zip(self.sums, doubles, strict=True)]
+        self.squares = [s + float(vector.square().sum()) for s, vector in zip(self.squares, doubles, strict=True)]
+
+    def snr(self) -> list[float]:
+        ratios = []
+        for total, squares in zip(self.sums, self.squares, strict=True):
+            mean_square = float((total / self.count).square().sum())
+            noise = max((squares - self.count * mean_square) / (self.count - 1), 0.0)
+            signal = max(mean_square - noise / self.count, 0.0)
+            ratios.append(math.sqrt(signal / noise) if noise > 0 else (math.inf if signal > 0 else math.nan))
+        return ratios

@@ -1,0 +1,96 @@
+"""Tensors, splits and data loaders, all as one stream of minibatches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pyro_vae import rng
+
+Batch = tuple[Any, ...]  # what a program is called with
+
+
+class Minibatches:
+    """Data of any kind that :func:`fit` takes, as minibatches: tuples of a program's arguments."""
+
+    def __init__(self, data: Any, batch_size: int | None, name: str) -> None:
+        self.loader = data if isinstance(data, DataLoader) else None
+        if self.loader is not None:
+            if batch_size is not None and name == "data":
+                raise ValueError("expected no batch_size with a DataLoader, which has its own. Set it there.")
+            self.batch_size, self.size = self.loader.batch_size, None
+            try:
+                self.steps: int | None = len(self.loader)
+            except TypeError:  # an iterable data set has no length
+                self.steps = None
+            return
+        self.batch_size = 128 if batch_size is None else batch_size
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ValueError(f"expected batch_size to be a positive integer, got {batch_size!r}.")
+        self.columns: Sequence[Any] = data if isinstance(data, tuple | list) else (data,)
+        if not self.columns or not all(hasattr(c, "__getitem__") and hasattr(c, "__len__") for c in self.columns):
+            raise ValueError(
+                f"expected {name} to be a tensor, a split of pv.data, a tuple of tensors or a DataLoader, got "
+                f"{type(data).__name__}."
+            )
+        sizes = {len(column) for column in self.columns}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"expected {name} to be tensors of one length, got lengths {[len(c) for c in self.columns]}."
+            )
+        self.size = sizes.pop()
+        if self.size == 0 and name == "data":
+            raise ValueError("expected data to train on, got none.")
+        for column in self.columns:
+            if isinstance(column, Tensor) and not bool(torch.isfinite(column).all()):
+                raise ValueError(f"expected {name} to be finite, got NaN or infinity. Drop or impute those values.")
+        self.steps = math.ceil(self.size / self.batch_size)
+
+    def has_data(self) -> bool:
+        """Whether there is anything to take."""
+        return self.steps != 0
+
+    def example(self) -> Batch:
+        """A first minibatch, to try the program on; takes no random numbers from the training."""
+        with rng.preserved():
+            if self.loader is not None:
+                state = self.generator_state()
+                batch = next(iter(self.in_order()))
+                self.set_generator_state(state)
+                return batch
+            return self._take(slice(0, self.batch_size))
+
+    def shuffled(self) -> Iterator[Batch]:
+        """One epoch, in a new random order."""
+        if self.loader is not None:
+            yield from self.in_order()
+            return
+        for index in torch.randperm(self.size or 0).split(self.batch_size or 1):
+            yield self._take(index)
+
+    def in_order(self) -> Iterator[Batch]:
+        """One pass in the data's own order."""
+        if self.loader is not None:
+            for batch in self.loader:
+                yield tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            return
+        for start in range(0, self.size or 0, self.batch_size or 1):
+            yield self._take(slice(start, start + (self.batch_size or 1)))
+
+    def generator_state(self) -> Tensor | None:
+        """The state of the DataLoader's own generator, if it has one."""
+        generator = getattr(self.loader, "generator", None)
+        return None if generator is None else generator.get_state()
+
+    def set_generator_state(self, state: Tensor | None) -> None:
+        """Put the DataLoader's own generator back."""
+        if state is not None and self.loader is not None:
+            self.loader.generator.set_state(state)
+
+    def _take(self, index: Any) -> Batch:
+        return tuple(column[index] for column in self.columns)

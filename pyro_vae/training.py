@@ -1,0 +1,244 @@
+"""Trains any Pyro model and guide: one loop, one optimiser, a checkpoint after each epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_vae import checkpoint as checkpoints
+from pyro_vae import rng
+from pyro_vae.minibatches import Batch, Minibatches
+from pyro_vae.weights import Program, find_parameters
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Any,
+    objective: Any,
+    *,
+    epochs: int,
+    batch_size: int | None = None,
+    lr: float = 1e-3,
+    validation: Any = None,
+    checkpoint: str | Path | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    r"""Maximise an objective over the parameters of a Pyro model and guide, with Adam, by minibatches.
+
+    Each step follows the gradient of the minibatch's mean bound, :math:`\frac1B \sum_n \mathcal L(x_n)`.
+
+    Arguments:
+        model: a Pyro model, called with each minibatch.
+        guide: its guide, called with the same.
+        data: what to train on: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one
+            length, whose minibatches are passed as several arguments, or a ``DataLoader``.
+        objective: the bound, such as :class:`pyro_vae.ELBO`, or any ``pyro.infer.ELBO`` with a differentiable loss.
+        epochs: how many passes over the data in all, those in the checkpoint included.
+        batch_size: data in a minibatch, 128 unless told; not with a ``DataLoader``, which has its own.
+        lr: Adam's step size.
+        validation: data held out, of the same kinds; its bound is measured after each epoch, with the same noise
+            each time and without touching the training's random numbers.
+        checkpoint: a file to write after each epoch. If it is there already, training goes on from it and ends,
+            bit for bit, where it would have ended unbroken.
+        seed: starts the random generators for minibatches and samples; None goes on from where they are. Initial
+            weights come before `fit`: call ``pyro.set_rng_seed`` before building the networks too.
+        progress: whether to show a progress bar, in a terminal.
+
+    Returns:
+        A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without such data), the
+        mean bound per datum in nats, and ``seconds``. Ctrl-C ends training with a warning and returns the
+        epochs so far; the parameters keep what was learned.
+
+    Raises:
+        ValueError: an argument out of range, data of unequal lengths, empty or with NaN, no parameters to train, or a
+            checkpoint that can't be read or that belongs to another program or other settings.
+        FloatingPointError: the loss or a parameter became NaN or infinite; the checkpoint is of the epoch before.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> pyro.set_rng_seed(0)
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
+        >>> history = pv.fit(vae.model, vae.guide, torch.randn(64, 5), pv.ELBO(), epochs=2, batch_size=32)
+        >>> list(history.columns)
+        ['train_bound', 'validation_bound', 'seconds']
+
+    References:
+        Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, ICLR.
+    """
+    if epochs < 1 or not (0 < lr < math.inf):
+        raise ValueError(f"expected epochs of at least 1 and a positive lr, got epochs={epochs!r} and lr={lr!r}.")
+    batches = Minibatches(data, batch_size, "data")
+    held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
+    if held_out is not None and not held_out.has_data():
+        held_out = None
+    if seed is not None and not (checkpoint and Path(checkpoint).exists()):
+        pyro.set_rng_seed(seed)
+
+    parameters = _prepare(model, guide, objective, batches.example())
+    modules = _modules(model, guide)
+    buffers = {f"{i}.{name}": b for i, module in enumerate(modules) for name, b in module.named_buffers()}
+    optimizer = torch.optim.Adam(list(parameters.values()), lr=lr, fused=True)
+    settings = {
+        "objective": repr(objective),
+        "batch_size": batches.batch_size,
+        "lr": lr,
+        "seed": seed,
+        "N": batches.size,
+    }
+    rows: list[dict[str, float]] = []
+    if checkpoint and Path(checkpoint).exists():
+        rows = _resume(checkpoint, epochs, settings, parameters, buffers, optimizer, batches)
+
+    bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
+    bar.update(len(rows) * (batches.steps or 0))
+    epoch = step = 0
+    try:
+        with pyro.validation_enabled(False):  # it was on in _prepare, which ran the program once
+            for epoch in range(len(rows) + 1, epochs + 1):
+                bar.set_description(f"epoch {epoch}/{epochs}")
+                started, total, count = time.perf_counter(), 0.0, 0
+                for step, batch in enumerate(batches.shuffled(), 1):
+                    optimizer.zero_grad()
+                    loss = objective.differentiable_loss(model, guide, *batch)
+                    value, size = loss.item(), len(batch[0])
+                    if not math.isfinite(value):
+                        raise FloatingPointError(_not_finite(f"the loss is {value}", epoch, step, lr, checkpoint))
+                    (loss / size).backward()
+                    optimizer.step()
+                    total, count = total + value, count + size
+                    bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
+                    bar.update()
+                for name, parameter in parameters.items():
+                    if not bool(torch.isfinite(parameter).all()):
+                        raise FloatingPointError(_not_finite(f"parameter '{name}' is", epoch, step, lr, checkpoint))
+                rows.append(
+                    {
+                        "train_bound": -total / count,
+                        "validation_bound": _validate(model, guide, objective, held_out, modules),
+                        "seconds": time.perf_counter() - started,
+                    }
+                )
+                if checkpoint:
+                    checkpoints.save(
+                        checkpoint,
+                        {
+                            "settings": settings,
+                            "history": rows,
+                            "parameters": {name: value.detach() for name, value in parameters.items()},
+                            "buffers": buffers,
+                            "optimizer": optimizer.state_dict(),
+                            "rng": checkpoints.pack_rng(),
+                            "loader_rng": batches.generator_state(),
+                        },
+                    )
+    except KeyboardInterrupt:
+        kept = f"; the checkpoint {checkpoint} holds epoch {len(rows)}" if checkpoint and rows else ""
+        warnings.warn(
+            f"training stopped by Ctrl-C in epoch {epoch}, step {step}: the parameters keep what was learned{kept}.",
+            stacklevel=2,
+        )
+    finally:
+        bar.close()
+    index = pd.RangeIndex(1, len(rows) + 1, name="epoch")
+    return pd.DataFrame(rows, index=index, columns=["train_bound", "validation_bound", "seconds"])
+
+
+def _prepare(model: Program, guide: Program, objective: Any, batch: Batch) -> dict[str, Tensor]:
+    """Run the program once with validation on, so that its mistakes show before any work; return its parameters."""
+    in_model, in_guide = find_parameters(model, guide, *batch)
+    parameters = in_model | in_guide
+    if not parameters:
+        raise ValueError(
+            "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
+            "pyro.module statement."
+        )
+    with pyro.validation_enabled(True), rng.preserved(), pyro.poutine.block():
+        objective.differentiable_loss(model, guide, *batch)
+    return parameters
+
+
+def _resume(
+    path: str | Path,
+    epochs: int,
+    settings: dict[str, Any],
+    parameters: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    batches: Minibatches,
+) -> list[dict[str, float]]:
+    """Put everything where the checkpoint left it; return the history so far."""
+    state = checkpoints.load(path)
+    for name, value in settings.items():
+        if state["settings"][name] != value:
+            raise ValueError(
+                f"the checkpoint {path} was written with {name}={state['settings'][name]!r}, and {name}={value!r} is "
+                "asked for: expected the same, to end where an unbroken run ends. Pass the same, or a new path."
+            )
+    if len(state["history"]) > epochs:
+        raise ValueError(
+            f"the checkpoint {path} holds {len(state['history'])} epochs, and {epochs} in all are asked for. Ask for at "
+            "least as many, or pass a new path."
+        )
+    checkpoints.copy_tensors(path, "parameters", state["parameters"], parameters)
+    checkpoints.copy_tensors(path, "buffers", state["buffers"], buffers)
+    optimizer.load_state_dict(state["optimizer"])
+    batches.set_generator_state(state["loader_rng"])
+    checkpoints.unpack_rng(state["rng"])
+    return list(state["history"])
+
+
+def _validate(
+    model: Program,
+    guide: Program,
+    objective: Any,
+    held_out: Minibatches | None,
+    modules: list[nn.Module],
+) -> float:
+    if held_out is None:
+        return math.nan
+    total, count = 0.0, 0
+    with torch.no_grad(), rng.preserved(seed=0), _evaluating(modules):
+        for batch in held_out.in_order():
+            total += objective.differentiable_loss(model, guide, *batch).item()
+            count += len(batch[0])
+    return -total / count
+
+
+def _modules(model: Program, guide: Program) -> list[nn.Module]:
+    """The modules whose methods the model and guide are, or which they are: those with buffers and modes."""
+    owners = [getattr(program, "__self__", program) for program in (model, guide)]
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Dropout off, and batch norm frozen, where they were on."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _not_finite(what: str, epoch: int, step: int, lr: float, checkpoint: str | Path | None) -> str:
+    kept = f" The checkpoint {checkpoint} is as it was after epoch {epoch - 1}." if checkpoint and epoch > 1 else ""
+    return (
+        f"{what} not finite in epoch {epoch}, step {step}. Likely causes: a learning rate too high (lr={lr:g}), a scale "
+        f"that went to zero (a Gaussian's, where pixels are constant), or data outside the likelihood's support.{kept}"
+    )

@@ -1,0 +1,351 @@
+r"""Runs a Pyro model and guide, and turns the run into log-weights per datum.
+
+Everything that a variational bound needs is in one matrix,
+
+    log w[k, n] = log p(x_n, z_kn) - log q(z_kn | x_n),    z_kn ~ q(z | x_n),    shape (K particles, N data),
+
+where p is the model, q is the guide, and n runs along the batch plate. The Monte Carlo ELBO is the mean of
+log w over k, the IWAE bound its log-mean-exp.
+
+:func:`run_particles` is the one place that runs a program; :func:`log_weights` fills the matrix from the run.
+This file knows no objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.util import check_site_shape
+from torch import Tensor
+
+from pyro_vae import rng
+from pyro_vae.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
+
+Program = Callable[..., Any]
+
+
+def log_weights(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_particles: int,
+    vectorize_particles: bool = True,
+    max_plate_nesting: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    r"""Log importance weights of a guide's samples under a model, per particle and datum.
+
+    .. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n), \qquad z_{kn} \sim q(z \mid x_n)
+
+    Every density inside the batch plate counts: all latent sites, and plates nested in it (pixels, time steps)
+    summed. What a mask hides counts zero. A scale, such as the N / b of a subsampled plate, is no part of a
+    datum's weight and is left out: objectives apply it to each datum's finished bound.
+
+    Arguments:
+        model: a Pyro model with one batch plate, of any name, around every sample site.
+        guide: a Pyro guide for its latent sites.
+        *args: what both are called with.
+        num_particles: K, the number of samples drawn from the guide for each datum.
+        vectorize_particles: run the program once, with a leading dimension for the particles; False runs it K
+            times and draws the same values, for programs whose networks take no leading dimension.
+        max_plate_nesting: how many dimensions the program's plates take; None finds it, by one more run.
+        **kwargs: what both are called with.
+
+    Returns:
+        The log-weights in nats, of shape (K, N), differentiable in the parameters through the samples.
+
+    Raises:
+        ValueError: the program has no log-weight per datum (no batch plate, a site outside it, two plates,
+            ``to_event`` in place of a plate, a subsampled plate inside it, scales that differ between
+            sites), or a latent site is missing in model or guide, or, while gradients are recorded, a latent
+            site can't be reparameterised.
+
+    Example:
+        With the posterior as guide, each weight is p(x), whatever the sample.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> x = torch.tensor([0.0, 2.0])
+        >>> weights = pv.log_weights(model, guide, x, num_particles=3)
+        >>> weights.shape
+        torch.Size([3, 2])
+        >>> torch.allclose(weights, dist.Normal(0.0, 2**0.5).log_prob(x))
+        True
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
+    """
+    runs = run_particles(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_particles=num_particles,
+        vectorize_particles=vectorize_particles,
+        max_plate_nesting=max_plate_nesting,
+        per_datum=True,
+    )
+    return torch.cat([run_log_weights(run) for run in runs])
+
+
+def find_parameters(
+    model: Program, guide: Program, *args: Any, **kwargs: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters that the model uses, and those that the guide uses, found by running each once.
+
+    Returns:
+        Two dictionaries from a parameter's name in Pyro to its unconstrained value, the leaf that an optimiser
+        steps. A parameter that both use is in both.
+    """
+    with torch.no_grad(), rng.preserved(), poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    found: list[dict[str, Tensor]] = []
+    for trace in (model_trace, guide_trace):
+        sites: Sites = dict(trace.nodes)
+        found.append({n: s["value"].unconstrained() for n, s in sites.items() if s["type"] == "param"})
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a guide, and of the model against it.
+
+    Attributes:
+        model: the model's sample sites by name, in order, each with its ``unscaled_log_prob``.
+        guide: the guide's sample sites, likewise.
+        num_particles: K, how many particles this run holds.
+        particle_dim: the dimension that holds them, counted from the right, left of every plate.
+    """
+
+    model: Sites
+    guide: Sites
+    num_particles: int
+    particle_dim: int
+
+    @property
+    def sites(self) -> Sites:
+        """All sites, by the words that an error names them by."""
+        model = {f"model site '{name}'": site for name, site in self.model.items()}
+        return model | {f"guide site '{name}'": site for name, site in self.guide.items()}
+
+    @cached_property
+    def batch_plate(self) -> Plate:
+        """The plate whose rows are the data; a ValueError if the program has none."""
+        return find_batch_plate(self.sites)
+
+
+def run_particles(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    num_particles: int,
+    vectorize_particles: bool,
+    max_plate_nesting: int | None,
+    per_datum: bool,
+) -> list[Run]:
+    """Run the guide, and the model against it: once with K particles, or K times with one.
+
+    Arguments and errors are those of :func:`log_weights`; what has no meaning per datum is refused only if
+    `per_datum`, since the ELBO, linear in the log-densities, needs no batch plate.
+    """
+    if num_particles == 1:
+        return [_run(model, guide, args, kwargs, per_datum)]
+    if not vectorize_particles:
+        runs = []
+        with _DrawAsOneOf(num_particles) as draws:
+            for particle in range(num_particles):
+                draws.start(particle)
+                runs.append(_run(model, guide, args, kwargs, per_datum))
+        return runs
+    if max_plate_nesting is None:
+        max_plate_nesting = find_max_plate_nesting(model, guide, args, kwargs, per_datum=per_datum)
+    particle_dim = -max_plate_nesting - 1
+    plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=particle_dim)
+    return [_run(plate(model), plate(guide), args, kwargs, per_datum, num_particles, particle_dim)]
+
+
+def find_max_plate_nesting(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, per_datum: bool
+) -> int:
+    """How many dimensions the program's plates take, found by one run that leaves no trace of itself."""
+    with torch.no_grad(), rng.preserved(), poutine.block():
+        return -_run(model, guide, args, kwargs, per_datum).particle_dim - 1
+
+
+def _run(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    per_datum: bool,
+    num_particles: int = 1,
+    particle_dim: int | None = None,
+) -> Run:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    model_sites, guide_sites = _sample_sites(model_trace), _sample_sites(guide_trace)
+    if particle_dim is None:
+        frames = [f for s in (*model_sites.values(), *guide_sites.values()) for f in s["cond_indep_stack"]]
+        particle_dim = min((f.dim for f in frames if f.vectorized), default=0) - 1
+    run = Run(model_sites, guide_sites, num_particles, particle_dim)
+    _check_sites_match(run)
+    if torch.is_grad_enabled():
+        _check_reparameterised(run)
+    if per_datum:
+        run.batch_plate  # noqa: B018  refuses what has none, before shapes are looked at
+    for site in run.sites.values():
+        unmasked: Any = dict(site, log_prob=site["unscaled_log_prob"])
+        check_site_shape(unmasked, max_plate_nesting=-particle_dim)
+    return run
+
+
+def _sample_sites(trace: Trace) -> Sites:
+    """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``."""
+    trace = prune_subsample_sites(trace)
+    trace.compute_log_prob()
+    sites: Sites = dict(trace.nodes)
+    return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
+
+
+def _check_sites_match(run: Run) -> None:
+    for name, site in run.guide.items():
+        if site["is_observed"] or site["infer"].get("is_auxiliary"):
+            continue
+        if name not in run.model:
+            raise ValueError(
+                f"guide site '{name}' is missing in the model: expected every latent site of the guide to be one "
+                f"of the model's, {sorted(n for n, s in run.model.items() if not s['is_observed'])}. Rename it, or "
+                "mark a site that only helps the guide with infer={'is_auxiliary': True}."
+            )
+        if run.model[name]["is_observed"]:
+            raise ValueError(
+                f"guide site '{name}' is observed in the model: expected a latent site. Drop it from the guide, or "
+                "drop obs= from the model."
+            )
+    for name, site in run.model.items():
+        if not site["is_observed"] and name not in run.guide:
+            raise ValueError(
+                f"model site '{name}' is latent and missing in the guide: expected a guide site for every latent "
+                f"site of the model, got {sorted(run.guide)}. Sample '{name}' in the guide too, or observe it."
+            )
+
+
+def _check_reparameterised(run: Run) -> None:
+    for name, site in run.guide.items():
+        if not site["is_observed"] and not site["fn"].has_rsample:
+            raise ValueError(
+                f"guide site '{name}' can't be reparameterised: expected a distribution with rsample, got "
+                f"{family(site['fn'])}, through which no pathwise gradient flows. Use a reparameterised family, or, "
+                "for values alone, call this under torch.no_grad()."
+            )
+
+
+def family(distribution: Any) -> str:
+    """The name of a distribution's family, without the wrappers that plates and ``to_event`` add."""
+    while hasattr(distribution, "base_dist") and type(distribution).__name__ in (
+        "Independent",
+        "ExpandedDistribution",
+        "MaskedDistribution",
+    ):
+        distribution = distribution.base_dist
+    return type(distribution).__name__
+
+
+def run_log_weights(run: Run) -> Tensor:
+    """The log-weights of one run, (K, N)."""
+    total: Any = 0.0
+    for sites, sign in ((run.model, 1), (run.guide, -1)):
+        for site in sites.values():
+            total = total + sign * per_datum(run, site, site["unscaled_log_prob"])
+    return total
+
+
+def per_datum(run: Run, site: Site, value: Tensor) -> Tensor:
+    """A site's term, masked as the site is and summed over the plates nested in the batch plate: (K, N)."""
+    value = scale_and_mask(value, mask=site["mask"])
+    value = value.reshape((1,) * (-run.particle_dim - value.dim()) + tuple(value.shape))
+    keep = {value.dim() + run.particle_dim, value.dim() + run.batch_plate.dim}
+    nested = [dim for dim in range(value.dim()) if dim not in keep]
+    return (value.sum(nested) if nested else value).expand(run.num_particles, run.batch_plate.size)
+
+
+def datum_scale(run: Run) -> Tensor | float:
+    """The scale that all sites share, such as N / b of a subsampled plate: a number, or a tensor (N,).
+
+    Raises:
+        ValueError: sites are scaled differently, so that no single number scales a datum's bound.
+    """
+    plate = run.batch_plate
+    (first, site), *others = run.sites.items()
+    scale = site["scale"]
+    for words, other in others:
+        if not equal(scale, other["scale"]):
+            raise ValueError(
+                f"scales differ between sites: expected one scale for the whole datum, got {scale} at {first} and "
+                f"{other['scale']} at {words}. Scale model and guide alike, or use pv.ELBO's loss, in which each term "
+                "may have its own scale."
+            )
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    if scale.dim() < -plate.dim or scale.numel() != scale.shape[plate.dim]:
+        raise ValueError(
+            f"a scale varies inside a datum: expected a number or one value for each row of plate '{plate.name}', "
+            f"got shape {tuple(scale.shape)}. Scale whole data, or use pv.ELBO's loss."
+        )
+    return scale.reshape(-1)
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two scales or two masks, each a number, a tensor or None, are the same."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first is second or (first.shape == second.shape and torch.equal(first, second))
+    return not isinstance(first, Tensor) and not isinstance(second, Tensor) and first == second
+
+
+class _DrawAsOneOf(Messenger):
+    """Makes the k-th of K runs draw what the k-th of K vectorised particles would draw from the same seed.
+
+    Each site draws for all K particles, from the generator's state that the first run met there, and keeps
+    row k. The draws are K times as many as needed: the price of equal values on every program.
+    """
+
+    def __init__(self, num_particles: int) -> None:
+        super().__init__()
+        self.num_particles = num_particles
+        self.states: list[rng.State] = []
+
+    def start(self, particle: int) -> None:
+        self.particle = particle
+        self.draw = 0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["done"] or msg["is_observed"]:
+            return
+        if self.particle == 0:
+            self.states.append(rng.get_state())
+        else:
+            rng.set_state(self.states[self.draw])
+        self.draw += 1
+        if not site_is_subsample(msg):
+            fn = msg["fn"]
+            draws = fn.expand((self.num_particles, *fn.batch_shape))(*msg["args"], **msg["kwargs"])
+            msg["value"], msg["done"] = draws[self.particle], True

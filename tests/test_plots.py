@@ -1,0 +1,392 @@
+import os
+import subprocess
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from pyro_vae import plots
+
+CLOSED, MONTE_CARLO, IWAE = "ELBO, closed-form KL", "ELBO, Monte Carlo KL", "IWAE"
+ROWS = [
+    (CLOSED, 1, -104.2, 0.41),
+    (MONTE_CARLO, 1, -104.3, 0.42),
+    (MONTE_CARLO, 16, -104.1, 0.43),
+    (IWAE, 256, -99.0, 0.38),  # out of order: the line must not be
+    (IWAE, 1, -104.25, 0.42),
+    (IWAE, 16, -101.0, 0.40),
+]
+
+
+def bounds_table(rows=ROWS):
+    columns = ["objective", "particles", "bound", "bound_se"]
+    return pd.DataFrame(rows, columns=columns).set_index(columns[:2])
+
+
+def history(train, validation=None):
+    columns = {"train_bound": train} | ({} if validation is None else {"validation_bound": validation})
+    return pd.DataFrame(columns, index=pd.RangeIndex(1, len(train) + 1, name="epoch"))
+
+
+def line(ax, label):
+    (found,) = [line for line in ax.lines if line.get_label() == label]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_figure_left():
+    plt.close("all")
+    yield
+    plt.close("all")
+
+
+DRAW = {
+    "bounds": lambda **where: plots.bounds(bounds_table(), **where),
+    "training_curve": lambda **where: plots.training_curve(history([-150.0, -110.0]), **where),
+    "images": lambda **where: plots.images(torch.rand(3, 1, 8, 8), **where),
+    "latent_space": lambda **where: plots.latent_space(torch.randn(9, 2), torch.arange(9), **where),
+    "latent_grid": lambda **where: plots.latent_grid(torch.rand(2, 3, 8, 8), extent=(0, 3, 0, 2), **where),
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_axes_are_made_or_used(name):
+    ax = DRAW[name]()
+    assert isinstance(ax, Axes)
+    assert plt.get_fignums() == [ax.figure.number]
+    given = Figure().add_subplot()  # pyplot does not know this figure
+    assert DRAW[name](ax=given) is given
+    assert plt.get_fignums() == [ax.figure.number]
+    for each in (ax, given):
+        each.figure.canvas.draw()
+
+
+def test_figure_is_made_or_used():
+    x = torch.rand(3, 1, 8, 8)
+    made = plots.reconstructions(x, x)
+    assert isinstance(made, Figure)
+    given = Figure()
+    assert plots.reconstructions(x, x, figure=given) is given
+    assert len(given.axes) == 1
+    assert plt.get_fignums() == [made.number]
+
+
+def test_importing_is_cheap_and_drawing_needs_no_display(tmp_path):
+    script = f"""if True:
+        import runpy, sys
+        plots = runpy.run_path({plots.__file__!r})
+        assert not {{"matplotlib", "pandas"}} & set(sys.modules)
+        import torch
+        plots["images"](torch.rand(3, 1, 8, 8)).figure.savefig("images.png")
+    """
+    hidden = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "images.png").stat().st_size > 0
+
+
+# Colours
+
+
+def test_colours_are_by_family_and_apart():
+    known = [plots.objective_colour(name) for name in (CLOSED, MONTE_CARLO, IWAE)]
+    assert len(set(known)) == 3
+    assert plots.objective_colour("IWAE, doubly reparameterised") == plots.objective_colour(IWAE)
+    for name in ("Renyi", "VR-max", "ELBO", "CUBO"):
+        assert plots.objective_colour(name) in set(plots._OTHERS) - set(known)
+    assert plots.objective_colour("Renyi") == "#CC79A7"  # by name alone: the same in every process
+
+
+def test_colour_does_not_depend_on_the_other_rows():
+    table = bounds_table([*ROWS, ("Renyi", 1, -103.0, 0.4), ("Renyi", 16, -102.0, 0.4)])
+    together = plots.bounds(table)
+    for name in (CLOSED, MONTE_CARLO, IWAE, "Renyi"):
+        alone = plots.bounds(table.loc[[name]])
+        assert line(together, name).get_color() == line(alone, name).get_color()
+        assert line(alone, name).get_color() == plots.objective_colour(name)
+
+
+# bounds
+
+
+def test_bounds_draws_lines_in_order_of_particles():
+    ax = plots.bounds(bounds_table())
+    assert line(ax, IWAE).get_xdata().tolist() == [1, 16, 256]
+    assert line(ax, IWAE).get_ydata().tolist() == [-104.25, -101.0, -99.0]
+    assert line(ax, MONTE_CARLO).get_ydata().tolist() == [-104.3, -104.1]
+
+
+def test_bounds_draws_bands_of_one_standard_error():
+    ax = plots.bounds(bounds_table())
+    bands = [band for band in ax.collections if band.get_label() != CLOSED and len(band.get_paths()[0]) > 4]
+    vertices = [{tuple(v) for v in band.get_paths()[0].vertices.round(9).tolist()} for band in bands]
+    monte_carlo = {(1, -104.72), (1, -103.88), (16, -104.53), (16, -103.67)}
+    iwae = {(1, -104.67), (1, -103.83), (16, -101.4), (16, -100.6), (256, -99.38), (256, -98.62)}
+    assert vertices == [monte_carlo, iwae]
+
+
+def test_bounds_draws_a_lone_particle_count_as_marker_bar_and_dashed_line():
+    ax = plots.bounds(bounds_table())
+    marker = line(ax, CLOSED)
+    assert (marker.get_xdata().tolist(), marker.get_ydata().tolist()) == ([1], [-104.2])
+    (bar,) = [c for c in ax.containers if hasattr(c, "has_yerr")]
+    np.testing.assert_allclose(bar[2][0].get_segments(), [[[1, -104.61], [1, -103.79]]])
+    (dashed,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert list(dashed.get_ydata()) == [-104.2, -104.2]
+
+
+def test_bounds_axes():
+    ax = plots.bounds(bounds_table())
+    assert ax.get_xscale() == "log"
+    assert ax.get_xticks().tolist() == [1, 16, 256]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "16", "256"]
+    assert ax.get_xticks(minor=True).size == 0
+    assert ax.get_ylabel() == "bound on log p(x) (nats per datum)"
+
+
+@pytest.mark.parametrize("extra", [(), [("a long name of some other objective", 1, -103.0, 0.4)]])
+@pytest.mark.parametrize("width", [4, 6.4])
+def test_legend_is_in_the_figure_and_clear_of_the_axes_and_label(extra, width):
+    figure = plt.figure(figsize=(width, 4.8), layout="constrained")
+    ax = plots.bounds(bounds_table([*ROWS, *extra]), ax=figure.add_subplot())
+    figure.canvas.draw()
+    legend = ax.get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [CLOSED, MONTE_CARLO, IWAE, *(row[0] for row in extra)]
+    box = legend.get_window_extent()
+    assert box.y1 <= ax.xaxis.label.get_window_extent().y0 < ax.get_window_extent().y0
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        bounds_table().drop(columns="bound_se"),
+        bounds_table().reset_index(),
+        bounds_table([]),
+        bounds_table().rename_axis(["name", "K"]),
+    ],
+)
+def test_bounds_says_what_table_it_needs(table):
+    with pytest.raises(ValueError, match=r"\['objective', 'particles'\].*'bound_se'.*pass what compare returns"):
+        plots.bounds(table)
+    assert plt.get_fignums() == []
+
+
+# training_curve
+
+
+def test_training_curve_draws_the_history():
+    ax = plots.training_curve(history([-120.0, -110.0, -105.0], [-121.0, -112.0, -109.0]))
+    assert line(ax, "train").get_xdata().tolist() == [1, 2, 3]
+    assert line(ax, "train").get_ydata().tolist() == [-120.0, -110.0, -105.0]
+    assert line(ax, "validation").get_ydata().tolist() == [-121.0, -112.0, -109.0]
+    low, high = ax.get_ylim()
+    assert low < -121 and high > -105
+    assert not ax.texts
+    assert all(tick == int(tick) for tick in ax.get_xticks())
+
+
+@pytest.mark.parametrize("validation", [None, [np.nan] * 3])
+def test_training_curve_without_validation(validation):
+    ax = plots.training_curve(history([-120.0, -110.0, -105.0], validation))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train"]
+
+
+def test_training_curve_says_which_epochs_it_leaves_out():
+    bounds = np.array([-540.0, -300.0, *np.linspace(-110, -100, 30)])
+    ax = plots.training_curve(history(bounds, bounds - 1))
+    low, high = ax.get_ylim()
+    assert -300 < low < -111 and -100 < high < -95
+    assert [text.get_text() for text in ax.texts] == ["2 epochs below the axis, down to -541 nats"]
+    assert line(ax, "train").get_ydata().tolist() == bounds.tolist()  # hidden, not dropped
+
+
+def test_training_curve_leaves_gaps_where_values_are_not_finite():
+    ax = plots.training_curve(history([-np.inf, -110.0, np.nan, -105.0]))
+    np.testing.assert_array_equal(line(ax, "train").get_ydata(), [np.nan, -110.0, np.nan, -105.0])
+    assert np.isfinite(ax.get_ylim()).all()
+
+
+def test_training_curve_errors():
+    with pytest.raises(ValueError, match=r"'train_bound'.*got 1 rows.*'loss'.*pass what fit returns"):
+        plots.training_curve(history([-1.0]).rename(columns={"train_bound": "loss"}))
+    with pytest.raises(ValueError, match=r"index \['epoch'\].*got 1 rows with index \[None\]"):
+        plots.training_curve(history([-1.0]).reset_index())
+    with pytest.raises(ValueError, match="no finite bound.*lower learning rate"):
+        plots.training_curve(history([np.nan, -np.inf]))
+
+
+# images and reconstructions
+
+
+def test_images_places_tiles_in_reading_order():
+    x = np.random.default_rng(0).random((5, 1, 4, 6))
+    drawn = plots.images(x, columns=3).images[0].get_array()
+    assert drawn.shape == (4 + 1 + 4, 6 + 1 + 6 + 1 + 6)  # one pixel between tiles
+    for i, (top, left) in enumerate([(0, 0), (0, 7), (0, 14), (5, 0), (5, 7)]):
+        np.testing.assert_array_equal(drawn[top : top + 4, left : left + 6], x[i, 0])
+    assert (drawn[4] == 1).all() and (drawn[:, 6] == 1).all()  # gaps are white
+    assert (drawn[5:, 14:] == 1).all()  # and so is the tile that is not there
+
+
+def test_images_draws_colour():
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    drawn = plots.images(x).images[0].get_array()
+    np.testing.assert_array_equal(drawn[:, :4], x[0].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool])
+def test_images_draws_any_tensor_as_its_numpy_values(dtype):
+    x = torch.rand(2, 4, 4).round().to(dtype)
+    if dtype.is_floating_point:
+        x.requires_grad_()
+    drawn = plots.images(x, columns=1).images[0].get_array()
+    np.testing.assert_array_equal(drawn[:4], x[0].detach().double().numpy())
+
+
+def test_grey_scale_is_fixed_and_values_are_clipped():
+    image = plots.images(np.array([[[-0.5, 0.25], [0.5, 1.5]]])).images[0]
+    assert image.get_clim() == (0, 1)
+    assert image.get_array().tolist() == [[0, 0.25], [0.5, 1]]
+    assert image.to_rgba([0.0])[0][0] == 0 and image.to_rgba([1.0])[0][0] == 1  # black to white
+
+
+def test_images_has_a_title_and_no_ticks():
+    ax = plots.images(torch.rand(2, 4, 4), title="samples")
+    assert ax.get_title() == "samples"
+    assert ax.get_xticks().size == 0 and ax.get_yticks().size == 0
+
+
+def test_reconstructions_alternate_with_originals_and_are_labelled():
+    x, x_mean = np.random.default_rng(1).random((2, 3, 1, 4, 4))
+    figure = plots.reconstructions(torch.tensor(x), x_mean, columns=2)
+    ax = figure.axes[0]
+    drawn = ax.images[0].get_array()
+    for i, (top, left) in enumerate([(0, 0), (0, 6), (11, 0)]):  # a pair is 4 + 1 + 4 high, then a gap of 2
+        np.testing.assert_array_equal(drawn[top : top + 4, left : left + 4], x[i, 0])
+        np.testing.assert_array_equal(drawn[top + 5 : top + 9, left : left + 4], x_mean[i, 0])
+    assert ax.get_yticks().tolist() == [1.5, 6.5, 12.5, 17.5]  # the middles of the four rows
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["original", "reconstruction"] * 2
+    figure.canvas.draw()
+    assert all(label.get_window_extent().x0 >= 0 for label in ax.get_yticklabels())
+
+
+@pytest.mark.parametrize("shape", [(5, 784), (5, 28, 28, 3), (0, 1, 28, 28), (28, 28)])
+def test_images_says_what_shape_it_needs(shape):
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\).*got shape .*x\.reshape\(-1, 1, 28, 28\)") as error:
+        plots.images(torch.zeros(shape))
+    assert str(shape) in str(error.value)
+
+
+def test_image_errors():
+    with pytest.raises(ValueError, match=r"uint8 up to 200: divide 8-bit images by 255"):
+        plots.images(np.full((1, 4, 4), 200, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"columns must be 1 or more, got 0"):
+        plots.images(torch.zeros(1, 4, 4), columns=0)
+    with pytest.raises(ValueError, match=r"one shape, got \(3, 4, 4\) and \(2, 4, 4\)"):
+        plots.reconstructions(torch.zeros(3, 4, 4), torch.zeros(2, 4, 4))
+    with pytest.raises(ValueError, match="x_mean must be"):
+        plots.reconstructions(torch.zeros(3, 4, 4), np.full((3, 4, 4), 9))
+    assert plt.get_fignums() == []
+
+
+# latent_space and latent_grid
+
+
+def test_latent_space_draws_each_point_in_the_colour_of_its_class():
+    z, labels = torch.randn(40, 2, requires_grad=True), torch.arange(40) % 4 + 3
+    ax = plots.latent_space(z, labels)
+    points = ax.collections[0]
+    np.testing.assert_allclose(points.get_offsets(), z.detach().numpy())
+    colours = dict(zip(ax.get_legend().get_texts(), ax.get_legend().legend_handles))
+    colours = {text.get_text(): to_hex(handle.get_color()) for text, handle in colours.items()}
+    assert list(colours) == ["3", "4", "5", "6"]
+    assert len(set(colours.values())) == 4
+    drawn = [to_hex(colour) for colour in points.get_facecolors()]
+    assert drawn == [colours[str(int(label))] for label in labels]
+    assert (ax.get_aspect(), ax.get_xlabel(), ax.get_ylabel()) == (1, "z1", "z2")
+
+
+def test_latent_space_tells_twenty_classes_apart():
+    z, labels = np.arange(80.0).reshape(40, 2), np.array([f"class {i:02}" for i in range(20)] * 2)
+    ax = plots.latent_space(z, labels)
+    handles = ax.get_legend().legend_handles
+    assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == 20
+    circles, triangles = (points.get_offsets() for points in ax.collections)
+    np.testing.assert_array_equal(circles, z[[*range(10), *range(20, 30)]])
+    np.testing.assert_array_equal(triangles, z[[*range(10, 20), *range(30, 40)]])
+
+
+def test_latent_space_without_labels_has_no_legend():
+    ax = plots.latent_space(np.zeros((3, 2)))
+    assert ax.get_legend() is None
+    assert len(ax.collections[0].get_offsets()) == 3
+
+
+def test_latent_space_errors():
+    with pytest.raises(ValueError, match=r"\(N, 2\), got \(5, 8\): train with latent_dim=2.*PCA"):
+        plots.latent_space(torch.zeros(5, 8))
+    with pytest.raises(ValueError, match=r"labels must have shape \(5,\).*got \(4,\)"):
+        plots.latent_space(torch.zeros(5, 2), torch.zeros(4))
+    with pytest.raises(ValueError, match="21 classes, and at most 20"):
+        plots.latent_space(torch.zeros(21, 2), torch.arange(21))
+    assert plt.get_fignums() == []
+
+
+def shade_at(ax, z1, z2):
+    """Look up the grey drawn at a point of the plane, on the screen rather than in the array."""
+    ax.figure.canvas.draw()
+    pixels = np.asarray(ax.figure.canvas.buffer_rgba())[::-1]  # row 0 at the bottom, as in display coordinates
+    x, y = ax.transData.transform((z1, z2))
+    return pixels[int(y), int(x), 0] / 255
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_latent_grid_draws_each_tile_where_it_was_decoded(channels):
+    shades = torch.arange(6.0).reshape(2, 3) / 5  # row 0 has the lowest z2
+    x = shades.reshape(2, 3, *(1 for _ in channels), 1, 1).expand(2, 3, *channels, 8, 8)
+    ax = plots.latent_grid(x, extent=(-3, 3, 10, 14))
+    assert ax.get_xlim() == (-3, 3) and ax.get_ylim() == (10, 14)
+    for row, z2 in enumerate([11, 13]):
+        for column, z1 in enumerate([-2, 0, 2]):
+            assert shade_at(ax, z1, z2) == pytest.approx(shades[row, column].item(), abs=0.01)
+
+
+def test_latent_grid_keeps_each_image_upright():
+    x = torch.zeros(2, 2, 8, 8)
+    x[..., :4, :] = 1  # every image is white in its upper half
+    ax = plots.latent_grid(x, extent=(0, 2, 0, 2))
+    assert [shade_at(ax, 0.5, z2) for z2 in (0.25, 0.75, 1.25, 1.75)] == [0, 1, 0, 1]
+
+
+def test_latent_space_over_latent_grid_keeps_the_grid_in_place():
+    ax = plots.latent_grid(torch.zeros(2, 3, 8, 8), extent=(-3, 3, -2, 2))
+    plots.latent_space(torch.tensor([[2.0, -1.0]]), torch.tensor([7]), ax=ax)
+    assert ax.images[0].get_extent() == (-3, 3, -2, 2)
+    assert ax.get_xlim() == (-3, 3) and ax.get_ylim() == (-2, 2)
+    assert shade_at(ax, -2, 1) == 0  # a tile without a point
+    assert to_hex(ax.collections[0].get_facecolors()[0]) == plots.BLUE.lower()
+    assert shade_at(ax, 2, -1) == pytest.approx(int(plots.BLUE[1:3], 16) / 255, abs=0.01)
+
+
+def test_latent_grid_errors():
+    with pytest.raises(ValueError, match=r"\(rows, columns, H, W\), got \(6, 8, 8\): reshape"):
+        plots.latent_grid(torch.zeros(6, 8, 8), extent=(0, 1, 0, 1))
+    with pytest.raises(ValueError, match="with C 1 or 3"):
+        plots.latent_grid(torch.zeros(2, 3, 2, 8, 8), extent=(0, 1, 0, 1))
+    with pytest.raises(ValueError, match=r"z1_min.*got \(3, -3, 0, 1\)"):
+        plots.latent_grid(torch.zeros(2, 3, 8, 8), extent=(3, -3, 0, 1))
+    assert plt.get_fignums() == []
