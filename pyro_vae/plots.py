@@ -74,7 +74,7 @@ def bounds(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         k = rows.index.get_level_values("particles").to_numpy()
         bound, se = rows["bound"].to_numpy(float), rows["bound_se"].to_numpy(float)
         colour = objective_colour(str(name))
-        # Hollow markers, because estimators often coincide, and always do at one particle.
+        # Hollow markers, because bounds coincide: at one particle, IWAE is the ELBO.
         ax.plot(k, bound, color=colour, marker=marker, markersize=7, markerfacecolor="none", label=name)
         if len(k) == 1:
             ax.axhline(bound[0], color=colour, linewidth=0.8, linestyle="--")

@@ -13,6 +13,7 @@ This file knows no objective.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -315,10 +316,12 @@ def datum_scale(run: Run) -> Tensor | float:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two scales or two masks, each a number, a tensor or None, are the same."""
+    """Whether two scales or two masks, each a number, a tensor or None, are the same but for rounding."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first is second or (first.shape == second.shape and torch.equal(first, second))
-    return not isinstance(first, Tensor) and not isinstance(second, Tensor) and first == second
+        return first is second or (first.shape == second.shape and bool(torch.isclose(first, second).all()))
+    if isinstance(first, float | int) and isinstance(second, float | int):
+        return math.isclose(first, second)
+    return first is None and second is None
 
 
 class _DrawAsOneOf(Messenger):

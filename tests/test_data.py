@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pyro_vae import data
 
-REAL = Path(os.environ.get("PYRO_VAE_DATA", Path(__file__).parents[1] / "shared" / "data"))
+REAL = Path(os.environ.get("PYRO_VAE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SPLITS = ("train", "validation", "test")
 IDX_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist": "EMNIST"}
 N_TRAIN, N_TEST = 24, 7

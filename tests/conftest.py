@@ -1,0 +1,14 @@
+import matplotlib
+import pyro
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def fresh_pyro():
+    """Each test starts from the same random state and an empty parameter store."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    torch.set_num_threads(1)  # these tensors are small

@@ -1,0 +1,258 @@
+"""The model/guide pairs are ordinary Pyro: everything that Pyro has works on them, and agrees with ours."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import z_score
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+
+import pyro_vae as pv
+
+LIKELIHOODS = {
+    "bernoulli": {"likelihood": "bernoulli"},
+    "gaussian, fixed": {"likelihood": "gaussian", "scale": 0.5},
+    "gaussian, learned": {"likelihood": "gaussian", "scale": "learned"},
+    "gaussian, per pixel": {"likelihood": "gaussian", "scale": "per_pixel"},
+}
+NETWORKS = {
+    "vectors": lambda **kwargs: pv.mlp_vae((7,), latent_dim=3, hidden_dims=(8, 6), **kwargs),
+    "images": lambda **kwargs: pv.mlp_vae((1, 6, 5), latent_dim=3, hidden_dims=(8,), **kwargs),
+    "conv": lambda **kwargs: pv.conv_vae((2, 7, 6), latent_dim=3, channels=(4, 5), **kwargs),
+}
+pairs = pytest.mark.parametrize("network", NETWORKS)
+likelihoods = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+
+
+def build(network, likelihood="bernoulli"):
+    vae = NETWORKS[network](**LIKELIHOODS[likelihood])
+    x = torch.rand(10, *vae.event_shape)
+    return vae, (x > 0.5).float() if likelihood == "bernoulli" else x
+
+
+@pairs
+@likelihoods
+def test_sites_plates_and_event_dimensions(network, likelihood):
+    vae, x = build(network, likelihood)
+    model, guide = poutine.trace(vae.model).get_trace(x), poutine.trace(vae.guide).get_trace(x)
+    assert [n for n in model.stochastic_nodes if n != "data"] == ["z"]
+    assert model.observation_nodes == ["x"]
+    assert [n for n in guide.stochastic_nodes if n != "data"] == ["z"]
+    for site in (model.nodes["z"], model.nodes["x"], guide.nodes["z"]):
+        assert [frame.name for frame in site["cond_indep_stack"]] == ["data"]
+        assert site["fn"].batch_shape == (10,)
+    assert guide.nodes["z"]["fn"].event_shape == model.nodes["z"]["fn"].event_shape == (3,)
+    assert guide.nodes["z"]["fn"].has_rsample
+    assert model.nodes["x"]["fn"].event_shape == vae.event_shape
+
+
+@pairs
+@likelihoods
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Trace_ELBO(),
+        Trace_ELBO(num_particles=3),
+        Trace_ELBO(num_particles=3, vectorize_particles=True),
+        TraceMeanField_ELBO(),
+        TraceGraph_ELBO(),
+        JitTrace_ELBO(ignore_jit_warnings=True),
+        RenyiELBO(alpha=0, num_particles=3, vectorize_particles=True),
+        pv.ELBO(),
+        pv.ELBO(3, "monte_carlo"),
+        pv.IWAE(3),
+        pv.IWAE(3, vectorize_particles=False),
+    ],
+    ids=lambda objective: repr(objective).split(" object")[0],
+)
+def test_svi_reaches_every_parameter(network, likelihood, objective):
+    vae, x = build(network, likelihood)
+    before = {name: value.detach().clone() for name, value in vae.named_parameters()}
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), loss=type(objective)(**_arguments(objective)))
+    losses = [svi.step(x) for _ in range(2)]
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    assert all((before[name] != value).any() for name, value in vae.named_parameters())
+    assert torch.isfinite(torch.tensor(svi.evaluate_loss(x)))
+
+
+def _arguments(objective):
+    """A new objective for each test: Pyro's keep what they compiled or guessed for the program before."""
+    arguments = {"num_particles": objective.num_particles, "vectorize_particles": objective.vectorize_particles}
+    if isinstance(objective, pv.ELBO):
+        arguments["kl"] = objective.kl
+    if isinstance(objective, JitTrace_ELBO):
+        arguments["ignore_jit_warnings"] = True
+    return arguments | ({"alpha": 0} if isinstance(objective, RenyiELBO) else {})
+
+
+@pairs
+@likelihoods
+@pytest.mark.parametrize("num_particles", [1, 2, 5])
+def test_same_seed_same_value_as_pyro(network, likelihood, num_particles):
+    vae, x = build(network, likelihood)
+    vectorised = {"num_particles": num_particles, "vectorize_particles": True, "max_plate_nesting": 1}
+    cases = [
+        (pv.ELBO(num_particles, "monte_carlo"), Trace_ELBO(**vectorised)),
+        (pv.ELBO(num_particles), TraceMeanField_ELBO(**vectorised)),
+    ]
+    if num_particles > 1:  # Pyro's refuses one particle
+        cases.append((pv.IWAE(num_particles), RenyiELBO(alpha=0, **vectorised)))
+    for ours, pyros in cases:
+        values, gradients = [], []
+        for objective in (ours, pyros):
+            vae.zero_grad()
+            pyro.set_rng_seed(7)
+            values.append(objective.loss(vae.model, vae.guide, x))
+            pyro.set_rng_seed(7)
+            objective.loss_and_grads(vae.model, vae.guide, x)
+            gradients.append(torch.cat([p.grad.flatten() for p in vae.parameters()]))
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+
+
+def test_torch_optimiser_on_the_objective_as_a_module():
+    vae, x = build("vectors", "gaussian, fixed")
+    loss = pv.IWAE(4)(vae.model, vae.guide)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
+    values = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        values.append(loss(x))
+        values[-1].backward()
+        optimizer.step()
+    assert sum(values[-10:]) < sum(values[:10])
+
+
+@pairs
+def test_predictive_and_handlers(network):
+    vae, x = build(network)
+    from_prior = Predictive(poutine.uncondition(vae.model), num_samples=6)(x)
+    assert from_prior["x"].shape == (6, 10, *vae.event_shape)
+    posterior = Predictive(poutine.uncondition(vae.model), guide=vae.guide, num_samples=6, parallel=True)(x)
+    assert posterior["z"].shape == (6, 10, 3)
+    assert posterior["x"].shape == (6, 10, *vae.event_shape)
+    z = torch.randn(10, 3)
+    trace = poutine.trace(poutine.condition(vae.model, {"z": z})).get_trace(x)
+    trace.compute_log_prob()
+    expected = dist.Normal(0.0, 1.0).log_prob(z).sum() + vae.likelihood(z).log_prob(x).sum()
+    torch.testing.assert_close(trace.log_prob_sum(), expected)
+    mask = torch.arange(10) < 4
+    masked = Trace_ELBO().loss(poutine.mask(vae.model, mask), poutine.mask(vae.guide, mask), x)
+    assert abs(masked) < abs(Trace_ELBO().loss(vae.model, vae.guide, x))
+
+
+@pairs
+@pytest.mark.parametrize("objective", [pv.ELBO(2), pv.IWAE(3), Trace_ELBO(), TraceMeanField_ELBO()], ids=repr)
+def test_a_subsampled_plate_scales_to_all_data(network, objective):
+    vae, x = build(network, "gaussian, fixed")
+    with torch.no_grad():
+        full = torch.tensor([objective.loss(vae.model, vae.guide, x) for _ in range(100)])
+        part = torch.tensor([objective.loss(vae.model, vae.guide, x, subsample_size=4) for _ in range(300)])
+    assert z_score(part, full.mean()) < 4
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss=objective)
+    svi.step(x, subsample_size=4)
+
+
+def test_two_vaes_in_one_process_each_learn():
+    """Under pyro.module alone, the second would share the first one's entries and never move."""
+    for _ in range(2):
+        vae, x = build("vectors")
+        before = [p.detach().clone() for p in vae.parameters()]
+        SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), loss=pv.ELBO()).step(x)
+        assert all((b != p).any() for b, p in zip(before, vae.parameters(), strict=True))
+        stored = pyro.get_param_store()
+        assert stored["likelihood$$$decoder.1.weight"] is vae.likelihood.decoder[1].weight
+
+
+@pairs
+def test_embed_decode_reconstruct_generate(network):
+    vae, x = build(network)
+    z = vae.embed(x)
+    torch.testing.assert_close(z, vae.posterior(x).mean)
+    torch.testing.assert_close(vae.reconstruct(x), vae.likelihood(z).mean)
+    assert not vae.reconstruct(x).requires_grad
+    assert vae.decode(torch.randn(4, 5, 3)).shape == (4, 5, *vae.event_shape)
+    generated = vae.generate(8)
+    assert generated.shape == (8, *vae.event_shape)
+    assert ((generated > 0) & (generated < 1)).all()
+
+
+def test_conv_decoder_gives_each_particle_its_own_image():
+    vae, _ = build("conv")
+    z = torch.randn(4, 3, 3)
+    one_by_one = torch.stack([vae.decode(row) for row in z])
+    torch.testing.assert_close(vae.decode(z), one_by_one)
+
+
+def test_gaussian_scales():
+    for scale, expected in ((0.25, 0.25), ("learned", 1.0)):
+        vae = pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale=scale)
+        torch.testing.assert_close(vae.likelihood(torch.randn(3, 2)).stddev, torch.full((3, 4), expected))
+    per_pixel = pv.conv_vae((3, 8, 8), latent_dim=2, likelihood="gaussian", scale="per_pixel")
+    z = torch.randn(5, 2)
+    features = per_pixel.likelihood.decoder(z)
+    fitted = per_pixel.likelihood(z)
+    torch.testing.assert_close(fitted.mean, features[:, :3])
+    torch.testing.assert_close(fitted.stddev, torch.nn.functional.softplus(features[:, 3:]) + 0.01)
+    assert fitted.stddev.flatten().unique().numel() > 100
+
+
+def test_moves_to_float64_whole():
+    vae, x = build("images")
+    vae.double()
+    assert pv.ELBO().bound(vae.model, vae.guide, x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(10, 28), r"expected x of shape \(N, 7\), got \(10, 28\). Reshape it: x.reshape\(-1, 7\)"),
+        (torch.zeros(7), r"expected x of shape \(N, 7\), got \(7,\)"),
+        (torch.zeros(10, 7, dtype=torch.uint8), r"expected x of floating point, got torch.uint8. Convert it"),
+        (torch.full((10, 7), 0.5), r"Bernoulli likelihood expected x of zeros and ones, got values from 0.5 to 0.5"),
+    ],
+)
+def test_bad_data(x, message):
+    vae, _ = build("vectors")
+    for call in (
+        lambda: vae.model(x),
+        lambda: vae.guide(x),
+        lambda: pv.ELBO().loss(vae.model, vae.guide, x),
+        lambda: pv.IWAE(3).loss(vae.model, vae.guide, x),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: pv.mlp_vae((4,), latent_dim=0), r"expected latent_dim of positive integers, got \[0\]"),
+        (lambda: pv.mlp_vae((4, -1), latent_dim=2), r"expected event_shape of positive integers"),
+        (lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="bernouli"), r"'bernoulli' or 'gaussian', got 'bernouli'"),
+        (lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale=0), r"positive number, 'learned'"),
+        (lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale="fixed"), r"got 'fixed'"),
+        (lambda: pv.conv_vae((28, 28), latent_dim=2), r"expected an event_shape \(C, H, W\).*use mlp_vae"),
+        (lambda: pv.conv_vae((1, 28, 28), latent_dim=2, channels=()), r"at least one entry in channels"),
+    ],
+)
+def test_bad_architecture(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_decoder_with_the_wrong_number_of_outputs():
+    likelihood = pv.Gaussian(torch.nn.Linear(2, 4), (4,), scale="per_pixel")
+    with pytest.raises(ValueError, match=r"expected a decoder with 8 outputs a datum \(2 for each element of \(4,\)\)"):
+        likelihood(torch.randn(5, 2))
