@@ -17,6 +17,7 @@ In six lines::
 """
 
 from pyro_vae import data, plots
+from pyro_vae.checkpoint import load_parameters
 from pyro_vae.evaluation import compare
 from pyro_vae.likelihoods import Bernoulli, Gaussian, Likelihood
 from pyro_vae.objectives import ELBO, IWAE, Objective

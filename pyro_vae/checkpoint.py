@@ -79,8 +79,8 @@ def copy_tensors(path: str | Path, what: str, saved: dict[str, Tensor], own: dic
         name = next(name for name in names if saved_shapes.get(name) != own_shapes.get(name))
         raise ValueError(
             f"the checkpoint {path} is of another program: expected {what} as in this one, with '{name}' of shape "
-            f"{own_shapes.get(name, 'none')}, got {saved_shapes.get(name, 'none')}. Build the program that was trained, "
-            "or pass another path."
+            f"{own_shapes.get(name, 'none')}, got {saved_shapes.get(name, 'none')}. Build the program that was "
+            "trained, or pass another path."
         )
     with torch.no_grad():
         for name, value in own.items():

@@ -123,7 +123,9 @@ def fit(
                     bar.update()
                 for name, parameter in parameters.items():
                     if not bool(torch.isfinite(parameter).all()):
-                        raise FloatingPointError(_not_finite(f"parameter '{name}' is", epoch, step, lr, checkpoint))
+                        raise FloatingPointError(
+                            _not_finite(f"parameter '{name}' is not finite", epoch, step, lr, checkpoint)
+                        )
                 rows.append(
                     {
                         "train_bound": -total / count,
@@ -189,8 +191,8 @@ def _resume(
             )
     if len(state["history"]) > epochs:
         raise ValueError(
-            f"the checkpoint {path} holds {len(state['history'])} epochs, and {epochs} in all are asked for. Ask for at "
-            "least as many, or pass a new path."
+            f"the checkpoint {path} holds {len(state['history'])} epochs, and {epochs} in all are asked for. Ask for "
+            "at least as many, or pass a new path."
         )
     checkpoints.copy_tensors(path, "parameters", state["parameters"], parameters)
     checkpoints.copy_tensors(path, "buffers", state["buffers"], buffers)
@@ -239,6 +241,6 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
 def _not_finite(what: str, epoch: int, step: int, lr: float, checkpoint: str | Path | None) -> str:
     kept = f" The checkpoint {checkpoint} is as it was after epoch {epoch - 1}." if checkpoint and epoch > 1 else ""
     return (
-        f"{what} not finite in epoch {epoch}, step {step}. Likely causes: a learning rate too high (lr={lr:g}), a scale "
-        f"that went to zero (a Gaussian's, where pixels are constant), or data outside the likelihood's support.{kept}"
+        f"{what} in epoch {epoch}, step {step}. Likely causes: a learning rate too high (lr={lr:g}), a scale that went "
+        f"to zero (a Gaussian's, where pixels are constant), or data outside the likelihood's support.{kept}"
     )

@@ -1,0 +1,53 @@
+"""Imports point one way, so that estimators serve any Pyro program, and the package imports quickly."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro_vae
+
+PACKAGE = Path(pyro_vae.__file__).parent
+ALLOWED = {
+    "networks": set(),
+    "priors": set(),
+    "likelihoods": {"networks"},
+    "posteriors": {"networks"},
+    "vae": {"networks", "priors", "likelihoods", "posteriors"},
+    "rng": set(),
+    "batch_plate": set(),
+    "weights": {"rng", "batch_plate"},
+    "objectives": {"batch_plate", "weights"},
+    "minibatches": {"rng"},
+    "checkpoint": {"rng", "weights"},
+    "training": {"rng", "weights", "minibatches", "checkpoint"},
+    "evaluation": {"rng", "weights", "objectives"},
+    "plots": set(),
+    "data": set(),
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pyro_vae":
+            if node.module == "pyro_vae":
+                yield from (alias.name for alias in node.names)
+            else:
+                yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("pyro_vae."))
+
+
+def test_imports_point_one_way():
+    modules = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "cli")}
+    assert modules.keys() == ALLOWED.keys()
+    for name, path in modules.items():
+        assert set(imports(path)) <= ALLOWED[name], name
+
+
+def test_importing_the_package_leaves_slow_libraries_out():
+    code = "import sys, pyro_vae; print(sorted({'arviz', 'torchvision', 'matplotlib', 'sklearn'} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"

@@ -1,0 +1,354 @@
+"""pv.fit: it learns, repeats, resumes bit for bit, and stops with a message before anything is lost."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import LinearGaussian
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae import checkpoint as checkpoints
+
+
+def linear_program():
+    """A linear-Gaussian program with parameters, started away from the optimum, and data from a known one."""
+    truth = LinearGaussian(3, 2, 400)
+    start = {"W": torch.randn(3, 2), "b": torch.zeros(3), "A": torch.zeros(2, 3), "c": torch.zeros(2)}
+
+    def model(x):
+        W, b = pyro.param("W", start["W"]), pyro.param("b", start["b"])
+        sigma = pyro.param("sigma", torch.tensor(1.0), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ W.T + b, sigma).to_event(1), obs=x)
+
+    def guide(x):
+        A, c = pyro.param("A", start["A"]), pyro.param("c", start["c"])
+        scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ A.T + c, scale).to_event(1))
+
+    return model, guide, truth
+
+
+def small_vae(seed=0):
+    pyro.set_rng_seed(seed)
+    return pv.mlp_vae((6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_reaches_the_maximum_of_the_likelihood():
+    """Probabilistic PCA's maximum is known; a diagonal guide reaches it, since some rotation of z has one."""
+    model, guide, truth = linear_program()
+    x = truth.x.float()
+    history = pv.fit(model, guide, x, pv.ELBO(), epochs=150, batch_size=50, lr=2e-2)
+    pv.fit(model, guide, x, pv.ELBO(10), epochs=30, batch_size=200, lr=2e-3)
+    centred = truth.x - truth.x.mean(0)
+    eigenvalues = torch.linalg.eigvalsh(centred.T @ centred / len(x)).flip(0)
+    sigma_squared = eigenvalues[2:].mean()
+    log_determinant = eigenvalues[:2].log().sum() + sigma_squared.log()
+    best = -0.5 * (3 * math.log(2 * math.pi) + log_determinant + 3)
+    bound = pv.IWAE(100).bound(model, guide, x).mean()
+    assert best - 0.03 < bound < best + 0.005
+    assert history.train_bound.iloc[-1] > history.train_bound.iloc[0]
+    torch.testing.assert_close(pyro.param("sigma").double() ** 2, sigma_squared, rtol=0.15, atol=0)
+
+
+def test_history_states_mean_bounds_per_datum():
+    vae = small_vae()
+    before = torch.stack([pv.ELBO(50).bound(vae.model, vae.guide, X).mean() for _ in range(20)]).mean().item()
+    history = pv.fit(vae.model, vae.guide, X, pv.ELBO(), epochs=3, batch_size=16, lr=1e-9, validation=X[:20])
+    assert list(history.index) == [1, 2, 3]
+    assert history.index.name == "epoch"
+    assert history.train_bound.mean() == pytest.approx(before, abs=0.6)
+    assert (history.seconds > 0).all()
+    held_out = torch.stack([pv.ELBO(50).bound(vae.model, vae.guide, X[:20]).mean() for _ in range(20)]).mean()
+    assert history.validation_bound.mean() == pytest.approx(held_out.item(), abs=1.0)
+    # the same noise for each epoch: hardly anything moves at this learning rate
+    assert history.validation_bound.std() < 1e-4 < history.train_bound.std()
+
+
+def test_two_runs_agree_bit_for_bit_and_validation_does_not_touch_them():
+    vaes = []
+    for seed, validation in ((3, None), (3, X[:7]), (4, None)):
+        vae = small_vae()
+        pv.fit(vae.model, vae.guide, X, pv.IWAE(3), epochs=3, batch_size=16, seed=seed, validation=validation)
+        vaes.append(vae)
+    assert same(vaes[0], vaes[1])
+    assert not same(vaes[0], vaes[2])
+
+
+def test_kinds_of_data_are_the_same_data():
+    """A tensor, a tuple, a DataLoader of tensors and one of tuples, in one order, train alike."""
+    vaes = []
+    for data in (
+        X,
+        (X,),
+        [X],
+        DataLoader(X, batch_size=len(X)),
+        DataLoader(TensorDataset(X), batch_size=len(X)),
+    ):
+        vae = small_vae()
+        batch_size = None if isinstance(data, DataLoader) else len(X)
+        kwargs = {} if batch_size is None else {"batch_size": batch_size}
+        pv.fit(vae.model, vae.guide, data, pv.ELBO(), epochs=2, seed=1, **kwargs)
+        vaes.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
+    for other in vaes[1:]:  # one minibatch holds all data: only its order, and so the noise, differs
+        torch.testing.assert_close(vaes[0], other, rtol=0, atol=5e-3)
+
+
+def test_programs_of_two_arguments():
+    seen = set()
+
+    def model(x, y):
+        seen.add((x.shape[1:], y.shape[1:]))
+        w = pyro.param("w", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(w * x[:, 0] + z, 1.0), obs=y)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(())), 1.0))
+
+    y = 2 * X[:, 0]
+    pv.fit(model, guide, (X, y), pv.ELBO(), epochs=100, batch_size=25, lr=5e-2)
+    assert seen == {((6,), ())}
+    assert pyro.param("w").item() == pytest.approx(2.0, abs=0.3)
+
+
+def test_a_split_drawn_anew_for_each_minibatch():
+    digits = pv.data.load("digits", binarize="dynamic")
+    vae = pv.mlp_vae(digits.event_shape, latent_dim=2, hidden_dims=(20,))
+    history = pv.fit(
+        vae.model, vae.guide, digits.train, pv.ELBO(), epochs=3, batch_size=64, lr=3e-3, validation=digits.validation
+    )
+    assert history.validation_bound.is_monotonic_increasing
+
+
+@pytest.mark.parametrize("objective", [pyro.infer.Trace_ELBO(), pyro.infer.TraceMeanField_ELBO()])
+def test_pyros_objectives_train_too(objective):
+    vae = small_vae()
+    before = [p.detach().clone() for p in vae.parameters()]
+    pv.fit(vae.model, vae.guide, X, objective, epochs=1)
+    assert all((b != p).any() for b, p in zip(before, vae.parameters(), strict=True))
+
+
+def fit_with_checkpoint(path, epochs, data=X, **kwargs):
+    vae = small_vae()
+    settings = {"batch_size": 16, "seed": 5, "checkpoint": path, "validation": X[:9]} | kwargs
+    if isinstance(data, DataLoader):
+        del settings["batch_size"]
+    return vae, pv.fit(vae.model, vae.guide, data, pv.ELBO(), epochs=epochs, **settings)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "loader", "loader with its own generator"])
+def test_going_on_from_a_checkpoint_ends_where_an_unbroken_run_ends(tmp_path, kind):
+    def data():
+        if kind == "tensor":
+            return X
+        generator = torch.Generator().manual_seed(8) if "own" in kind else None
+        return DataLoader(X, batch_size=16, shuffle=True, generator=generator)
+
+    unbroken, history = fit_with_checkpoint(tmp_path / "unbroken.pt", 5, data())
+    fit_with_checkpoint(tmp_path / "broken.pt", 2, data())
+    torch.rand(3)  # what happens between sessions doesn't matter
+    resumed, resumed_history = fit_with_checkpoint(tmp_path / "broken.pt", 5, data())
+    assert same(unbroken, resumed)
+    assert history[["train_bound", "validation_bound"]].equals(resumed_history[["train_bound", "validation_bound"]])
+    again, _ = fit_with_checkpoint(tmp_path / "broken.pt", 5, data())
+    assert same(unbroken, again)
+
+
+def test_batch_norm_statistics_are_kept(tmp_path):
+    def build():
+        pyro.set_rng_seed(0)
+        encoder = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 4))
+        return pv.VAE(
+            prior=pv.StandardNormal(2),
+            likelihood=pv.Gaussian(torch.nn.Linear(2, 6), (6,)),
+            posterior=pv.DiagonalNormal(encoder, (6,)),
+        )
+
+    vaes = [build() for _ in range(2)]
+    pv.fit(vaes[0].model, vaes[0].guide, X, pv.ELBO(), epochs=4, batch_size=25, seed=1, checkpoint=tmp_path / "a.pt")
+    for epochs in (2, 4):
+        vaes[1] = build()
+        pv.fit(vaes[1].model, vaes[1].guide, X, pv.ELBO(), epochs=epochs, batch_size=25, seed=1,
+               checkpoint=tmp_path / "b.pt")  # fmt: skip
+    assert vaes[0].state_dict().keys() == vaes[1].state_dict().keys()
+    assert all(torch.equal(value, vaes[1].state_dict()[name]) for name, value in vaes[0].state_dict().items())
+
+
+def test_a_checkpoint_loads_without_running_code_and_gives_back_the_parameters(tmp_path):
+    path = tmp_path / "run" / "checkpoint.pt"
+    vae, _ = fit_with_checkpoint(path, 2)
+    state = torch.load(path, weights_only=True)
+    assert state["format"].startswith("pyro_vae")
+    fresh = small_vae(seed=9)
+    pv.load_parameters(path, fresh.model, fresh.guide, X[:2])
+    assert same(vae, fresh)
+    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+KILLED = ["first epoch", "third epoch", "validation", "half-written", "before the move", "after the move"]
+
+
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, Path(__file__).with_name("killed_runs.py"), folder, *KILLED]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return folder, [line.split("|") for line in finished.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("place", KILLED)
+def test_a_killed_run_started_again_ends_bit_for_bit_where_an_unbroken_run_ends(killed_runs, place):
+    folder, lines = killed_runs
+    checkpoint = [] if place == "first epoch" else [f"{place}.ckpt"]
+    assert [place, place, str(-signal.SIGKILL), *checkpoint] in lines
+    assert [place, "nowhere", "0", f"{place}.ckpt", f"{place}.pt"] in lines
+    unbroken, resumed = torch.load(folder / "nowhere.pt"), torch.load(folder / f"{place}.pt")
+    assert unbroken["bounds"] == resumed["bounds"]
+    assert len(unbroken["bounds"]) == 4
+    for name, value in unbroken["parameters"].items():
+        assert torch.equal(value, resumed["parameters"][name]), name
+
+
+def test_ctrl_c_keeps_what_was_learned(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    class Interrupting:
+        def __init__(self):
+            self.uses = 0
+
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, index):
+            self.uses += 1
+            if self.uses == 11:  # four steps an epoch, and one look before the first
+                raise KeyboardInterrupt
+            return X[index]
+
+    vae, start = small_vae(), small_vae()
+    with pytest.warns(UserWarning, match=r"Ctrl-C in epoch 3, step 1: .*keep.*holds epoch 2"):
+        history = pv.fit(
+            vae.model, vae.guide, Interrupting(), pv.ELBO(), epochs=9, batch_size=16, seed=5, checkpoint=path
+        )
+    assert len(history) == 2
+    assert not same(vae, start)
+    assert len(checkpoints.load(path)["history"]) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    fit_with_checkpoint(path, 2)
+    before = path.read_bytes()
+
+    class TurningBad:
+        uses = 0
+
+        def __len__(self):
+            return len(X)
+
+        def __getitem__(self, index):
+            TurningBad.uses += 1
+            return X[index] * (math.nan if TurningBad.uses == 7 else 1.0)
+
+    message = r"the loss is nan in epoch 4, step 2.*learning rate.*as it was after epoch 3"
+    with pytest.raises(FloatingPointError, match=message):
+        fit_with_checkpoint(path, 5, TurningBad())
+    assert path.read_bytes() != before
+    assert len(checkpoints.load(path)["history"]) == 3
+    assert all(torch.isfinite(value).all() for value in checkpoints.load(path)["parameters"].values())
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    """A gradient can be NaN where the loss is finite: the square root at 0."""
+
+    def model(x):
+        w = pyro.param("w", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(w.abs().sqrt() * 0, 1.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(FloatingPointError, match=r"parameter 'w' is not finite in epoch 1, step 1"):
+        pv.fit(model, guide, X, pv.ELBO(), epochs=1, checkpoint=tmp_path / "checkpoint.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_something_else_are_refused_untouched(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    fit_with_checkpoint(path, 2)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"written with lr=0.001, and lr=0.01 is asked for: expected the same"):
+        fit_with_checkpoint(path, 3, lr=1e-2)
+    with pytest.raises(ValueError, match=r"written with batch_size=16, and batch_size=8 is asked"):
+        fit_with_checkpoint(path, 3, batch_size=8)
+    with pytest.raises(ValueError, match=r"holds 2 epochs, and 1 in all are asked for"):
+        fit_with_checkpoint(path, 1)
+    pyro.clear_param_store()
+    other = pv.mlp_vae((6,), latent_dim=3, hidden_dims=(8,), likelihood="gaussian")
+    with pytest.raises(ValueError, match=r"of another program: expected parameters as in this one, with 'likelihood"):
+        pv.load_parameters(path, other.model, other.guide, X)
+    assert path.read_bytes() == before
+    for content in (before[: len(before) // 2], b"", b"not a checkpoint", b"PK\x03\x04"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"can't be read as a checkpoint: it is truncated"):
+            fit_with_checkpoint(path, 3)
+        assert path.read_bytes() == content
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"expected .* to be a 'pyro_vae checkpoint 1', got None"):
+        fit_with_checkpoint(path, 3)
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*Train first"):
+        pv.load_parameters(tmp_path / "none.pt", other.model, other.guide, X)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"epochs": 0}, "epochs of at least 1"),
+        ({"lr": 0.0}, "positive lr"),
+        ({"lr": math.nan}, "positive lr"),
+        ({"batch_size": 0}, "batch_size to be a positive integer, got 0"),
+        ({"data": X[:0]}, "expected data to train on, got none"),
+        ({"data": (X, X[:3])}, r"tensors of one length, got lengths \[50, 3\]"),
+        ({"data": torch.full((5, 6), math.nan)}, "expected data to be finite"),
+        ({"validation": torch.full((5, 6), math.inf)}, "expected validation to be finite"),
+        ({"data": 3}, "expected data to be a tensor, a split of pv.data, a tuple of tensors or a DataLoader, got int"),
+        ({"data": DataLoader(X), "batch_size": 5}, "expected no batch_size with a DataLoader"),
+        ({"data": X[:, :5]}, r"expected x of shape \(N, 6\)"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    vae = small_vae()
+    arguments = {"data": X, "objective": pv.ELBO(), "epochs": 1} | kwargs
+    before = [p.detach().clone() for p in vae.parameters()]
+    with pytest.raises(ValueError, match=message):
+        pv.fit(vae.model, vae.guide, **arguments)
+    assert all(torch.equal(b, p) for b, p in zip(before, vae.parameters(), strict=True))
+
+
+def test_a_program_without_parameters():
+    program = LinearGaussian(6, 2, 5)
+    with pytest.raises(ValueError, match="expected a program with parameters to train, got none"):
+        pv.fit(program.model, program.guide, program.x, pv.ELBO(), epochs=1)
