@@ -2,7 +2,7 @@
 
     python examples/svi_digits.py                (half a minute; --epochs 2 for a glance)
 
-log p(x) = ELBO + KL(q(z|x) || p(z|x)), so every ELBO is below log p(x). Its KL(q(z|x) || p(z)) can be had in closed form
+log p(x) = ELBO + KL(q(z|x) || p(z|x)), so the ELBO is below log p(x). Its KL(q(z|x) || p(z)) can be had in closed form
 or from samples of q: one mean, two variances. Averaging K weights before the logarithm (IWAE) closes the gap.
 """
 
@@ -52,4 +52,4 @@ table = pv.compare(model, guide, digits.test.x.flatten(1), objectives, repeats=2
 print("\nOn test digits, in nats per digit:\n")
 print(table[["bound", "bound_se", "estimator_std", "milliseconds"]].round(3).to_string())
 gap = table.bound["IWAE", 256] - table.bound["ELBO, closed-form KL", 1]
-print(f"\nThe ELBO is at least {gap:.2f} nats below log p(x): what the guide's shape costs.")
+print(f"\nThe ELBO is at least {gap:.2f} nats below log p(x): what an imperfect guide costs.")

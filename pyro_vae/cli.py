@@ -24,7 +24,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # --help should not wait for torch, so each command imports what it needs
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from pyro_vae import VAE
