@@ -124,6 +124,8 @@ def _measure(
             loss = objective.differentiable_loss(model, guide, chunk)
             parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             gradient = gradient + torch.cat([part.flatten() for part in parts])
+        if gradient.is_cuda:
+            torch.cuda.synchronize(gradient.device)
         seconds.append(time.perf_counter() - started)
         gradients.add(gradient.split([in_model, len(gradient) - in_model]))
     per_repeat = torch.stack(bounds)

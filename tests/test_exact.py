@@ -16,6 +16,7 @@ import pyro_vae as pv
 ZERO_VARIANCE = [
     pv.ELBO(1, "monte_carlo"),
     pv.ELBO(5, "monte_carlo"),
+    pv.ELBO(5, "monte_carlo", vectorize_particles=False),
     pv.IWAE(1),
     pv.IWAE(7),
     pv.IWAE(7, vectorize_particles=False),

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae import checkpoint as checkpoints
+from pyro_vae.minibatches import Minibatches
 
 
 def linear_program():
@@ -175,24 +176,33 @@ def test_going_on_from_a_checkpoint_ends_where_an_unbroken_run_ends(tmp_path, ki
     assert same(unbroken, again)
 
 
-def test_batch_norm_statistics_are_kept(tmp_path):
-    def build():
-        pyro.set_rng_seed(0)
-        encoder = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 4))
-        return pv.VAE(
-            prior=pv.StandardNormal(2),
-            likelihood=pv.Gaussian(torch.nn.Linear(2, 6), (6,)),
-            posterior=pv.DiagonalNormal(encoder, (6,)),
-        )
+def batch_norm_vae():
+    pyro.set_rng_seed(0)
+    layers = [torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 4)]
+    return pv.VAE(
+        prior=pv.StandardNormal(2),
+        likelihood=pv.Gaussian(torch.nn.Linear(2, 6), (6,)),
+        posterior=pv.DiagonalNormal(torch.nn.Sequential(*layers), (6,)),
+    )
 
-    vaes = [build() for _ in range(2)]
-    pv.fit(vaes[0].model, vaes[0].guide, X, pv.ELBO(), epochs=4, batch_size=25, seed=1, checkpoint=tmp_path / "a.pt")
+
+def test_batch_norm_statistics_are_kept_and_validation_leaves_them(tmp_path):
+    settings = {"objective": pv.ELBO(), "batch_size": 25, "seed": 1}
+    unbroken, broken, validated = (batch_norm_vae() for _ in range(3))
+    pv.fit(unbroken.model, unbroken.guide, X, epochs=4, **settings)
     for epochs in (2, 4):
-        vaes[1] = build()
-        pv.fit(vaes[1].model, vaes[1].guide, X, pv.ELBO(), epochs=epochs, batch_size=25, seed=1,
-               checkpoint=tmp_path / "b.pt")  # fmt: skip
-    assert vaes[0].state_dict().keys() == vaes[1].state_dict().keys()
-    assert all(torch.equal(value, vaes[1].state_dict()[name]) for name, value in vaes[0].state_dict().items())
+        broken = batch_norm_vae()
+        pv.fit(broken.model, broken.guide, X, epochs=epochs, checkpoint=tmp_path / "checkpoint.pt", **settings)
+    history = pv.fit(validated.model, validated.guide, X, epochs=4, validation=X[:9], **settings)
+    for other in (broken, validated):
+        for name, value in unbroken.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
+    assert all(part.training for part in validated.modules())
+    # the last epoch's validation is that of the final parameters, without dropout
+    validated.eval()
+    pyro.set_rng_seed(0)
+    bound = pv.ELBO().bound(validated.model, validated.guide, X[:9]).mean()
+    assert history.validation_bound.iloc[-1] == pytest.approx(bound.item(), rel=1e-5)
 
 
 def test_a_checkpoint_loads_without_running_code_and_gives_back_the_parameters(tmp_path):
@@ -352,3 +362,14 @@ def test_a_program_without_parameters():
     program = LinearGaussian(6, 2, 5)
     with pytest.raises(ValueError, match="expected a program with parameters to train, got none"):
         pv.fit(program.model, program.guide, program.x, pv.ELBO(), epochs=1)
+
+
+def test_trying_the_program_takes_no_random_numbers_from_the_training():
+    generator = torch.Generator().manual_seed(1)
+    digits = pv.data.load("digits", binarize="dynamic")
+    for data in (digits.train, DataLoader(X, shuffle=True), DataLoader(X, shuffle=True, generator=generator)):
+        batches = Minibatches(data, None, "data")
+        states = torch.get_rng_state(), generator.get_state()
+        batches.example()
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert torch.equal(generator.get_state(), states[1])
