@@ -16,7 +16,6 @@ import torch
 import pyro_vae as pv
 from pyro_vae import checkpoint as checkpoints
 
-torch.set_num_threads(1)
 torch_save, move = torch.save, checkpoints.Path.replace
 
 
@@ -76,14 +75,19 @@ def train(place, path, out):
     torch_save({"parameters": vae.state_dict(), "bounds": history.iloc[:, :2].values.tolist()}, out)
 
 
-torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # imports what each child would import again
-folder, *places = sys.argv[1:]
-for place in ["nowhere", *places]:
-    for attempt in [place] if place == "nowhere" else [place, "nowhere"]:
-        child = os.fork()  # a process of its own, without importing everything again
-        if child == 0:
-            train(attempt, f"{folder}/{place}.ckpt", f"{folder}/{place}.pt")
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        written = [name for name in (f"{place}.ckpt", f"{place}.pt") if Path(folder, name).exists()]
-        print(place, attempt, status, *written, sep="|", flush=True)
+def main(folder, places):
+    torch.set_num_threads(1)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # imports what each child would import again
+    for place in ["nowhere", *places]:
+        for attempt in [place] if place == "nowhere" else [place, "nowhere"]:
+            child = os.fork()  # a process of its own, without importing everything again
+            if child == 0:
+                train(attempt, f"{folder}/{place}.ckpt", f"{folder}/{place}.pt")
+                os._exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            written = [name for name in (f"{place}.ckpt", f"{place}.pt") if Path(folder, name).exists()]
+            print(place, attempt, status, *written, sep="|", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
