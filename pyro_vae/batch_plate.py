@@ -16,11 +16,12 @@ Sites = dict[str, Site]  # by the words that an error names the site by, such as
 
 
 class Plate(NamedTuple):
-    """A vectorised plate: its name, its dimension counted from the right, its size after subsampling."""
+    """A vectorised plate: its name, its dimension counted from the right, its size after subsampling and before."""
 
     name: str
     dim: int
     size: int
+    full_size: int
 
     def __str__(self) -> str:
         return f"'{self.name}' (dim {self.dim}, size {self.size})"
@@ -29,7 +30,7 @@ class Plate(NamedTuple):
 def plates(site: Site) -> list[Plate]:
     """The vectorised plates around a site, outermost first, without the one over particles."""
     return [
-        Plate(frame.name, frame.dim, frame.size)
+        Plate(frame.name, frame.dim, frame.size, frame.full_size)
         for frame in site["cond_indep_stack"]
         if frame.vectorized and frame.name != PARTICLE_PLATE
     ]
@@ -111,9 +112,12 @@ def _own_batch_shape(site: Site) -> list[int]:
 
 
 def _swallows(site: Site, plate: Plate) -> bool:
-    """Whether an observation's event holds the plate's rows, so that each row would count all rows."""
+    """Whether an observation's event holds the plate's rows, so that each row counts them all, and all rows agree."""
     event = site["fn"].event_shape
-    return bool(site["is_observed"] and event and event[0] == plate.size > 1 and site["value"].dim() == len(event))
+    if not (site["is_observed"] and event and event[0] in (plate.size, plate.full_size) and plate.size > 1):
+        return False
+    log_prob = site["unscaled_log_prob"]
+    return site["value"].dim() == len(event) and bool((log_prob == log_prob.narrow(plate.dim, 0, 1)).all())
 
 
 def _to_event(words: str, site: Site, plate: str) -> str:

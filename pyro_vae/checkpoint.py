@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import rng
+from pyro_vae.modules import buffers, find_modules
 from pyro_vae.weights import Program, find_parameters
 
 FORMAT = "pyro_vae checkpoint 1"
@@ -37,6 +38,8 @@ def load(path: str | Path) -> dict[str, Any]:
         ValueError: the file is truncated, or is not a checkpoint of pyro_vae.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected {path} to be a checkpoint, got a folder. Pass the file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Train first, or check the path.")
     try:
@@ -53,7 +56,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_parameters(path: str | Path, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
-    """Give a program the parameters that a checkpoint of :func:`pyro_vae.fit` holds.
+    """Give a program the parameters, and batch norm's statistics, that a checkpoint of :func:`pyro_vae.fit` holds.
 
     Arguments:
         path: the checkpoint.
@@ -66,25 +69,34 @@ def load_parameters(path: str | Path, model: Program, guide: Program, *args: Any
         FileNotFoundError: there is no checkpoint at `path`.
         ValueError: the file is no checkpoint, or one of another program.
     """
+    state = load(path)
     in_model, in_guide = find_parameters(model, guide, *args, **kwargs)
-    copy_tensors(path, "parameters", load(path)["parameters"], in_model | in_guide)
+    restore(path, state, in_model | in_guide, buffers(find_modules(model, guide)))
 
 
-def copy_tensors(path: str | Path, what: str, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Copy saved tensors into a program's own, in place; refuse other names or shapes before the first copy."""
-    saved_shapes = {name: tuple(value.shape) for name, value in saved.items()}
-    own_shapes = {name: tuple(value.shape) for name, value in own.items()}
-    if saved_shapes != own_shapes:
-        names = sorted(saved_shapes.keys() | own_shapes.keys())
-        name = next(name for name in names if saved_shapes.get(name) != own_shapes.get(name))
-        raise ValueError(
-            f"the checkpoint {path} is of another program: expected {what} as in this one, with '{name}' of shape "
-            f"{own_shapes.get(name, 'none')}, got {saved_shapes.get(name, 'none')}. Build the program that was "
-            "trained, or pass another path."
-        )
+def restore(
+    path: str | Path, state: dict[str, Any], parameters: dict[str, Tensor], own_buffers: dict[str, Tensor]
+) -> None:
+    """Copy a checkpoint's tensors into a program's own, in place; refuse another program's before the first copy."""
+    pairs = (("parameter", state["parameters"], parameters), ("buffer", state["buffers"], own_buffers))
+    for what, saved, own in pairs:
+        there = {name: (tuple(value.shape), value.dtype) for name, value in saved.items()}
+        here = {name: (tuple(value.shape), value.dtype) for name, value in own.items()}
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"the checkpoint {path} is of another program: expected its {what} '{name}' to be as in this one, "
+                    f"{_describe(here.get(name))}, got {_describe(there.get(name))}. Build the program that was trained, "
+                    "or pass another path."
+                )
     with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(saved[name])
+        for _, saved, own in pairs:
+            for name, value in own.items():
+                value.copy_(saved[name])
+
+
+def _describe(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "absent" if tensor is None else f"of shape {tensor[0]} and {tensor[1]}"
 
 
 def pack_rng() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import rng
+from pyro_vae.modules import evaluating, find_modules
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 from pyro_vae.weights import Program, find_parameters
 
@@ -50,7 +52,8 @@ def compare(
     Arguments:
         model: a Pyro model with a batch plate.
         guide: its guide.
-        x: data (N, ...), or a split of :mod:`pyro_vae.data`.
+        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
+            Modules that model or guide is a method of are measured in evaluation mode.
         objectives: a list, or a dictionary that gives each its name; None takes the ELBO with closed-form KL, by
             Monte Carlo with 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
@@ -74,29 +77,29 @@ def compare(
     References:
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
     """
-    x = x[:]
-    if repeats < 2 or len(x) < 2:
-        raise ValueError(f"expected at least 2 repeats and 2 data, got {repeats} repeats and {len(x)} data.")
-    chosen = _defaults(model, guide, x) if objectives is None else objectives
+    args = tuple(column[:] for column in x) if isinstance(x, tuple | list) else (x[:],)
+    if repeats < 2 or len(args[0]) < 2:
+        raise ValueError(f"expected at least 2 repeats and 2 data, got {repeats} repeats and {len(args[0])} data.")
+    chosen = _defaults(model, guide, args) if objectives is None else objectives
     named = list(chosen.items()) if isinstance(chosen, Mapping) else [(o.name, o) for o in chosen]
     keys = [(name, objective.num_particles) for name, objective in named]
     if len(set(keys)) < len(keys):
         raise ValueError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
-    parameters = find_parameters(model, guide, x[:2])
+    parameters = find_parameters(model, guide, *args)
     rows = []
     for _, objective in named:
-        with nullcontext() if seed is None else rng.preserved(seed):
-            rows.append(_measure(model, guide, x, objective, parameters, repeats))
+        with evaluating(find_modules(model, guide)), nullcontext() if seed is None else rng.preserved(seed):
+            rows.append(_measure(model, guide, args, objective, parameters, repeats))
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
 
 
-def _defaults(model: Program, guide: Program, x: Tensor) -> list[Objective]:
+def _defaults(model: Program, guide: Program, args: tuple[Tensor, ...]) -> list[Objective]:
     objectives: list[Objective] = [ELBO(1, "monte_carlo"), ELBO(16, "monte_carlo")]
     objectives += [IWAE(num_particles) for num_particles in (1, 4, 16, 64, 256)]
     closed_form = ELBO()
     try:
         with torch.no_grad(), rng.preserved():
-            closed_form.bound(model, guide, x[:2])
+            closed_form.bound(model, guide, *args)
     except NoClosedFormError as error:
         warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=3)
         return objectives
@@ -106,39 +109,45 @@ def _defaults(model: Program, guide: Program, x: Tensor) -> list[Objective]:
 def _measure(
     model: Program,
     guide: Program,
-    x: Tensor,
+    args: tuple[Tensor, ...],
     objective: Objective,
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
     repeats: int,
 ) -> dict[str, float]:
-    chunks = x.split(max(1, ROWS_AT_ONCE // objective.num_particles))
+    at_once = max(1, ROWS_AT_ONCE // objective.num_particles)
+    chunks = list(zip(*(column.split(at_once) for column in args), strict=True))
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
     bounds, seconds, gradients = [], [], _Moments()
     for _ in range(repeats):
         with torch.no_grad():
-            bounds.append(torch.cat([objective.bound(model, guide, chunk) for chunk in chunks]).double())
-        started = time.perf_counter()
+            bounds.append(torch.cat([objective.bound(model, guide, *chunk) for chunk in chunks]).double())
+        started = _now(args[0])
         gradient = torch.zeros(())
         for chunk in chunks:
-            loss = objective.differentiable_loss(model, guide, chunk)
+            loss = objective.differentiable_loss(model, guide, *chunk)
             parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             gradient = gradient + torch.cat([part.flatten() for part in parts])
-        if gradient.is_cuda:
-            torch.cuda.synchronize(gradient.device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(_now(args[0]) - started)
         gradients.add(gradient.split([in_model, len(gradient) - in_model]))
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
     snr_model, snr_guide = gradients.snr()
     return {
         "bound": per_datum.mean().item(),
-        "bound_se": per_datum.std().item() / math.sqrt(len(x)),
+        "bound_se": per_datum.std().item() / math.sqrt(len(args[0])),
         "estimator_std": per_repeat.var(0).mean().sqrt().item(),
         "grad_snr_model": snr_model,
         "grad_snr_guide": snr_guide,
-        "milliseconds": 1e3 * sorted(seconds)[repeats // 2],
+        "milliseconds": 1e3 * statistics.median(seconds),
     }
+
+
+def _now(x: Tensor) -> float:
+    """The time, once x's device has done what it was told."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
 
 
 class _Moments:

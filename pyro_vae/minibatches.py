@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae import rng
 
@@ -33,10 +34,11 @@ class Minibatches:
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ValueError(f"expected batch_size to be a positive integer, got {batch_size!r}.")
         self.columns: Sequence[Any] = data if isinstance(data, tuple | list) else (data,)
-        if not self.columns or not all(hasattr(c, "__getitem__") and hasattr(c, "__len__") for c in self.columns):
+        usable = (hasattr(c, "__getitem__") and not isinstance(c, Dataset | np.ndarray | str) for c in self.columns)
+        if not self.columns or not all(usable):
             raise ValueError(
                 f"expected {name} to be a tensor, a split of pv.data, a tuple of tensors or a DataLoader, got "
-                f"{type(data).__name__}."
+                f"{type(data).__name__}. Use torch.as_tensor for an array, and a DataLoader for another data set."
             )
         sizes = {len(column) for column in self.columns}
         if len(sizes) > 1:
@@ -59,15 +61,15 @@ class Minibatches:
         """A first minibatch, to try the program on; takes no random numbers from the training."""
         with rng.preserved():
             if self.loader is not None:
-                state = self.generator_state()
+                states = self.generator_states()
                 batch = next(iter(self.in_order()))
-                self.set_generator_state(state)
+                self.set_generator_states(states)
                 return batch
             return self._take(slice(0, self.batch_size))
 
     def shuffled(self) -> Iterator[Batch]:
-        """One epoch, in a new random order."""
-        if self.loader is not None:
+        """One epoch, in a new random order; whole, where one minibatch holds all: its rows may have parameters."""
+        if self.loader is not None or self.steps == 1:
             yield from self.in_order()
             return
         for index in torch.randperm(self.size or 0).split(self.batch_size or 1):
@@ -77,20 +79,32 @@ class Minibatches:
         """One pass in the data's own order."""
         if self.loader is not None:
             for batch in self.loader:
-                yield tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+                columns = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+                if not isinstance(columns[0], Tensor):
+                    raise ValueError(
+                        "expected a DataLoader of tensors, or of tuples that begin with one, got minibatches of "
+                        f"{type(batch).__name__}. Set its collate_fn."
+                    )
+                yield columns
             return
         for start in range(0, self.size or 0, self.batch_size or 1):
             yield self._take(slice(start, start + (self.batch_size or 1)))
 
-    def generator_state(self) -> Tensor | None:
-        """The state of the DataLoader's own generator, if it has one."""
-        generator = getattr(self.loader, "generator", None)
-        return None if generator is None else generator.get_state()
+    def generator_states(self) -> list[Tensor]:
+        """The states of the DataLoader's own generators, if it has any."""
+        return [generator.get_state() for generator in self._generators()]
 
-    def set_generator_state(self, state: Tensor | None) -> None:
-        """Put the DataLoader's own generator back."""
-        if state is not None and self.loader is not None:
-            self.loader.generator.set_state(state)
+    def set_generator_states(self, states: list[Tensor]) -> None:
+        """Put the DataLoader's own generators back."""
+        for generator, state in zip(self._generators(), states, strict=True):
+            generator.set_state(state)
+
+    def _generators(self) -> list[torch.Generator]:
+        sampler = getattr(self.loader, "sampler", None)
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        owners = (self.loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = (getattr(owner, "generator", None) for owner in owners)
+        return list(dict.fromkeys(generator for generator in found if generator is not None))
 
     def _take(self, index: Any) -> Batch:
         return tuple(column[index] for column in self.columns)

@@ -21,13 +21,13 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae.agreement import equal, family, same_masks
 from pyro_vae.batch_plate import Site
 from pyro_vae.weights import (
     Program,
     Run,
+    check_num_particles,
     datum_scale,
-    equal,
-    family,
     find_max_plate_nesting,
     per_datum,
     run_log_weights,
@@ -36,7 +36,7 @@ from pyro_vae.weights import (
 
 
 class NoClosedFormError(ValueError):
-    """A latent site's pair of families has no KL in closed form."""
+    """A program has no closed form for the KL of one of its latent sites."""
 
 
 class Objective(pyro.infer.ELBO):
@@ -48,7 +48,7 @@ class Objective(pyro.infer.ELBO):
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
         vectorize_particles: run the program once, with a leading dimension for the particles; False runs it K
-            times and draws the same values, for programs whose networks take no leading dimension.
+            times, for programs whose networks take no leading dimension; see :func:`pyro_vae.log_weights`.
         max_plate_nesting: how many dimensions the program's plates take; None finds it at the first call with
             a model and guide, by one more run.
 
@@ -62,8 +62,7 @@ class Objective(pyro.infer.ELBO):
     def __init__(
         self, num_particles: int = 1, *, vectorize_particles: bool = True, max_plate_nesting: int | None = None
     ) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"expected num_particles to be a positive integer, got {num_particles!r}.")
+        check_num_particles(num_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.max_plate_nesting = max_plate_nesting
         self._found_nesting: tuple[Program, Program, int] | None = None
@@ -211,7 +210,8 @@ class ELBO(Objective):
             if site["is_observed"] or self.kl == "monte_carlo":
                 yield site, site["unscaled_log_prob"]
         for name, site in run.guide.items():
-            yield site, -(site["unscaled_log_prob"] if self.kl == "monte_carlo" else _site_kl(run, name))
+            sampled = self.kl == "monte_carlo" or site["is_observed"]  # a guide's factor has no KL
+            yield site, -(site["unscaled_log_prob"] if sampled else _site_kl(run, name))
 
 
 class IWAE(Objective):
@@ -262,7 +262,7 @@ def _check_order(run: Run) -> None:
     guide = [name for name in run.guide if name in run.model]
     model = [name for name in run.model if name in run.guide]
     if guide != model:
-        raise ValueError(
+        raise NoClosedFormError(
             f"ELBO(kl='analytic') expected model and guide to sample their latent sites in one order, got {model} in "
             f"the model and {guide} in the guide: a closed form given a site that is sampled later would be wrong. "
             "Reorder one of them, or use kl='monte_carlo'."
@@ -279,12 +279,12 @@ def _site_kl(run: Run, name: str) -> Tensor:
         )
     model = run.model[name]
     if not equal(guide["scale"], model["scale"]):
-        raise ValueError(
+        raise NoClosedFormError(
             f"ELBO(kl='analytic') expected one scale at site '{name}', got {model['scale']} in the model and "
             f"{guide['scale']} in the guide: no KL weighs its two halves differently. Use kl='monte_carlo'."
         )
-    if not equal(guide["mask"], model["mask"]):
-        raise ValueError(
+    if not same_masks(guide, model):
+        raise NoClosedFormError(
             f"ELBO(kl='analytic') expected one mask at site '{name}', got different ones in model and guide. Mask both "
             "alike, or use kl='monte_carlo'."
         )

@@ -38,5 +38,9 @@ class DiagonalNormal(nn.Module):
     def forward(self, x: Tensor) -> dist.TorchDistribution:
         """The guide's distribution of z for each x."""
         features = apply_batched(self.encoder, x, len(self.event_shape))
+        if features.shape[-1] % 2:
+            raise ValueError(
+                f"expected an encoder with 2 Z outputs, a mean and a log scale each, got {features.shape[-1]}."
+            )
         loc, log_scale = features.chunk(2, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from tqdm.auto import tqdm
 from pyro_vae import checkpoint as checkpoints
 from pyro_vae import rng
 from pyro_vae.minibatches import Batch, Minibatches
+from pyro_vae.modules import buffers, evaluating, find_modules
 from pyro_vae.weights import Program, find_parameters
 
 
@@ -57,10 +56,13 @@ def fit(
             weights come before `fit`: call ``pyro.set_rng_seed`` before building the networks too.
         progress: whether to show a progress bar, in a terminal.
 
+    The checkpoint has the program's parameters, and the buffers (batch norm's statistics) of modules that model or
+    guide is, or is a method of; these are also what validation puts into evaluation mode.
+
     Returns:
         A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without such data), the
-        mean bound per datum in nats, and ``seconds``. Ctrl-C ends training with a warning and returns the
-        epochs so far; the parameters keep what was learned.
+        mean bound per datum in nats, times the program's own scale if it has one, and ``seconds``. Ctrl-C ends
+        training with a warning and returns the epochs so far; the parameters keep what was learned.
 
     Raises:
         ValueError: an argument out of range, data of unequal lengths, empty or with NaN, no parameters to train, or a
@@ -78,8 +80,8 @@ def fit(
     References:
         Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, ICLR.
     """
-    if epochs < 1 or not (0 < lr < math.inf):
-        raise ValueError(f"expected epochs of at least 1 and a positive lr, got epochs={epochs!r} and lr={lr!r}.")
+    if not isinstance(epochs, int) or epochs < 1 or not (0 < lr < math.inf):
+        raise ValueError(f"expected epochs to be a positive integer and lr positive, got {epochs!r} and {lr!r}.")
     batches = Minibatches(data, batch_size, "data")
     held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
     if held_out is not None and not held_out.has_data():
@@ -88,11 +90,10 @@ def fit(
         pyro.set_rng_seed(seed)
 
     parameters = _prepare(model, guide, objective, batches.example())
-    modules = _modules(model, guide)
-    buffers = {f"{i}.{name}": b for i, module in enumerate(modules) for name, b in module.named_buffers()}
-    optimizer = torch.optim.Adam(list(parameters.values()), lr=lr, fused=True)
+    modules = find_modules(model, guide)
+    optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     settings = {
-        "objective": repr(objective),
+        "objective": _describe(objective),
         "batch_size": batches.batch_size,
         "lr": lr,
         "seed": seed,
@@ -100,13 +101,13 @@ def fit(
     }
     rows: list[dict[str, float]] = []
     if checkpoint and Path(checkpoint).exists():
-        rows = _resume(checkpoint, epochs, settings, parameters, buffers, optimizer, batches)
+        rows = _resume(checkpoint, epochs, settings, parameters, modules, optimizer, batches)
 
     bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
     bar.update(len(rows) * (batches.steps or 0))
     epoch = step = 0
     try:
-        with pyro.validation_enabled(False):  # it was on in _prepare, which ran the program once
+        with pyro.distributions.validation_enabled(False):  # it was on in _prepare, which ran the program once
             for epoch in range(len(rows) + 1, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}")
                 started, total, count = time.perf_counter(), 0.0, 0
@@ -126,26 +127,23 @@ def fit(
                         raise FloatingPointError(
                             _not_finite(f"parameter '{name}' is not finite", epoch, step, lr, checkpoint)
                         )
-                rows.append(
-                    {
-                        "train_bound": -total / count,
-                        "validation_bound": _validate(model, guide, objective, held_out, modules),
-                        "seconds": time.perf_counter() - started,
-                    }
-                )
+                row = {
+                    "train_bound": -total / count,
+                    "validation_bound": _validate(model, guide, objective, held_out, modules),
+                    "seconds": time.perf_counter() - started,
+                }
                 if checkpoint:
-                    checkpoints.save(
-                        checkpoint,
-                        {
-                            "settings": settings,
-                            "history": rows,
-                            "parameters": {name: value.detach() for name, value in parameters.items()},
-                            "buffers": buffers,
-                            "optimizer": optimizer.state_dict(),
-                            "rng": checkpoints.pack_rng(),
-                            "loader_rng": batches.generator_state(),
-                        },
-                    )
+                    state = {
+                        "settings": settings,
+                        "history": [*rows, row],
+                        "parameters": {name: value.detach() for name, value in parameters.items()},
+                        "buffers": buffers(modules),
+                        "optimizer": optimizer.state_dict(),
+                        "rng": checkpoints.pack_rng(),
+                        "loader_rng": batches.generator_states(),
+                    }
+                    checkpoints.save(checkpoint, state)
+                rows.append(row)  # last, so that the history never runs ahead of the checkpoint
     except KeyboardInterrupt:
         kept = f"; the checkpoint {checkpoint} holds epoch {len(rows)}" if checkpoint and rows else ""
         warnings.warn(
@@ -161,7 +159,7 @@ def fit(
 def _prepare(model: Program, guide: Program, objective: Any, batch: Batch) -> dict[str, Tensor]:
     """Run the program once with validation on, so that its mistakes show before any work; return its parameters."""
     in_model, in_guide = find_parameters(model, guide, *batch)
-    parameters = in_model | in_guide
+    parameters = dict(sorted((in_model | in_guide).items()))  # by name: Adam knows its own by their order
     if not parameters:
         raise ValueError(
             "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
@@ -177,7 +175,7 @@ def _resume(
     epochs: int,
     settings: dict[str, Any],
     parameters: dict[str, Tensor],
-    buffers: dict[str, Tensor],
+    modules: list[nn.Module],
     optimizer: torch.optim.Optimizer,
     batches: Minibatches,
 ) -> list[dict[str, float]]:
@@ -194,10 +192,9 @@ def _resume(
             f"the checkpoint {path} holds {len(state['history'])} epochs, and {epochs} in all are asked for. Ask for "
             "at least as many, or pass a new path."
         )
-    checkpoints.copy_tensors(path, "parameters", state["parameters"], parameters)
-    checkpoints.copy_tensors(path, "buffers", state["buffers"], buffers)
+    checkpoints.restore(path, state, parameters, buffers(modules))
     optimizer.load_state_dict(state["optimizer"])
-    batches.set_generator_state(state["loader_rng"])
+    batches.set_generator_states(state["loader_rng"])
     checkpoints.unpack_rng(state["rng"])
     return list(state["history"])
 
@@ -212,30 +209,23 @@ def _validate(
     if held_out is None:
         return math.nan
     total, count = 0.0, 0
-    with torch.no_grad(), rng.preserved(seed=0), _evaluating(modules):
+    own = held_out.generator_states()
+    with torch.no_grad(), rng.preserved(seed=0), evaluating(modules):
         for batch in held_out.in_order():
             total += objective.differentiable_loss(model, guide, *batch).item()
             count += len(batch[0])
+    held_out.set_generator_states(own)
     return -total / count
 
 
-def _modules(model: Program, guide: Program) -> list[nn.Module]:
-    """The modules whose methods the model and guide are, or which they are: those with buffers and modes."""
-    owners = [getattr(program, "__self__", program) for program in (model, guide)]
-    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
-
-
-@contextmanager
-def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Dropout off, and batch norm frozen, where they were on."""
-    training = [part for module in modules for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
+def _describe(objective: Any) -> str:
+    """An objective's type and settings, to recognise it by; not what it found out about a program."""
+    settings = {
+        name: value
+        for name, value in sorted(vars(objective).items())
+        if isinstance(value, bool | int | float | str) and not name.startswith("_") and name != "max_plate_nesting"
+    }
+    return f"{type(objective).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
 def _not_finite(what: str, epoch: int, step: int, lr: float, checkpoint: str | Path | None) -> str:

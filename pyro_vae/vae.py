@@ -127,11 +127,14 @@ def _register(name: str, module: nn.Module) -> None:
     ``pyro.module`` alone would go on handing the earlier ones to the optimiser, and this VAE would never learn.
     """
     store = pyro.get_param_store()
-    known = dict(store.named_parameters())
     for suffix, parameter in module.named_parameters():
-        full_name = f"{name}$$${suffix}"
-        if full_name in known and known[full_name] is not parameter:
-            del store[full_name]
+        known = dict(store.named_parameters())
+        earlier = known.get(f"{name}$$${suffix}", parameter)
+        if earlier is not parameter:
+            if sum(value is earlier for value in known.values()) == 1:
+                del store[f"{name}$$${suffix}"]
+            else:  # the earlier VAE shared it between modules, and Pyro can delete a tensor under one name only
+                store[f"{name}$$${suffix}"] = parameter
     pyro.module(name, module)
 
 
@@ -204,7 +207,8 @@ def conv_vae(
 
 def _check_sizes(**sizes: Sequence[int]) -> None:
     for name, values in sizes.items():
-        if not all(isinstance(value, int) and value > 0 for value in values):
+        empty = len(values) == 0 and name == "event_shape"
+        if empty or not all(isinstance(value, int) and value > 0 for value in values):
             raise ValueError(f"expected {name} of positive integers, got {values!r}.")
 
 

@@ -13,8 +13,8 @@ This file knows no objective.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,18 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import (
+    Cauchy,
+    Delta,
+    ExpandedDistribution,
+    Laplace,
+    LowRankMultivariateNormal,
+    MaskedDistribution,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    Uniform,
+)
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -30,6 +42,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_vae import rng
+from pyro_vae.agreement import check_densities, check_reparameterised, check_shapes, check_sites, equal
 from pyro_vae.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
 
 Program = Callable[..., Any]
@@ -50,7 +63,8 @@ def log_weights(
 
     Every density inside the batch plate counts: all latent sites, and plates nested in it (pixels, time steps)
     summed. What a mask hides counts zero. A scale, such as the N / b of a subsampled plate, is no part of a
-    datum's weight and is left out: objectives apply it to each datum's finished bound.
+    datum's weight and is left out: objectives apply it to each datum's finished bound. Where two plates hold every
+    site, the data are the rows of the outer one.
 
     Arguments:
         model: a Pyro model with one batch plate, of any name, around every sample site.
@@ -58,7 +72,8 @@ def log_weights(
         *args: what both are called with.
         num_particles: K, the number of samples drawn from the guide for each datum.
         vectorize_particles: run the program once, with a leading dimension for the particles; False runs it K
-            times and draws the same values, for programs whose networks take no leading dimension.
+            times, for programs whose networks take no leading dimension. From one seed both draw the same values
+            at sites whose noise is of a fixed kind: normal, Laplace, Cauchy, uniform, and transforms of them.
         max_plate_nesting: how many dimensions the program's plates take; None finds it, by one more run.
         **kwargs: what both are called with.
 
@@ -67,9 +82,9 @@ def log_weights(
 
     Raises:
         ValueError: the program has no log-weight per datum (no batch plate, a site outside it, two plates,
-            ``to_event`` in place of a plate, a subsampled plate inside it, scales that differ between
-            sites), or a latent site is missing in model or guide, or, while gradients are recorded, a latent
-            site can't be reparameterised.
+            ``to_event`` in place of a plate, a subsampled plate inside it), model and guide disagree on sites,
+            shapes or masks, the guide is no density of the latents, or, while gradients are recorded, a site of the
+            guide can't be reparameterised.
 
     Example:
         With the posterior as guide, each weight is p(x), whatever the sample.
@@ -92,6 +107,7 @@ def log_weights(
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
+    check_num_particles(num_particles)
     runs = run_particles(
         model,
         guide,
@@ -105,6 +121,12 @@ def log_weights(
     return torch.cat([run_log_weights(run) for run in runs])
 
 
+def check_num_particles(num_particles: int) -> None:
+    """Refuse what is no number of samples."""
+    if not isinstance(num_particles, int) or num_particles < 1:
+        raise ValueError(f"expected num_particles to be a positive integer, got {num_particles!r}.")
+
+
 def find_parameters(
     model: Program, guide: Program, *args: Any, **kwargs: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -114,14 +136,38 @@ def find_parameters(
         Two dictionaries from a parameter's name in Pyro to its unconstrained value, the leaf that an optimiser
         steps. A parameter that both use is in both.
     """
-    with torch.no_grad(), rng.preserved(), poutine.block():
+    with _untraced():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     found: list[dict[str, Tensor]] = []
     for trace in (model_trace, guide_trace):
         sites: Sites = dict(trace.nodes)
-        found.append({n: s["value"].unconstrained() for n, s in sites.items() if s["type"] == "param"})
+        values = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+        # a module's own parameters, with Pyro's module_local_params, are unconstrained as they are
+        found.append({n: getattr(value, "unconstrained", lambda value=value: value)() for n, value in values.items()})
     return found[0], found[1]
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Around a run that only looks at a program: outer handlers, gradients and random generators don't see it."""
+    state = rng.get_state()
+    with torch.no_grad(), poutine.block(), _InitialDraws() as initial:
+        yield
+    if not initial.drawn:
+        rng.set_state(state)
+
+
+class _InitialDraws(Messenger):
+    """Notices whether initial values of parameters are drawn, which must not be drawn once more as noise."""
+
+    drawn = False
+
+    def _pyro_param(self, msg: Any) -> None:
+        self.before = torch.get_rng_state()
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.drawn = self.drawn or not torch.equal(self.before, torch.get_rng_state())
 
 
 @dataclass(frozen=True)
@@ -172,10 +218,13 @@ def run_particles(
         return [_run(model, guide, args, kwargs, per_datum)]
     if not vectorize_particles:
         runs = []
-        with _DrawAsOneOf(num_particles) as draws:
-            for particle in range(num_particles):
-                draws.start(particle)
-                runs.append(_run(model, guide, args, kwargs, per_datum))
+        with rng.preserved():
+            draws = _DrawAsOneOf(num_particles)
+            for draws.particle in range(num_particles):
+                draws.next_site = 0
+                with draws:
+                    runs.append(_run(model, guide, args, kwargs, per_datum))
+        rng.set_state(draws.states[-1])
         return runs
     if max_plate_nesting is None:
         max_plate_nesting = find_max_plate_nesting(model, guide, args, kwargs, per_datum=per_datum)
@@ -188,7 +237,7 @@ def find_max_plate_nesting(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, per_datum: bool
 ) -> int:
     """How many dimensions the program's plates take, found by one run that leaves no trace of itself."""
-    with torch.no_grad(), rng.preserved(), poutine.block():
+    with _untraced():
         return -_run(model, guide, args, kwargs, per_datum).particle_dim - 1
 
 
@@ -208,11 +257,13 @@ def _run(
         frames = [f for s in (*model_sites.values(), *guide_sites.values()) for f in s["cond_indep_stack"]]
         particle_dim = min((f.dim for f in frames if f.vectorized), default=0) - 1
     run = Run(model_sites, guide_sites, num_particles, particle_dim)
-    _check_sites_match(run)
+    check_sites(run.model, run.guide)
     if torch.is_grad_enabled():
-        _check_reparameterised(run)
+        check_reparameterised(run.guide)
     if per_datum:
         run.batch_plate  # noqa: B018  refuses what has none, before shapes are looked at
+        check_densities(run.model, run.guide)
+    check_shapes(run.model, run.guide, particle_dim)
     for site in run.sites.values():
         unmasked: Any = dict(site, log_prob=site["unscaled_log_prob"])
         check_site_shape(unmasked, max_plate_nesting=-particle_dim)
@@ -225,50 +276,6 @@ def _sample_sites(trace: Trace) -> Sites:
     trace.compute_log_prob()
     sites: Sites = dict(trace.nodes)
     return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
-
-
-def _check_sites_match(run: Run) -> None:
-    for name, site in run.guide.items():
-        if site["is_observed"] or site["infer"].get("is_auxiliary"):
-            continue
-        if name not in run.model:
-            raise ValueError(
-                f"guide site '{name}' is missing in the model: expected every latent site of the guide to be one "
-                f"of the model's, {sorted(n for n, s in run.model.items() if not s['is_observed'])}. Rename it, or "
-                "mark a site that only helps the guide with infer={'is_auxiliary': True}."
-            )
-        if run.model[name]["is_observed"]:
-            raise ValueError(
-                f"guide site '{name}' is observed in the model: expected a latent site. Drop it from the guide, or "
-                "drop obs= from the model."
-            )
-    for name, site in run.model.items():
-        if not site["is_observed"] and name not in run.guide:
-            raise ValueError(
-                f"model site '{name}' is latent and missing in the guide: expected a guide site for every latent "
-                f"site of the model, got {sorted(run.guide)}. Sample '{name}' in the guide too, or observe it."
-            )
-
-
-def _check_reparameterised(run: Run) -> None:
-    for name, site in run.guide.items():
-        if not site["is_observed"] and not site["fn"].has_rsample:
-            raise ValueError(
-                f"guide site '{name}' can't be reparameterised: expected a distribution with rsample, got "
-                f"{family(site['fn'])}, through which no pathwise gradient flows. Use a reparameterised family, or, "
-                "for values alone, call this under torch.no_grad()."
-            )
-
-
-def family(distribution: Any) -> str:
-    """The name of a distribution's family, without the wrappers that plates and ``to_event`` add."""
-    while hasattr(distribution, "base_dist") and type(distribution).__name__ in (
-        "Independent",
-        "ExpandedDistribution",
-        "MaskedDistribution",
-    ):
-        distribution = distribution.base_dist
-    return type(distribution).__name__
 
 
 def run_log_weights(run: Run) -> Tensor:
@@ -315,40 +322,52 @@ def datum_scale(run: Run) -> Tensor | float:
     return scale.reshape(-1)
 
 
-def equal(first: Any, second: Any) -> bool:
-    """Whether two scales or two masks, each a number, a tensor or None, are the same but for rounding."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first is second or (first.shape == second.shape and bool(torch.isclose(first, second).all()))
-    if isinstance(first, float | int) and isinstance(second, float | int):
-        return math.isclose(first, second)
-    return first is None and second is None
-
-
 class _DrawAsOneOf(Messenger):
     """Makes the k-th of K runs draw what the k-th of K vectorised particles would draw from the same seed.
 
-    Each site draws for all K particles, from the generator's state that the first run met there, and keeps
-    row k. The draws are K times as many as needed: the price of equal values on every program.
+    Each site draws for all K particles, from the state of the generators that it had in the first run, and keeps
+    row k: K times as many draws as needed are the price of equal values. That takes noise that depends on no
+    parameter; everything else (a rejection sampler, dropout) draws on from a seed of its own, which no two runs
+    share.
     """
 
     def __init__(self, num_particles: int) -> None:
         super().__init__()
         self.num_particles = num_particles
-        self.states: list[rng.State] = []
-
-    def start(self, particle: int) -> None:
-        self.particle = particle
-        self.draw = 0
+        self.states = [rng.get_state()]
+        self.particle = self.next_site = 0
+        pyro.set_rng_seed(int(torch.randint(2**31, ())))
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["done"] or msg["is_observed"]:
+        subsample = site_is_subsample(msg)
+        given = msg["done"] or msg["is_observed"] or msg["value"] is not None
+        if given or not (subsample or _has_fixed_noise(msg["fn"])):
             return
-        if self.particle == 0:
+        elsewhere = rng.get_state()
+        rng.set_state(self.states[self.next_site])
+        msg["value"] = msg["fn"]() if subsample else self._draw(msg["fn"])
+        msg["done"] = True
+        self.next_site += 1
+        if self.next_site == len(self.states):
             self.states.append(rng.get_state())
-        else:
-            rng.set_state(self.states[self.draw])
-        self.draw += 1
-        if not site_is_subsample(msg):
-            fn = msg["fn"]
-            draws = fn.expand((self.num_particles, *fn.batch_shape))(*msg["args"], **msg["kwargs"])
-            msg["value"], msg["done"] = draws[self.particle], True
+        rng.set_state(elsewhere)
+
+    def _draw(self, fn: Any) -> Tensor:
+        if isinstance(fn, _WRAPPERS):
+            return self._draw(fn.base_dist)
+        if isinstance(fn, TransformedDistribution):
+            value = self._draw(fn.base_dist)
+            for transform in fn.transforms:  # after the choice of row k: some transforms remember what they gave
+                value = transform(value)
+            return value
+        return fn.expand((self.num_particles, *fn.batch_shape))()[self.particle]
+
+
+_WRAPPERS = (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
+_FIXED_NOISE = (Normal, MultivariateNormal, LowRankMultivariateNormal, Laplace, Cauchy, Uniform, Delta)
+
+
+def _has_fixed_noise(fn: Any) -> bool:
+    if isinstance(fn, (*_WRAPPERS, TransformedDistribution)):
+        return _has_fixed_noise(fn.base_dist)
+    return isinstance(fn, _FIXED_NOISE)

@@ -194,7 +194,7 @@ REFUSED = {
     "missing in the model": (
         model,
         guide_with_another_site,
-        r"guide site 'zeta' is missing in the model: expected .*\['z'\].*is_auxiliary",
+        r"guide site 'zeta' is missing in the model: expected .*\['z'\]",
     ),
     "missing in the guide": (model, empty_guide, r"model site 'z' is latent and missing in the guide: expected"),
     "observed": (model, guide_of_an_observed_site, r"guide site 'x' is observed in the model: expected a latent"),

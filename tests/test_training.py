@@ -318,7 +318,7 @@ def test_checkpoints_of_something_else_are_refused_untouched(tmp_path):
         fit_with_checkpoint(path, 1)
     pyro.clear_param_store()
     other = pv.mlp_vae((6,), latent_dim=3, hidden_dims=(8,), likelihood="gaussian")
-    with pytest.raises(ValueError, match=r"of another program: expected parameters as in this one, with 'likelihood"):
+    with pytest.raises(ValueError, match=r"of another program: expected its parameter 'likelihood"):
         pv.load_parameters(path, other.model, other.guide, X)
     assert path.read_bytes() == before
     for content in (before[: len(before) // 2], b"", b"not a checkpoint", b"PK\x03\x04"):
@@ -336,10 +336,14 @@ def test_checkpoints_of_something_else_are_refused_untouched(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"epochs": 0}, "epochs of at least 1"),
-        ({"lr": 0.0}, "positive lr"),
-        ({"lr": math.nan}, "positive lr"),
+        ({"epochs": 0}, "epochs to be a positive integer"),
+        ({"lr": 0.0}, "lr positive"),
+        ({"lr": math.nan}, "lr positive"),
         ({"batch_size": 0}, "batch_size to be a positive integer, got 0"),
+        ({"epochs": 2.5}, "epochs to be a positive integer"),
+        ({"data": TensorDataset(X)}, "got TensorDataset. Use torch.as_tensor for an array, and a DataLoader"),
+        ({"data": X.numpy()}, "got ndarray. Use torch.as_tensor"),
+        ({"data": DataLoader([{"x": X[0]}, {"x": X[1]}])}, "expected a DataLoader of tensors.*got minibatches of dict"),
         ({"data": X[:0]}, "expected data to train on, got none"),
         ({"data": (X, X[:3])}, r"tensors of one length, got lengths \[50, 3\]"),
         ({"data": torch.full((5, 6), math.nan)}, "expected data to be finite"),

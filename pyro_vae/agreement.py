@@ -1,0 +1,153 @@
+"""What a model and its guide must agree on: sites, shapes, masks; each disagreement has its own message.
+
+Where they disagree, a density is counted twice, or on one side only, and the number that comes out is no bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, MaskedDistribution, Rejector
+from torch import Tensor
+
+from pyro_vae.batch_plate import Site, Sites
+
+
+def check_sites(model: Sites, guide: Sites) -> None:
+    """Every latent site is in both, sampled by the guide; auxiliary sites and factors may be the guide's alone."""
+    latent = sorted(name for name, site in model.items() if not site["is_observed"])
+    for name, site in guide.items():
+        if site["is_observed"] and not _is_factor(site):
+            raise ValueError(
+                f"guide site '{name}' is observed in the guide: expected a latent site, since the density of data under "
+                "the guide belongs to no bound. Drop it from the guide."
+            )
+        if site["is_observed"] or site["infer"].get("is_auxiliary"):
+            continue
+        if name not in model:
+            raise ValueError(
+                f"guide site '{name}' is missing in the model: expected every latent site of the guide to be one of the "
+                f"model's, {latent}. Rename it, or drop it."
+            )
+        if model[name]["is_observed"]:
+            raise ValueError(
+                f"guide site '{name}' is observed in the model: expected a latent site. Drop it from the guide, or drop "
+                "obs= from the model."
+            )
+    for name in latent:
+        if name not in guide:
+            raise ValueError(
+                f"model site '{name}' is latent and missing in the guide: expected a guide site for every latent site of "
+                f"the model, got {sorted(guide)}. Sample '{name}' in the guide too, or observe it."
+            )
+
+
+def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
+    """A latent site has one shape in both, and no mask or scale is wider than its site."""
+    for name in model.keys() & guide.keys():
+        shapes = []
+        for site in (model[name], guide[name]):
+            plated = tuple(site["fn"].batch_shape)[particle_dim + 1 or len(site["fn"].batch_shape) :]
+            padded = (1,) * (-particle_dim - 1 - len(plated)) + plated
+            shapes.append((padded, tuple(site["fn"].event_shape)))
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"model and guide disagree on the shape of site '{name}': expected one batch shape and one event shape, "
+                f"got {shapes[0][0]} and {shapes[0][1]} in the model, {shapes[1][0]} and {shapes[1][1]} in the guide. "
+                "Put it in the same plates in both, with the same to_event."
+            )
+    for sites, where in ((model, "model"), (guide, "guide")):
+        for name, site in sites.items():
+            shape = site["unscaled_log_prob"].shape
+            for what in ("mask", "scale"):
+                if isinstance(site[what], Tensor) and torch.broadcast_shapes(site[what].shape, shape) != shape:
+                    raise ValueError(
+                        f"the {what} at {where} site '{name}' does not fit it: expected one that broadcasts to the site's "
+                        f"batch shape {tuple(shape)}, got {tuple(site[what].shape)}. Put it around the sites it is meant "
+                        "for alone."
+                    )
+
+
+def check_reparameterised(guide: Sites) -> None:
+    """A pathwise gradient flows through every site of the guide."""
+    for name, site in guide.items():
+        if not site["fn"].has_rsample or isinstance(unwrapped(site["fn"]), Rejector):
+            raise ValueError(
+                f"guide site '{name}' can't be reparameterised: expected a distribution with rsample, got "
+                f"{family(site['fn'])}, through which no whole pathwise gradient flows. Use a reparameterised family, or, "
+                "for values alone, call this under torch.no_grad()."
+            )
+
+
+def check_densities(model: Sites, guide: Sites) -> None:
+    """The guide is a density over the model's latents, masked where the model's is: its weights then average p(x)."""
+    auxiliary = [name for name, site in guide.items() if site["infer"].get("is_auxiliary")]
+    latent = [name for name in guide if name in model]
+    points = [name for name in latent if isinstance(unwrapped(guide[name]["fn"]), Delta)]
+    if auxiliary and len(points) < len(latent):
+        raise ValueError(
+            f"guide site '{auxiliary[0]}' is auxiliary beside sampled latent sites: expected auxiliary sites only where "
+            "every latent is a function of them (a Delta, as in Pyro's autoguides), since the model has no density for "
+            "them. Drop it, or use pv.ELBO's loss."
+        )
+    if points and not auxiliary:
+        raise ValueError(
+            f"guide site '{points[0]}' is a point (Delta): expected a density, since log p(x, z) - log q(z|x) at a point "
+            "bounds nothing. Use a guide with a spread, or pv.ELBO(kl='monte_carlo')'s loss for a maximum a posteriori fit."
+        )
+    for name in latent:
+        if not same_masks(model[name], guide[name]):
+            raise ValueError(
+                f"masks differ at site '{name}': expected model and guide to mask the same data, since elsewhere only "
+                "one of two densities counts. Put one mask around both programs, or use pv.ELBO's loss."
+            )
+
+
+def same_masks(first: Site, second: Site) -> bool:
+    """Whether two sites are masked alike, by handlers and by their distributions."""
+    masks = [
+        [*(layer._mask for layer in _layers(s["fn"]) if hasattr(layer, "_mask")), s["mask"]] for s in (first, second)
+    ]
+    kept = [[mask for mask in site if mask is not None and mask is not True] for site in masks]
+    return len(kept[0]) == len(kept[1]) and all(equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two scales or two masks, each a number or a tensor, are the same but for rounding."""
+    if first is second:
+        return True
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        a, b = torch.as_tensor(first), torch.as_tensor(second)
+        return bool(torch.isclose(*torch.broadcast_tensors(a.to(b), b)).all()) if _broadcastable(a, b) else False
+    return math.isclose(first, second)
+
+
+def _broadcastable(a: Tensor, b: Tensor) -> bool:
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a.shape), reversed(b.shape), strict=False))
+
+
+def family(distribution: Any) -> str:
+    """The name of a distribution's family, without the wrappers that plates, masks and ``to_event`` add."""
+    return type(unwrapped(distribution)).__name__
+
+
+def unwrapped(distribution: Any) -> Any:
+    """The distribution inside the wrappers that plates, masks and ``to_event`` add."""
+    return list(_layers(distribution))[-1]
+
+
+def _layers(distribution: Any) -> Iterator[Any]:
+    yield distribution
+    while isinstance(distribution, MaskedDistribution) or type(distribution).__name__ in (
+        "Independent",
+        "ExpandedDistribution",
+    ):
+        distribution = distribution.base_dist
+        yield distribution
+
+
+def _is_factor(site: Site) -> bool:
+    return family(site["fn"]) == "Unit"
