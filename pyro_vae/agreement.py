@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, MaskedDistribution, Rejector
+from pyro.distributions import Delta, Distribution, MaskedDistribution
 from torch import Tensor
 
 from pyro_vae.batch_plate import Site, Sites
@@ -74,7 +74,9 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
 def check_reparameterised(guide: Sites) -> None:
     """A pathwise gradient flows through every site of the guide."""
     for name, site in guide.items():
-        if not site["fn"].has_rsample or isinstance(unwrapped(site["fn"]), Rejector):
+        # Families that sample by rejection have an rsample, and a score_parts of their own for what it leaves out.
+        rejects = type(unwrapped(site["fn"])).score_parts is not Distribution.score_parts
+        if not site["fn"].has_rsample or rejects:
             raise ValueError(
                 f"guide site '{name}' can't be reparameterised: expected a distribution with rsample, got "
                 f"{family(site['fn'])}, through which no whole pathwise gradient flows. Use a reparameterised family, or, "
@@ -84,7 +86,7 @@ def check_reparameterised(guide: Sites) -> None:
 
 def check_densities(model: Sites, guide: Sites) -> None:
     """The guide is a density over the model's latents, masked where the model's is: its weights then average p(x)."""
-    auxiliary = [name for name, site in guide.items() if site["infer"].get("is_auxiliary")]
+    auxiliary = [n for n, site in guide.items() if site["infer"].get("is_auxiliary") and not site["is_observed"]]
     latent = [name for name in guide if name in model]
     points = [name for name in latent if isinstance(unwrapped(guide[name]["fn"]), Delta)]
     if auxiliary and len(points) < len(latent):

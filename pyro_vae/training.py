@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
+from pyro.infer.util import is_validation_enabled, validation_enabled
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -106,8 +107,10 @@ def fit(
     bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
     bar.update(len(rows) * (batches.steps or 0))
     epoch = step = 0
+    checks = is_validation_enabled()
     try:
-        with pyro.distributions.validation_enabled(False):  # it was on in _prepare, which ran the program once
+        # Distributions were validated in _prepare, which ran the program once; a program's own checks stay on.
+        with pyro.validation_enabled(False), validation_enabled(checks):
             for epoch in range(len(rows) + 1, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}")
                 started, total, count = time.perf_counter(), 0.0, 0
