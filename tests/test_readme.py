@@ -1,0 +1,27 @@
+"""The README's Python runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
+    import pyro_vae as pv
+
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(blocks[0], names)
+    assert (tmp_path / "reconstructions.png").stat().st_size > 2000
+    assert "IWAE" in capsys.readouterr().out
+    names |= {"pyro": __import__("pyro"), "my_model": names["vae"].model, "my_guide": names["vae"].guide}
+    exec(blocks[1], names)
+    assert names["log_w"].shape == (1000, len(names["x"]))
+    assert names["svi"].step(names["x"]) > 0
+    bound = pv.IWAE(1000).reduce(names["log_w"]).mean().item()
+    assert bound == pytest.approx(names["svi"].evaluate_loss(names["x"]) / -len(names["x"]), abs=1.0)
