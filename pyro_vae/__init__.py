@@ -16,11 +16,11 @@ In six lines::
     print(pv.compare(vae.model, vae.guide, digits.test.x))
 """
 
-from pyro_vae import data, plots
+from pyro_vae import data, networks, plots
 from pyro_vae.checkpoint import load_parameters
 from pyro_vae.evaluation import compare
 from pyro_vae.likelihoods import Bernoulli, Gaussian, Likelihood
-from pyro_vae.objectives import ELBO, IWAE, Objective
+from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
 from pyro_vae.training import fit
@@ -35,6 +35,7 @@ __all__ = [
     "DiagonalNormal",
     "Gaussian",
     "Likelihood",
+    "NoClosedFormError",
     "Objective",
     "StandardNormal",
     "compare",
@@ -44,5 +45,6 @@ __all__ = [
     "load_parameters",
     "log_weights",
     "mlp_vae",
+    "networks",
     "plots",
 ]

@@ -50,9 +50,9 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
     for name in model.keys() & guide.keys():
         shapes = []
         for site in (model[name], guide[name]):
-            plated = tuple(site["fn"].batch_shape)[particle_dim + 1 or len(site["fn"].batch_shape) :]
-            padded = (1,) * (-particle_dim - 1 - len(plated)) + plated
-            shapes.append((padded, tuple(site["fn"].event_shape)))
+            batch = tuple(site["fn"].batch_shape)
+            plated = ((1,) * (-particle_dim - 1) + batch)[len(batch) :]
+            shapes.append((plated, tuple(site["fn"].event_shape)))
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"model and guide disagree on the shape of site '{name}': expected one batch shape and one event shape, "
@@ -110,11 +110,13 @@ def check_densities(model: Sites, guide: Sites) -> None:
 
 def same_masks(first: Site, second: Site) -> bool:
     """Whether two sites are masked alike, by handlers and by their distributions."""
-    masks = [
-        [*(layer._mask for layer in _layers(s["fn"]) if hasattr(layer, "_mask")), s["mask"]] for s in (first, second)
-    ]
-    kept = [[mask for mask in site if mask is not None and mask is not True] for site in masks]
-    return len(kept[0]) == len(kept[1]) and all(equal(a, b) for a, b in zip(*kept, strict=True))
+    first, second = _masks(first), _masks(second)
+    return len(first) == len(second) and all(map(equal, first, second))
+
+
+def _masks(site: Site) -> list[Any]:
+    masks = [getattr(layer, "_mask", None) for layer in _layers(site["fn"])] + [site["mask"]]
+    return [mask for mask in masks if mask is not None and mask is not True]
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -123,7 +125,7 @@ def equal(first: Any, second: Any) -> bool:
         return True
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         a, b = torch.as_tensor(first), torch.as_tensor(second)
-        return bool(torch.isclose(*torch.broadcast_tensors(a.to(b), b)).all()) if _broadcastable(a, b) else False
+        return bool(torch.isclose(a.to(b), b).all()) if _broadcastable(a, b) else False
     return math.isclose(first, second)
 
 

@@ -7,7 +7,7 @@ message of its own, which says what was expected, what came, and the fix.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
 
@@ -15,25 +15,12 @@ Site = Any  # a message of Pyro's, as a trace holds it
 Sites = dict[str, Site]  # by the words that an error names the site by, such as "model site 'x'"
 
 
-class Plate(NamedTuple):
-    """A vectorised plate: its name, its dimension counted from the right, its size after subsampling and before."""
-
-    name: str
-    dim: int
-    size: int
-    full_size: int
-
-    def __str__(self) -> str:
-        return f"'{self.name}' (dim {self.dim}, size {self.size})"
+Plate = Any  # Pyro's frame of a vectorised plate, with its name, dim, size and full_size
 
 
 def plates(site: Site) -> list[Plate]:
     """The vectorised plates around a site, outermost first, without the one over particles."""
-    return [
-        Plate(frame.name, frame.dim, frame.size, frame.full_size)
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized and frame.name != PARTICLE_PLATE
-    ]
+    return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
 
 
 def find_batch_plate(sites: Sites) -> Plate:
@@ -73,8 +60,8 @@ def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
     if stacks[words]:
         other = stacks[words][0]
         return (
-            f"two different batch plates: expected one plate around every sample site, got {main} around {inside} and "
-            f"{other} around {words}. Give both the same plate, or nest '{other.name}' in '{main.name}'."
+            f"two different batch plates: expected one plate around every sample site, got {_shown(main)} around {inside} and "
+            f"{_shown(other)} around {words}. Give both the same plate, or nest '{other.name}' in '{main.name}'."
         )
     if site["fn"].event_dim and site["fn"].event_shape[0] == main.size:
         return _to_event(words, site, f"the batch plate '{main.name}'")
@@ -127,3 +114,7 @@ def _to_event(words: str, site: Site, plate: str) -> str:
         f"{shape}, as one event with a single log-density. Use `with pyro.plate('data', {shape[0]}):` around it and "
         f".to_event({len(shape) - 1})."
     )
+
+
+def _shown(plate: Plate) -> str:
+    return f"'{plate.name}' (dim {plate.dim}, size {plate.size})"

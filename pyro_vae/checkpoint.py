@@ -7,11 +7,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae import rng
 from pyro_vae.modules import buffers, find_modules
 from pyro_vae.weights import Program, find_parameters
 
@@ -68,6 +66,16 @@ def load_parameters(path: str | Path, model: Program, guide: Program, *args: Any
     Raises:
         FileNotFoundError: there is no checkpoint at `path`.
         ValueError: the file is no checkpoint, or one of another program.
+
+    Example:
+        >>> import tempfile, torch, pyro_vae as pv
+        >>> x, path = torch.randn(64, 5), tempfile.mkdtemp() + "/checkpoint.pt"
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, likelihood="gaussian")
+        >>> history = pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=1, checkpoint=path)
+        >>> again = pv.mlp_vae((5,), latent_dim=2, likelihood="gaussian")
+        >>> pv.load_parameters(path, again.model, again.guide, x)
+        >>> torch.equal(vae.embed(x), again.embed(x))
+        True
     """
     state = load(path)
     in_model, in_guide = find_parameters(model, guide, *args, **kwargs)
@@ -97,16 +105,3 @@ def restore(
 
 def _describe(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     return "absent" if tensor is None else f"of shape {tensor[0]} and {tensor[1]}"
-
-
-def pack_rng() -> dict[str, Any]:
-    """The state of all generators, in types that ``weights_only`` loads."""
-    state = rng.get_state()
-    algorithm, keys, *rest = state["numpy"]
-    return state | {"numpy": [algorithm, torch.from_numpy(keys.astype(np.int64)), *rest]}
-
-
-def unpack_rng(state: dict[str, Any]) -> None:
-    """Put all generators where :func:`pack_rng` found them."""
-    algorithm, keys, *rest = state["numpy"]
-    rng.set_state(state | {"numpy": (algorithm, keys.numpy().astype(np.uint32), *rest)})

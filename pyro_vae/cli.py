@@ -136,6 +136,8 @@ def train(
     if history.empty:
         print("stopped by Ctrl-C within the first epoch: there is nothing to keep.", file=sys.stderr)
         raise typer.Exit(130)
+    for stale in (run / "compare.csv", run / "figures" / "bounds.png"):  # they describe the parameters of before
+        stale.unlink(missing_ok=True)
     _write_config(run, config)  # only now that fit has accepted the checkpoint, if there was one
     history.to_csv(run / "history.csv")
     pv.load_parameters(checkpoint, vae.model, vae.guide, dataset.test.x[:1])  # Ctrl-C leaves those within an epoch
@@ -157,7 +159,7 @@ OPTIONS = [name for name in inspect.signature(train).parameters if name not in (
 @app.command()
 def compare(
     run: Run,
-    data: Annotated[int, Option(min=2, help="How many test images; all of them if there are fewer.")] = 500,
+    num_images: Annotated[int, Option(min=2, help="How many test images; all of them if there are fewer.")] = 500,
     repeats: Annotated[int, Option(min=2, help="How often to run each estimator.")] = 10,
     seed: Annotated[int, Option(min=0, help="Of the estimators' samples.")] = 0,
 ) -> None:
@@ -166,9 +168,8 @@ def compare(
 
     import pyro_vae as pv
 
-    x = dataset.test.x[:data]
-    with Console(stderr=True).status(f"running each bound {repeats} times on {len(x)} test images"):
-        table = pv.compare(vae.model, vae.guide, x, repeats=repeats, seed=seed)
+    x = dataset.test.x[:num_images]
+    table = pv.compare(vae.model, vae.guide, x, repeats=repeats, seed=seed)
     table.to_csv(run / "compare.csv")
     _save(pv.plots.bounds(table).get_figure(), run / "figures" / "bounds.png")
     Console().print(_format(table, len(x), repeats))
@@ -225,7 +226,7 @@ def _read_config(run: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "it has no config.json" if run.is_dir() else "there is no such folder"
         raise UsageError(
-            f"{run} is not a run: {found}. Pass one that 'pyro-vae train' wrote, or a new one to train in."
+            f"{run} is not a run: {found}. Pass a folder that 'pyro-vae train' wrote; to train, a new or empty one."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -252,7 +253,9 @@ def _build(config: dict[str, Any]) -> tuple[Dataset, VAE]:
     import pyro_vae as pv
 
     matplotlib.use("Agg")  # figures go to files, on machines without a screen too
-    shared = {"latent_dim": config["latent_dim"], "likelihood": config["likelihood"], "scale": _scale(config["scale"])}
+    shared = {"latent_dim": config["latent_dim"], "likelihood": config["likelihood"], "scale": None}
+    if config["likelihood"] == "gaussian":
+        shared["scale"] = _scale(config["scale"])
     with _explained():
         names = ("root", "binarize", "validation")
         dataset = pv.data.load(config["data"], **{name: config[name] for name in names})
@@ -348,9 +351,10 @@ def _save(figure: Any, path: Path) -> Path:
 def _format(table: pd.DataFrame, images: int, repeats: int) -> Table:
     """What compare returns, for a terminal of 80 columns."""
     caption = (
-        f"K: particles. Bound on log p(x) in nats per datum, mean of {images} test images ± its standard error; std: "
-        f"of one datum's estimate over {repeats} repeats, in nats. SNR: signal to noise of the gradient, over the "
-        "parameters of model and guide. ms: the bound with its gradient, on all the images."
+        f"K: particles. Bound on log p(x) in nats per datum, mean of {images} test images ± its standard error; "
+        "all rows share the images, so differences between rows are far surer than ±. std: of one datum's estimate over "
+        f"{repeats} repeats, in nats. SNR: signal to noise of the gradient over the parameters of model and guide, rough "
+        "at few repeats; 0: no signal shows. ms: the bound with its gradient, on all the images."
     )
     formatted = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", collapse_padding=True)
     formatted.add_column("objective", no_wrap=True)

@@ -221,9 +221,12 @@ def _read_torchvision(name: str, root: Path) -> list[Split]:
         try:
             return create(**arguments, download=True)
         except (RuntimeError, OSError) as error:
+            for made in (folder / "raw", folder):  # by torchvision, before it found nothing to put there
+                if made.is_dir() and not any(made.iterdir()):
+                    made.rmdir()
             raise FileNotFoundError(
-                f"no complete copy of {name} in {folder}, and downloading it failed. Where there is internet "
-                f'run pyro_vae.data.load("{name}", root="data"), then copy data/{folder.name} to {folder}'
+                f"no complete copy of {name} in {folder}, and downloading it failed. Pass the root that holds a "
+                f"folder {folder.name}; or, where there is internet, load {name} once and copy that folder to {folder}"
             ) from error
 
     def to_split(part: Any) -> Split:

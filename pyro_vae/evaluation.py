@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_vae import rng
 from pyro_vae.modules import evaluating, find_modules
@@ -26,10 +27,11 @@ def compare(
     model: Program,
     guide: Program,
     x: Any,
-    objectives: Sequence[Objective] | Mapping[str, Objective] | None = None,
+    objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None = None,
     *,
     repeats: int = 10,
     seed: int | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     r"""Measure objectives on the same data: a row for each.
 
@@ -38,14 +40,16 @@ def compare(
     ``bound``
         :math:`\frac1N \sum_n \bar L_n` with :math:`\bar L_n = \frac1R \sum_r L_{rn}`, in nats per datum.
     ``bound_se``
-        its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`.
+        its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`. All rows share the data, so
+        a difference between two rows is far surer than their standard errors.
     ``estimator_std``
         the standard deviation of one datum's estimate over repeats,
         :math:`\sqrt{\frac1N \sum_n \operatorname{var}_r L_{rn}}`, in nats.
     ``grad_snr_model``, ``grad_snr_guide``
         the signal-to-noise ratio of the gradient as a vector, :math:`\|\mathbb E g\| / \sqrt{\operatorname{tr Cov} g}`,
         over the model's and over the guide's parameters. :math:`\|\bar g\|^2` overstates the signal by
-        :math:`\operatorname{tr Cov} g / R`, which is taken off; 0 says that no signal shows in so few repeats.
+        :math:`\operatorname{tr Cov} g / R`, which is taken off; 0 says that no signal shows in so few repeats. With
+        10 repeats the column is rough.
     ``milliseconds``
         the median time of the loss and its gradients on all of x, by the wall clock.
 
@@ -54,10 +58,11 @@ def compare(
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
             Modules that model or guide is a method of are measured in evaluation mode.
-        objectives: a list, or a dictionary that gives each its name; None takes the ELBO with closed-form KL, by
+        objectives: one, a list, or a dictionary that gives each its name; None takes the ELBO with closed-form KL, by
             Monte Carlo with 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
         seed: where each objective's random numbers start; None goes on from the generators' state.
+        progress: whether to show which row is being measured, in a terminal.
 
     Returns:
         The table, with rows by objective and number of particles.
@@ -81,13 +86,24 @@ def compare(
     if repeats < 2 or len(args[0]) < 2:
         raise ValueError(f"expected at least 2 repeats and 2 data, got {repeats} repeats and {len(args[0])} data.")
     chosen = _defaults(model, guide, args) if objectives is None else objectives
+    chosen = [chosen] if isinstance(chosen, Objective) else chosen
+    for objective in chosen.values() if isinstance(chosen, Mapping) else chosen:
+        if not isinstance(objective, Objective):
+            raise ValueError(f"expected objectives of pyro_vae, which have a bound per datum, got {objective!r}.")
     named = list(chosen.items()) if isinstance(chosen, Mapping) else [(o.name, o) for o in chosen]
     keys = [(name, objective.num_particles) for name, objective in named]
     if len(set(keys)) < len(keys):
         raise ValueError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
     parameters = find_parameters(model, guide, *args)
+    if not parameters[0] and not parameters[1]:
+        raise ValueError(
+            "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide has a "
+            "pyro.param or pyro.module statement."
+        )
     rows = []
-    for _, objective in named:
+    bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
+    for name, objective in bar:
+        bar.set_description(f"{name}, K = {objective.num_particles}")
         with evaluating(find_modules(model, guide)), nullcontext() if seed is None else rng.preserved(seed):
             rows.append(_measure(model, guide, args, objective, parameters, repeats))
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
@@ -118,7 +134,7 @@ def _measure(
     chunks = list(zip(*(column.split(at_once) for column in args), strict=True))
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
-    bounds, seconds, gradients = [], [], _Moments()
+    bounds, seconds, gradients = [], [], []
     for _ in range(repeats):
         with torch.no_grad():
             bounds.append(torch.cat([objective.bound(model, guide, *chunk) for chunk in chunks]).double())
@@ -129,16 +145,16 @@ def _measure(
             parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             gradient = gradient + torch.cat([part.flatten() for part in parts])
         seconds.append(_now(args[0]) - started)
-        gradients.add(gradient.split([in_model, len(gradient) - in_model]))
+        gradients.append(gradient)
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
-    snr_model, snr_guide = gradients.snr()
+    stacked = torch.stack(gradients)
     return {
         "bound": per_datum.mean().item(),
         "bound_se": per_datum.std().item() / math.sqrt(len(args[0])),
         "estimator_std": per_repeat.var(0).mean().sqrt().item(),
-        "grad_snr_model": snr_model,
-        "grad_snr_guide": snr_guide,
+        "grad_snr_model": _signal_to_noise(stacked[:, :in_model]),
+        "grad_snr_guide": _signal_to_noise(stacked[:, in_model:]),
         "milliseconds": 1e3 * statistics.median(seconds),
     }
 
@@ -150,27 +166,11 @@ def _now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-class _Moments:
-    """The signal-to-noise ratio of several vectors over repeats, in the memory of one repeat."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sums: list[Tensor] = []
-        self.squares: list[float] = []
-
-    def add(self, vectors: Sequence[Tensor]) -> None:
-        doubles = [vector.double() for vector in vectors]
-        if self.count == 0:
-            self.sums, self.squares = [torch.zeros_like(v) for v in doubles], [0.0 for _ in doubles]
-        self.count += 1
-        self.sums = [total + vector for total, vector in zip(self.sums, doubles, strict=True)]
-        self.squares = [s + float(vector.square().sum()) for s, vector in zip(self.squares, doubles, strict=True)]
-
-    def snr(self) -> list[float]:
-        ratios = []
-        for total, squares in zip(self.sums, self.squares, strict=True):
-            mean_square = float((total / self.count).square().sum())
-            noise = max((squares - self.count * mean_square) / (self.count - 1), 0.0)
-            signal = max(mean_square - noise / self.count, 0.0)
-            ratios.append(math.sqrt(signal / noise) if noise > 0 else (math.inf if signal > 0 else math.nan))
-        return ratios
+def _signal_to_noise(gradients: Tensor) -> float:
+    """Of gradients (R, P) as vectors, without what R repeats of mere noise would leave of signal; NaN if P is 0."""
+    if gradients.shape[1] == 0:
+        return math.nan
+    gradients = gradients.double()
+    noise = gradients.var(0).sum()
+    signal = (gradients.mean(0).square().sum() - noise / len(gradients)).clamp(min=0)
+    return (signal / noise).sqrt().item()

@@ -103,7 +103,7 @@ class Objective(pyro.infer.ELBO):
     def _bound_and_scale(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | float]:
-        runs = self._runs(model, guide, args, kwargs, per_datum=True)
+        runs = self._runs(model, guide, args, kwargs, in_plate=True)
         scale = datum_scale(runs[0])
         return self.reduce(torch.cat([self._weights(run) for run in runs])), scale
 
@@ -111,13 +111,13 @@ class Objective(pyro.infer.ELBO):
         return run_log_weights(run)
 
     def _runs(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, per_datum: bool
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_plate: bool
     ) -> list[Run]:
         nesting = self.max_plate_nesting
         if nesting is None and self.num_particles > 1 and self.vectorize_particles:
             # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found here.
             if self._found_nesting is None or self._found_nesting[:2] != (model, guide):
-                nesting = find_max_plate_nesting(model, guide, args, kwargs, per_datum=per_datum)
+                nesting = find_max_plate_nesting(model, guide, args, kwargs, in_plate=in_plate)
                 self._found_nesting = (model, guide, nesting)
             nesting = self._found_nesting[2]
         return run_particles(
@@ -128,9 +128,10 @@ class Objective(pyro.infer.ELBO):
             num_particles=self.num_particles,
             vectorize_particles=self.vectorize_particles,
             max_plate_nesting=nesting,
-            per_datum=per_datum,
+            in_plate=in_plate,
         )
 
+    # Abstract in pyro.infer.ELBO, and used by its own machinery alone.
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         raise TypeError("a pyro_vae objective has no single trace: use pyro_vae.log_weights for its parts.")
 
@@ -190,16 +191,15 @@ class ELBO(Objective):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the sum over all terms of scale times term, in nats, as a scalar tensor to differentiate."""
-        runs = self._runs(model, guide, args, kwargs, per_datum=False)
-        return -sum((_sum_terms(run, self._terms(run)) for run in runs), torch.zeros(())) / len(runs)
+        runs = self._runs(model, guide, args, kwargs, in_plate=False)
+        terms = [scale_and_mask(v, s["scale"], s["mask"]).sum() for run in runs for s, v in self._terms(run)]
+        return -sum(terms, torch.zeros(())) / self.num_particles
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean over particles."""
         return log_weights.mean(0)
 
     def _weights(self, run: Run) -> Tensor:
-        if self.kl == "monte_carlo":
-            return run_log_weights(run)
         return torch.stack([per_datum(run, site, value) for site, value in self._terms(run)]).sum(0)
 
     def _terms(self, run: Run) -> Iterator[tuple[Site, Tensor]]:
@@ -220,8 +220,9 @@ class IWAE(Objective):
     .. math:: \log p(x) \ge \mathbb{E} \log \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k \mid x)},
         \qquad z_k \sim q(z \mid x)
 
-    K = 1 is the ELBO; the bound rises with K towards log p(x). Its pathwise gradient is unbiased, but the
-    guide's gradient loses its signal as K grows (Rainforth et al. 2018).
+    K = 1 is the ELBO; the bound rises with K towards log p(x). Its pathwise gradient is unbiased, but at given
+    parameters the signal-to-noise ratio of the guide's gradient falls as :math:`1 / \sqrt K` once K is large
+    (Rainforth et al. 2018).
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
@@ -247,15 +248,6 @@ class IWAE(Objective):
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the mean of the weights over particles."""
         return log_weights.logsumexp(0) - math.log(len(log_weights))
-
-
-def _sum_terms(run: Run, terms: Iterator[tuple[Site, Tensor]]) -> Tensor:
-    total = torch.zeros(())
-    for site, value in terms:
-        value = scale_and_mask(value, site["scale"], site["mask"])
-        particles = value.shape[run.particle_dim] if value.dim() >= -run.particle_dim else 1
-        total = total + value.sum() / particles
-    return total
 
 
 def _check_order(run: Run) -> None:

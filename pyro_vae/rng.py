@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 
@@ -13,8 +14,10 @@ State = dict[str, Any]
 
 
 def get_state() -> State:
-    """The generators' states, to be handed back to :func:`set_state`."""
+    """The generators' states, to be handed back to :func:`set_state`; of types that ``weights_only`` loads."""
     state = pyro.util.get_rng_state()
+    algorithm, keys, *rest = state["numpy"]
+    state["numpy"] = [algorithm, torch.from_numpy(keys.astype(np.int64)), *rest]
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -22,7 +25,8 @@ def get_state() -> State:
 
 def set_state(state: State) -> None:
     """Put the generators back to where :func:`get_state` found them."""
-    pyro.util.set_rng_state(state)
+    algorithm, keys, *rest = state["numpy"]
+    pyro.util.set_rng_state(state | {"numpy": (algorithm, keys.numpy().astype(np.uint32), *rest)})
     if "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
 

@@ -11,15 +11,15 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
-from pyro.infer.util import is_validation_enabled, validation_enabled
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vae import checkpoint as checkpoints
 from pyro_vae import rng
+from pyro_vae.batch_plate import find_batch_plate
 from pyro_vae.minibatches import Batch, Minibatches
 from pyro_vae.modules import buffers, evaluating, find_modules
-from pyro_vae.weights import Program, find_parameters
+from pyro_vae.weights import Program, find_parameters, sample_sites, trace_once
 
 
 def fit(
@@ -90,7 +90,9 @@ def fit(
     if seed is not None and not (checkpoint and Path(checkpoint).exists()):
         pyro.set_rng_seed(seed)
 
-    parameters = _prepare(model, guide, objective, batches.example())
+    if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
+        raise ValueError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
+    parameters = _prepare(model, guide, objective, batches)
     modules = find_modules(model, guide)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     settings = {
@@ -107,10 +109,9 @@ def fit(
     bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
     bar.update(len(rows) * (batches.steps or 0))
     epoch = step = 0
-    checks = is_validation_enabled()
     try:
         # Distributions were validated in _prepare, which ran the program once; a program's own checks stay on.
-        with pyro.validation_enabled(False), validation_enabled(checks):
+        with pyro.distributions.validation_enabled(False):
             for epoch in range(len(rows) + 1, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}")
                 started, total, count = time.perf_counter(), 0.0, 0
@@ -142,7 +143,7 @@ def fit(
                         "parameters": {name: value.detach() for name, value in parameters.items()},
                         "buffers": buffers(modules),
                         "optimizer": optimizer.state_dict(),
-                        "rng": checkpoints.pack_rng(),
+                        "rng": rng.get_state(),
                         "loader_rng": batches.generator_states(),
                     }
                     checkpoints.save(checkpoint, state)
@@ -159,8 +160,11 @@ def fit(
     return pd.DataFrame(rows, index=index, columns=["train_bound", "validation_bound", "seconds"])
 
 
-def _prepare(model: Program, guide: Program, objective: Any, batch: Batch) -> dict[str, Tensor]:
+def _prepare(model: Program, guide: Program, objective: Any, batches: Minibatches) -> dict[str, Tensor]:
     """Run the program once with validation on, so that its mistakes show before any work; return its parameters."""
+    batch = batches.example()
+    if batches.steps != 1:
+        _check_minibatches(model, guide, batch)
     in_model, in_guide = find_parameters(model, guide, *batch)
     parameters = dict(sorted((in_model | in_guide).items()))  # by name: Adam knows its own by their order
     if not parameters:
@@ -171,6 +175,22 @@ def _prepare(model: Program, guide: Program, objective: Any, batch: Batch) -> di
     with pyro.validation_enabled(True), rng.preserved(), pyro.poutine.block():
         objective.differentiable_loss(model, guide, *batch)
     return parameters
+
+
+def _check_minibatches(model: Program, guide: Program, batch: Batch) -> None:
+    """Refuse a program whose terms outside the data's plate would count once for each minibatch."""
+    sites = sample_sites(trace_once(model, guide, *batch)[0])
+    frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
+    if any(frame.full_size != frame.size for frame in frames):
+        return  # scaled to all data: each minibatch's loss estimates the whole
+    try:
+        find_batch_plate({f"model site '{name}'": site for name, site in sites.items()})
+    except ValueError as error:
+        raise ValueError(
+            f"expected a program whose minibatches add up to the data, got one where {error} To train it by "
+            "minibatches, give its plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass "
+            "batch_size=N."
+        ) from error
 
 
 def _resume(
@@ -198,7 +218,7 @@ def _resume(
     checkpoints.restore(path, state, parameters, buffers(modules))
     optimizer.load_state_dict(state["optimizer"])
     batches.set_generator_states(state["loader_rng"])
-    checkpoints.unpack_rng(state["rng"])
+    rng.set_state(state["rng"])
     return list(state["history"])
 
 
@@ -222,13 +242,14 @@ def _validate(
 
 
 def _describe(objective: Any) -> str:
-    """An objective's type and settings, to recognise it by; not what it found out about a program."""
-    settings = {
-        name: value
+    """An objective's type and settings, to recognise it by; not Pyro's switches, nor what it found out by running."""
+    common = vars(pyro.infer.Trace_ELBO()).keys() - {"num_particles"}
+    settings = [
+        f"{name}={value!r}"
         for name, value in sorted(vars(objective).items())
-        if isinstance(value, bool | int | float | str) and not name.startswith("_") and name != "max_plate_nesting"
-    }
-    return f"{type(objective).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+        if name not in common and name != "name" and isinstance(value, bool | int | float | str)
+    ]
+    return f"{type(objective).__name__}({', '.join(settings)})"
 
 
 def _not_finite(what: str, epoch: int, step: int, lr: float, checkpoint: str | Path | None) -> str:

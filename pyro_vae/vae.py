@@ -73,7 +73,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: x has another shape or is not of floating point, or the likelihood gives it no density.
         """
-        self._check(x)
+        self._check(x, subsample_size)
         _register("prior", self.prior)
         _register("likelihood", self.likelihood)
         with pyro.plate("data", len(x), subsample_size=subsample_size):
@@ -83,7 +83,7 @@ class VAE(nn.Module):
 
     def guide(self, x: Tensor, subsample_size: int | None = None) -> Tensor:
         """The approximate posterior q(z|x), as a Pyro function of the model's arguments; returns z."""
-        self._check(x)
+        self._check(x, subsample_size)
         _register("posterior", self.posterior)
         with pyro.plate("data", len(x), subsample_size=subsample_size):
             x = pyro.subsample(x, event_dim=len(self.event_shape))
@@ -109,14 +109,28 @@ class VAE(nn.Module):
         """The means of p(x|z) at n draws of z from the prior: (n, *event)."""
         return self.decode(self.prior().sample((n,)))
 
-    def _check(self, x: Tensor) -> None:
-        if tuple(x.shape[1:]) != self.event_shape or x.dim() == 0:
-            raise ValueError(
-                f"expected x of shape (N, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}. Reshape it: "
-                f"x.reshape(-1, {', '.join(map(str, self.event_shape))})."
-            )
+    def _check(self, x: Tensor, subsample_size: int | None = None) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"expected x to be a tensor, got {type(x).__name__}. Pass split.x, or torch.as_tensor(x).")
+        if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:
+            shape = ", ".join(map(str, self.event_shape))
+            if tuple(x.shape) == self.event_shape:
+                fix = "For one datum, pass x[None]."
+            elif x.dim() > 1 and prod(x.shape[1:]) == prod(self.event_shape):
+                fix = f"Reshape it: x.reshape(-1, {shape})."
+            else:
+                fix = "Build the VAE with the event_shape of your data, or pass data of that shape."
+            raise ValueError(f"expected x of shape (N, {shape}), got {tuple(x.shape)}. {fix}")
         if not x.is_floating_point():
             raise ValueError(f"expected x of floating point, got {x.dtype}. Convert it: x.float().")
+        own = next((parameter.dtype for parameter in self.parameters()), x.dtype)
+        if x.dtype != own:
+            raise ValueError(f"expected x of {own}, as the networks are, got {x.dtype}. Convert it: x.to({own}).")
+        if subsample_size is not None and not isinstance(subsample_size, int):
+            raise ValueError(
+                f"expected subsample_size to be an integer or None, got {type(subsample_size).__name__}. The model takes x "
+                "alone: if these are labels that a DataLoader gives, leave them out of it."
+            )
         if is_validation_enabled():
             self.likelihood.check(x)
 
@@ -128,13 +142,9 @@ def _register(name: str, module: nn.Module) -> None:
     """
     store = pyro.get_param_store()
     for suffix, parameter in module.named_parameters():
-        known = dict(store.named_parameters())
-        earlier = known.get(f"{name}$$${suffix}", parameter)
-        if earlier is not parameter:
-            if sum(value is earlier for value in known.values()) == 1:
-                del store[f"{name}$$${suffix}"]
-            else:  # the earlier VAE shared it between modules, and Pyro can delete a tensor under one name only
-                store[f"{name}$$${suffix}"] = parameter
+        key = f"{name}$$${suffix}"
+        if key in store and store[key] is not parameter:
+            store[key] = parameter
     pyro.module(name, module)
 
 
@@ -144,7 +154,7 @@ def mlp_vae(
     latent_dim: int,
     hidden_dims: Sequence[int] = (400,),
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
-    scale: float | Literal["learned", "per_pixel"] = 1.0,
+    scale: float | Literal["learned", "per_pixel"] | None = None,
 ) -> VAE:
     """A VAE whose encoder and decoder are fully connected networks with tanh.
 
@@ -153,10 +163,10 @@ def mlp_vae(
         latent_dim: Z, the number of latent dimensions.
         hidden_dims: the widths of the encoder's hidden layers; the decoder has them in reverse.
         likelihood: ``"bernoulli"`` for binary data, ``"gaussian"`` for real data.
-        scale: the Gaussian's sigma: a number, ``"learned"`` or ``"per_pixel"``; see :class:`Gaussian`.
+        scale: the Gaussian's sigma: a number, 1 unless told, ``"learned"`` or ``"per_pixel"``; see :class:`Gaussian`.
 
     Raises:
-        ValueError: an unknown likelihood, a size that is not positive.
+        ValueError: an unknown likelihood, a scale for a Bernoulli, a size that is not positive.
 
     Example:
         >>> mlp_vae((1, 28, 28), latent_dim=20, hidden_dims=(400,)).generate(3).shape
@@ -175,7 +185,7 @@ def conv_vae(
     latent_dim: int,
     channels: Sequence[int] = (32, 64),
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
-    scale: float | Literal["learned", "per_pixel"] = 1.0,
+    scale: float | Literal["learned", "per_pixel"] | None = None,
 ) -> VAE:
     """A VAE of images whose encoder halves them, and whose decoder doubles them, by convolutions.
 
@@ -184,7 +194,7 @@ def conv_vae(
         latent_dim: Z, the number of latent dimensions.
         channels: the encoder's channels after each halving; the decoder has them in reverse.
         likelihood: ``"bernoulli"`` for binary data, ``"gaussian"`` for real data.
-        scale: the Gaussian's sigma: a number, ``"learned"`` or ``"per_pixel"``; see :class:`Gaussian`.
+        scale: the Gaussian's sigma: a number, 1 unless told, ``"learned"`` or ``"per_pixel"``; see :class:`Gaussian`.
 
     Raises:
         ValueError: an event shape that is not (C, H, W), an unknown likelihood, a size that is not positive.
@@ -207,15 +217,19 @@ def conv_vae(
 
 def _check_sizes(**sizes: Sequence[int]) -> None:
     for name, values in sizes.items():
-        empty = len(values) == 0 and name == "event_shape"
-        if empty or not all(isinstance(value, int) and value > 0 for value in values):
+        empty = isinstance(values, Sequence) and len(values) == 0 and name == "event_shape"
+        if empty or not isinstance(values, Sequence) or not all(isinstance(v, int) and v > 0 for v in values):
             raise ValueError(f"expected {name} of positive integers, got {values!r}.")
 
 
-def _num_features(likelihood: str, scale: float | str) -> int:
+def _num_features(likelihood: str, scale: float | str | None) -> int:
     if likelihood not in ("bernoulli", "gaussian"):
         raise ValueError(f"expected likelihood to be 'bernoulli' or 'gaussian', got {likelihood!r}.")
-    return Bernoulli.num_features if likelihood == "bernoulli" else Gaussian.features_for(scale)
+    if likelihood == "gaussian":
+        return Gaussian.features_for(1.0 if scale is None else scale)
+    if scale is not None:
+        raise ValueError(f"expected no scale with likelihood='bernoulli', got {scale!r}. Pass likelihood='gaussian'.")
+    return Bernoulli.num_features
 
 
 def _assemble(
@@ -224,8 +238,9 @@ def _assemble(
     encoder: nn.Module,
     decoder: nn.Module,
     likelihood: str,
-    scale: float | Literal["learned", "per_pixel"],
+    scale: float | Literal["learned", "per_pixel"] | None,
 ) -> VAE:
     shape = tuple(event_shape)
-    pixels = Bernoulli(decoder, shape) if likelihood == "bernoulli" else Gaussian(decoder, shape, scale)
+    gaussian_scale = 1.0 if scale is None else scale
+    pixels = Bernoulli(decoder, shape) if likelihood == "bernoulli" else Gaussian(decoder, shape, gaussian_scale)
     return VAE(prior=StandardNormal(latent_dim), likelihood=pixels, posterior=DiagonalNormal(encoder, shape))

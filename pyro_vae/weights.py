@@ -22,28 +22,16 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import (
-    Cauchy,
-    Delta,
-    ExpandedDistribution,
-    Laplace,
-    LowRankMultivariateNormal,
-    MaskedDistribution,
-    MultivariateNormal,
-    Normal,
-    TransformedDistribution,
-    Uniform,
-)
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_vae import rng
 from pyro_vae.agreement import check_densities, check_reparameterised, check_shapes, check_sites, equal
 from pyro_vae.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
+from pyro_vae.sequential import DrawAsOneOf
 
 Program = Callable[..., Any]
 
@@ -116,7 +104,7 @@ def log_weights(
         num_particles=num_particles,
         vectorize_particles=vectorize_particles,
         max_plate_nesting=max_plate_nesting,
-        per_datum=True,
+        in_plate=True,
     )
     return torch.cat([run_log_weights(run) for run in runs])
 
@@ -125,6 +113,13 @@ def check_num_particles(num_particles: int) -> None:
     """Refuse what is no number of samples."""
     if not isinstance(num_particles, int) or num_particles < 1:
         raise ValueError(f"expected num_particles to be a positive integer, got {num_particles!r}.")
+
+
+def trace_once(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Trace, Trace]:
+    """The traces of one run of the model and of the guide, which leaves nothing of itself behind."""
+    with _untraced():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
 
 
 def find_parameters(
@@ -136,38 +131,22 @@ def find_parameters(
         Two dictionaries from a parameter's name in Pyro to its unconstrained value, the leaf that an optimiser
         steps. A parameter that both use is in both.
     """
-    with _untraced():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    found: list[dict[str, Tensor]] = []
-    for trace in (model_trace, guide_trace):
-        sites: Sites = dict(trace.nodes)
-        values = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
-        # a module's own parameters, with Pyro's module_local_params, are unconstrained as they are
-        found.append({n: getattr(value, "unconstrained", lambda value=value: value)() for n, value in values.items()})
-    return found[0], found[1]
+    of_model, of_guide = (_parameters(trace) for trace in trace_once(model, guide, *args, **kwargs))
+    return of_model, of_guide
+
+
+def _parameters(trace: Trace) -> dict[str, Tensor]:
+    values: dict[str, Any] = {n: site["value"] for n, site in trace.nodes.items() if site["type"] == "param"}
+    # Under Pyro's module_local_params, a module's parameters are unconstrained as they are.
+    return {n: v.unconstrained() if hasattr(v, "unconstrained") else v for n, v in values.items()}
 
 
 @contextmanager
 def _untraced() -> Iterator[None]:
     """Around a run that only looks at a program: outer handlers, gradients and random generators don't see it."""
-    state = rng.get_state()
-    with torch.no_grad(), poutine.block(), _InitialDraws() as initial:
+    with torch.no_grad(), poutine.block(), rng.preserved():
+        pyro.set_rng_seed(int(torch.randint(2**31, ())))  # initial values drawn here must not come again as noise
         yield
-    if not initial.drawn:
-        rng.set_state(state)
-
-
-class _InitialDraws(Messenger):
-    """Notices whether initial values of parameters are drawn, which must not be drawn once more as noise."""
-
-    drawn = False
-
-    def _pyro_param(self, msg: Any) -> None:
-        self.before = torch.get_rng_state()
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        self.drawn = self.drawn or not torch.equal(self.before, torch.get_rng_state())
 
 
 @dataclass(frozen=True)
@@ -207,38 +186,44 @@ def run_particles(
     num_particles: int,
     vectorize_particles: bool,
     max_plate_nesting: int | None,
-    per_datum: bool,
+    in_plate: bool,
 ) -> list[Run]:
     """Run the guide, and the model against it: once with K particles, or K times with one.
 
     Arguments and errors are those of :func:`log_weights`; what has no meaning per datum is refused only if
-    `per_datum`, since the ELBO, linear in the log-densities, needs no batch plate.
+    `in_plate`, since the ELBO, linear in the log-densities, needs no batch plate.
     """
     if num_particles == 1:
-        return [_run(model, guide, args, kwargs, per_datum)]
+        return [_run(model, guide, args, kwargs, in_plate)]
     if not vectorize_particles:
         runs = []
         with rng.preserved():
-            draws = _DrawAsOneOf(num_particles)
-            for draws.particle in range(num_particles):
-                draws.next_site = 0
-                with draws:
-                    runs.append(_run(model, guide, args, kwargs, per_datum))
+            draws = DrawAsOneOf(num_particles)
+            for particle in range(num_particles):
+                with draws.of(particle):
+                    runs.append(_run(model, guide, args, kwargs, in_plate))
         rng.set_state(draws.states[-1])
         return runs
     if max_plate_nesting is None:
-        max_plate_nesting = find_max_plate_nesting(model, guide, args, kwargs, per_datum=per_datum)
+        max_plate_nesting = find_max_plate_nesting(model, guide, args, kwargs, in_plate=in_plate)
     particle_dim = -max_plate_nesting - 1
     plate = pyro.plate(PARTICLE_PLATE, num_particles, dim=particle_dim)
-    return [_run(plate(model), plate(guide), args, kwargs, per_datum, num_particles, particle_dim)]
+    try:
+        return [_run(plate(model), plate(guide), args, kwargs, in_plate, num_particles, particle_dim)]
+    except (RuntimeError, IndexError) as error:
+        error.add_note(
+            f"pyro_vae ran the program for {num_particles} particles at once, so latent values have a leading dimension of "
+            f"{num_particles}. Expand x to it (x.expand(*z.shape[:-1], -1), say), or pass vectorize_particles=False."
+        )
+        raise
 
 
 def find_max_plate_nesting(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, per_datum: bool
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_plate: bool
 ) -> int:
     """How many dimensions the program's plates take, found by one run that leaves no trace of itself."""
     with _untraced():
-        return -_run(model, guide, args, kwargs, per_datum).particle_dim - 1
+        return -_run(model, guide, args, kwargs, in_plate).particle_dim - 1
 
 
 def _run(
@@ -246,13 +231,13 @@ def _run(
     guide: Program,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    per_datum: bool,
+    in_plate: bool,
     num_particles: int = 1,
     particle_dim: int | None = None,
 ) -> Run:
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    model_sites, guide_sites = _sample_sites(model_trace), _sample_sites(guide_trace)
+    model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
     if particle_dim is None:
         frames = [f for s in (*model_sites.values(), *guide_sites.values()) for f in s["cond_indep_stack"]]
         particle_dim = min((f.dim for f in frames if f.vectorized), default=0) - 1
@@ -260,8 +245,8 @@ def _run(
     check_sites(run.model, run.guide)
     if torch.is_grad_enabled():
         check_reparameterised(run.guide)
-    if per_datum:
-        run.batch_plate  # noqa: B018  refuses what has none, before shapes are looked at
+    if in_plate:
+        find_batch_plate(run.sites)  # refuses what has none, before shapes are looked at
         check_densities(run.model, run.guide)
     check_shapes(run.model, run.guide, particle_dim)
     for site in run.sites.values():
@@ -270,7 +255,7 @@ def _run(
     return run
 
 
-def _sample_sites(trace: Trace) -> Sites:
+def sample_sites(trace: Trace) -> Sites:
     """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``."""
     trace = prune_subsample_sites(trace)
     trace.compute_log_prob()
@@ -320,54 +305,3 @@ def datum_scale(run: Run) -> Tensor | float:
             f"got shape {tuple(scale.shape)}. Scale whole data, or use pv.ELBO's loss."
         )
     return scale.reshape(-1)
-
-
-class _DrawAsOneOf(Messenger):
-    """Makes the k-th of K runs draw what the k-th of K vectorised particles would draw from the same seed.
-
-    Each site draws for all K particles, from the state of the generators that it had in the first run, and keeps
-    row k: K times as many draws as needed are the price of equal values. That takes noise that depends on no
-    parameter; everything else (a rejection sampler, dropout) draws on from a seed of its own, which no two runs
-    share.
-    """
-
-    def __init__(self, num_particles: int) -> None:
-        super().__init__()
-        self.num_particles = num_particles
-        self.states = [rng.get_state()]
-        self.particle = self.next_site = 0
-        pyro.set_rng_seed(int(torch.randint(2**31, ())))
-
-    def _pyro_sample(self, msg: Any) -> None:
-        subsample = site_is_subsample(msg)
-        given = msg["done"] or msg["is_observed"] or msg["value"] is not None
-        if given or not (subsample or _has_fixed_noise(msg["fn"])):
-            return
-        elsewhere = rng.get_state()
-        rng.set_state(self.states[self.next_site])
-        msg["value"] = msg["fn"]() if subsample else self._draw(msg["fn"])
-        msg["done"] = True
-        self.next_site += 1
-        if self.next_site == len(self.states):
-            self.states.append(rng.get_state())
-        rng.set_state(elsewhere)
-
-    def _draw(self, fn: Any) -> Tensor:
-        if isinstance(fn, _WRAPPERS):
-            return self._draw(fn.base_dist)
-        if isinstance(fn, TransformedDistribution):
-            value = self._draw(fn.base_dist)
-            for transform in fn.transforms:  # after the choice of row k: some transforms remember what they gave
-                value = transform(value)
-            return value
-        return fn.expand((self.num_particles, *fn.batch_shape))()[self.particle]
-
-
-_WRAPPERS = (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
-_FIXED_NOISE = (Normal, MultivariateNormal, LowRankMultivariateNormal, Laplace, Cauchy, Uniform, Delta)
-
-
-def _has_fixed_noise(fn: Any) -> bool:
-    if isinstance(fn, (*_WRAPPERS, TransformedDistribution)):
-        return _has_fixed_noise(fn.base_dist)
-    return isinstance(fn, _FIXED_NOISE)

@@ -141,7 +141,7 @@ def test_every_kind_of_network_likelihood_and_objective(tmp_path):
     assert {path.name for path in (run / "figures").iterdir()} == FIGURES - {"latent_space.png"}
     # nats: 64 pixels of N(x | about 0.3, 0.5^2), with x in [0, 1]
     assert -64 < history(run).train_bound.item() < -64 * math.log(0.5 * math.sqrt(2 * math.pi))
-    assert pyro_vae("compare", run, "--data", 5, "--repeats", 2)[0] == 0
+    assert pyro_vae("compare", run, "--num-images", 5, "--repeats", 2)[0] == 0
 
 
 def test_binarized_mnist_without_labels(tmp_path):
@@ -162,7 +162,7 @@ def test_binarized_mnist_without_labels(tmp_path):
 
 
 def test_compare_prints_what_it_writes(run):
-    status, out, err = pyro_vae("compare", run, "--data", 100, "--repeats", 3)
+    status, out, err = pyro_vae("compare", run, "--num-images", 100, "--repeats", 3)
     assert (status, err) == (0, "")
     table = pd.read_csv(run / "compare.csv")
     rows = [line.rsplit(maxsplit=7) for line in out.splitlines() if re.search(r"\d ± \d", line)]
@@ -356,7 +356,7 @@ def test_train_refuses_a_truncated_checkpoint(run):
     assert "truncated" in refusal("train", "digits", *TINY, "--epochs", 4, "--out", run)
 
 
-@pytest.mark.parametrize("option", ["--data", "--repeats"])
+@pytest.mark.parametrize("option", ["--num-images", "--repeats"])
 def test_compare_refuses_a_number_too_small(run, option):
     assert option in refusal("compare", run, option, 1)
 

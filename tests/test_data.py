@@ -370,7 +370,8 @@ def test_absent_files_and_failed_download(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no complete copy of {name} in .*download") as caught:
         data.load(name, root=tmp_path)
     folder = tmp_path / IDX_SETS.get(name, "omniglot-py")
-    assert f"copy data/{folder.name} to {folder}" in str(caught.value)
+    assert f"Pass the root that holds a folder {folder.name}" in str(caught.value)
+    assert not folder.exists()
     assert "no internet" in str(caught.value.__cause__)
 
 

@@ -11,7 +11,7 @@ import torch
 from programs import LinearGaussian
 
 import pyro_vae as pv
-from pyro_vae.evaluation import _Moments
+from pyro_vae.evaluation import _signal_to_noise
 
 
 def parametrised(program):
@@ -85,10 +85,7 @@ def test_gradient_signal_to_noise_is_that_of_many_gradients():
 def test_signal_to_noise_of_pure_noise_is_not_overstated():
     ratios = []
     for _ in range(200):
-        moments = _Moments()
-        for _ in range(5):
-            moments.add([torch.randn(1000)])
-        ratios.append(moments.snr()[0] ** 2)
+        ratios.append(_signal_to_noise(torch.randn(5, 1000)) ** 2)
     # without the correction it would be 1 / 5
     assert sum(ratios) / len(ratios) < 0.02
 
@@ -158,3 +155,24 @@ def test_names_and_bad_arguments():
         pv.compare(vae.model, vae.guide, x, repeats=1)
     with pytest.raises(ValueError, match="got 10 repeats and 1 data"):
         pv.compare(vae.model, vae.guide, x[:1])
+    assert len(pv.compare(vae.model, vae.guide, x, pv.IWAE(2), repeats=2)) == 1
+    with pytest.raises(ValueError, match="expected objectives of pyro_vae, which have a bound per datum, got <pyro"):
+        pv.compare(vae.model, vae.guide, x, [pyro.infer.Trace_ELBO()])
+    program = LinearGaussian(3, 2, 20)
+    with pytest.raises(ValueError, match="expected a program with parameters, whose gradients can be measured"):
+        pv.compare(program.model, program.guide, program.x, [pv.IWAE(2)])
+
+
+def test_programs_of_two_arguments():
+    vae = pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian")
+    x, shift = torch.randn(20, 4), torch.randn(20, 4)
+
+    def model(x, shift):
+        vae.model(x - shift)
+
+    def guide(x, shift):
+        vae.guide(x - shift)
+
+    both = pv.compare(model, guide, (x, shift), pv.IWAE(2), repeats=2, seed=0)
+    one = pv.compare(vae.model, vae.guide, x - shift, pv.IWAE(2), repeats=2, seed=0)
+    assert both.bound.item() == pytest.approx(one.bound.item())

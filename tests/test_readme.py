@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -23,5 +24,7 @@ def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
     exec(blocks[1], names)
     assert names["log_w"].shape == (1000, len(names["x"]))
     assert names["svi"].step(names["x"]) > 0
+    exec(blocks[2].replace("epochs=60", "epochs=2"), names)
+    assert torch.equal(names["vae"].embed(names["x"]), names["again"].embed(names["x"]))
     bound = pv.IWAE(1000).reduce(names["log_w"]).mean().item()
     assert bound == pytest.approx(names["svi"].evaluate_loss(names["x"]) / -len(names["x"]), abs=1.0)

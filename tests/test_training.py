@@ -94,23 +94,23 @@ def test_two_runs_agree_bit_for_bit_and_validation_does_not_touch_them():
     assert not same(vaes[0], vaes[2])
 
 
-def test_kinds_of_data_are_the_same_data():
-    """A tensor, a tuple, a DataLoader of tensors and one of tuples, in one order, train alike."""
-    vaes = []
-    for data in (
-        X,
-        (X,),
-        [X],
-        DataLoader(X, batch_size=len(X)),
-        DataLoader(TensorDataset(X), batch_size=len(X)),
-    ):
-        vae = small_vae()
-        batch_size = None if isinstance(data, DataLoader) else len(X)
-        kwargs = {} if batch_size is None else {"batch_size": batch_size}
-        pv.fit(vae.model, vae.guide, data, pv.ELBO(), epochs=2, seed=1, **kwargs)
-        vaes.append(torch.cat([p.detach().flatten() for p in vae.parameters()]))
-    for other in vaes[1:]:  # one minibatch holds all data: only its order, and so the noise, differs
-        torch.testing.assert_close(vaes[0], other, rtol=0, atol=5e-3)
+@pytest.mark.parametrize(
+    ("data", "batch_size"),
+    [(X, 16), ((X,), 16), ([X], 16), (DataLoader(X, 16, shuffle=True), None), (DataLoader(TensorDataset(X), 16), None)],
+    ids=["tensor", "tuple", "list", "loader", "loader of tuples"],
+)
+def test_each_kind_of_data_is_seen_whole_once_an_epoch(data, batch_size):
+    vae, seen = small_vae(), []
+
+    def model(x):
+        seen.append(x)
+        vae.model(x)
+
+    pv.fit(model, vae.guide, data, pv.ELBO(), epochs=2, batch_size=batch_size)
+    epochs = torch.cat(seen[-8:]).split(50)  # before them come the looks at the first minibatch
+    for epoch in epochs:
+        assert [len(x) for x in seen[-8:]] == [16, 16, 16, 2] * 2
+        torch.testing.assert_close(epoch.sort(0).values, X.sort(0).values, rtol=0, atol=0)
 
 
 def test_programs_of_two_arguments():
@@ -377,3 +377,46 @@ def test_trying_the_program_takes_no_random_numbers_from_the_training():
         batches.example()
         assert torch.equal(torch.get_rng_state(), states[0])
         assert torch.equal(generator.get_state(), states[1])
+
+
+def test_what_would_count_once_for_each_minibatch_is_refused():
+    """A global latent's KL, or a factor: with all data in one minibatch, or a plate scaled to them, it is right."""
+
+    def model(x, size=None):
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", size or len(x), subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x, size=None):
+        loc = pyro.param("loc", torch.zeros(()))
+        scale = pyro.param("scale", torch.ones(()), constraint=dist.constraints.positive)
+        pyro.sample("mean", dist.Normal(loc, scale))
+
+    x = 3 + torch.randn(40)
+    with pytest.raises(ValueError, match=r"minibatches add up.*'mean' is a latent site outside.*batch_size=N"):
+        pv.fit(model, guide, x, pv.ELBO(), epochs=1, batch_size=10)
+    scaled = (lambda x: model(x, 40)), (lambda x: guide(x, 40))
+    pv.fit(*scaled, x, pv.ELBO(10), epochs=200, batch_size=10, lr=3e-2)
+    exact = torch.sum(x) / (40 + 0.01)
+    assert pyro.param("loc").item() == pytest.approx(exact.item(), abs=0.1)
+    assert pyro.param("scale").item() == pytest.approx(40**-0.5, rel=0.3)
+    pyro.clear_param_store()
+    pv.fit(model, guide, x, pv.ELBO(10), epochs=300, batch_size=40, lr=3e-2)
+    assert pyro.param("loc").item() == pytest.approx(exact.item(), abs=0.1)
+
+
+@pytest.mark.parametrize("objective", [pv.ELBO, "elbo", pyro.infer.RenyiELBO()])
+def test_what_is_no_objective(objective):
+    vae = small_vae()
+    with pytest.raises(ValueError, match=r"expected an objective with a differentiable loss, such as pv.ELBO\(\)"):
+        pv.fit(vae.model, vae.guide, X, objective, epochs=1)
+
+
+def test_pyros_objectives_resume_and_other_settings_do_not(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for epochs in (1, 2):  # a new object each time, as in a new session
+        vae = small_vae()
+        pv.fit(vae.model, vae.guide, X, pyro.infer.Trace_ELBO(), epochs=epochs, checkpoint=path, seed=1)
+    for other in (pyro.infer.Trace_ELBO(num_particles=2), pv.ELBO(), pv.ELBO(1, "monte_carlo")):
+        with pytest.raises(ValueError, match=r"objective='Trace_ELBO\(num_particles=1\)', and objective="):
+            pv.fit(vae.model, vae.guide, X, other, epochs=3, checkpoint=path, seed=1)
