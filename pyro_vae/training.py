@@ -106,7 +106,8 @@ def fit(
     if checkpoint and Path(checkpoint).exists():
         rows = _resume(checkpoint, epochs, settings, parameters, modules, optimizer, batches)
 
-    bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
+    total_steps = None if batches.steps is None else epochs * batches.steps
+    bar = tqdm(total=total_steps, disable=None if progress else True, unit="step")
     bar.update(len(rows) * (batches.steps or 0))
     epoch = step = 0
     try:
