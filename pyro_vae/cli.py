@@ -73,7 +73,7 @@ def train(
     binarize: Annotated[
         Literal["none", "threshold", "fixed", "dynamic"] | None,
         Option(
-            help="Make pixels 0 or 1: at a threshold of 0.5, by one fixed draw, or by a new draw in each epoch.",
+            help="Make pixels 0 or 1: at a threshold of 0.5, by one fixed draw, or, in training, by a new draw each time.",
             show_default="dynamic; none for a Gaussian or binarized_mnist",
         ),
     ] = None,
@@ -110,6 +110,7 @@ def train(
     dataset, vae = _build(config)
 
     import pyro_vae as pv
+    from pyro_vae import checkpoint as checkpoints
 
     bound = {
         "elbo": pv.ELBO(particles),
@@ -119,6 +120,13 @@ def train(
     checkpoint = run / "checkpoint.pt"
     if not checkpoint.exists():
         _write_config(run, config)
+    with _explained():
+        earlier = len(checkpoints.load(checkpoint)["history"]) if checkpoint.exists() else 0
+    if 0 < earlier <= epochs:
+        print(
+            f"{run} has {earlier} epoch{'s' * (earlier > 1)}: "
+            + ("going on." if earlier < epochs else "nothing left to train.")
+        )
     with _explained(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "training stopped by Ctrl-C")  # said below, with how to go on
         history = pv.fit(
@@ -136,8 +144,9 @@ def train(
     if history.empty:
         print("stopped by Ctrl-C within the first epoch: there is nothing to keep.", file=sys.stderr)
         raise typer.Exit(130)
-    for stale in (run / "compare.csv", run / "figures" / "bounds.png"):  # they describe the parameters of before
-        stale.unlink(missing_ok=True)
+    if len(history) > earlier:  # what compare wrote is about the parameters of before
+        for stale in (run / "compare.csv", run / "figures" / "bounds.png"):
+            stale.unlink(missing_ok=True)
     _write_config(run, config)  # only now that fit has accepted the checkpoint, if there was one
     history.to_csv(run / "history.csv")
     pv.load_parameters(checkpoint, vae.model, vae.guide, dataset.test.x[:1])  # Ctrl-C leaves those within an epoch

@@ -121,12 +121,20 @@ def test_more_epochs_go_on_to_where_an_unbroken_run_ends(trained, tmp_path):
     run = tmp_path / "run"
     pyro_vae("train", "digits", *TINY, "--epochs", 1, "--out", run)
     first = (run / "history.csv").read_text()
-    assert pyro_vae("train", "digits", *TINY, "--epochs", 3, "--out", run)[0] == 0
+    pyro_vae("compare", run, "--num-images", 5, "--repeats", 2)
+    status, out, _ = pyro_vae("train", "digits", *TINY, "--epochs", 3, "--out", run)
+    assert status == 0
+    assert out.startswith(f"{run} has 1 epoch: going on.")
+    assert not (run / "compare.csv").exists()  # it was about the parameters of before
+    assert not (run / "figures" / "bounds.png").exists()
     assert (run / "history.csv").read_text().startswith(first)  # the seconds of the first epoch too
     pd.testing.assert_frame_equal(bounds(run), bounds(trained[0]), check_exact=True)
     assert json.loads((run / "config.json").read_text()) == json.loads((trained[0] / "config.json").read_text()) | {
         "root": str(tmp_path / "data")
     }
+    pyro_vae("compare", run, "--num-images", 5, "--repeats", 2)
+    assert "has 3 epochs: nothing left to train." in pyro_vae("train", "digits", *TINY, "--epochs", 3, "--out", run)[1]
+    assert (run / "compare.csv").exists()
 
 
 def test_every_kind_of_network_likelihood_and_objective(tmp_path):
