@@ -85,6 +85,19 @@ def compare(
     args = tuple(column[:] for column in x) if isinstance(x, tuple | list) else (x[:],)
     if repeats < 2 or len(args[0]) < 2:
         raise ValueError(f"expected at least 2 repeats and 2 data, got {repeats} repeats and {len(args[0])} data.")
+    with evaluating(find_modules(model, guide)):
+        return _compare(model, guide, args, objectives, repeats, seed, progress)
+
+
+def _compare(
+    model: Program,
+    guide: Program,
+    args: tuple[Tensor, ...],
+    objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None,
+    repeats: int,
+    seed: int | None,
+    progress: bool,
+) -> pd.DataFrame:
     chosen = _defaults(model, guide, args) if objectives is None else objectives
     chosen = [chosen] if isinstance(chosen, Objective) else chosen
     for objective in chosen.values() if isinstance(chosen, Mapping) else chosen:
@@ -104,7 +117,7 @@ def compare(
     bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
     for name, objective in bar:
         bar.set_description(f"{name}, K = {objective.num_particles}")
-        with evaluating(find_modules(model, guide)), nullcontext() if seed is None else rng.preserved(seed):
+        with nullcontext() if seed is None else rng.preserved(seed):
             rows.append(_measure(model, guide, args, objective, parameters, repeats))
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
 
@@ -117,7 +130,7 @@ def _defaults(model: Program, guide: Program, args: tuple[Tensor, ...]) -> list[
         with torch.no_grad(), rng.preserved():
             closed_form.bound(model, guide, *args)
     except NoClosedFormError as error:
-        warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=3)
+        warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=4)
         return objectives
     return [closed_form, *objectives]
 

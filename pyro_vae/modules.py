@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_vae.weights import Program
+Program = Callable[..., Any]  # a Pyro model or guide
 
 
 def find_modules(*programs: Program) -> list[nn.Module]:

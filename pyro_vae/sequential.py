@@ -6,21 +6,20 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import (
+from pyro.distributions import Delta, MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import (
     Cauchy,
-    Delta,
-    ExpandedDistribution,
+    Independent,
     Laplace,
     LowRankMultivariateNormal,
-    MaskedDistribution,
     MultivariateNormal,
     Normal,
     TransformedDistribution,
     Uniform,
 )
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
 
 from pyro_vae import rng
 
@@ -40,6 +39,11 @@ class DrawAsOneOf(Messenger):
         self.states = [rng.get_state()]
         self.particle = self.next_site = 0
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
+
+    def finish(self) -> None:
+        """Leave the generators as the vectorised run would; where no site drew from them, with new numbers all the same."""
+        if not torch.equal(self.states[0]["torch"], self.states[-1]["torch"]):
+            rng.set_state(self.states[-1])
 
     def of(self, particle: int) -> DrawAsOneOf:
         """Around the run of one particle."""
@@ -68,10 +72,10 @@ class DrawAsOneOf(Messenger):
             for transform in fn.transforms:  # after the choice of row k: some transforms remember what they gave
                 value = transform(value)
             return value
-        return fn.expand((self.num_particles, *fn.batch_shape))()[self.particle]
+        return fn.expand((self.num_particles, *fn.batch_shape)).rsample()[self.particle]
 
 
-_WRAPPERS = (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
+_WRAPPERS = (Independent, MaskedDistribution)
 _FIXED_NOISE = (Normal, MultivariateNormal, LowRankMultivariateNormal, Laplace, Cauchy, Uniform, Delta)
 
 

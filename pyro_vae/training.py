@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from pyro_vae import checkpoint as checkpoints
 from pyro_vae import rng
-from pyro_vae.batch_plate import find_batch_plate
 from pyro_vae.minibatches import Batch, Minibatches
 from pyro_vae.modules import buffers, evaluating, find_modules
 from pyro_vae.weights import Program, find_parameters, sample_sites, trace_once
@@ -52,7 +51,7 @@ def fit(
         validation: data held out, of the same kinds; its bound is measured after each epoch, with the same noise
             each time and without touching the training's random numbers.
         checkpoint: a file to write after each epoch. If it is there already, training goes on from it and ends,
-            bit for bit, where it would have ended unbroken.
+            bit for bit, where it would have ended unbroken (batch norm: see below).
         seed: starts the random generators for minibatches and samples; None goes on from where they are. Initial
             weights come before `fit`: call ``pyro.set_rng_seed`` before building the networks too.
         progress: whether to show a progress bar, in a terminal.
@@ -173,25 +172,24 @@ def _prepare(model: Program, guide: Program, objective: Any, batches: Minibatche
             "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
             "pyro.module statement."
         )
-    with pyro.validation_enabled(True), rng.preserved(), pyro.poutine.block():
+    trial = evaluating(find_modules(model, guide))
+    with pyro.validation_enabled(True), rng.preserved(), pyro.poutine.block(), trial:
         objective.differentiable_loss(model, guide, *batch)
     return parameters
 
 
 def _check_minibatches(model: Program, guide: Program, batch: Batch) -> None:
     """Refuse a program whose terms outside the data's plate would count once for each minibatch."""
-    sites = sample_sites(trace_once(model, guide, *batch)[0])
-    frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
-    if any(frame.full_size != frame.size for frame in frames):
+    frames = {n: s["cond_indep_stack"] for n, s in sample_sites(trace_once(model, guide, *batch)[0]).items()}
+    if any(frame.full_size != frame.size for stack in frames.values() for frame in stack):
         return  # scaled to all data: each minibatch's loss estimates the whole
-    try:
-        find_batch_plate({f"model site '{name}'": site for name, site in sites.items()})
-    except ValueError as error:
-        raise ValueError(
-            f"expected a program whose minibatches add up to the data, got one where {error} To train it by "
-            "minibatches, give its plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass "
-            "batch_size=N."
-        ) from error
+    for name, stack in frames.items():
+        if all(frame.size != len(batch[0]) for frame in stack):
+            raise ValueError(
+                f"expected a program whose minibatches add up to the data, got model site '{name}' outside the data's "
+                f"plate of size {len(batch[0])}: its term would count once for each minibatch. Move it inside; or give the "
+                "plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass batch_size=N."
+            )
 
 
 def _resume(
@@ -236,7 +234,7 @@ def _validate(
     own = held_out.generator_states()
     with torch.no_grad(), rng.preserved(seed=0), evaluating(modules):
         for batch in held_out.in_order():
-            total += objective.differentiable_loss(model, guide, *batch).item()
+            total += objective.loss(model, guide, *batch)
             count += len(batch[0])
     held_out.set_generator_states(own)
     return -total / count

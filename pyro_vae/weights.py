@@ -13,7 +13,7 @@ This file knows no objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,9 +31,8 @@ from torch import Tensor
 from pyro_vae import rng
 from pyro_vae.agreement import check_densities, check_reparameterised, check_shapes, check_sites, equal
 from pyro_vae.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
+from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.sequential import DrawAsOneOf
-
-Program = Callable[..., Any]
 
 
 def log_weights(
@@ -117,7 +116,7 @@ def check_num_particles(num_particles: int) -> None:
 
 def trace_once(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Trace, Trace]:
     """The traces of one run of the model and of the guide, which leaves nothing of itself behind."""
-    with _untraced():
+    with _untraced(model, guide):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
 
@@ -142,9 +141,9 @@ def _parameters(trace: Trace) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _untraced() -> Iterator[None]:
-    """Around a run that only looks at a program: outer handlers, gradients and random generators don't see it."""
-    with torch.no_grad(), poutine.block(), rng.preserved():
+def _untraced(model: Program, guide: Program) -> Iterator[None]:
+    """Around a run that only looks at a program: handlers, gradients, random generators, batch norm don't see it."""
+    with torch.no_grad(), poutine.block(), rng.preserved(), evaluating(find_modules(model, guide)):
         pyro.set_rng_seed(int(torch.randint(2**31, ())))  # initial values drawn here must not come again as noise
         yield
 
@@ -197,12 +196,11 @@ def run_particles(
         return [_run(model, guide, args, kwargs, in_plate)]
     if not vectorize_particles:
         runs = []
-        with rng.preserved():
-            draws = DrawAsOneOf(num_particles)
-            for particle in range(num_particles):
-                with draws.of(particle):
-                    runs.append(_run(model, guide, args, kwargs, in_plate))
-        rng.set_state(draws.states[-1])
+        draws = DrawAsOneOf(num_particles)
+        for particle in range(num_particles):
+            with draws.of(particle):
+                runs.append(_run(model, guide, args, kwargs, in_plate))
+        draws.finish()
         return runs
     if max_plate_nesting is None:
         max_plate_nesting = find_max_plate_nesting(model, guide, args, kwargs, in_plate=in_plate)
@@ -222,7 +220,7 @@ def find_max_plate_nesting(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_plate: bool
 ) -> int:
     """How many dimensions the program's plates take, found by one run that leaves no trace of itself."""
-    with _untraced():
+    with _untraced(model, guide):
         return -_run(model, guide, args, kwargs, in_plate).particle_dim - 1
 
 

@@ -369,3 +369,46 @@ def test_networks_without_a_leading_dimension_are_told_of_the_way_out():
         pv.IWAE(3).loss(narrow_model, narrow_guide, X)
     assert "leading dimension of 3" in caught.value.__notes__[0]
     pv.IWAE(3, vectorize_particles=False).loss(narrow_model, narrow_guide, X)
+
+
+@pytest.mark.parametrize(
+    ("family", "same"),
+    [
+        (lambda x: dist.LogNormal(x, 1.0), True),
+        (lambda x: dist.Gumbel(x, 1.0), True),
+        (lambda x: dist.Laplace(x, 1.0), True),
+        (lambda x: dist.StudentT(5.0, x, 1.0), False),
+        (lambda x: dist.ExpandedDistribution(dist.Normal(torch.zeros(()), 1.0), x.shape), False),
+    ],
+    ids=["LogNormal", "Gumbel", "Laplace", "StudentT", "Expanded"],
+)
+def test_particles_one_after_another_draw_anew_at_each_call(family, same):
+    def any_model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.StudentT(3.0))
+
+    def any_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", family(x))
+
+    def draw(vectorize):
+        return pv.log_weights(any_model, any_guide, X, num_particles=3, vectorize_particles=vectorize)
+
+    pyro.set_rng_seed(1)
+    together = draw(True)
+    pyro.set_rng_seed(1)
+    apart, again = draw(False), draw(False)
+    assert not torch.isclose(apart, again).any()
+    assert len(apart.unique()) == 18
+    assert torch.allclose(together, apart) == same
+
+
+def test_a_point_beside_dropout_draws_anew_at_each_call():
+    def noisy(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(torch.nn.functional.dropout(z + 1, 0.5), 1.0), obs=x)
+
+    objective = pv.ELBO(2, "monte_carlo", vectorize_particles=False)
+    point = AutoDelta(noisy)
+    assert len({objective.loss(noisy, point, X) for _ in range(3)}) == 3

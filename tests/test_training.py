@@ -393,7 +393,9 @@ def test_what_would_count_once_for_each_minibatch_is_refused():
         pyro.sample("mean", dist.Normal(loc, scale))
 
     x = 3 + torch.randn(40)
-    with pytest.raises(ValueError, match=r"minibatches add up.*'mean' is a latent site outside.*batch_size=N"):
+    with pytest.raises(
+        ValueError, match=r"minibatches add up.*site 'mean' outside the data's plate of size 10.*batch_size=N"
+    ):
         pv.fit(model, guide, x, pv.ELBO(), epochs=1, batch_size=10)
     scaled = (lambda x: model(x, 40)), (lambda x: guide(x, 40))
     pv.fit(*scaled, x, pv.ELBO(10), epochs=200, batch_size=10, lr=3e-2)
@@ -420,3 +422,45 @@ def test_pyros_objectives_resume_and_other_settings_do_not(tmp_path):
     for other in (pyro.infer.Trace_ELBO(num_particles=2), pv.ELBO(), pv.ELBO(1, "monte_carlo")):
         with pytest.raises(ValueError, match=r"objective='Trace_ELBO\(num_particles=1\)', and objective="):
             pv.fit(vae.model, vae.guide, X, other, epochs=3, checkpoint=path, seed=1)
+
+
+def test_two_plates_of_the_data_add_up():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(z * pyro.param("w", torch.ones(())), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    assert len(pv.fit(model, guide, X[:, 0], pv.ELBO(), epochs=2, batch_size=10)) == 2
+
+
+def test_pyros_enumerating_objective_is_validated():
+    """Its differentiable loss refuses to run without gradients; its loss does not."""
+
+    def model(x):
+        logit = pyro.param("logit", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=logit), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pass
+
+    objective = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1)
+    history = pv.fit(model, guide, X[:, 0], objective, epochs=2, batch_size=10, validation=X[:9, 0])
+    assert history.validation_bound.notna().all()
+
+
+def test_looking_at_a_program_leaves_batch_norm_alone():
+    vae = batch_norm_vae()
+    pv.fit(vae.model, vae.guide, X, pv.IWAE(3), epochs=1, batch_size=50)
+    statistics = vae.posterior.encoder[1]
+    assert statistics.num_batches_tracked == 1
+    before = statistics.running_mean.clone()
+    tables = [pv.compare(vae.model, vae.guide, X, pv.IWAE(3), repeats=2, seed=0).iloc[:, :5] for _ in range(2)]
+    assert torch.equal(statistics.running_mean, before)
+    assert tables[0].equals(tables[1])
