@@ -117,8 +117,12 @@ def check_num_particles(num_particles: int) -> None:
 def trace_once(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Trace, Trace]:
     """The traces of one run of the model and of the guide, which leaves nothing of itself behind."""
     with _untraced(model, guide):
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
+        return _traces(model, guide, args, kwargs)
+
+
+def _traces(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
 
 
 def find_parameters(
@@ -233,9 +237,7 @@ def _run(
     num_particles: int = 1,
     particle_dim: int | None = None,
 ) -> Run:
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
+    model_sites, guide_sites = map(sample_sites, _traces(model, guide, args, kwargs))
     if particle_dim is None:
         frames = [f for s in (*model_sites.values(), *guide_sites.values()) for f in s["cond_indep_stack"]]
         particle_dim = min((f.dim for f in frames if f.vectorized), default=0) - 1
