@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Distribution, MaskedDistribution
+from pyro.distributions import Delta, Distribution, ExpandedDistribution, MaskedDistribution, Unit
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_vae.batch_plate import Site, Sites
 
@@ -145,13 +146,10 @@ def unwrapped(distribution: Any) -> Any:
 
 def _layers(distribution: Any) -> Iterator[Any]:
     yield distribution
-    while isinstance(distribution, MaskedDistribution) or type(distribution).__name__ in (
-        "Independent",
-        "ExpandedDistribution",
-    ):
+    while isinstance(distribution, Independent | MaskedDistribution | ExpandedDistribution):
         distribution = distribution.base_dist
         yield distribution
 
 
 def _is_factor(site: Site) -> bool:
-    return family(site["fn"]) == "Unit"
+    return isinstance(unwrapped(site["fn"]), Unit)

@@ -12,9 +12,7 @@ from typing import Any
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
 
 Site = Any  # a message of Pyro's, as a trace holds it
-Sites = dict[str, Site]  # by the words that an error names the site by, such as "model site 'x'"
-
-
+Sites = dict[str, Site]  # by name; in this file by the words that an error uses, such as "model site 'x'"
 Plate = Any  # Pyro's frame of a vectorised plate, with its name, dim, size and full_size
 
 

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import pyro.infer
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.agreement import equal, family, same_masks
+from pyro_vae.agreement import equal, family, same_masks, unwrapped
 from pyro_vae.batch_plate import Site
 from pyro_vae.weights import (
     Program,
@@ -284,7 +285,9 @@ def _site_kl(run: Run, name: str) -> Tensor:
         f"ELBO(kl='analytic') has no closed form at site '{name}' for the pair KL({family(guide['fn'])} || "
         f"{family(model['fn'])}). Use kl='monte_carlo'."
     )
-    if family(guide["fn"]) == "Delta":  # Pyro registers half a KL here: it leaves out the Delta's own log-density
+    if isinstance(
+        unwrapped(guide["fn"]), Delta
+    ):  # Pyro registers half a KL here: it leaves out the Delta's own log-density
         raise no_closed_form
     try:
         return kl_divergence(guide["fn"], model["fn"])

@@ -11,14 +11,15 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_vae import checkpoint as checkpoints
 from pyro_vae import rng
-from pyro_vae.minibatches import Batch, Minibatches
+from pyro_vae.minibatches import Minibatches
 from pyro_vae.modules import buffers, evaluating, find_modules
-from pyro_vae.weights import Program, find_parameters, sample_sites, trace_once
+from pyro_vae.weights import Program, parameters_of, sample_sites, trace_once
 
 
 def fit(
@@ -163,10 +164,11 @@ def fit(
 def _prepare(model: Program, guide: Program, objective: Any, batches: Minibatches) -> dict[str, Tensor]:
     """Run the program once with validation on, so that its mistakes show before any work; return its parameters."""
     batch = batches.example()
+    model_trace, guide_trace = trace_once(model, guide, *batch)
     if batches.steps != 1:
-        _check_minibatches(model, guide, batch)
-    in_model, in_guide = find_parameters(model, guide, *batch)
-    parameters = dict(sorted((in_model | in_guide).items()))  # by name: Adam knows its own by their order
+        _check_minibatches(model_trace, len(batch[0]))
+    found = parameters_of(model_trace) | parameters_of(guide_trace)
+    parameters = dict(sorted(found.items()))  # by name: Adam knows its own by their order
     if not parameters:
         raise ValueError(
             "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
@@ -178,16 +180,16 @@ def _prepare(model: Program, guide: Program, objective: Any, batches: Minibatche
     return parameters
 
 
-def _check_minibatches(model: Program, guide: Program, batch: Batch) -> None:
+def _check_minibatches(model_trace: Trace, size: int) -> None:
     """Refuse a program whose terms outside the data's plate would count once for each minibatch."""
-    frames = {n: s["cond_indep_stack"] for n, s in sample_sites(trace_once(model, guide, *batch)[0]).items()}
+    frames = {n: s["cond_indep_stack"] for n, s in sample_sites(model_trace).items()}
     if any(frame.full_size != frame.size for stack in frames.values() for frame in stack):
         return  # scaled to all data: each minibatch's loss estimates the whole
     for name, stack in frames.items():
-        if all(frame.size != len(batch[0]) for frame in stack):
+        if all(frame.size != size for frame in stack):
             raise ValueError(
                 f"expected a program whose minibatches add up to the data, got model site '{name}' outside the data's "
-                f"plate of size {len(batch[0])}: its term would count once for each minibatch. Move it inside; or give the "
+                f"plate of size {size}: its term would count once for each minibatch. Move it inside; or give the "
                 "plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass batch_size=N."
             )
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import pyro
@@ -134,11 +133,12 @@ def find_parameters(
         Two dictionaries from a parameter's name in Pyro to its unconstrained value, the leaf that an optimiser
         steps. A parameter that both use is in both.
     """
-    of_model, of_guide = (_parameters(trace) for trace in trace_once(model, guide, *args, **kwargs))
-    return of_model, of_guide
+    model_trace, guide_trace = trace_once(model, guide, *args, **kwargs)
+    return parameters_of(model_trace), parameters_of(guide_trace)
 
 
-def _parameters(trace: Trace) -> dict[str, Tensor]:
+def parameters_of(trace: Trace) -> dict[str, Tensor]:
+    """The parameters in a trace, by name: unconstrained, as an optimiser steps them."""
     values: dict[str, Any] = {n: site["value"] for n, site in trace.nodes.items() if site["type"] == "param"}
     # Under Pyro's module_local_params, a module's parameters are unconstrained as they are.
     return {n: v.unconstrained() if hasattr(v, "unconstrained") else v for n, v in values.items()}
@@ -161,23 +161,19 @@ class Run:
         guide: the guide's sample sites, likewise.
         num_particles: K, how many particles this run holds.
         particle_dim: the dimension that holds them, counted from the right, left of every plate.
+        batch_plate: the plate whose rows are the data; None where the run was not asked to have one.
     """
 
     model: Sites
     guide: Sites
     num_particles: int
     particle_dim: int
+    batch_plate: Plate
 
     @property
     def sites(self) -> Sites:
         """All sites, by the words that an error names them by."""
-        model = {f"model site '{name}'": site for name, site in self.model.items()}
-        return model | {f"guide site '{name}'": site for name, site in self.guide.items()}
-
-    @cached_property
-    def batch_plate(self) -> Plate:
-        """The plate whose rows are the data; a ValueError if the program has none."""
-        return find_batch_plate(self.sites)
+        return _labelled(self.model, self.guide)
 
 
 def run_particles(
@@ -241,18 +237,23 @@ def _run(
     if particle_dim is None:
         frames = [f for s in (*model_sites.values(), *guide_sites.values()) for f in s["cond_indep_stack"]]
         particle_dim = min((f.dim for f in frames if f.vectorized), default=0) - 1
-    run = Run(model_sites, guide_sites, num_particles, particle_dim)
-    check_sites(run.model, run.guide)
+    check_sites(model_sites, guide_sites)
     if torch.is_grad_enabled():
-        check_reparameterised(run.guide)
+        check_reparameterised(guide_sites)
+    sites, batch_plate = _labelled(model_sites, guide_sites), None
     if in_plate:
-        find_batch_plate(run.sites)  # refuses what has none, before shapes are looked at
-        check_densities(run.model, run.guide)
-    check_shapes(run.model, run.guide, particle_dim)
-    for site in run.sites.values():
+        batch_plate = find_batch_plate(sites)  # before shapes are looked at: its messages say more
+        check_densities(model_sites, guide_sites)
+    check_shapes(model_sites, guide_sites, particle_dim)
+    for site in sites.values():
         unmasked: Any = dict(site, log_prob=site["unscaled_log_prob"])
         check_site_shape(unmasked, max_plate_nesting=-particle_dim)
-    return run
+    return Run(model_sites, guide_sites, num_particles, particle_dim, batch_plate)
+
+
+def _labelled(model: Sites, guide: Sites) -> Sites:
+    labelled = {f"model site '{name}'": site for name, site in model.items()}
+    return labelled | {f"guide site '{name}'": site for name, site in guide.items()}
 
 
 def sample_sites(trace: Trace) -> Sites:
