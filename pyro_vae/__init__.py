@@ -20,7 +20,7 @@ from pyro_vae import data, networks, plots
 from pyro_vae.checkpoint import load_parameters
 from pyro_vae.evaluation import compare
 from pyro_vae.likelihoods import Bernoulli, Gaussian, Likelihood
-from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
+from pyro_vae.objectives import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, RWS, TVO, NoClosedFormError, Objective, Renyi
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
 from pyro_vae.training import fit
@@ -28,8 +28,14 @@ from pyro_vae.vae import VAE, conv_vae, mlp_vae
 from pyro_vae.weights import log_weights
 
 __all__ = [
+    "CIWAE",
     "ELBO",
     "IWAE",
+    "JVI",
+    "MIWAE",
+    "PIWAE",
+    "RWS",
+    "TVO",
     "VAE",
     "Bernoulli",
     "DiagonalNormal",
@@ -37,6 +43,7 @@ __all__ = [
     "Likelihood",
     "NoClosedFormError",
     "Objective",
+    "Renyi",
     "StandardNormal",
     "compare",
     "conv_vae",

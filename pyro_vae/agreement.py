@@ -72,17 +72,25 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
                     )
 
 
+def not_reparameterised(guide: Sites) -> list[str]:
+    """The sites through whose samples no whole pathwise gradient flows."""
+    # Families that sample by rejection have an rsample, and a score_parts of their own for what it leaves out.
+    return [
+        name
+        for name, site in guide.items()
+        if not site["fn"].has_rsample or type(unwrapped(site["fn"])).score_parts is not Distribution.score_parts
+    ]
+
+
 def check_reparameterised(guide: Sites) -> None:
     """A pathwise gradient flows through every site of the guide."""
-    for name, site in guide.items():
-        # Families that sample by rejection have an rsample, and a score_parts of their own for what it leaves out.
-        rejects = type(unwrapped(site["fn"])).score_parts is not Distribution.score_parts
-        if not site["fn"].has_rsample or rejects:
-            raise ValueError(
-                f"guide site '{name}' can't be reparameterised: expected a distribution with rsample, got "
-                f"{family(site['fn'])}, through which no whole pathwise gradient flows. Use a reparameterised family, or, "
-                "for values alone, call this under torch.no_grad()."
-            )
+    for name in not_reparameterised(guide):
+        raise ValueError(
+            f"guide site '{name}' can't be reparameterised: expected a distribution with rsample, got "
+            f"{family(guide[name]['fn'])}, through which no whole pathwise gradient flows. Use an objective with "
+            "gradient='score', or, with two particles or more, gradient='vimco'; or a reparameterised family; or, for "
+            "values alone, torch.no_grad()."
+        )
 
 
 def check_densities(model: Sites, guide: Sites) -> None:
@@ -111,13 +119,14 @@ def check_densities(model: Sites, guide: Sites) -> None:
 
 def same_masks(first: Site, second: Site) -> bool:
     """Whether two sites are masked alike, by handlers and by their distributions."""
-    first, second = _masks(first), _masks(second)
+    first, second = masks(first), masks(second)
     return len(first) == len(second) and all(map(equal, first, second))
 
 
-def _masks(site: Site) -> list[Any]:
-    masks = [getattr(layer, "_mask", None) for layer in _layers(site["fn"])] + [site["mask"]]
-    return [mask for mask in masks if mask is not None and mask is not True]
+def masks(site: Site) -> list[Any]:
+    """What masks a site, by handlers and by its distributions."""
+    found = [getattr(layer, "_mask", None) for layer in _layers(site["fn"])] + [site["mask"]]
+    return [mask for mask in found if mask is not None and mask is not True]
 
 
 def equal(first: Any, second: Any) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.modules import buffers, find_modules
-from pyro_vae.weights import Program, find_parameters
+from pyro_vae.modules import Program, buffers, find_modules
+from pyro_vae.runs import find_parameters
 
 FORMAT = "pyro_vae checkpoint 1"
 

@@ -90,6 +90,9 @@ def train(
     objective: Annotated[
         Literal["elbo", "elbo-monte-carlo", "iwae"], Option(help="The bound; elbo has its KL in closed form.")
     ] = "elbo",
+    gradient: Annotated[
+        Literal["pathwise", "stl", "dreg"], Option(help="How the bound is differentiated; elbo has the first alone.")
+    ] = "pathwise",
     particles: Annotated[int, Option(min=1, help="Samples of z for each image, in the bound.")] = 1,
     epochs: Annotated[int, Option(min=1, help="Passes over the data in all, earlier ones of the run included.")] = 200,
     batch_size: Annotated[int, Option(min=1, help="Images in a gradient step.")] = 64,
@@ -112,11 +115,12 @@ def train(
     import pyro_vae as pv
     from pyro_vae import checkpoint as checkpoints
 
-    bound = {
-        "elbo": pv.ELBO(particles),
-        "elbo-monte-carlo": pv.ELBO(particles, "monte_carlo"),
-        "iwae": pv.IWAE(particles),
-    }[objective]
+    with _explained():
+        bound: pv.Objective
+        if objective == "iwae":
+            bound = pv.IWAE(particles, gradient)
+        else:
+            bound = pv.ELBO(particles, "analytic" if objective == "elbo" else "monte_carlo", gradient)
     checkpoint = run / "checkpoint.pt"
     if not checkpoint.exists():
         _write_config(run, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -16,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
-from pyro_vae.modules import evaluating, find_modules
+from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
-from pyro_vae.weights import Program, find_parameters
+from pyro_vae.runs import find_parameters
 
 ROWS_AT_ONCE = 2**15  # data times particles: 100 MB for each float32 tensor of 784 pixels
 
@@ -143,7 +144,8 @@ def _measure(
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
     repeats: int,
 ) -> dict[str, float]:
-    at_once = max(1, ROWS_AT_ONCE // objective.num_particles)
+    objective = copy.copy(objective)  # whose losses are no steps of a schedule
+    at_once = max(1, ROWS_AT_ONCE // objective.num_samples)
     chunks = list(zip(*(column.split(at_once) for column in args), strict=True))
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -18,8 +19,8 @@ from tqdm.auto import tqdm
 from pyro_vae import checkpoint as checkpoints
 from pyro_vae import rng
 from pyro_vae.minibatches import Minibatches
-from pyro_vae.modules import buffers, evaluating, find_modules
-from pyro_vae.weights import Program, parameters_of, sample_sites, trace_once
+from pyro_vae.modules import Program, buffers, evaluating, find_modules
+from pyro_vae.runs import parameters_of, sample_sites, trace_once
 
 
 def fit(
@@ -102,9 +103,12 @@ def fit(
         "seed": seed,
         "N": batches.size,
     }
+    has_schedule = isinstance(getattr(objective, "step", None), int)
     rows: list[dict[str, float]] = []
+    if has_schedule:
+        objective.step = 0
     if checkpoint and Path(checkpoint).exists():
-        rows = _resume(checkpoint, epochs, settings, parameters, modules, optimizer, batches)
+        rows = _resume(checkpoint, epochs, settings, parameters, modules, optimizer, batches, objective)
 
     total_steps = None if batches.steps is None else epochs * batches.steps
     bar = tqdm(total=total_steps, disable=None if progress else True, unit="step")
@@ -146,6 +150,7 @@ def fit(
                         "optimizer": optimizer.state_dict(),
                         "rng": rng.get_state(),
                         "loader_rng": batches.generator_states(),
+                        "step": objective.step if has_schedule else None,
                     }
                     checkpoints.save(checkpoint, state)
                 rows.append(row)  # last, so that the history never runs ahead of the checkpoint
@@ -176,7 +181,7 @@ def _prepare(model: Program, guide: Program, objective: Any, batches: Minibatche
         )
     trial = evaluating(find_modules(model, guide))
     with pyro.validation_enabled(True), rng.preserved(), pyro.poutine.block(), trial:
-        objective.differentiable_loss(model, guide, *batch)
+        copy.copy(objective).differentiable_loss(model, guide, *batch)  # a copy: this is no step of a schedule
     return parameters
 
 
@@ -202,6 +207,7 @@ def _resume(
     modules: list[nn.Module],
     optimizer: torch.optim.Optimizer,
     batches: Minibatches,
+    objective: Any,
 ) -> list[dict[str, float]]:
     """Put everything where the checkpoint left it; return the history so far."""
     state = checkpoints.load(path)
@@ -220,6 +226,8 @@ def _resume(
     optimizer.load_state_dict(state["optimizer"])
     batches.set_generator_states(state["loader_rng"])
     rng.set_state(state["rng"])
+    if state.get("step") is not None:
+        objective.step = state["step"]
     return list(state["history"])
 
 
@@ -244,11 +252,14 @@ def _validate(
 
 def _describe(objective: Any) -> str:
     """An objective's type and settings, to recognise it by; not Pyro's switches, nor what it found out by running."""
-    common = vars(pyro.infer.Trace_ELBO()).keys() - {"num_particles"}
+    common = (vars(pyro.infer.Trace_ELBO()).keys() - {"num_particles"}) | {"step"}
     settings = [
-        f"{name}={value!r}"
+        f"{name}={getattr(value, '__qualname__', None) or repr(value)}"
         for name, value in sorted(vars(objective).items())
-        if name not in common and name != "name" and isinstance(value, bool | int | float | str)
+        if name not in common
+        and name != "name"
+        and (isinstance(value, bool | int | float | str | tuple) or callable(value))
+        and not name.startswith("_")
     ]
     return f"{type(objective).__name__}({', '.join(settings)})"
 

@@ -44,11 +44,13 @@ def guide_with_auxiliary(x):
 PER_DATUM = {
     "log_weights": lambda model, guide: pv.log_weights(model, guide, X, num_particles=3),
     "ELBO.bound": lambda model, guide: pv.ELBO(2, "monte_carlo").bound(model, guide, X),
-    "IWAE.loss": lambda model, guide: pv.IWAE(3).loss(model, guide, X),
+    "IWAE.differentiable_loss": lambda model, guide: pv.IWAE(3).differentiable_loss(model, guide, X),
 }
 ANY = PER_DATUM | {
-    "ELBO.loss": lambda model, guide: pv.ELBO().loss(model, guide, X),
-    "ELBO.loss Monte Carlo": lambda model, guide: pv.ELBO(3, "monte_carlo").loss(model, guide, X),
+    "ELBO.differentiable_loss": lambda model, guide: pv.ELBO().differentiable_loss(model, guide, X),
+    "ELBO.differentiable_loss Monte Carlo": lambda model, guide: pv.ELBO(3, "monte_carlo").differentiable_loss(
+        model, guide, X
+    ),
 }
 
 

@@ -1,0 +1,322 @@
+"""Bounds that average the weights of several particles before the logarithm, and relatives of theirs."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from pyro_vae.objectives.base import NAMES, Gradient, Objective, Options
+
+
+def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
+    """The log of the mean of the weights."""
+    return log_weights.logsumexp(dim) - math.log(log_weights.shape[dim])
+
+
+class IWAE(Objective):
+    r"""The importance-weighted bound.
+
+    .. math:: \log p(x) \ge \mathbb{E} \log \frac1K \sum_{k=1}^K w_k, \qquad
+        w_k = \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
+
+    A lower bound on log p(x): K = 1 is the ELBO, and it rises with K towards log p(x).
+
+    Gradients: all but STL are unbiased. Pathwise, the signal-to-noise ratio of the guide's gradient falls as
+    :math:`1 / \sqrt K` once K is large (Rainforth et al. 2018); with ``"dreg"``, which weighs the path by the squares of
+    the normalised weights, it rises as :math:`\sqrt K` (Tucker et al. 2019). STL at K > 1 is biased, by
+    :math:`\mathbb E \sum_k \tilde w_k \nabla \log q(z_k|x)`, yet zero at the exact posterior.
+
+    Arguments:
+        num_particles: K, the number of samples drawn from the guide for each datum.
+        gradient: as in :class:`Objective`, which has the other arguments too.
+
+    Raises:
+        ValueError: when it runs: the program has no log-weight per datum; see :func:`pyro_vae.log_weights`.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> pv.IWAE(64, gradient="dreg").bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        torch.Size([5])
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
+        Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
+        Tucker et al. (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, ICLR.
+    """
+
+    family = "IWAE"
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        """The log of the mean of the weights over particles."""
+        return log_mean_exp(log_weights)
+
+
+class Renyi(Objective):
+    r"""The variational Renyi bound, also known as VR and VR-IWAE.
+
+    .. math:: \mathcal L_\alpha = \mathbb E \frac{1}{1 - \alpha} \log \frac1K \sum_{k=1}^K w_k^{1 - \alpha}, \qquad
+        \alpha \ne 1
+
+    It falls in alpha: alpha = 0 is IWAE, and alpha towards 1 the ELBO. From 0 on it is a lower bound on log p(x) at any K;
+    as K grows it tends to log p(x) less a Renyi divergence of q from the posterior. With :math:`\alpha < 0` that limit is
+    **above** log p(x), and at finite K it may lie on either side.
+
+    Gradients: all but STL are unbiased for the mean at this K; ``"dreg"`` weighs the path by
+    :math:`\alpha v_k + (1 - \alpha) v_k^2`, with :math:`v_k \propto w_k^{1 - \alpha}` (Daudel et al. 2023).
+
+    Arguments:
+        alpha: the order, any finite number but 1.
+        num_particles: K, the number of samples drawn from the guide for each datum.
+        gradient: as in :class:`Objective`.
+        **options: as in :class:`Objective`.
+
+    Raises:
+        ValueError: alpha is 1 or not finite; when it runs, as :class:`IWAE`.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> pv.Renyi(0.5, 16).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        torch.Size([5])
+
+    References:
+        Li and Turner (2016), *Renyi Divergence Variational Inference*, NeurIPS.
+        Daudel, Benton, Shi and Doucet (2023), *Alpha-divergence Variational Inference Meets Importance Weighted
+        Auto-Encoders*, JMLR.
+    """
+
+    family = "Renyi"
+
+    def __init__(
+        self, alpha: float, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
+    ) -> None:
+        if alpha == 1 or not math.isfinite(alpha):
+            raise ValueError(f"expected alpha to be a finite number other than 1, got {alpha!r}. Alpha = 1 is pv.ELBO.")
+        self.alpha = alpha
+        super().__init__(num_particles, gradient, **options)
+
+    @property
+    def name(self) -> str:
+        """What tables and legends call it."""
+        return f"{self.family}, alpha {self.alpha:g}{NAMES[self.gradient]}"
+
+    def _settings(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "num_particles": self.num_particles}
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        """The log of the weights' power mean with exponent 1 - alpha."""
+        return log_mean_exp((1 - self.alpha) * log_weights) / (1 - self.alpha)
+
+
+class MIWAE(Objective):
+    r"""The mean of M importance-weighted bounds of K particles each.
+
+    .. math:: \log p(x) \ge \mathbb{E} \frac1M \sum_{m=1}^M \log \frac1K \sum_{k=1}^K w_{mk}
+
+    The same bound in the mean as :class:`IWAE` with K, from M K samples. MIWAE(1, K) is IWAE(K), MIWAE(M, 1) the ELBO with M
+    particles. The guide's pathwise gradient has a signal-to-noise ratio that goes as :math:`\sqrt{M / K}`. All gradients
+    but STL are unbiased.
+
+    Arguments:
+        num_outer: M, the number of bounds that are averaged.
+        num_particles: K, the number of samples in each.
+        gradient: as in :class:`Objective`.
+        **options: as in :class:`Objective`.
+
+    Raises:
+        ValueError: `num_outer` is not a positive integer; when it runs, as :class:`IWAE`.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> pv.MIWAE(8, 8).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        torch.Size([5])
+
+    References:
+        Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
+    """
+
+    family = "MIWAE"
+
+    def __init__(
+        self, num_outer: int, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
+    ) -> None:
+        if not isinstance(num_outer, int) or num_outer < 1:
+            raise ValueError(f"expected num_outer to be a positive integer, got {num_outer!r}.")
+        self.num_outer = num_outer
+        super().__init__(num_particles, gradient, **options)
+
+    @property
+    def num_samples(self) -> int:
+        """M K."""
+        return self.num_outer * self.num_particles
+
+    @property
+    def name(self) -> str:
+        """What tables and legends call it."""
+        return f"{self.family}, {self.num_outer} outer{NAMES[self.gradient]}"
+
+    def _settings(self) -> dict[str, Any]:
+        return {"num_outer": self.num_outer, "num_particles": self.num_particles}
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        """The mean over groups of K of the log-mean-weight of each."""
+        return log_mean_exp(log_weights.unflatten(0, (self.num_outer, self.num_particles)), 1).mean(0)
+
+
+class PIWAE(MIWAE):
+    r"""Partially importance weighted: IWAE with all M K particles for the model, MIWAE for the guide.
+
+    .. math:: \theta:\ \nabla_\theta \log \frac{1}{MK} \sum_{m,k} w_{mk}, \qquad
+        \phi:\ \nabla_\phi \frac1M \sum_m \log \frac1K \sum_k w_{mk}
+
+    The model follows the tightest bound, the guide one with a stronger signal. :meth:`bound` is the model's: IWAE with M K
+    particles, a lower bound on log p(x). Each of the two gradients is unbiased for its own bound, but with STL; together
+    they are the gradient of no single function.
+
+    Arguments:
+        num_outer: M, the number of groups.
+        num_particles: K, the number of samples in each.
+        gradient: as in :class:`Objective`.
+        **options: as in :class:`Objective`.
+
+    Raises:
+        ValueError: as :class:`MIWAE`.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> pv.PIWAE(8, 8).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        torch.Size([5])
+
+    References:
+        Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
+    """
+
+    family = "PIWAE"
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        """The log of the mean of all weights."""
+        return log_mean_exp(log_weights)
+
+    def reduce_for_guide(self, log_weights: Tensor) -> Tensor:
+        """The mean over groups of K of the log-mean-weight of each."""
+        return super().reduce(log_weights)
+
+
+class CIWAE(Objective):
+    r"""A convex combination of the ELBO and the importance-weighted bound.
+
+    .. math:: \log p(x) \ge \beta\, \mathbb E \frac1K \sum_k \log w_k
+        + (1 - \beta)\, \mathbb E \log \frac1K \sum_k w_k, \qquad 0 \le \beta \le 1
+
+    A lower bound on log p(x): beta = 0 is IWAE, beta = 1 the ELBO, both with K particles. All gradients but STL are unbiased.
+
+    Arguments:
+        beta: the share of the ELBO, from 0 to 1.
+        num_particles: K, the number of samples drawn from the guide for each datum.
+        gradient: as in :class:`Objective`.
+        **options: as in :class:`Objective`.
+
+    Raises:
+        ValueError: beta is outside; when it runs, as :class:`IWAE`.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> pv.CIWAE(0.5, 16).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        torch.Size([5])
+
+    References:
+        Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
+    """
+
+    family = "CIWAE"
+
+    def __init__(
+        self, beta: float, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
+    ) -> None:
+        if not 0 <= beta <= 1:
+            raise ValueError(f"expected beta to be a number from 0 (IWAE) to 1 (ELBO), got {beta!r}.")
+        self.beta = beta
+        super().__init__(num_particles, gradient, **options)
+
+    @property
+    def name(self) -> str:
+        """What tables and legends call it."""
+        return f"{self.family}, beta {self.beta:g}{NAMES[self.gradient]}"
+
+    def _settings(self) -> dict[str, Any]:
+        return {"beta": self.beta, "num_particles": self.num_particles}
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        """The mean of the log-weights and the log of the mean weight, combined."""
+        return self.beta * log_weights.mean(0) + (1 - self.beta) * log_mean_exp(log_weights)
+
+
+class JVI(Objective):
+    r"""The jackknife estimate of log p(x): importance-weighted bounds of fewer particles take the bias out of one with K.
+
+    .. math:: \mathcal J_{K,m} = \sum_{j=0}^m c_j\, \bar{\mathcal L}_{K-j}, \qquad
+        c_j = (-1)^j \frac{(K - j)^m}{(m - j)!\, j!}
+
+    where :math:`\bar{\mathcal L}_{K-j}` is the mean of the importance-weighted bound over all choices of K - j of the
+    K particles. Its bias is of order :math:`K^{-(m+1)}`, against 1/K of IWAE's, which is order 0. It is **no bound**: at finite
+    K its mean may lie on either side of log p(x). All gradients but STL are unbiased for that mean.
+
+    Arguments:
+        num_particles: K, the number of samples drawn from the guide for each datum.
+        order: m, less than K. The number of subsets, K choose m, is limited.
+        gradient: as in :class:`Objective`.
+        **options: as in :class:`Objective`.
+
+    Raises:
+        ValueError: `order` is negative or not below K, or there are more than 10,000 subsets of a size; when it runs,
+            as :class:`IWAE`.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> pv.JVI(16, order=1).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        torch.Size([5])
+
+    References:
+        Nowozin (2018), *Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
+        Variational Inference*, ICLR.
+    """
+
+    family = "JVI"
+
+    def __init__(
+        self, num_particles: int, order: int = 1, gradient: Gradient = "pathwise", **options: Unpack[Options]
+    ) -> None:
+        self.order = order
+        super().__init__(num_particles, gradient, **options)
+        if not isinstance(order, int) or not 0 <= order < num_particles or math.comb(num_particles, order) > 10_000:
+            raise ValueError(
+                f"expected order to be an integer from 0 to num_particles - 1 with at most 10,000 subsets of K - order "
+                f"particles, got {order!r} and {num_particles} particles. Take a lower order or fewer particles."
+            )
+
+    @property
+    def name(self) -> str:
+        """What tables and legends call it."""
+        return f"{self.family}, order {self.order}{NAMES[self.gradient]}"
+
+    def _settings(self) -> dict[str, Any]:
+        return {"num_particles": self.num_particles, "order": self.order}
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        """The jackknife's combination of bounds over subsets."""
+        total, count, order = torch.zeros(()), self.num_particles, self.order
+        for left_out in range(order + 1):
+            factor = (-1) ** left_out * (count - left_out) ** order
+            factor /= math.factorial(order - left_out) * math.factorial(left_out)
+            subsets = torch.tensor(list(combinations(range(count), count - left_out)), device=log_weights.device)
+            total = total + factor * log_mean_exp(log_weights[subsets], 1).mean(0)
+        return total

@@ -1,0 +1,102 @@
+"""The thermodynamic variational objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Unpack
+
+from torch import Tensor
+
+from pyro_vae.objectives.base import NAMES, Gradient, Objective, Options
+from pyro_vae.runs import Flow
+
+
+class TVO(Objective):
+    r"""The thermodynamic variational objective: a left Riemann sum of the integral from ELBO to log p(x).
+
+    .. math:: \log p(x) = \int_0^1 \mathbb E_{\pi_\beta} \log w \, d\beta
+        \ge \sum_{t=0}^{T-1} (\beta_{t+1} - \beta_t)\, \mathbb E_{\pi_{\beta_t}} \log w, \qquad
+        \pi_\beta \propto q^{1 - \beta}\, p(x, z)^\beta
+
+    with each expectation estimated from the same K samples of q, weighted by :math:`w^\beta` and normalised. A lower bound on
+    log p(x), at any K between the ELBO and IWAE of the same particles; T = 1 is the ELBO.
+
+    Gradients: besides those of every objective, unbiased (but STL) for the mean at this K, ``"covariance"`` is the paper's:
+
+    .. math:: \nabla \mathbb E_{\pi_\beta} \log w = \mathbb E_{\pi_\beta} \nabla \log w
+        + \mathrm{Cov}_{\pi_\beta}(\nabla \log \tilde\pi_\beta, \log w)
+
+    with normalised weights, for any guide, discrete ones too; its bias is of order 1/K.
+
+    Arguments:
+        num_particles: K, the number of samples drawn from the guide for each datum.
+        partitions: T, the number of intervals, or the points :math:`\beta_0 = 0 < \beta_1 < \dots < \beta_T = 1` themselves.
+            T intervals are [0, 0.025], and T - 1 from there to 1 of equal length in log beta.
+        gradient: one of :class:`Objective`'s, or ``"covariance"``.
+        **options: as in :class:`Objective`.
+
+    Raises:
+        ValueError: the points don't rise from 0 to 1; when it runs, as :class:`pyro_vae.IWAE`.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> pv.TVO(16, partitions=5).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        torch.Size([5])
+
+    References:
+        Masrani, Le and Wood (2019), *The Thermodynamic Variational Objective*, NeurIPS.
+    """
+
+    family = "TVO"
+    gradients: ClassVar[tuple[str, ...]] = (*Objective.gradients, "covariance")
+
+    def __init__(
+        self,
+        num_particles: int,
+        partitions: int | Sequence[float] = 5,
+        gradient: Gradient | Literal["covariance"] = "pathwise",
+        **options: Unpack[Options],
+    ) -> None:
+        points = _log_uniform(partitions) if isinstance(partitions, int) else tuple(map(float, partitions))
+        rising = all(low < high for low, high in pairwise(points))
+        if len(points) < 2 or (points[0], points[-1]) != (0.0, 1.0) or not rising:
+            raise ValueError(
+                "expected partitions to be a positive number of intervals, or points that rise from 0 to 1, such as "
+                f"[0, 0.1, 1], got {partitions!r}."
+            )
+        self.partitions = points
+        super().__init__(num_particles, gradient, **options)
+
+    @property
+    def name(self) -> str:
+        """What tables and legends call it."""
+        return f"{self.family}, {len(self.partitions) - 1} partitions{NAMES[self.gradient]}"
+
+    def _settings(self) -> dict[str, Any]:
+        return {"num_particles": self.num_particles, "partitions": self.partitions}
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        """The sum over intervals of width times mean log-weight, the mean weighted by the power of the weights."""
+        return (self._weights(log_weights) * log_weights).sum((0, 1))
+
+    def _weights(self, log_weights: Tensor) -> Tensor:
+        """Each interval's width times its normalised weights, (T, K, N)."""
+        points = log_weights.new_tensor(self.partitions)[:, None, None]
+        return points.diff(dim=0) * (points[:-1] * log_weights).softmax(1)
+
+    def _flow(self) -> Flow:
+        return Flow(path="none") if self.gradient == "covariance" else super()._flow()
+
+    def _signal(self, log_weights: Tensor) -> Tensor:
+        if self.gradient != "covariance":
+            return super()._signal(log_weights)
+        weights = self._weights(log_weights)
+        means = (weights * log_weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        return (weights * (log_weights - means)).sum(0)
+
+
+def _log_uniform(intervals: int) -> tuple[float, ...]:
+    """0, then points from 0.025 to 1 at equal distances of their logarithms."""
+    return (0.0, *(0.025 ** (1 - i / (intervals - 1)) for i in range(intervals - 1)), 1.0) if intervals > 0 else ()
