@@ -321,7 +321,9 @@ def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
     rows = {}
     for name, site in sites.items():
         log_prob, value = site["unscaled_log_prob"], site["value"]
+        frames = (f._replace(size=size) if f.name == PARTICLE_PLATE else f for f in site["cond_indep_stack"])
         rows[name] = site | {
+            "cond_indep_stack": tuple(frames),
             "unscaled_log_prob": log_prob.narrow(particle_dim, start, size),
             "value": value.narrow(particle_dim - site["fn"].event_dim, start, size),
         }

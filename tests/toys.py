@@ -56,62 +56,58 @@ class Toy:
 
 
 class Grid:
-    """One particle's outcomes: their probabilities, log p and log q, each (S, N).
+    """One particle's outcomes, every matrix (S, N): their probabilities and log-densities.
 
-    `probability`, `log_p` and `log_q` differentiate through the samples, `log_p_fixed` and `log_q_fixed` at fixed samples.
+    `log_likelihood`, `log_prior` and `log_q` differentiate through the samples, those in `fixed` at fixed samples.
     """
 
     def __init__(self, toy: Toy, x: Tensor, num_nodes: int) -> None:
         nodes, weights = map(torch.tensor, np.polynomial.hermite_e.hermegauss(num_nodes))
-        weights = weights / weights.sum()
         z: dict[str, Tensor] = {}
-        probability: Tensor | float = 1.0
-        rank = len(toy.latents)
+        probability: Tensor = torch.ones((), dtype=x.dtype)
         for i, name in enumerate(toy.latents):
             q = toy.posterior(name, z, x)
-            along = [1] * (rank + 1)
+            along = [1] * (len(toy.latents) + 1)
             if isinstance(q, dist.Normal):
                 along[i] = num_nodes
                 z[name] = q.loc + q.scale * nodes.reshape(along)
-                probability = probability * weights.reshape(along)
+                probability = probability * (weights / weights.sum()).reshape(along)
             else:
                 along[i] = 2
                 z[name] = torch.arange(2.0, dtype=x.dtype).reshape(along)
                 probability = probability * q.log_prob(z[name]).exp()
-        fixed = {name: value.detach() for name, value in z.items()}
-        self.log_p, self.log_q = self._densities(toy, z, x)
-        self.log_p_fixed, self.log_q_fixed = self._densities(toy, fixed, x)
-        shape = self.log_p.shape
-        self.probability = torch.as_tensor(probability).expand(shape).reshape(-1, len(x))
-
-        def flat(value: Tensor) -> Tensor:
-            return value.expand(shape).reshape(-1, len(x))
-
-        self.log_p, self.log_q = flat(self.log_p), flat(self.log_q)
-        self.log_p_fixed, self.log_q_fixed = flat(self.log_p_fixed), flat(self.log_q_fixed)
+        moving = self._densities(toy, z, x)
+        shape = torch.broadcast_shapes(probability.shape, *(value.shape for value in moving))
+        self.probability, self.log_likelihood, self.log_prior, self.log_q = (
+            value.expand(shape).reshape(-1, len(x)) for value in (probability, *moving)
+        )
+        at_fixed = self._densities(toy, {name: value.detach() for name, value in z.items()}, x)
+        self.fixed = [value.expand(shape).reshape(-1, len(x)) for value in at_fixed]
 
     @staticmethod
-    def _densities(toy: Toy, z: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        log_p, log_q = toy.likelihood(z).log_prob(x), torch.zeros(())
-        for name in toy.latents:
-            log_p = log_p + toy.prior(name, z).log_prob(z[name])
-            log_q = log_q + toy.posterior(name, z, x).log_prob(z[name])
-        return log_p, log_q
+    def _densities(toy: Toy, z: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_prior = sum(toy.prior(name, z).log_prob(z[name]) for name in toy.latents)
+        log_q = sum(toy.posterior(name, z, x).log_prob(z[name]) for name in toy.latents)
+        return toy.likelihood(z).log_prob(x), log_prior, log_q
+
+    @property
+    def log_w(self) -> Tensor:
+        return self.log_likelihood + self.log_prior - self.log_q
 
     def log_evidence(self) -> Tensor:
-        """log p(x), (N,): the mean of the weights."""
-        return (self.probability * (self.log_p - self.log_q).exp()).sum(0).log()
+        """log p(x), (N,): of the mean weight."""
+        return (self.probability * self.log_w.exp()).sum(0).log()
 
     def tuples(self, value: Tensor, count: int) -> Tensor:
-        """A matrix (S, N) for each choice of `count` outcomes: (count, S^count, N)."""
+        """A matrix (S, N) at each choice of `count` outcomes: (count, S^count, N)."""
         index = torch.cartesian_prod(*[torch.arange(len(value))] * count).reshape(-1, count)
         return value[index.T]
 
-    def mean(self, function, count: int) -> Tensor:
-        """The mean over `count` particles of a function of their log-weights (count, M) to (M,), for each datum: (N,)."""
-        log_w = self.tuples(self.log_p - self.log_q, count)
+    def mean(self, function, count: int, *matrices: Tensor) -> Tensor:
+        """The mean over `count` particles of a function of matrices (count, M), the log-weights unless told: (N,)."""
+        inputs = [self.tuples(matrix, count).flatten(1) for matrix in matrices or (self.log_w,)]
         probability = self.tuples(self.probability, count).prod(0)
-        return (probability * function(log_w.flatten(1)).reshape(probability.shape)).sum(0)
+        return (probability * function(*inputs).reshape(probability.shape)).sum(0)
 
 
 class OneSite(Toy):
