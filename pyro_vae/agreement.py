@@ -125,8 +125,17 @@ def same_masks(first: Site, second: Site) -> bool:
 
 def masks(site: Site) -> list[Any]:
     """What masks a site, by handlers and by its distributions."""
-    found = [getattr(layer, "_mask", None) for layer in _layers(site["fn"])] + [site["mask"]]
+    found = [_batch_mask(layer, site["fn"].event_dim) for layer in _layers(site["fn"])] + [site["mask"]]
     return [mask for mask in found if mask is not None and mask is not True]
+
+
+def _batch_mask(layer: Any, event_dim: int) -> Any:
+    """A layer's mask, without the dimensions that a later ``to_event`` takes where it is constant along them."""
+    mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
+    if not isinstance(mask, Tensor) or not inner:
+        return mask
+    events = mask.expand(layer.batch_shape).flatten(-inner)
+    return events.all(-1) if torch.equal(events.all(-1), events.any(-1)) else mask
 
 
 def equal(first: Any, second: Any) -> bool:

@@ -33,6 +33,10 @@ def find_batch_plate(sites: Sites) -> Plate:
     if not common:
         raise ValueError(_why_none(sites, stacks))
     batch = next(plate for plate in next(iter(stacks.values())) if plate in common)
+    if batch.size < 0:  # pyro.plate("data"), of any size: the sites' own
+        shapes = [site["unscaled_log_prob"].shape for site in sites.values()]
+        size = max((shape[batch.dim] for shape in shapes if len(shape) >= -batch.dim), default=1)
+        batch = batch._replace(size=size, full_size=size)
     for words, site in sites.items():
         if _swallows(site, batch):
             raise ValueError(_to_event(words, site, f"the batch plate '{batch.name}'"))

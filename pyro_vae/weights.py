@@ -136,8 +136,8 @@ def datum_scale(run: Run) -> Tensor | float:
         if not equal(scale, other["scale"]):
             raise ValueError(
                 f"scales differ between sites: expected one scale for the whole datum, got {scale} at {first} and "
-                f"{other['scale']} at {words}. Scale model and guide alike, or use pv.ELBO's loss, in which each term "
-                "may have its own scale."
+                f"{other['scale']} at {words}. Scale model and guide alike, to anneal a KL use pv.ELBO(beta=...), or use "
+                "pv.ELBO's pathwise or STL loss, in which each term may have its own scale."
             )
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale

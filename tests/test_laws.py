@@ -138,6 +138,8 @@ def test_slope_and_curvature_are_finite_differences(log_w):
     h = 1e-4
     for objective in SIX:
         slope, curvature = gradients.slope(objective.reduce, log_w), gradients.curvature(objective.reduce, log_w)
+        for_guide = gradients.curvature(objective.reduce_for_guide, log_w)
+        torch.testing.assert_close(objective.curvature(log_w), for_guide)
         for k in range(6):
             step = torch.zeros_like(log_w)
             step[k] = h

@@ -17,6 +17,12 @@ def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
     return log_weights.logsumexp(dim) - math.log(log_weights.shape[dim])
 
 
+def log_mean_exp_curvature(log_weights: Tensor, dim: int = 0) -> Tensor:
+    """The second derivative of :func:`log_mean_exp` by each log-weight."""
+    weights = log_weights.softmax(dim)
+    return weights * (1 - weights)
+
+
 class IWAE(Objective):
     r"""The importance-weighted bound.
 
@@ -54,6 +60,10 @@ class IWAE(Objective):
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the mean of the weights over particles."""
         return log_mean_exp(log_weights)
+
+    def curvature(self, log_weights: Tensor) -> Tensor:
+        """Of the normalised weights, w (1 - w)."""
+        return log_mean_exp_curvature(log_weights)
 
 
 class Renyi(Objective):
@@ -112,6 +122,10 @@ class Renyi(Objective):
         """The log of the weights' power mean with exponent 1 - alpha."""
         return log_mean_exp((1 - self.alpha) * log_weights) / (1 - self.alpha)
 
+    def curvature(self, log_weights: Tensor) -> Tensor:
+        """(1 - alpha) v (1 - v), of the normalised powers v."""
+        return (1 - self.alpha) * log_mean_exp_curvature((1 - self.alpha) * log_weights)
+
 
 class MIWAE(Objective):
     r"""The mean of M importance-weighted bounds of K particles each.
@@ -166,7 +180,14 @@ class MIWAE(Objective):
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean over groups of K of the log-mean-weight of each."""
-        return log_mean_exp(log_weights.unflatten(0, (self.num_outer, self.num_particles)), 1).mean(0)
+        return log_mean_exp(self._groups(log_weights), 1).mean(0)
+
+    def curvature(self, log_weights: Tensor) -> Tensor:
+        """That of each group's bound, over M."""
+        return (log_mean_exp_curvature(self._groups(log_weights), 1) / self.num_outer).flatten(0, 1)
+
+    def _groups(self, log_weights: Tensor) -> Tensor:
+        return log_weights.unflatten(0, (self.num_outer, self.num_particles))
 
 
 class PIWAE(MIWAE):
@@ -257,6 +278,10 @@ class CIWAE(Objective):
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean of the log-weights and the log of the mean weight, combined."""
         return self.beta * log_weights.mean(0) + (1 - self.beta) * log_mean_exp(log_weights)
+
+    def curvature(self, log_weights: Tensor) -> Tensor:
+        """The importance-weighted bound's share; the ELBO has none."""
+        return (1 - self.beta) * log_mean_exp_curvature(log_weights)
 
 
 class JVI(Objective):
