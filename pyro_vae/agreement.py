@@ -102,7 +102,7 @@ def check_densities(model: Sites, guide: Sites) -> None:
         raise ValueError(
             f"guide site '{auxiliary[0]}' is auxiliary beside sampled latent sites: expected auxiliary sites only where "
             "every latent is a function of them (a Delta, as in Pyro's autoguides), since the model has no density for "
-            "them. Drop it, or use pv.ELBO's loss."
+            "them. Drop it, or use pv.ELBO's pathwise loss."
         )
     if points and not auxiliary:
         raise ValueError(
@@ -113,7 +113,7 @@ def check_densities(model: Sites, guide: Sites) -> None:
         if not same_masks(model[name], guide[name]):
             raise ValueError(
                 f"masks differ at site '{name}': expected model and guide to mask the same data, since elsewhere only "
-                "one of two densities counts. Put one mask around both programs, or use pv.ELBO's loss."
+                "one of two densities counts. Put one mask around both programs, or use pv.ELBO's pathwise loss."
             )
 
 

@@ -28,8 +28,13 @@ def find_batch_plate(sites: Sites) -> Plate:
         ValueError: the sites have no batch plate (none at all, ``to_event`` in its place, two plates, a latent
             site or a factor outside it), or a plate inside it is subsampled.
     """
+    if not sites:
+        raise ValueError(
+            "no sample sites: expected a program whose log-density has terms, got none in model and guide. Was it called "
+            "without the data that it observes?"
+        )
     stacks = {words: plates(site) for words, site in sites.items()}
-    common = set.intersection(*map(set, stacks.values())) if stacks else set()
+    common = set.intersection(*map(set, stacks.values()))
     if not common:
         raise ValueError(_why_none(sites, stacks))
     batch = next(plate for plate in next(iter(stacks.values())) if plate in common)
@@ -45,7 +50,7 @@ def find_batch_plate(sites: Sites) -> Plate:
                 raise ValueError(
                     f"plate '{frame.name}', inside the batch plate '{batch.name}', is subsampled ({frame.size} of "
                     f"{frame.full_size}): expected whole data, since the log-weight of a part of a datum bounds "
-                    f"nothing. Subsample '{batch.name}' alone, or use pv.ELBO's loss, which is linear and stays "
+                    f"nothing. Subsample '{batch.name}' alone, or use pv.ELBO's pathwise loss, which is linear and stays "
                     "unbiased."
                 )
     return batch
@@ -71,12 +76,12 @@ def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
         return (
             f"{words} is a latent site outside the batch plate '{main.name}': expected all latent sites inside, since "
             "data that share a latent have no log-weight of their own. Move it into the plate, make it a parameter, "
-            "or use pv.ELBO's loss, which also serves global latents."
+            "or use pv.ELBO's pathwise loss, which also serves global latents."
         )
     return (
         f"{words} is a factor or observation outside the batch plate '{main.name}': expected every term of the "
         "log-density inside, since one outside belongs to no datum. Move it into the plate (a factor there has "
-        f"shape ({main.size},)), or use pv.ELBO's loss."
+        f"shape ({main.size},)), or use pv.ELBO's pathwise loss."
     )
 
 

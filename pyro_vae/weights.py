@@ -144,6 +144,6 @@ def datum_scale(run: Run) -> Tensor | float:
     if scale.dim() < -plate.dim or scale.numel() != scale.shape[plate.dim]:
         raise ValueError(
             f"a scale varies inside a datum: expected a number or one value for each row of plate '{plate.name}', "
-            f"got shape {tuple(scale.shape)}. Scale whole data, or use pv.ELBO's loss."
+            f"got shape {tuple(scale.shape)}. Scale whole data, or use pv.ELBO's pathwise loss."
         )
     return scale.reshape(-1)

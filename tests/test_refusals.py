@@ -329,3 +329,8 @@ def test_number_of_particles_is_a_positive_integer(number):
 def test_unknown_kl():
     with pytest.raises(ValueError, match="'analytic' or 'monte_carlo', got 'closed'"):
         pv.ELBO(kl="closed")
+
+
+def test_a_program_without_terms():
+    with pytest.raises(ValueError, match="no sample sites: expected a program whose log-density has terms.*data"):
+        pv.IWAE(3).bound(empty_guide, empty_guide, X)

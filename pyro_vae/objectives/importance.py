@@ -294,6 +294,9 @@ class JVI(Objective):
     K particles. Its bias is of order :math:`K^{-(m+1)}`, against 1/K of IWAE's, which is order 0. It is **no bound**: at finite
     K its mean may lie on either side of log p(x). All gradients but STL are unbiased for that mean.
 
+    Evaluate with it, or train with care: since nothing bounds it from above, a guide can raise it by spreading the weights
+    without raising log p(x), and training can diverge.
+
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
         order: m, less than K. The number of subsets, K choose m, is limited.
