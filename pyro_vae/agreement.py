@@ -117,6 +117,18 @@ def check_densities(model: Sites, guide: Sites) -> None:
             )
 
 
+def check_masked_latents(model: Sites, guide: Sites) -> None:
+    """Where a latent is masked, so is an observation: a masked density is no score of a sample that still counts."""
+    observed = [site for site in model.values() if site["is_observed"]]
+    for name, site in guide.items():
+        if masks(site) and not any(same_masks(site, other) for other in observed):
+            raise ValueError(
+                f"guide site '{name}' is masked and no observation is masked alike: expected the data that its sample "
+                "explains to be masked with it, since the score of a masked density is not the sample's. Mask whole data, "
+                "or use gradient='pathwise'."
+            )
+
+
 def same_masks(first: Site, second: Site) -> bool:
     """Whether two sites are masked alike, by handlers and by their distributions."""
     first, second = masks(first), masks(second)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
@@ -22,7 +23,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_vae import rng
-from pyro_vae.agreement import check_densities, check_reparameterised, check_shapes, check_sites, not_reparameterised
+from pyro_vae.agreement import (
+    check_densities,
+    check_masked_latents,
+    check_reparameterised,
+    check_shapes,
+    check_sites,
+    not_reparameterised,
+    unwrapped,
+)
 from pyro_vae.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
 from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.sequential import DrawAsOneOf
@@ -264,6 +273,8 @@ class _Program:
             batch_plate = find_batch_plate(sites)  # before shapes are looked at: its messages say more
             check_densities(model, guide)
         check_shapes(model, guide, particle_dim)
+        if torch.is_grad_enabled() and (self.flow.path != "all" or self.flow.scaled):
+            check_masked_latents(model, guide)
         for site in sites.values():
             unmasked: Any = dict(site, log_prob=site["unscaled_log_prob"])
             check_site_shape(unmasked, max_plate_nesting=-particle_dim)
@@ -291,6 +302,14 @@ class _Program:
                 "distributions that can evaluate it, got one that can't (a flow without an inverse, most likely). Use "
                 "gradient='pathwise', or a flow with an inverse."
             ) from error
+        for name in names:
+            fn = unwrapped(stopped.nodes[name]["fn"])
+            if isinstance(fn, Delta) and (fn.v.requires_grad or torch.as_tensor(fn.log_density).requires_grad):
+                raise ValueError(
+                    f"guide site '{name}' is a point (Delta) that depends on parameters besides auxiliary samples: expected a "
+                    "fixed function of them, since its density is no score. Use gradient='pathwise', or sample "
+                    f"'{name}' itself from a distribution."
+                )
         if is_validation_enabled():
             for name in names:
                 again: Any = stopped.nodes[name]

@@ -332,5 +332,5 @@ def test_unknown_kl():
 
 
 def test_a_program_without_terms():
-    with pytest.raises(ValueError, match="no sample sites: expected a program whose log-density has terms.*data"):
+    with pytest.raises(ValueError, match=r"no sample sites: expected a program whose log-density has terms.*data"):
         pv.IWAE(3).bound(empty_guide, empty_guide, X)

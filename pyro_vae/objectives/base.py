@@ -90,8 +90,8 @@ class Objective(pyro.infer.ELBO):
         doubly reparameterised (Tucker et al. 2019): pathwise with the score turned into a path; unbiased, zero at the exact
         posterior. For IWAE its signal-to-noise ratio rises with K. For the ELBO it is ``"stl"``.
     ``"score"``
-        the score function (Williams 1992), with the other data's mean log-weight as baseline: unbiased, noisy, for any
-        guide. At sites that can be reparameterised next to some that can't, the path is taken.
+        the score function (Williams 1992), with the other data's mean log-weight as baseline: unbiased as long as data don't
+        enter each other's weights (batch norm in training makes them), noisy, for any guide. At sites that can be reparameterised next to some that can't, the path is taken.
     ``"vimco"``
         the score function with the other particles' mean log-weight as baseline (Mnih and Rezende 2016): unbiased, for any
         guide, K at least 2. For the ELBO it is REINFORCE with a leave-one-out baseline.
@@ -125,6 +125,12 @@ class Objective(pyro.infer.ELBO):
     family: ClassVar[str]
     #: The estimators of its gradient that it has.
     gradients: ClassVar[tuple[str, ...]] = ("pathwise", "stl", "dreg", "score", "vimco")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if ("reduce" in own or "reduce_for_guide" in own) and "curvature" not in own:
+            cls.curvature = Objective.curvature  # type: ignore[method-assign]  # a parent's closed form is of another bound
 
     def __init__(
         self,

@@ -34,7 +34,8 @@ class ELBO(Objective):
 
     with :math:`\mathrm{KL} = \mathrm{KL}(q(z|x) \,\|\, p(z))` in closed form, or its estimate
     :math:`\frac1K \sum_k \log q(z_k|x) - \log p(z_k)`. Both have the same mean, log p(x) - KL(q(z|x) || p(z|x)) where beta
-    is 1. With several latent sites, each has its own KL, given the sites sampled before it. All gradients are unbiased.
+    is 1. With several latent sites, each has its own KL, given the sites sampled before it. All gradients are unbiased,
+    but that of free bits with a sampled KL, which takes the maximum of a noisy mean.
 
     With :math:`\beta > 1` it is a lower bound still, of a beta-VAE; with :math:`\beta < 1`, or free bits, it bounds nothing:
     report ``pv.ELBO().bound``.
@@ -99,8 +100,8 @@ class ELBO(Objective):
         self.kl = kl or ("monte_carlo" if of_the_noise else "analytic")
         if self.kl == "analytic" and self.chunk_size is not None:
             raise ValueError(
-                "a KL in closed form needs the whole run: expected kl='monte_carlo' with chunk_size, got 'analytic'. Drop one "
-                "of the two."
+                "a KL in closed form needs the whole run: expected kl='monte_carlo' with chunk_size, got 'analytic'. Pass "
+                "kl='monte_carlo', or drop chunk_size."
             )
         if not callable(beta):
             _check_beta(beta)
@@ -110,6 +111,12 @@ class ELBO(Objective):
             raise ValueError(
                 f"free bits are a maximum over means, whose gradient is the pathwise one: expected gradient='pathwise' "
                 f"with free_bits, got {gradient!r}."
+            )
+        apart = self.chunk_size is not None or (num_particles > 1 and not self.vectorize_particles)
+        if free_bits and apart:
+            raise ValueError(
+                "free bits average the KL over all particles: expected vectorize_particles=True and no chunk_size with "
+                "free_bits, got particles that are run apart. Drop free_bits, or run them together."
             )
         self.beta, self.free_bits = beta, free_bits
         self.step = 0  #: how many differentiable losses it has given: what a schedule is a function of

@@ -34,6 +34,7 @@ from torch import Tensor
 
 Reduction = Callable[[Tensor], Tensor]  # log-weights (K, N) to a value for each datum (N,)
 
+LOWEST = -1e4  # what a weight of zero counts as in a baseline, which may be anything, but not infinite
 ELEMENTS_AT_ONCE = 2**19  # of a (K, K, N) array: what a processor's cache holds
 
 
@@ -70,12 +71,14 @@ def learning_signal(reduce: Reduction, log_weights: Tensor, baseline: Tensor) ->
 def mean_of_other_data(log_weights: Tensor) -> Tensor:
     """For each datum, the mean log-weight of the others, (K, N); zero if there are none."""
     count, size = log_weights.shape
+    log_weights = log_weights.nan_to_num(neginf=LOWEST)
     total = log_weights.sum(0)
     return ((total.sum() - total) / max(1, count * (size - 1))).expand(count, size)
 
 
 def mean_of_other_particles(log_weights: Tensor) -> Tensor:
     """For each particle, the mean log-weight of the datum's others, (K, N)."""
+    log_weights = log_weights.nan_to_num(neginf=LOWEST)
     return (log_weights.sum(0) - log_weights) / (len(log_weights) - 1)
 
 

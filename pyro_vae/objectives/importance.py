@@ -229,6 +229,8 @@ class PIWAE(MIWAE):
         """The mean over groups of K of the log-mean-weight of each."""
         return super().reduce(log_weights)
 
+    curvature = MIWAE.curvature
+
 
 class CIWAE(Objective):
     r"""A convex combination of the ELBO and the importance-weighted bound.
@@ -325,7 +327,8 @@ class JVI(Objective):
     ) -> None:
         self.order = order
         super().__init__(num_particles, gradient, **options)
-        if not isinstance(order, int) or not 0 <= order < num_particles or math.comb(num_particles, order) > 10_000:
+        valid = isinstance(order, int) and 0 <= order < num_particles
+        if not valid or max(math.comb(num_particles, j) for j in range(order + 1)) > 10_000:
             raise ValueError(
                 f"expected order to be an integer from 0 to num_particles - 1 with at most 10,000 subsets of K - order "
                 f"particles, got {order!r} and {num_particles} particles. Take a lower order or fewer particles."
@@ -341,10 +344,11 @@ class JVI(Objective):
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The jackknife's combination of bounds over subsets."""
-        total, count, order = torch.zeros(()), self.num_particles, self.order
+        total, count, order = torch.zeros((), dtype=torch.float64), self.num_particles, self.order
+        whole = log_weights.double()  # the factors alternate and are large: float32 would lose all digits
         for left_out in range(order + 1):
             factor = (-1) ** left_out * (count - left_out) ** order
             factor /= math.factorial(order - left_out) * math.factorial(left_out)
             subsets = torch.tensor(list(combinations(range(count), count - left_out)), device=log_weights.device)
-            total = total + factor * log_mean_exp(log_weights[subsets], 1).mean(0)
-        return total
+            total = total + factor * log_mean_exp(whole[subsets], 1).mean(0)
+        return total.to(log_weights.dtype)

@@ -59,7 +59,8 @@ class TVO(Objective):
         gradient: Gradient | Literal["covariance"] = "pathwise",
         **options: Unpack[Options],
     ) -> None:
-        points = _log_uniform(partitions) if isinstance(partitions, int) else tuple(map(float, partitions))
+        given = tuple(map(float, partitions)) if hasattr(partitions, "__iter__") else ()
+        points = _log_uniform(partitions) if isinstance(partitions, int) else given
         rising = all(low < high for low, high in pairwise(points))
         if len(points) < 2 or (points[0], points[-1]) != (0.0, 1.0) or not rising:
             raise ValueError(
@@ -72,7 +73,7 @@ class TVO(Objective):
     @property
     def name(self) -> str:
         """What tables and legends call it."""
-        return f"{self.family}, {len(self.partitions) - 1} partitions{NAMES[self.gradient]}"
+        return f"{self.family}, T = {len(self.partitions) - 1}{NAMES[self.gradient]}"
 
     def _settings(self) -> dict[str, Any]:
         return {"num_particles": self.num_particles, "partitions": self.partitions}

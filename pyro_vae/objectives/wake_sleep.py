@@ -27,13 +27,13 @@ class RWS(Objective):
         z', x' \sim p(x, z)
 
     the wake phase of theta, the wake phase of phi and, with share s, its sleep phase. :meth:`bound` is the importance-weighted
-    one, a lower bound on log p(x) whose gradient theta's step is, unbiased. Phi's wake step is no gradient of it: it estimates
+    one, a lower bound on log p(x) whose gradient theta's step is, unbiased; differentiated, it gives phi the wake step. That is no gradient of it: it estimates
     that of -KL(p(z|x) || q(z|x)) with a bias of order 1/K; the sleep step, on dreams, is unbiased for its own. No gradient flows
     through a sample, so any guide serves, discrete ones too.
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
-        sleep: s, the share of the sleep phase, from 0 to 1. Above 0, the model must observe its arguments as they are (or
+        sleep: s, the share of the sleep phase, from 0 to 1. Above 0, each observation must be an argument as it is (or
             reshaped), since the guide is called with dreams in their place.
         **options: as in :class:`Objective`, but without `gradient`.
 
@@ -93,24 +93,36 @@ def _dreamt(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
     with torch.no_grad():
         dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     dreamt = [site for site in sample_sites(dream).values() if site["infer"].get("was_observed")]
-    replaced = tuple(_dreamt_argument(arg, dreamt) for arg in args)
-    named = {name: _dreamt_argument(arg, dreamt) for name, arg in kwargs.items()}
-    if all(new is old for new, old in zip((*replaced, *named.values()), (*args, *kwargs.values()), strict=True)):
-        raise ValueError(
-            "RWS(sleep) calls the guide with dreamt data: expected an argument that the model observes as it is, or "
-            f"reshaped, got none among {len(args) + len(kwargs)} arguments, observed at "
-            f"{[site['name'] for site in dreamt]}. Observe the argument itself, or use sleep=0."
-        )
+    for site in dreamt:
+        if not any(_observes(site, argument) for argument in (*args, *kwargs.values())):
+            raise ValueError(
+                f"RWS(sleep) calls the guide with dreamt data: expected model site '{site['name']}' to observe an argument as "
+                "it is, or reshaped, got other data. Observe the argument itself, or use sleep=0."
+            )
+    replaced = tuple(_dreamt_argument(argument, dreamt) for argument in args)
+    named = {name: _dreamt_argument(argument, dreamt) for name, argument in kwargs.items()}
     sites = sample_sites(poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*replaced, **named))
+    for name, site in sites.items():
+        if site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"RWS(sleep) takes the guide's density of a dreamt latent: expected a guide without auxiliary sites, got "
+                f"'{name}', which no dream has. Use sleep=0, or sample the latents themselves."
+            )
     terms = [scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"]) for site in sites.values()]
     return torch.stack([term.sum() for term in terms]).sum()
 
 
 def _dreamt_argument(argument: Any, dreamt: list[Site]) -> Any:
     """What the model dreamt where it observed an argument; the argument itself where it did not."""
-    for site in dreamt:
-        seen = site["infer"]["obs"]
-        both = isinstance(argument, Tensor) and isinstance(seen, Tensor)
-        if both and (seen.data_ptr(), seen.numel()) == (argument.data_ptr(), argument.numel()):
-            return site["value"].reshape(argument.shape)
-    return argument
+    return next((site["value"].reshape(argument.shape) for site in dreamt if _observes(site, argument)), argument)
+
+
+def _observes(site: Site, argument: Any) -> bool:
+    """Whether a dreamt site observed this argument's numbers, in their order."""
+    seen = site["infer"]["obs"]
+    if seen is argument:
+        return True
+    if not (isinstance(argument, Tensor) and isinstance(seen, Tensor)):
+        return False
+    ordered = seen.is_contiguous() and argument.is_contiguous()
+    return ordered and (seen.data_ptr(), seen.numel()) == (argument.data_ptr(), argument.numel())
