@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import LinearGaussian, z_score
+from pyro.distributions.testing.rejection_gamma import RejectionGamma
 from toys import Discrete, Mixed, MixturePrior, OneSite, SharedPrior, TwoSites, X
 
 import pyro_vae as pv
@@ -293,3 +294,31 @@ def test_the_score_function_is_noisier_and_a_baseline_of_other_particles_helps()
     }
     assert spread["stl"] < spread["pathwise"] < spread["vimco"] < 1.05 * spread["score"]
     assert math.isfinite(spread["score"])
+
+
+def test_a_site_that_draws_by_rejection_has_no_path_in_a_mixed_guide():
+    """Its rsample has half a gradient: the score function takes all of such a guide."""
+    values = torch.tensor([0.4, 1.7, 0.9], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([0.4, 2.3], dtype=torch.float64).repeat(500)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(torch.full_like(x, 0.5)))
+            z = pyro.sample("z", dist.Gamma(torch.full_like(x, 2.0), torch.ones_like(x)))
+            w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(y + z + w, 1.0), obs=x)
+
+    def gradients(family):
+        def guide(x):
+            logit, shape, rate = values
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Bernoulli(logits=logit.expand(len(x))))
+                pyro.sample("z", family(shape.expand(len(x)), rate.expand(len(x))))
+                pyro.sample("w", dist.Normal(0 * x, 0.8))
+
+        losses = (pv.ELBO(2, "monte_carlo", "vimco").differentiable_loss(model, guide, x) for _ in range(150))
+        return torch.stack([torch.autograd.grad(loss / len(x), values)[0] for loss in losses])
+
+    first, second = gradients(RejectionGamma), gradients(dist.Gamma)
+    error = torch.hypot(first.std(0), second.std(0)) / math.sqrt(150)
+    assert ((first.mean(0) - second.mean(0)).abs() < 4 * error).all()
