@@ -244,13 +244,9 @@ def test_boolean_indexing_fails_for_many_particles_at_once(name):
     assert "pass vectorize_particles=False" in note
 
 
-@pytest.mark.parametrize(
-    ("case", "count", "sites"), [("cvae", 2, r"\['y'\]"), ("dmm", 4, r"\['obs_x_1', .*'obs_x_4'\]")]
-)
-def test_dreams_need_an_argument_to_take_the_place_of(case, count, sites):
+@pytest.mark.parametrize(("case", "site"), [("cvae", "y"), ("dmm", "obs_x_1")])
+def test_dreams_need_an_argument_to_take_the_place_of(case, site):
     program, args, options = prepared(case)
-    message = (
-        rf"expected an argument that the model observes as it is.*none among {count} arguments, .*{sites}.*sleep=0"
-    )
+    message = f"expected model site '{site}' to observe an argument as it is, or reshaped, got other data.*sleep=0"
     with pytest.raises(ValueError, match=message):
         pv.RWS(4, sleep=0.5, **options).loss_and_grads(program.model, program.guide, *args)
