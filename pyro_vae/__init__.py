@@ -18,7 +18,7 @@ In six lines::
 
 from pyro_vae import data, networks, plots
 from pyro_vae.checkpoint import load_parameters
-from pyro_vae.evaluation import compare
+from pyro_vae.evaluation import Estimate, LogLikelihood, ais, bdmc, compare, log_likelihood, pareto_k
 from pyro_vae.likelihoods import Bernoulli, Gaussian, Likelihood
 from pyro_vae.objectives import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, RWS, TVO, NoClosedFormError, Objective, Renyi
 from pyro_vae.posteriors import DiagonalNormal
@@ -30,6 +30,8 @@ from pyro_vae.weights import log_weights
 __all__ = [
     "CIWAE",
     "ELBO",
+    "Estimate",
+    "LogLikelihood",
     "IWAE",
     "JVI",
     "MIWAE",
@@ -45,12 +47,16 @@ __all__ = [
     "Objective",
     "Renyi",
     "StandardNormal",
+    "ais",
+    "bdmc",
     "compare",
     "conv_vae",
     "data",
     "fit",
     "load_parameters",
+    "log_likelihood",
     "log_weights",
+    "pareto_k",
     "mlp_vae",
     "networks",
     "plots",

@@ -73,7 +73,7 @@ class Bernoulli(Likelihood):
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """Bernoulli with the features as logits."""
         (logits,) = features
-        return dist.Bernoulli(logits=logits)
+        return PixelBernoulli(logits=logits)
 
     def check(self, x: Tensor) -> None:
         """Refuse x that is not binary."""
@@ -82,6 +82,20 @@ class Bernoulli(Likelihood):
                 f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min():.3g} to {x.max():.3g}. "
                 "Binarise it (pv.data.load(..., binarize='dynamic')), or use a Gaussian likelihood."
             )
+
+
+class PixelBernoulli(dist.Bernoulli):
+    """Bernoulli whose log-density takes half the passes over memory that torch's own does: log sigmoid(l) + (x - 1) l."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Of shape (*batch, *event), as the logits."""
+        if self._validate_args:
+            self._validate_sample(value)
+        # softplus(l, -1) is log sigmoid(l); the threshold is where float64 no longer tells it from l.
+        log_sigmoid = softplus(self.logits, beta=-1, threshold=40)
+        if torch.broadcast_shapes(value.shape, log_sigmoid.shape) != log_sigmoid.shape:
+            return torch.addcmul(log_sigmoid, value - 1, self.logits)
+        return log_sigmoid.addcmul_(value - 1, self.logits)  # a new tensor costs as much as the sum
 
 
 class Gaussian(Likelihood):

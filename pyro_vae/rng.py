@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -41,3 +41,8 @@ def preserved(seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         set_state(state)
+
+
+def seeded(seed: int | None) -> AbstractContextManager[None]:
+    """Inside, the generators start from `seed`, and are put back after; without one they just go on."""
+    return nullcontext() if seed is None else preserved(seed)

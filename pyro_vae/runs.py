@@ -74,13 +74,13 @@ class Flow:
     Attributes:
         path: through the samples of which sites: ``"all"`` (one that can't be reparameterised is refused),
             ``"none"``, or ``"some"``: of those that can be reparameterised if any can't, else of none, as the score
-            function wants it.
+            function wants it; ``"given"`` where the values come from outside, with whatever gradients they have.
         stopped: whether :attr:`Run.stopped` is wanted.
         scaled: whether the gradient that comes back from the model into the samples is to be scaled, by
             :attr:`Run.path_scale`.
     """
 
-    path: Literal["all", "some", "none"] = "all"
+    path: Literal["all", "some", "none", "given"] = "all"
     stopped: bool = False
     scaled: bool = False
 
@@ -180,6 +180,32 @@ def run_particles(
         raise
 
 
+def run_at(
+    model: Program,
+    guide: Program | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[str, Tensor],
+    num_particles: int,
+    max_plate_nesting: int,
+    *,
+    read: Callable[[Run], T],
+) -> T:
+    """Run guide and model at given values of all latent sites, and return what `read` reads off the run.
+
+    The values have the particles in a leading dimension, left of every plate's. Without a guide the model's own latent
+    sites stand in for one, so that the run's guide is the prior, at the cost of the model alone.
+    """
+    program = _Program(model, guide or model, args, kwargs, Flow("given"), in_plate=True)
+    return program.run_at(values, num_particles, -max_plate_nesting - 1, read, prior=guide is None)
+
+
+def prior(model: Program) -> Program:
+    """The model's own latent sites, as a guide."""
+    hidden: Program = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+    return hidden
+
+
 def find_max_plate_nesting(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_plate: bool
 ) -> int:
@@ -254,14 +280,39 @@ class _Program:
             entering.nodes[name] = site | {"value": value}
         program = poutine.replay(_in_particles(self.model, number, particle_dim), trace=entering)
         model = sample_sites(poutine.trace(program).get_trace(*self.args, **self.kwargs))
+        run = self._as_run(model, guide, stopped, scored, number, particle_dim)
+        for name, value in hooked.items():
+            value.register_hook(run.path_scale.hook(shape_beside(run, guide[name])))
+        return run
+
+    def run_at(
+        self, values: dict[str, Tensor], number: int, particle_dim: int, read: Callable[[Run], T], *, prior: bool
+    ) -> T:
+        """Run both at given values; `prior` says that the guide is the model's own latent sites."""
+        given = Trace()
+        for name, value in values.items():
+            given.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+        program = poutine.replay(_in_particles(self.guide, number, particle_dim), trace=given)
+        sites = sample_sites(poutine.trace(program).get_trace(*self.args, **self.kwargs))
+        if prior:
+            latent = {name: site for name, site in sites.items() if not site["is_observed"]}
+            return read(self._as_run(sites, latent, None, (), number, particle_dim))
+        return read(self._run_model(given, sites, None, (), number, particle_dim))
+
+    def _as_run(
+        self,
+        model: Sites,
+        guide: Sites,
+        stopped: Sites | None,
+        scored: tuple[str, ...],
+        number: int,
+        particle_dim: int | None,
+    ) -> Run:
         if particle_dim is None:
             frames = [f for s in (*model.values(), *guide.values()) for f in s["cond_indep_stack"]]
             particle_dim = min((f.dim for f in frames if f.vectorized), default=0) - 1
         batch_plate = self._check(model, guide, particle_dim)
-        run = Run(model, guide, stopped, scored, number, particle_dim, batch_plate, PathScale(number))
-        for name, value in hooked.items():
-            value.register_hook(run.path_scale.hook(_shape_beside(run, guide[name])))
-        return run
+        return Run(model, guide, stopped, scored, number, particle_dim, batch_plate, PathScale(number))
 
     def _check(self, model: Sites, guide: Sites, particle_dim: int) -> Plate:
         """Refuse what would give a wrong number; return the batch plate."""
@@ -273,7 +324,7 @@ class _Program:
             batch_plate = find_batch_plate(sites)  # before shapes are looked at: its messages say more
             check_densities(model, guide)
         check_shapes(model, guide, particle_dim)
-        if torch.is_grad_enabled() and (self.flow.path != "all" or self.flow.scaled):
+        if torch.is_grad_enabled() and (self.flow.path in ("some", "none") or self.flow.scaled):
             check_masked_latents(model, guide)
         for site in sites.values():
             unmasked: Any = dict(site, log_prob=site["unscaled_log_prob"])
@@ -349,7 +400,7 @@ def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
     return rows
 
 
-def _shape_beside(run: Run, site: Site) -> list[int]:
+def shape_beside(run: Run, site: Site) -> list[int]:
     """The shape in which a matrix (K, N) broadcasts to the site's value."""
     shape = [1] * -run.particle_dim
     shape[run.particle_dim], shape[run.batch_plate.dim] = run.num_particles, run.batch_plate.size

@@ -8,7 +8,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pandas as pd
@@ -118,7 +117,7 @@ def _compare(
     bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
     for name, objective in bar:
         bar.set_description(f"{name}, K = {objective.num_particles}")
-        with nullcontext() if seed is None else rng.preserved(seed):
+        with rng.seeded(seed):
             rows.append(_measure(model, guide, args, objective, parameters, repeats))
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
 

@@ -1,0 +1,116 @@
+"""A number with its error, and data in pieces: what every evaluation returns and what it goes through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.minibatches import Minibatches
+from pyro_vae.modules import Program, evaluating, find_modules
+from pyro_vae.runs import prior, trace_once
+
+ELEMENTS_AT_ONCE = 2**21  # of data times particles in one run: 4 MB of float32, about what a processor's cache holds
+
+Args = tuple[Tensor, ...]  # what a program is called with; every tensor's rows are the data
+
+
+@dataclass(frozen=True)
+class Estimate:
+    r"""An estimate with its standard error.
+
+    Attributes:
+        value: the estimate, in nats unless told.
+        standard_error: the standard deviation of what it was estimated by.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> print(pv.Estimate.of(torch.tensor([-1.0, -2.0, -3.0])))
+        -2.00 ± 0.58
+    """
+
+    value: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        r"""The mean of independent values (N,), with :math:`\operatorname{std} / \sqrt N`.
+
+        Raises:
+            ValueError: values are not a vector of two or more.
+        """
+        if values.dim() != 1 or len(values) < 2:
+            raise ValueError(
+                f"expected at least 2 values in a vector, to have an error bar, got shape {tuple(values.shape)}. "
+                "Pass one value for each datum."
+            )
+        values = values.double()
+        return cls(values.mean().item(), values.std().item() / math.sqrt(len(values)))
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The normal confidence interval: the value, plus and minus 1.96 standard errors at level 0.95."""
+        if not 0 < level < 1:
+            raise ValueError(f"expected a level between 0 and 1, got {level!r}. For 95%, pass 0.95.")
+        reach = dist.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
+        return self.value - reach * self.standard_error, self.value + reach * self.standard_error
+
+    def __str__(self) -> str:
+        return f"{self.value:.{self._digits()}f} ± {self.standard_error:.{self._digits()}f}"
+
+    def _digits(self) -> int:
+        """Two, or as many as show the error."""
+        tiny = not 0 < self.standard_error < 0.095 or not math.isfinite(self.standard_error)
+        return 2 if tiny else min(8, 1 - math.floor(math.log10(self.standard_error)))
+
+
+def arguments(x: Any) -> Args:
+    """The tensors that a program is called with; at least 2 data, all finite, since an error bar is over data."""
+    data = Minibatches(x, None, "x")
+    if data.size is None:
+        raise ValueError("expected x to be tensors, got a DataLoader. Pass a split of pv.data, or its tensors.")
+    if data.size < 2:
+        raise ValueError(f"expected at least 2 data, whose spread is the error bar, got {data.size}.")
+    (args,) = Minibatches(x, data.size, "x").in_order()
+    return args
+
+
+def check_count(name: str, value: Any, at_least: int, why: str = "") -> None:
+    """Refuse what is not an integer of that size."""
+    if not isinstance(value, int) or value < at_least:
+        raise ValueError(f"expected {name} to be an integer, at least {at_least}{why}, got {value!r}.")
+
+
+def rows_at_once(args: Args) -> int:
+    """How many data times particles to run a program with at once."""
+    return max(1, ELEMENTS_AT_ONCE // max(1, args[0][0].numel()))
+
+
+def split(args: Args, size: int) -> list[Args]:
+    """The arguments in minibatches of `size`."""
+    return list(zip(*(column.split(size) for column in args), strict=True))
+
+
+@contextmanager
+def checked(model: Program, guide: Program | None, args: Args) -> Iterator[None]:
+    """Around an evaluation: run the program once on all data, with Pyro's validation; inside, modules evaluate.
+
+    Inside there is no validation, whose passes over every density cost a third of the time, and no gradient unless it is
+    asked for.
+    """
+    guide = prior(model) if guide is None else guide
+    # Freeing this teaches glibc's malloc to keep up to 62 MiB instead of handing each run's memory back to the system and
+    # fetching it again, page by page: a third of the time.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+    with evaluating(find_modules(model, guide)), torch.no_grad():
+        for part in split(args, rows_at_once(args)):
+            with pyro.validation_enabled():
+                trace_once(model, guide, *part)
+        with pyro.validation_enabled(False):
+            yield

@@ -1,0 +1,238 @@
+r"""The marginal likelihood log p(x) by importance sampling, with all that says whether to believe it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vae import rng
+from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
+from pyro_vae.evaluation.psis import HIGH, pareto_k
+from pyro_vae.modules import Program
+from pyro_vae.runs import find_max_plate_nesting
+from pyro_vae.weights import log_weights
+
+RUNS_AT_ONCE = 16  # of the model, on samples of one run of the guide
+WEIGHTS_AT_ONCE = 2**22  # what is kept of a minibatch where particles run one at a time
+
+
+@dataclass(frozen=True)
+class Evidence:
+    r"""Estimates of log p(x_n) from K importance weights for each datum.
+
+    Attributes:
+        per_datum: :math:`\log \frac1K \sum_k w_{kn}` in nats, (N,); minus infinity where all weights are zero.
+        per_datum_error: its Monte Carlo standard error by the delta method,
+            :math:`\operatorname{std}_k(w_{kn}) / (\sqrt K \, \bar w_n)`, in nats, (N,). Where k-hat is above 0.7 it is too small.
+        ess: the effective sample size :math:`(\sum_k w_{kn})^2 / \sum_k w_{kn}^2`, between 1 and K, (N,).
+        zero_weights: how many of a datum's weights are zero, (N,). They count in every number here.
+        num_samples: K.
+    """
+
+    per_datum: Tensor
+    per_datum_error: Tensor
+    ess: Tensor
+    zero_weights: Tensor
+    num_samples: int
+
+    @property
+    def estimate(self) -> Estimate:
+        """The mean over data, with its standard error over data, which has the Monte Carlo error in it."""
+        return Estimate.of(self.per_datum)
+
+    @property
+    def mean(self) -> float:
+        """The mean over data, in nats per datum."""
+        return self.estimate.value
+
+    @property
+    def standard_error(self) -> float:
+        r"""Of the mean, over data: :math:`\operatorname{std}_n / \sqrt N`, in nats."""
+        return self.estimate.standard_error
+
+    @property
+    def monte_carlo_error(self) -> float:
+        r"""Of the mean, for these data: :math:`\frac1N \sqrt{\sum_n \mathrm{se}_n^2}`, in nats."""
+        return self.per_datum_error.square().sum().sqrt().item() / len(self.per_datum_error)
+
+    def _zeros(self) -> str:
+        lost = int((self.zero_weights == self.num_samples).sum())
+        some = int((self.zero_weights > 0).sum())
+        if not some:
+            return ""
+        return f"; weights of zero at {some} data, all of them at {lost}" if lost else f"; weights of zero at {some} data"
+
+
+@dataclass(frozen=True)
+class LogLikelihood(Evidence):
+    r"""What :func:`log_likelihood` returns; see :class:`Evidence` for the other attributes.
+
+    Attributes:
+        elbo: the mean log-weight :math:`\frac1K \sum_k \log w_{kn}`, (N,): an estimate of the ELBO.
+        pareto_k: :func:`pyro_vae.pareto_k` of each datum's weights, (N,); NaN where it can't be computed.
+    """
+
+    elbo: Tensor = field(repr=False)
+    pareto_k: Tensor = field(repr=False)
+
+    @property
+    def share_high_k(self) -> float:
+        """The share of data whose k-hat is above 0.7."""
+        return (self.pareto_k > HIGH).double().mean().item()
+
+    @property
+    def share_no_k(self) -> float:
+        """The share of data whose k-hat can't be computed."""
+        return self.pareto_k.isnan().double().mean().item()
+
+    @property
+    def kl_to_posterior(self) -> Estimate:
+        """KL(q(z|x) || p(z|x)) = log p(x) - ELBO, averaged over data: how much of the ELBO's value is the guide's fault."""
+        return Estimate.of(self.per_datum - self.elbo)
+
+    def __str__(self) -> str:
+        without = f", {self.share_no_k:.1%} without" if self.share_no_k else ""
+        return (
+            f"log p(x) = {self.estimate} nats per datum (importance sampling, K = {self.num_samples}, "
+            f"N = {len(self.per_datum)}; Monte Carlo error {self.monte_carlo_error:.2g}, median ESS "
+            f"{self.ess.median():.0f}, k-hat > {HIGH}: {self.share_high_k:.1%}{without}{self._zeros()})"
+        )
+
+
+def log_likelihood(
+    model: Program,
+    guide: Program,
+    x: Any,
+    num_samples: int = 5000,
+    *,
+    seed: int | None = None,
+    vectorize_particles: bool = True,
+    progress: bool = True,
+) -> LogLikelihood:
+    r"""Estimate log p(x) of each datum by importance sampling from the guide.
+
+    .. math:: \log \hat p(x_n) = \log \frac1K \sum_{k=1}^K w_{kn}, \qquad
+        w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} \mid x_n)}, \quad z_{kn} \sim q(z \mid x_n)
+
+    The average of the weights is unbiased for p(x), so its logarithm is low by about half of its squared standard error:
+    it is the IWAE bound with K particles. Whether K samples are enough is what k-hat and the effective sample size say.
+    Data and particles run in pieces of one size, so that the memory in use depends on neither number.
+
+    Arguments:
+        model: a Pyro model with a batch plate.
+        guide: its guide.
+        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
+            Modules that model or guide is a method of are run in evaluation mode.
+        num_samples: K, at least 2.
+        seed: where the random numbers start; None goes on from the generators' state.
+        vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
+        progress: whether to show a progress bar, in a terminal.
+
+    Returns:
+        The estimates with their errors and diagnostics; ``print`` it for one line that can be quoted.
+
+    Raises:
+        ValueError: fewer than 2 samples or data, NaN or infinity in the data, data outside the support of the
+            likelihood, or a program without a log-weight per datum (see :func:`pyro_vae.log_weights`).
+        FloatingPointError: a log-weight is NaN or plus infinity.
+
+    Warns:
+        UserWarning: some data have a k-hat above 0.7, or only weights of zero.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> pyro.set_rng_seed(0)
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
+        >>> ll = pv.log_likelihood(vae.model, vae.guide, torch.randn(64, 5), num_samples=1000, seed=0)
+        >>> ll.per_datum.shape, bool(ll.mean > ll.elbo.mean())
+        (torch.Size([64]), True)
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
+    """
+    check_count("num_samples", num_samples, 2, ", to have an error bar")
+    args = arguments(x)
+    with checked(model, guide, args), rng.seeded(seed):
+        result = estimate_evidence(model, guide, args, num_samples, vectorize_particles, progress)
+    _warn(result)
+    return result
+
+
+def estimate_evidence(
+    model: Program, guide: Program, args: Args, num_samples: int, vectorize: bool, progress: bool
+) -> LogLikelihood:
+    """The estimates for all data, a minibatch after another; see :func:`log_likelihood`."""
+    rows = rows_at_once(args)
+    if vectorize:
+        batch_size, chunk_size = max(1, rows // num_samples), rows
+        at_once = min(num_samples, RUNS_AT_ONCE * rows)
+        nesting = find_max_plate_nesting(model, guide, tuple(c[:2] for c in args), {}, in_plate=True)
+    else:
+        batch_size, chunk_size = max(1, min(rows, WEIGHTS_AT_ONCE // num_samples)), None
+        at_once, nesting = num_samples, None
+    parts: list[tuple[Tensor, ...]] = []
+    bar = tqdm(total=len(args[0]), leave=False, disable=None if progress else True, unit="datum", desc="log p(x)")
+    with bar:
+        for batch in split(args, batch_size):
+            pieces, left = [], num_samples
+            while left:
+                pieces.append(
+                    log_weights(
+                        model,
+                        guide,
+                        *batch,
+                        num_particles=min(at_once, left),
+                        vectorize_particles=vectorize,
+                        max_plate_nesting=nesting,
+                        chunk_size=chunk_size,
+                    ).double()
+                )
+                left -= len(pieces[-1])
+            parts.append(summarise(torch.cat(pieces)))
+            bar.update(len(batch[0]))
+    per_datum, error, ess, zeros, elbo, shape = (torch.cat(column) for column in zip(*parts, strict=True))
+    return LogLikelihood(per_datum, error, ess, zeros, num_samples, elbo, shape)
+
+
+def summarise(log_w: Tensor) -> tuple[Tensor, ...]:
+    """Log-mean-exp, its error, ESS, number of zeros, mean and k-hat of log-weights (K, N), each (N,).
+
+    Raises:
+        FloatingPointError: one is NaN or plus infinity.
+    """
+    if bool((log_w.isnan() | (log_w == math.inf)).any()):
+        raise FloatingPointError(
+            "expected finite log-weights, or minus infinity for a weight of zero, got NaN or plus infinity. Look for scales "
+            "of zero, or densities that overflow: pv.log_weights(...).isfinite() says at which data."
+        )
+    number = len(log_w)
+    top = log_w.max(0).values
+    weights = (log_w - torch.where(top.isfinite(), top, 0.0)).exp()
+    mean = weights.mean(0)
+    error = weights.std(0) / (math.sqrt(number) * mean)
+    ess = weights.sum(0).square() / weights.square().sum(0)
+    return top + mean.log(), error, ess, (log_w == -math.inf).sum(0), log_w.mean(0), pareto_k(log_w)
+
+
+def _warn(result: LogLikelihood) -> None:
+    advice = "Train a more flexible guide, take a larger num_samples, or check the number with pv.ais, which needs no guide."
+    lost = (result.zero_weights == result.num_samples).double().mean().item()
+    if lost:
+        warnings.warn(
+            f"{lost:.1%} of the data have weights of zero alone, so that their estimate of log p(x) is minus infinity: the "
+            f"guide puts its samples where p(x, z) is zero. {advice}",
+            stacklevel=3,
+        )
+    if result.share_high_k:
+        warnings.warn(
+            f"{result.share_high_k:.1%} of the data have a Pareto k-hat above {HIGH}: a few weights carry their estimate "
+            f"of log p(x), which is probably too low, and its error bar too small. {advice}",
+            stacklevel=3,
+        )

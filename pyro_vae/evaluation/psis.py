@@ -1,0 +1,52 @@
+"""Pareto k-hat, by ArviZ: whether importance weights have tails that an average survives."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HIGH = 0.7  # above it, the error of an average of the weights can't be relied on, whatever their number
+FEWEST = 25  # samples, a fifth of which are the tail: ArviZ fits no fewer than 5
+
+
+def pareto_k(log_weights: Tensor) -> Tensor:
+    r"""The shape k of a generalised Pareto distribution fitted to each datum's largest importance weights.
+
+    Weights have about 1/k finite moments. Below 0.5 their variance is finite, and standard errors mean what they say; up to
+    0.7 averages still converge at a practical rate; above, neither the average nor its error can be trusted.
+
+    Arguments:
+        log_weights: (K, N).
+
+    Returns:
+        (N,); NaN where none can be computed: fewer than 25 samples, a tail of equal weights, or NaN or only zeros.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> pyro.set_rng_seed(0)
+        >>> exponential = -torch.log(1 - torch.rand(10_000, 1))
+        >>> pv.pareto_k(0.8 * exponential).round(decimals=1)  # weights e^(0.8 E) have the Pareto tail 0.8
+        tensor([0.8000], dtype=torch.float64)
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
+    """
+    rows = log_weights.double().T.cpu().numpy()
+    usable = np.isfinite(rows.max(1)) & ~np.isnan(rows).any(1) if rows.shape[1] >= FEWEST else np.zeros(len(rows), bool)
+    shapes = np.full(len(rows), np.nan)
+    if usable.any():
+        shapes[usable] = _arviz_shapes(rows[usable])
+    shapes[~np.isfinite(shapes)] = np.nan
+    return torch.from_numpy(shapes).to(log_weights.device)
+
+
+def _arviz_shapes(rows: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):  # a tail that can't be fitted comes back as NaN or infinity
+        try:
+            from arviz_stats.base import array_stats  # ArviZ 1.x, which takes log-ratios with the sign turned
+        except ImportError:
+            from arviz import psislw
+
+            return np.asarray(psislw(rows)[1])
+        return np.asarray(array_stats.psislw(-rows, axis=-1)[1])
