@@ -17,8 +17,20 @@ In six lines::
 """
 
 from pyro_vae import data, networks, plots
+from pyro_vae.arviz_io import to_arviz
 from pyro_vae.checkpoint import load_parameters
-from pyro_vae.evaluation import Estimate, LogLikelihood, ais, bdmc, compare, log_likelihood, pareto_k
+from pyro_vae.evaluation import (
+    Estimate,
+    LogLikelihood,
+    active_units,
+    ais,
+    bdmc,
+    compare,
+    decompose_elbo,
+    inference_gaps,
+    log_likelihood,
+    pareto_k,
+)
 from pyro_vae.likelihoods import Bernoulli, Gaussian, Likelihood
 from pyro_vae.objectives import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, RWS, TVO, NoClosedFormError, Objective, Renyi
 from pyro_vae.posteriors import DiagonalNormal
@@ -30,8 +42,6 @@ from pyro_vae.weights import log_weights
 __all__ = [
     "CIWAE",
     "ELBO",
-    "Estimate",
-    "LogLikelihood",
     "IWAE",
     "JVI",
     "MIWAE",
@@ -41,23 +51,29 @@ __all__ = [
     "VAE",
     "Bernoulli",
     "DiagonalNormal",
+    "Estimate",
     "Gaussian",
     "Likelihood",
+    "LogLikelihood",
     "NoClosedFormError",
     "Objective",
     "Renyi",
     "StandardNormal",
+    "active_units",
     "ais",
     "bdmc",
     "compare",
     "conv_vae",
     "data",
+    "decompose_elbo",
     "fit",
+    "inference_gaps",
     "load_parameters",
     "log_likelihood",
     "log_weights",
-    "pareto_k",
     "mlp_vae",
     "networks",
+    "pareto_k",
     "plots",
+    "to_arviz",
 ]

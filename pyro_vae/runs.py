@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from pyro_vae import rng
 from pyro_vae.agreement import (
     check_densities,
-    check_masked_latents,
     check_reparameterised,
     check_shapes,
     check_sites,
+    check_supports,
     not_reparameterised,
     unwrapped,
 )
@@ -78,11 +78,14 @@ class Flow:
         stopped: whether :attr:`Run.stopped` is wanted.
         scaled: whether the gradient that comes back from the model into the samples is to be scaled, by
             :attr:`Run.path_scale`.
+        of_mean: whether the gradient is that of a mean over the guide's samples, to which a support that moves with the
+            parameters adds what no score has.
     """
 
     path: Literal["all", "some", "none", "given"] = "all"
     stopped: bool = False
     scaled: bool = False
+    of_mean: bool = True
 
 
 @dataclass
@@ -200,6 +203,15 @@ def run_at(
     return program.run_at(values, num_particles, -max_plate_nesting - 1, read, prior=guide is None)
 
 
+def simulate(
+    model: Program, args: tuple[Any, ...], values: dict[str, Tensor] | None, num_particles: int, max_plate_nesting: int
+) -> Sites:
+    """The model's sites with what it observes drawn anew: at given values of the latents, or at draws from the prior."""
+    program = poutine.uncondition(_in_particles(model, num_particles, -max_plate_nesting - 1))
+    trace = poutine.trace(poutine.replay(program, trace=_given(values or {}))).get_trace(*args)
+    return sample_sites(trace)
+
+
 def prior(model: Program) -> Program:
     """The model's own latent sites, as a guide."""
     hidden: Program = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
@@ -249,6 +261,8 @@ class _Program:
                     scored = tuple(drawn)
                 else:
                     stopped = sample_sites(at_values)
+            if self.flow.of_mean and (self.flow.stopped or self.flow.path != "all"):
+                check_supports({name: drawn[name] for name in scored} if stopped is None else stopped)
         if chunk_size is None or chunk_size >= number:
             return [read(self._run_model(trace, drawn, stopped, scored, number, particle_dim))]
 
@@ -289,9 +303,7 @@ class _Program:
         self, values: dict[str, Tensor], number: int, particle_dim: int, read: Callable[[Run], T], *, prior: bool
     ) -> T:
         """Run both at given values; `prior` says that the guide is the model's own latent sites."""
-        given = Trace()
-        for name, value in values.items():
-            given.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+        given = _given(values)
         program = poutine.replay(_in_particles(self.guide, number, particle_dim), trace=given)
         sites = sample_sites(poutine.trace(program).get_trace(*self.args, **self.kwargs))
         if prior:
@@ -324,8 +336,6 @@ class _Program:
             batch_plate = find_batch_plate(sites)  # before shapes are looked at: its messages say more
             check_densities(model, guide)
         check_shapes(model, guide, particle_dim)
-        if torch.is_grad_enabled() and (self.flow.path in ("some", "none") or self.flow.scaled):
-            check_masked_latents(model, guide)
         for site in sites.values():
             unmasked: Any = dict(site, log_prob=site["unscaled_log_prob"])
             check_site_shape(unmasked, max_plate_nesting=-particle_dim)
@@ -355,7 +365,10 @@ class _Program:
             ) from error
         for name in names:
             fn = unwrapped(stopped.nodes[name]["fn"])
-            if isinstance(fn, Delta) and (fn.v.requires_grad or torch.as_tensor(fn.log_density).requires_grad):
+            if not isinstance(fn, Delta):
+                continue
+            # A loss that is linear in the densities has the path through the point; its log-density it would lose.
+            if torch.as_tensor(fn.log_density).requires_grad or (self.in_plate and fn.v.requires_grad):
                 raise ValueError(
                     f"guide site '{name}' is a point (Delta) that depends on parameters besides auxiliary samples: expected a "
                     "fixed function of them, since its density is no score. Use gradient='pathwise', or sample "
@@ -371,6 +384,14 @@ class _Program:
                         "gradient='pathwise'."
                     )
         return stopped
+
+
+def _given(values: dict[str, Tensor]) -> Trace:
+    """A trace to replay values from."""
+    trace = Trace()
+    for name, value in values.items():
+        trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+    return trace
 
 
 def _in_particles(program: Program, number: int, particle_dim: int | None) -> Program:

@@ -2,18 +2,26 @@
 
 from pyro_vae.evaluation.annealing import AnnealedLikelihood, Sandwich, ais, bdmc
 from pyro_vae.evaluation.comparison import compare
+from pyro_vae.evaluation.decomposition import Decomposition, decompose_elbo
 from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.evaluation.gaps import Gaps, inference_gaps
+from pyro_vae.evaluation.latents import active_units
 from pyro_vae.evaluation.likelihood import LogLikelihood, log_likelihood
 from pyro_vae.evaluation.psis import pareto_k
 
 __all__ = [
     "AnnealedLikelihood",
+    "Decomposition",
     "Estimate",
+    "Gaps",
     "LogLikelihood",
     "Sandwich",
+    "active_units",
     "ais",
     "bdmc",
     "compare",
+    "decompose_elbo",
+    "inference_gaps",
     "log_likelihood",
     "pareto_k",
 ]

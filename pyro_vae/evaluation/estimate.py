@@ -65,9 +65,9 @@ class Estimate:
         return f"{self.value:.{self._digits()}f} ± {self.standard_error:.{self._digits()}f}"
 
     def _digits(self) -> int:
-        """Two, or as many as show the error."""
+        """Two, or up to four to show the error."""
         tiny = not 0 < self.standard_error < 0.095 or not math.isfinite(self.standard_error)
-        return 2 if tiny else min(8, 1 - math.floor(math.log10(self.standard_error)))
+        return 2 if tiny else min(4, 1 - math.floor(math.log10(self.standard_error)))
 
 
 def arguments(x: Any) -> Args:

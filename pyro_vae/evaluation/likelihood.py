@@ -18,6 +18,7 @@ from pyro_vae.modules import Program
 from pyro_vae.runs import find_max_plate_nesting
 from pyro_vae.weights import log_weights
 
+ADVICE = "Train a more flexible guide, take more samples, or check the number with pv.ais, which needs no guide."
 RUNS_AT_ONCE = 16  # of the model, on samples of one run of the guide
 WEIGHTS_AT_ONCE = 2**22  # what is kept of a minibatch where particles run one at a time
 
@@ -161,7 +162,8 @@ def log_likelihood(
     args = arguments(x)
     with checked(model, guide, args), rng.seeded(seed):
         result = estimate_evidence(model, guide, args, num_samples, vectorize_particles, progress)
-    _warn(result)
+    _warn_of_zeros(result, stacklevel=2)
+    warn_of_high_k(result.pareto_k, stacklevel=2)
     return result
 
 
@@ -169,36 +171,40 @@ def estimate_evidence(
     model: Program, guide: Program, args: Args, num_samples: int, vectorize: bool, progress: bool
 ) -> LogLikelihood:
     """The estimates for all data, a minibatch after another; see :func:`log_likelihood`."""
-    rows = rows_at_once(args)
+    rows, nesting = rows_at_once(args), None
+    batch_size = max(1, rows // num_samples if vectorize else min(rows, WEIGHTS_AT_ONCE // num_samples))
     if vectorize:
-        batch_size, chunk_size = max(1, rows // num_samples), rows
-        at_once = min(num_samples, RUNS_AT_ONCE * rows)
         nesting = find_max_plate_nesting(model, guide, tuple(c[:2] for c in args), {}, in_plate=True)
-    else:
-        batch_size, chunk_size = max(1, min(rows, WEIGHTS_AT_ONCE // num_samples)), None
-        at_once, nesting = num_samples, None
     parts: list[tuple[Tensor, ...]] = []
     bar = tqdm(total=len(args[0]), leave=False, disable=None if progress else True, unit="datum", desc="log p(x)")
     with bar:
         for batch in split(args, batch_size):
-            pieces, left = [], num_samples
-            while left:
-                pieces.append(
-                    log_weights(
-                        model,
-                        guide,
-                        *batch,
-                        num_particles=min(at_once, left),
-                        vectorize_particles=vectorize,
-                        max_plate_nesting=nesting,
-                        chunk_size=chunk_size,
-                    ).double()
-                )
-                left -= len(pieces[-1])
-            parts.append(summarise(torch.cat(pieces)))
+            parts.append(summarise(draw_weights(model, guide, batch, num_samples, vectorize, nesting)))
             bar.update(len(batch[0]))
     per_datum, error, ess, zeros, elbo, shape = (torch.cat(column) for column in zip(*parts, strict=True))
     return LogLikelihood(per_datum, error, ess, zeros, num_samples, elbo, shape)
+
+
+def draw_weights(
+    model: Program, guide: Program, batch: Args, num_samples: int, vectorize: bool = True, nesting: int | None = None
+) -> Tensor:
+    """Log-weights (K, N) of a minibatch, in float64, from runs of so many particles as fit at once."""
+    chunk_size = max(1, rows_at_once(batch) // len(batch[0])) if vectorize else None
+    at_once = RUNS_AT_ONCE * chunk_size if chunk_size else num_samples
+    pieces, left = [], num_samples
+    while left:
+        piece = log_weights(
+            model,
+            guide,
+            *batch,
+            num_particles=min(at_once, left),
+            vectorize_particles=vectorize,
+            max_plate_nesting=nesting,
+            chunk_size=chunk_size,
+        )
+        pieces.append(piece.double())
+        left -= len(piece)
+    return torch.cat(pieces)
 
 
 def summarise(log_w: Tensor) -> tuple[Tensor, ...]:
@@ -221,18 +227,22 @@ def summarise(log_w: Tensor) -> tuple[Tensor, ...]:
     return top + mean.log(), error, ess, (log_w == -math.inf).sum(0), log_w.mean(0), pareto_k(log_w)
 
 
-def _warn(result: LogLikelihood) -> None:
-    advice = "Train a more flexible guide, take a larger num_samples, or check the number with pv.ais, which needs no guide."
+def warn_of_high_k(shapes: Tensor, *, stacklevel: int) -> None:
+    """Say how many data have weights that can't be trusted, and what to do."""
+    share = (shapes > HIGH).double().mean().item()
+    if share:
+        warnings.warn(
+            f"{share:.1%} of the data have a Pareto k-hat above {HIGH}: a few weights carry their estimate of log p(x), which "
+            f"is probably too low, and its error bar too small. {ADVICE}",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _warn_of_zeros(result: LogLikelihood, *, stacklevel: int) -> None:
     lost = (result.zero_weights == result.num_samples).double().mean().item()
     if lost:
         warnings.warn(
             f"{lost:.1%} of the data have weights of zero alone, so that their estimate of log p(x) is minus infinity: the "
-            f"guide puts its samples where p(x, z) is zero. {advice}",
-            stacklevel=3,
-        )
-    if result.share_high_k:
-        warnings.warn(
-            f"{result.share_high_k:.1%} of the data have a Pareto k-hat above {HIGH}: a few weights carry their estimate "
-            f"of log p(x), which is probably too low, and its error bar too small. {advice}",
-            stacklevel=3,
+            f"guide puts its samples where p(x, z) is zero. {ADVICE}",
+            stacklevel=stacklevel + 1,
         )

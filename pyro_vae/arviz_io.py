@@ -1,0 +1,178 @@
+"""Draws, densities and log-weights of a model/guide pair as ArviZ groups, for ArviZ 0.2x and 1.x."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.distributions import Unit
+from torch import Tensor
+
+from pyro_vae import rng
+from pyro_vae.batch_plate import Site
+from pyro_vae.minibatches import Minibatches
+from pyro_vae.modules import Program, evaluating, find_modules
+from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles, simulate
+from pyro_vae.weights import log_density, per_datum, terms
+
+PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
+Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
+
+LATENT = ("latent",)
+IMAGE = ("channel", "height", "width")
+
+
+def to_arviz(
+    vae: Any,
+    x: Any,
+    num_samples: int = 1000,
+    *,
+    coords: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> Any:
+    r"""Everything that ArviZ works on, drawn from a model/guide pair: one chain of `num_samples` independent draws.
+
+    =========================  ===============================================================================
+    ``posterior``              z ~ q(z|x), dimensions (chain, draw, data, latent): the guide's, not the exact one
+    ``prior``                  z ~ p(z), the same dimensions
+    ``posterior_predictive``   x ~ p(x|z) at z ~ q(z|x), (chain, draw, data, ...)
+    ``prior_predictive``       x ~ p(x|z) at z ~ p(z)
+    ``log_likelihood``         log p(x_n|z) of each observed site, in nats, (chain, draw, data)
+    ``sample_stats``           ``log_weight``: log p(x_n, z) - log q(z|x_n), and ``lp``: log p(x_n, z), in nats
+    ``observed_data``          x
+    =========================  ===============================================================================
+
+    The event of one latent site is the dimension ``latent``; that of an image of shape (C, H, W) is ``channel``, ``height``,
+    ``width``; any other is ``NAME_dim_0`` and so on, and so are plates inside the batch plate.
+
+    Arguments:
+        vae: a :class:`pyro_vae.VAE`, or anything with a `model` and a `guide`.
+        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
+        num_samples: draws for each datum, at least 2. All are in memory, N times as many as numbers in x.
+        coords: coordinates by dimension, as in ArviZ; whole numbers from 0 by default.
+        seed: where the random numbers start; None goes on from the generators' state.
+
+    Returns:
+        An ``arviz.InferenceData`` under ArviZ 0.2x, an ``xarray.DataTree`` under ArviZ 1.x. Both have ``to_netcdf``.
+
+    Raises:
+        ValueError: fewer than 2 samples, `vae` has no model and guide, data that aren't finite, coordinates of a dimension
+            that is not there, or a program without a log-weight per datum (see :func:`pyro_vae.log_weights`).
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> pyro.set_rng_seed(0)
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
+        >>> groups = pv.to_arviz(vae, torch.randn(8, 5), num_samples=100)
+        >>> dict(groups["posterior"]["z"].sizes)
+        {'chain': 1, 'draw': 100, 'data': 8, 'latent': 2}
+
+    References:
+        Kumar, Carroll, Hartikainen and Martin (2019), *ArviZ: a unified library for exploratory analysis of Bayesian models
+        in Python*, JOSS.
+    """
+    if not isinstance(num_samples, int) or num_samples < 2:
+        raise ValueError(f"expected num_samples to be an integer, at least 2, got {num_samples!r}.")
+    model, guide = getattr(vae, "model", None), getattr(vae, "guide", None)
+    if not callable(model) or not callable(guide):
+        raise ValueError(
+            f"expected something with a model and a guide, got {type(vae).__name__}. Pass a pv.VAE, or "
+            "types.SimpleNamespace(model=my_model, guide=my_guide)."
+        )
+    data = Minibatches(x, None, "x")
+    if not data.size:
+        raise ValueError(f"expected x to be tensors of one datum or more, got {type(x).__name__} of {data.size} data.")
+    (args,) = Minibatches(x, data.size, "x").in_order()
+    with evaluating(find_modules(model, guide)), torch.no_grad(), rng.seeded(seed):
+        groups = _groups(model, guide, args, num_samples)
+    return _container(groups, coords or {})
+
+
+def _groups(model: Program, guide: Program, args: tuple[Any, ...], number: int) -> dict[str, dict[str, Variable]]:
+    """Every group's variables, each with the names of its dimensions."""
+    nesting = find_max_plate_nesting(model, guide, args, {}, in_plate=True)
+    groups: dict[str, dict[str, Variable]] = {}
+
+    def read(run: Run) -> list[tuple[str, str, Variable]]:
+        latents = [name for name, site in run.model.items() if not site["is_observed"]]
+        event_names = LATENT if len(latents) == 1 else ()
+        log_p = log_density(run, terms(run.model))
+        log_w = log_p - log_density(run, terms(run.guide))
+        found = [("sample_stats", "log_weight", _per_datum(log_w)), ("sample_stats", "lp", _per_datum(log_p))]
+        values = {}
+        for name, site in run.model.items():
+            if not site["is_observed"]:
+                values[name] = site["value"]
+                found.append(("posterior", name, _variable(run, name, site, event_names)))
+            elif not isinstance(site["fn"], Unit):
+                density = per_datum(run, site, site["unscaled_log_prob"])
+                found.append(("log_likelihood", name, _per_datum(density)))
+                found.append(("observed_data", name, _variable(run, name, site, IMAGE)))
+        for kind, given in (("posterior", values), ("prior", None)):
+            simulated = simulate(model, args, given, run.num_particles, nesting)
+            for name, site in simulated.items():
+                if name in values and kind == "prior":
+                    found.append(("prior", name, _variable(run, name, site, event_names)))
+                elif name not in values and not isinstance(site["fn"], Unit):
+                    found.append((f"{kind}_predictive", name, _variable(run, name, site, IMAGE)))
+        return found
+
+    for start in range(0, number, PARTICLES_AT_ONCE):
+        particles = Particles(max(2, min(PARTICLES_AT_ONCE, number - start)), True, nesting)
+        (found,) = run_particles(model, guide, args, {}, particles, Flow(), in_plate=True, read=read)
+        for group, name, (dims, array) in found:
+            earlier = groups.setdefault(group, {}).get(name)
+            groups[group][name] = (dims, array if earlier is None else np.concatenate([earlier[1], array], 1))
+    for variables in groups.values():
+        for name, (dims, array) in variables.items():
+            variables[name] = (dims, array[:, :number])
+    groups["observed_data"] = {n: (dims[2:], a[0, 0]) for n, (dims, a) in groups["observed_data"].items()}
+    return groups
+
+
+def _per_datum(value: Tensor) -> Variable:
+    """Of a matrix (K, N)."""
+    return ["chain", "draw", "data"], value.cpu().numpy()[None]
+
+
+def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> Variable:
+    """A site's value as (chain, draw, data, ...), with a name for every dimension; `event_names` where they fit the event."""
+    value, event_dim, depth = site["value"], site["fn"].event_dim, -run.particle_dim
+    value = value.reshape((1,) * (depth + event_dim - value.dim()) + tuple(value.shape))
+    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+    names: list[str | None] = [plates.get(dim) for dim in range(-depth, 0)]
+    names += event_names if len(event_names) == event_dim else [f"{name}_dim_{i}" for i in range(event_dim)]
+    batch_dim = depth + run.batch_plate.dim
+    names[0], names[batch_dim] = "draw", "data"
+    shape = list(value.shape)
+    shape[0], shape[batch_dim] = run.num_particles, run.batch_plate.size
+    order = [0, batch_dim, *(i for i, n in enumerate(names) if n is not None and i not in (0, batch_dim))]
+    empty = [i for i, n in enumerate(names) if n is None]
+    array = value.expand(shape).permute(*order, *empty).flatten(len(order) - 1) if empty else value.expand(shape).permute(order)
+    return ["chain", *(str(names[i]) for i in order)], array.cpu().numpy()[None]
+
+
+def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -> Any:
+    """The groups as this ArviZ holds them."""
+    import xarray as xr
+
+    sizes = {d: n for variables in groups.values() for dims, a in variables.values() for d, n in zip(dims, a.shape, strict=True)}
+    for dim, values in coords.items():
+        if dim not in sizes or len(values) != sizes[dim]:
+            raise ValueError(
+                f"expected coords of dimensions {sizes}, one for each position, got {len(values)} of '{dim}'. Rename or "
+                "resize them."
+            )
+    attributes = {"inference_library": "pyro_vae", "inference_library_version": version("pyro_vae")}
+    datasets = {}
+    for group, variables in groups.items():
+        dims = {dim for names, _ in variables.values() for dim in names}
+        own = {dim: np.asarray(coords[dim]) if dim in coords else np.arange(sizes[dim]) for dim in sorted(dims)}
+        datasets[group] = xr.Dataset(variables, own, attributes)
+    if int(version("arviz").split(".")[0]) > 0:
+        return xr.DataTree.from_dict(datasets)
+    import arviz
+
+    return arviz.InferenceData(**datasets)

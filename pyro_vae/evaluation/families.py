@@ -1,0 +1,49 @@
+"""What is known of a site's distribution: its parameters, its dimensions one by one, whether it hangs on other samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.agreement import unwrapped
+from pyro_vae.batch_plate import Site
+from pyro_vae.runs import Run
+
+# Of parameters that say the same thing twice, the one to keep.
+SYNONYMS = {"covariance_matrix", "precision_matrix", "probs"}
+
+
+def parameters(fn: Any) -> dict[str, Tensor]:
+    """The tensors that a distribution is made from, by the names its constructor has; none if they are not known."""
+    base = unwrapped(fn)
+    names = [name for name in base.arg_constraints if name not in SYNONYMS or name == "probs" and not _has(base, "logits")]
+    values = {name: getattr(base, name, None) for name in names}
+    return {n: v for n, v in values.items()} if values and all(isinstance(v, Tensor) for v in values.values()) else {}
+
+
+def same_for_all_particles(site: Site) -> bool:
+    """Whether a site of a run with several particles has one distribution, whatever the samples before it."""
+    values = parameters(site["fn"])
+    return bool(values) and all(bool((value == value[:1]).all()) for value in values.values())
+
+
+def univariate(fn: Any) -> Any:
+    """The marginal distribution of each dimension: batch and event alike as the batch; None if it is not known."""
+    base = unwrapped(fn)
+    if isinstance(base, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
+        return dist.Normal(base.loc, base.variance.sqrt())
+    return None if base.event_dim else base
+
+
+def by_dimension(run: Run, site: Site, value: Tensor) -> Tensor:
+    """A tensor of the shape of the site's value as (K, N, dimensions): nested plates and events flattened together."""
+    outer = value.dim() - site["fn"].event_dim
+    columns = value.movedim((outer + run.particle_dim, outer + run.batch_plate.dim), (0, 1))
+    return columns.reshape(*columns.shape[:2], -1)
+
+
+def _has(base: Any, name: str) -> bool:
+    return name in base.arg_constraints

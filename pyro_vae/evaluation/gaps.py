@@ -1,0 +1,249 @@
+"""Whose fault it is that the ELBO lies below log p(x): the guide's family's, or the encoder's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import transform_to
+from tqdm.auto import tqdm
+
+from pyro_vae import rng
+from pyro_vae.agreement import family, not_reparameterised, unwrapped
+from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
+from pyro_vae.evaluation.families import parameters, same_for_all_particles
+from pyro_vae.evaluation.likelihood import Evidence, draw_weights, summarise, warn_of_high_k
+from pyro_vae.modules import Program
+from pyro_vae.objectives import ELBO
+from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles
+
+PARTICLES = 8  # of the ELBO that is maximised for each datum
+AVERAGED = 0.5  # the last half of the iterates is averaged, which takes the gradient's noise out
+
+
+@dataclass(frozen=True)
+class Gaps:
+    r"""What :func:`inference_gaps` returns; all in nats per datum.
+
+    Attributes:
+        log_likelihood: log p(x_n), (N,).
+        best_elbo: the ELBO of the best member of the guide's family for each datum, (N,).
+        elbo: the guide's own ELBO, (N,).
+    """
+
+    log_likelihood: Tensor
+    best_elbo: Tensor
+    elbo: Tensor
+
+    @property
+    def approximation(self) -> Estimate:
+        """log p(x) less the best member's ELBO: what the family costs. A more flexible family closes it."""
+        return Estimate.of(self.log_likelihood - self.best_elbo)
+
+    @property
+    def amortisation(self) -> Estimate:
+        """The best member's ELBO less the guide's own: what the encoder costs. A larger or longer trained encoder closes it."""
+        return Estimate.of(self.best_elbo - self.elbo)
+
+    @property
+    def total(self) -> Estimate:
+        """log p(x) less the guide's ELBO, which is KL(q(z|x) || p(z|x))."""
+        return Estimate.of(self.log_likelihood - self.elbo)
+
+    def __str__(self) -> str:
+        return (
+            f"log p(x) - ELBO = {self.total} nats per datum = {self.approximation} (approximation) + {self.amortisation} "
+            f"(amortisation), N = {len(self.elbo)}"
+        )
+
+
+def inference_gaps(
+    model: Program,
+    guide: Program,
+    x: Any,
+    num_samples: int = 5000,
+    *,
+    num_steps: int = 1000,
+    lr: float = 0.02,
+    log_likelihood: Evidence | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> Gaps:
+    r"""Split log p(x) - ELBO into the gap of the guide's family and that of its encoder.
+
+    .. math:: \log p(x) - \mathrm{ELBO}(q) =
+        \underbrace{\log p(x) - \max_{q^* \in \mathcal Q} \mathrm{ELBO}(q^*)}_{\text{approximation gap}}
+        + \underbrace{\max_{q^* \in \mathcal Q} \mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)}_{\text{amortisation gap}}
+
+    The family :math:`\mathcal Q` of a guide site is that of its distribution, with every parameter free for every datum.
+    It is fitted by Adam, from where the encoder put it, on the sticking-the-landing gradient of the ELBO, with a step size
+    that falls to zero and the last half of the iterates averaged.
+
+    Arguments:
+        model: a Pyro model with a batch plate.
+        guide: its guide, whose sites' distributions depend on the data alone, not on one another's samples.
+        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
+        num_samples: how many samples each ELBO, and log p(x), are estimated with; at least 2. The fitted guides
+            are the proposals for log p(x).
+        num_steps: how many steps of Adam.
+        lr: the first step size, of the unconstrained parameters.
+        log_likelihood: a better estimate of log p(x) of the same data, such as :func:`pyro_vae.ais` gives; a family that is
+            too narrow for the posterior makes a poor proposal even at its best.
+        seed: where the random numbers start; None goes on from the generators' state.
+        progress: whether to show a progress bar, in a terminal.
+
+    Raises:
+        ValueError: a guide site depends on another's sample, has a distribution whose parameters are not known (a
+            flow), or can't be reparameterised; `log_likelihood` is of other data; as :func:`pyro_vae.log_likelihood`.
+
+    Warns:
+        UserWarning: log p(x) is estimated here, and some data have a k-hat above 0.7.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> pyro.set_rng_seed(0)
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
+        >>> gaps = pv.inference_gaps(vae.model, vae.guide, torch.randn(32, 5), 100, num_steps=100, seed=0)
+        >>> bool(gaps.amortisation.value > 0)  # it was never trained
+        True
+
+    References:
+        Cremer, Li and Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, ICML.
+    """
+    check_count("num_samples", num_samples, 2, ", to have an error bar")
+    check_count("num_steps", num_steps, 1)
+    if not 0 < lr < math.inf:
+        raise ValueError(f"expected a positive lr, got {lr!r}. Try 0.02.")
+    args = arguments(x)
+    if log_likelihood is not None and len(log_likelihood.per_datum) != len(args[0]):
+        raise ValueError(
+            f"expected log_likelihood to be of the same data, got {len(log_likelihood.per_datum)} of them for "
+            f"{len(args[0])} data. Estimate it on x."
+        )
+    evidence, best, own, shapes = [], [], [], []
+    with checked(model, guide, args), rng.seeded(seed):
+        pieces = split(args, max(1, rows_at_once(args) // PARTICLES))
+        nesting = find_max_plate_nesting(model, guide, args, {}, in_plate=True)
+        with tqdm(
+            total=len(pieces) * num_steps, leave=False, disable=None if progress else True, unit="step", desc="gaps"
+        ) as bar:
+            for piece in pieces:
+                local = _LocalGuide(model, guide, piece, nesting)
+                local.fit(num_steps, lr, bar)
+
+                def pair(local: Program = local, piece: Args = piece) -> list[tuple[Tensor, ...]]:
+                    """Both guides' weights from one noise, which cancels in the amortisation gap."""
+                    state, found = rng.get_state(), []
+                    for each in (local, guide):
+                        rng.set_state(state)
+                        found.append(summarise(draw_weights(model, each, piece, num_samples, nesting=nesting)))
+                    return found
+
+                # The encoder's own member stays where, on samples apart from those that count, the search found no better.
+                (_, _, _, _, found, _), (_, _, _, _, given, _) = pair()
+                (log_p, _, _, _, elbo, shape), (_, _, _, _, own_elbo, _) = pair()
+                evidence.append(log_p)
+                best.append(torch.where(found > given, elbo, own_elbo))
+                own.append(own_elbo)
+                shapes.append(shape)
+    if log_likelihood is None:
+        warn_of_high_k(torch.cat(shapes), stacklevel=2)
+    log_p = torch.cat(evidence) if log_likelihood is None else log_likelihood.per_datum
+    return Gaps(log_p, torch.cat(best), torch.cat(own))
+
+
+class _LocalGuide:
+    """The guide with the parameters of each site's distribution free, for each datum; at first the guide's own."""
+
+    def __init__(self, model: Program, guide: Program, args: Args, nesting: int) -> None:
+        self.model, self.guide, self.args, self.nesting = model, guide, args, nesting
+        (run,) = run_particles(
+            model, guide, args, {}, Particles(2, True, nesting), Flow(), in_plate=True, read=lambda run: run
+        )
+        _check(run)
+        self.fns = {name: site["fn"] for name, site in run.guide.items()}
+        self.free: dict[str, dict[str, Tensor]] = {}
+        for name, fn in self.fns.items():
+            constraints = unwrapped(fn).arg_constraints
+            values = {key: value[0].detach() for key, value in parameters(fn).items()}  # one particle's: all are equal
+            self.free[name] = {k: transform_to(constraints[k]).inv(v).clone() for k, v in values.items()}
+
+    def __call__(self, *args: Any) -> Any:
+        with _Replaced({name: self._distribution(name) for name in self.fns}):
+            return self.guide(*args)
+
+    def _distribution(self, name: str) -> Any:
+        fn, base = self.fns[name], unwrapped(self.fns[name])
+        constraints = base.arg_constraints
+        values = {key: transform_to(constraints[key])(value) for key, value in self.free[name].items()}
+        local = type(base)(**values)
+        local = local.to_event(fn.event_dim - base.event_dim)
+        return local.mask(fn._mask[0] if isinstance(fn._mask, Tensor) else fn._mask) if _masked(fn) else local
+
+    @torch.enable_grad()
+    def fit(self, num_steps: int, lr: float, bar: Any) -> None:
+        """Maximise the ELBO of every datum, all at once: they share nothing."""
+        leaves = [value.requires_grad_() for site in self.free.values() for value in site.values()]
+        objective = ELBO(PARTICLES, "monte_carlo", "stl", max_plate_nesting=self.nesting)
+        adam = torch.optim.Adam(leaves, lr=lr)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_steps)
+        total = [torch.zeros_like(leaf) for leaf in leaves]
+        first = int((1 - AVERAGED) * num_steps)
+        for step in range(num_steps):
+            loss = objective.differentiable_loss(self.model, self, *self.args)
+            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+                leaf.grad = gradient
+            adam.step()
+            falling.step()
+            if step >= first:
+                for mean, leaf in zip(total, leaves, strict=True):
+                    mean += leaf.detach() / (num_steps - first)
+            bar.update()
+        with torch.no_grad():
+            for leaf, mean in zip(leaves, total, strict=True):
+                leaf.copy_(mean)
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+
+
+class _Replaced(Messenger):
+    """Puts other distributions at some sites."""
+
+    def __init__(self, fns: dict[str, Any]) -> None:
+        super().__init__()
+        self.fns = fns
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.fns:
+            msg["fn"] = self.fns[msg["name"]]
+
+
+def _masked(fn: Any) -> bool:
+    return isinstance(fn, MaskedDistribution)
+
+
+def _check(run: Run) -> None:
+    """Every site of the guide has a family of its own, whose parameters can be freed."""
+    for name, site in run.guide.items():
+        if name not in run.model or not parameters(site["fn"]):
+            raise ValueError(
+                f"guide site '{name}' has a distribution whose parameters are not known ({family(site['fn'])}): expected a "
+                "parametric family at each latent site, such as a normal, whose best member can be searched for. Pass a "
+                "guide of such sites."
+            )
+        if not same_for_all_particles(site):
+            raise ValueError(
+                f"guide site '{name}' depends on another site's sample: expected a guide whose distributions depend on the "
+                "data alone, since a conditional family has no parameters of its own for each datum. Sample the latents "
+                "from one joint distribution, such as a multivariate normal."
+            )
+    for name in not_reparameterised(run.guide):
+        raise ValueError(
+            f"guide site '{name}' can't be reparameterised ({family(run.guide[name]['fn'])}): expected a distribution with "
+            "rsample, to maximise the ELBO by its pathwise gradient."
+        )

@@ -1,0 +1,123 @@
+"""Which dimensions of the latent a model uses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_vae import rng
+from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once, split
+from pyro_vae.evaluation.families import by_dimension, univariate
+from pyro_vae.modules import Program
+from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles
+
+THRESHOLD = 0.01  # Burda, Grosse and Salakhutdinov's
+
+
+def active_units(
+    model: Program,
+    guide: Program,
+    x: Any,
+    num_samples: int = 10,
+    *,
+    threshold: float = THRESHOLD,
+    seed: int | None = None,
+) -> pd.DataFrame:
+    r"""Which latent dimensions move with x, and what each costs: a report of posterior collapse, a row for each dimension.
+
+    ``variance``
+        :math:`A_j = \operatorname{var}_n \mathbb E_{q(z \mid x_n)} z_j`, over the data.
+    ``variance_se``
+        its standard error over data, by the delta method.
+    ``kl``
+        :math:`\frac1N \sum_n \mathrm{KL}\bigl(q(z_j \mid x_n) \,\|\, p(z_j)\bigr)` in nats; where dimensions depend on
+        earlier sites' samples, the KL given those, averaged over them. NaN where a dimension has no marginal in closed
+        form (flows).
+    ``kl_se``
+        its standard error over data.
+    ``active``
+        whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
+
+    Arguments:
+        model: a Pyro model with a batch plate.
+        guide: its guide.
+        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
+        num_samples: how many samples to average over; at least 2. It matters only where means or KL depend on samples.
+        threshold: of the variance; in the squared units of z.
+        seed: where the random numbers start; None goes on from the generators' state.
+
+    Returns:
+        The table, with rows by site and dimension (of the site's value, flattened); ``table.active.sum()`` counts.
+
+    Raises:
+        ValueError: `threshold` is negative, or as :func:`pyro_vae.log_likelihood`.
+
+    Example:
+        >>> import torch, pyro, pyro_vae as pv
+        >>> pyro.set_rng_seed(0)
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
+        >>> pv.active_units(vae.model, vae.guide, torch.randn(32, 5)).index.tolist()
+        [('z', 0), ('z', 1)]
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
+    """
+    check_count("num_samples", num_samples, 2)
+    if not threshold >= 0:
+        raise ValueError(f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took 0.01.")
+    args = arguments(x)
+    parts: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
+    with checked(model, guide, args), rng.seeded(seed):
+        nesting = find_max_plate_nesting(model, guide, args, {}, in_plate=True)
+        particles = Particles(num_samples, True, nesting)
+        for batch in split(args, max(1, rows_at_once(args) // num_samples)):
+            parts += run_particles(model, guide, batch, {}, particles, Flow(), in_plate=True, read=_read)
+    rows, keys = [], []
+    for name in parts[0]:
+        means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))
+        for j in range(means.shape[1]):
+            square = (means[:, j] - means[:, j].mean()).square()
+            # The spread of a mean over few samples is no spread over data.
+            variance = square.sum().item() / (len(square) - 1) - noise[:, j].mean().item()
+            rows.append(
+                {
+                    "variance": variance,
+                    "variance_se": square.std().item() / math.sqrt(len(square)),
+                    "kl": kl[:, j].mean().item(),
+                    "kl_se": kl[:, j].std().item() / math.sqrt(len(square)),
+                    "active": variance > threshold,
+                }
+            )
+            keys.append((name, j))
+    return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["site", "dimension"]))
+
+
+def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of each latent site: posterior means, their squared Monte Carlo error, and KL, each (N, dimensions)."""
+    found = {}
+    for name, site in run.model.items():
+        if site["is_observed"]:
+            continue
+        guide = run.guide[name]
+        q, p = univariate(guide["fn"]), univariate(site["fn"])
+        values = guide["value"] if q is None else q.mean.expand(guide["value"].shape)
+        means = by_dimension(run, guide, values).double()
+        found[name] = means.mean(0), means.var(0) / len(means), _kl(run, guide, q, p).double().mean(0)
+    return found
+
+
+def _kl(run: Run, guide: Any, q: Any, p: Any) -> Tensor:
+    shape = guide["value"].shape
+    missing = by_dimension(run, guide, torch.full(shape, math.nan))
+    if q is None or p is None:
+        return missing
+    try:
+        value = kl_divergence(q, p)
+    except NotImplementedError:  # torch knows no closed form: the samples do
+        value = q.log_prob(guide["value"]) - p.log_prob(guide["value"])
+    return by_dimension(run, guide, value.expand(shape))
