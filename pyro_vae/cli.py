@@ -1,4 +1,4 @@
-"""The command line: ``pyro-vae train digits``, then ``compare`` and ``sample`` on the run that it leaves.
+"""The command line: ``pyro-vae train digits``, then ``compare``, ``evaluate`` and ``sample`` on the run that it leaves.
 
 A run is a folder: config.json holds every option, checkpoint.pt the state of training, history.csv a row for each
 epoch, figures/ the plots. All commands rebuild data and networks from config.json, by the same function.
@@ -28,10 +28,22 @@ if TYPE_CHECKING:  # commands import what they need, so that --help does not wai
 
     from pyro_vae import VAE
     from pyro_vae.data import Dataset, Split
+    from pyro_vae.report import Report
 
 MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # what a run may go on with a new value of, as no epoch depends on it
 
 UsageError: Any = typer.BadParameter.__base__  # click's, which versions of typer keep in different places
+OF_PARAMETERS = (  # what compare and evaluate write, stale once training goes on
+    "compare.csv",
+    "evaluation.json",
+    "evaluation.nc",
+    "figures/bounds.png",
+    "figures/bounds_and_log_likelihood.png",
+    "figures/pareto_k.png",
+    "figures/active_units.png",
+)
+ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # in evaluation.nc, with as many draws of x for each image: 25 MB for MNIST
+
 DATA_HELP = "digits (comes along), mnist, fashion_mnist, kmnist, emnist, omniglot or binarized_mnist."
 Run = Annotated[Path, Argument(metavar="RUN", help="The folder that train wrote, as runs/digits.", show_default=False)]
 
@@ -60,7 +72,7 @@ def _pyro_vae(
         bool, Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Variational autoencoders in Pyro: train one, compare bounds on log p(x), draw samples."""
+    """Variational autoencoders in Pyro: train one, compare bounds on log p(x), evaluate it, draw samples."""
 
 
 @app.command()
@@ -149,8 +161,8 @@ def train(
         print("stopped by Ctrl-C within the first epoch: there is nothing to keep.", file=sys.stderr)
         raise typer.Exit(130)
     if len(history) > earlier:  # what compare wrote is about the parameters of before
-        for stale in (run / "compare.csv", run / "figures" / "bounds.png"):
-            stale.unlink(missing_ok=True)
+        for stale in OF_PARAMETERS:
+            (run / stale).unlink(missing_ok=True)
     _write_config(run, config)  # only now that fit has accepted the checkpoint, if there was one
     history.to_csv(run / "history.csv")
     pv.load_parameters(checkpoint, vae.model, vae.guide, dataset.test.x[:1])  # Ctrl-C leaves those within an epoch
@@ -187,6 +199,50 @@ def compare(
     _save(pv.plots.bounds(table).get_figure(), run / "figures" / "bounds.png")
     Console().print(_format(table, len(x), repeats))
     print(run / "compare.csv", *sorted((run / "figures").glob("*.png")), sep="\n")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    num_images: Annotated[
+        int | None, Option(min=2, help="How many test images.", show_default="all of them")
+    ] = None,
+    num_samples: Annotated[int, Option(min=2, help="Importance samples for each image.")] = 5000,
+    ais_images: Annotated[
+        int, Option(min=2, help="How many of them to anneal, and to find the gaps of; as many are simulated.")
+    ] = 100,
+    ais_steps: Annotated[int, Option(min=2, help="Temperatures of the annealing.")] = 1000,
+    ais_chains: Annotated[int, Option(min=2, help="Annealed chains for each image.")] = 16,
+    seed: Annotated[int, Option(min=0, help="Of all samples.")] = 0,
+) -> None:
+    """Say how good the VAE in RUN is, and how far off that number: log p(x), its bounds on both sides, gaps, parts, k-hat."""
+    dataset, vae = _load(run)
+
+    import pyro_vae as pv
+    from pyro_vae import report as reports
+
+    x = dataset.test.x[:num_images]
+    with _explained(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the report says so
+        report = reports.evaluate(
+            vae,
+            x,
+            num_samples=num_samples,
+            ais_data=ais_images,
+            ais_steps=ais_steps,
+            ais_chains=ais_chains,
+            seed=seed,
+        )
+    (run / "evaluation.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(run / "evaluation.nc")
+    bounds = pv.plots.bounds(report.table, log_likelihood=report.between)
+    figures = [
+        _save(bounds.get_figure(), run / "figures" / "bounds_and_log_likelihood.png"),
+        _save(pv.plots.pareto_k(report.log_likelihood.pareto_k).get_figure(), run / "figures" / "pareto_k.png"),
+        _save(pv.plots.active_units(report.active).get_figure(), run / "figures" / "active_units.png"),
+    ]
+    Console().print(_format_report(report))
+    print(run / "evaluation.json", run / "evaluation.nc", *figures, sep="\n")
 
 
 @app.command()
@@ -361,20 +417,51 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
+def _format_report(report: Report) -> Table:
+    """The report, for a terminal of 80 columns."""
+    likelihood, active = report.log_likelihood, report.active["active"]
+    k = f"k-hat above 0.7 at {likelihood.share_high_k:.1%} of the images"
+    if likelihood.share_no_k:
+        k += f", none at {likelihood.share_no_k:.1%}"
+    zeros = int((likelihood.zero_weights > 0).sum())
+    caption = (
+        f"Nats per image, ± standard error over images (of samples, for the parts of the ELBO). Importance weights: {k}; "
+        f"median ESS {likelihood.ess.median():.0f} of {likelihood.num_samples}; Monte Carlo error of the mean "
+        f"{likelihood.monte_carlo_error:.2g}{f'; weights of zero at {zeros} images' if zeros else ''}. Active units: {active.sum()} of {len(active)} latent dimensions. AIS accepted "
+        f"{report.annealed.acceptance.mean():.0%} of its proposals. Gaps are to the higher of AIS and importance sampling. "
+        "A number below the first horizontal line is of the first images only, or of as many simulated from the model."
+    )
+    formatted = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", collapse_padding=True)
+    formatted.add_column("", no_wrap=True)
+    for name in ("nats ± SE", "images", "minutes"):
+        formatted.add_column(name, justify="right", no_wrap=True)
+    shown: set[str] = set()
+    previous = None
+    for words, estimate, number, part in report.rows():
+        if previous is not None and number != previous:
+            formatted.add_section()
+        minutes = "" if part in shown else f"{report.minutes[part]:.1f}"
+        formatted.add_row(words, str(estimate), str(number), minutes)
+        shown.add(part)
+        previous = number
+    return formatted
+
+
 def _format(table: pd.DataFrame, images: int, repeats: int) -> Table:
     """What compare returns, for a terminal of 80 columns."""
     caption = (
         f"K: particles. Bound on log p(x) in nats per datum, mean of {images} test images ± its standard error; "
         "all rows share the images, so differences between rows are far surer than ±. std: of one datum's estimate over "
-        f"{repeats} repeats, in nats. SNR: signal to noise of the gradient over the parameters of model and guide, rough "
+        f"{repeats} repeats, in nats. gap: below the best estimate of log p(x); the weights' median k-hat is "
+        f"{table['pareto_k'].iloc[0]:.2f} (above 0.7: don't trust it). SNR: signal to noise of the gradient over the parameters of model and guide, rough "
         "at few repeats; 0: no signal shows. ms: the bound with its gradient, on all the images."
     )
     formatted = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", collapse_padding=True)
     formatted.add_column("objective", no_wrap=True)
-    for name in ("K", "bound ± SE", "std", "SNR\nmodel", "SNR\nguide", "ms"):
+    for name in ("K", "bound ± SE", "gap", "std", "SNR\nmodel", "SNR\nguide", "ms"):
         formatted.add_column(name, justify="right", no_wrap=True)
     for row in table.reset_index().to_dict("records"):
         bound = f"{row['bound']:.2f} ± {row['bound_se']:.2f}"
-        others = [f"{row[name]:.2f}" for name in ("estimator_std", "grad_snr_model", "grad_snr_guide")]
+        others = [f"{row[name]:.2f}" for name in ("gap", "estimator_std", "grad_snr_model", "grad_snr_guide")]
         formatted.add_row(row["objective"], str(row["particles"]), bound, *others, f"{row['milliseconds']:.0f}")
     return formatted

@@ -47,12 +47,16 @@ def objective_colour(objective: str) -> str:
     return _OTHERS[crc32(objective.encode()) % len(_OTHERS)]  # hash() differs between processes
 
 
-def bounds(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def bounds(
+    table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = None, ax: Axes | None = None
+) -> Axes:
     """Bound on log p(x) against the number of particles, one line and error band per objective.
 
     Args:
         table: what `compare` returns: rows ("objective", "particles"), and columns `bound` and `bound_se`
             in nats per datum.
+        log_likelihood: a lower and an upper estimate of log p(x) of the same data, in nats per datum, between which a
+            grey band is drawn.
         ax: where to draw; a new figure by default.
 
     The bands are plus and minus one standard error over the data. Every row averages over the same data, so
@@ -69,6 +73,12 @@ def bounds(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     _check_table(table, ["objective", "particles"], ["bound", "bound_se"], "compare")
     ax = ax or _figure().add_subplot()
+    if log_likelihood is not None:
+        lower, upper = log_likelihood
+        label = f"log p(x), from {lower:.2f} (AIS) to {upper:.2f}"
+        ax.axhspan(lower, upper, color="0.6", alpha=0.5, linewidth=0, label=label)
+        for edge in (lower, upper):  # so that a narrow band is seen
+            ax.axhline(edge, color="0.4", linewidth=0.8)
     for marker, (name, rows) in zip(cycle("osD^v"), table.groupby(level="objective", sort=False)):
         rows = rows.sort_index(level="particles")
         k = rows.index.get_level_values("particles").to_numpy()
@@ -86,6 +96,67 @@ def bounds(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xticks(particles, labels=[str(int(k)) for k in particles])
     ax.minorticks_off()
     ax.set(xlabel="number of particles", ylabel="bound on log p(x) (nats per datum)")
+    _legend_below(ax)
+    return ax
+
+
+def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
+    """How many data have which Pareto k-hat, with the limit of 0.7 above which their weights can't be trusted.
+
+    Args:
+        shapes: (N,), what `pyro_vae.pareto_k` or `log_likelihood(...).pareto_k` gives; NaN where none can be computed.
+        ax: where to draw; a new figure by default.
+
+    Returns the Axes. Raises ValueError if there is no number to draw.
+
+    >>> pareto_k(torch.tensor([0.1, 0.5, 0.9])).get_xlabel()
+    'Pareto k-hat of the importance weights'
+    """
+    values = _numpy(shapes).ravel()
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        raise ValueError(f"expected at least one finite k-hat, got {len(values)} values of NaN: take 25 samples or more.")
+    ax = ax or _figure().add_subplot()
+    edges = np.arange(np.floor(min(finite.min(), 0) / 0.05), np.ceil(max(finite.max(), 1) / 0.05) + 1) * 0.05
+    for part, colour, sign in ((finite <= 0.7, BLUE, "at most"), (finite > 0.7, VERMILLION, "above")):
+        share = part.sum() / len(values)
+        ax.hist(finite[part], edges, color=colour, label=f"{sign} 0.7: {share:.1%} of {len(values)} data")
+    ax.axvline(0.7, color=BLACK, linewidth=0.8, linestyle="--")
+    ax.set(xlabel="Pareto k-hat of the importance weights", ylabel="number of data")
+    _legend_below(ax)
+    return ax
+
+
+def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """KL of each latent dimension to the prior, largest first, with the dimensions that carry nothing marked.
+
+    Args:
+        table: what `active_units` returns: rows ("site", "dimension"), columns `kl`, `kl_se` and `active`.
+        ax: where to draw; a new figure by default.
+
+    Returns the Axes. Raises ValueError if `table` is empty or lacks those rows or columns.
+
+    >>> import pandas as pd
+    >>> rows = pd.MultiIndex.from_tuples([("z", 0), ("z", 1)], names=["site", "dimension"])
+    >>> ax = active_units(pd.DataFrame({"kl": [0.0, 1.2], "kl_se": [0.0, 0.1], "active": [False, True]}, index=rows))
+    >>> [label.get_text() for label in ax.get_xticklabels()]
+    ['1', '0']
+    """
+    _check_table(table, ["site", "dimension"], ["kl", "kl_se", "active"], "active_units")
+    table = table.sort_values("kl", ascending=False)
+    ax = ax or _figure().add_subplot()
+    places, active = np.arange(len(table)), table["active"].to_numpy(bool)
+    for part, colour, word in ((active, BLUE, "active"), (~active, VERMILLION, "collapsed")):
+        rows = table[part]
+        if len(rows):
+            label = f"{word}: {len(rows)} of {len(table)}"
+            ax.bar(places[part], rows["kl"], yerr=rows["kl_se"], color=colour, label=label, error_kw={"linewidth": 0.8})
+    if not active.all():  # a bar of no height shows no colour
+        ax.plot(places[~active], np.zeros((~active).sum()), "x", color=VERMILLION, clip_on=False)
+    sites = table.index.get_level_values("site").unique()
+    labels = [str(d) if len(sites) == 1 else f"{s}[{d}]" for s, d in table.index]
+    ax.set_xticks(places, labels=labels, fontsize="small" if len(places) <= 30 else 5, rotation=0 if len(sites) == 1 else 90)
+    ax.set(xlabel=f"dimension of {', '.join(map(str, sites))}", ylabel="KL to the prior (nats per datum)")
     _legend_below(ax)
     return ax
 

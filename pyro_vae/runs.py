@@ -178,7 +178,7 @@ def run_particles(
     except (RuntimeError, IndexError) as error:
         error.add_note(
             f"pyro_vae ran the program for {number} particles at once, so latent values have a leading dimension of "
-            f"{number}. Expand x to it (x.expand(*z.shape[:-1], -1), say), or pass vectorize_particles=False."
+            f"{number}. Expand x to it (x.expand(*z.shape[:-1], -1), say), or, where there is that option, pass vectorize_particles=False."
         )
         raise
 

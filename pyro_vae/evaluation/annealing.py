@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import IndependentTransform, biject_to
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
@@ -247,11 +248,11 @@ class _State:
     base_slope: dict[str, Tensor]
     joint_slope: dict[str, Tensor]
 
-    def log_density(self, temperature: Tensor) -> Tensor:
-        return torch.lerp(self.log_base, self.log_joint, temperature)
+    def log_density(self, temperature: float) -> Tensor:
+        return (1 - temperature) * self.log_base + temperature * self.log_joint
 
-    def slope(self, name: str, temperature: Tensor) -> Tensor:
-        return torch.lerp(self.base_slope[name], self.joint_slope[name], temperature)
+    def slope(self, name: str, temperature: float) -> Tensor:
+        return (1 - temperature) * self.base_slope[name] + temperature * self.joint_slope[name]
 
 
 class _Path:
@@ -318,7 +319,7 @@ class _Path:
             )
             for density in densities
         ]
-        log_base, log_joint = (density.detach() for density in densities)
+        log_base, log_joint = (density.detach().double() for density in densities)
         base_slope, joint_slope = (dict(zip(leaves, slope, strict=True)) for slope in slopes)
         detached = {name: leaf.detach() for name, leaf in leaves.items()}
         return _State(detached, log_base, log_joint, base_slope, joint_slope)
@@ -330,8 +331,8 @@ class _Path:
         log_weights: Any = 0.0
         accepted = []
         last = len(temperatures) - 2
-        for t, (before, now) in enumerate(zip(temperatures[:-1], temperatures[1:], strict=True)):
-            log_weights = log_weights + (now - before) * (state.log_joint - state.log_base).double()
+        for t, (before, now) in enumerate(pairwise(temperatures.tolist())):
+            log_weights = log_weights + (now - before) * (state.log_joint - state.log_base)
             if t < last:
                 state, probability = self.transition(state, now, step_sizes[t], num_leapfrog)
                 accepted.append(probability.mean(0))
@@ -340,7 +341,7 @@ class _Path:
 
     def adapt(self, settings: _Settings, bar: Any) -> Tensor:
         """A step size for each transition and datum, (T - 1, N), from a shorter run."""
-        temperatures = settings.temperatures
+        temperatures = settings.temperatures.tolist()
         number = len(temperatures) - 2
         trial = torch.linspace(0, number - 1, max(min(number, 50), number // TRIAL)).round().long().unique()
         state, log_step = self.start(), None
@@ -356,10 +357,9 @@ class _Path:
         return torch.stack(found)[nearest].exp()
 
     def transition(
-        self, state: _State, temperature: Tensor, step_size: Tensor, num_leapfrog: int
+        self, state: _State, temperature: float, step_size: Tensor, num_leapfrog: int
     ) -> tuple[_State, Tensor]:
         """One transition of Hamiltonian Monte Carlo at one temperature; with it the probabilities of acceptance (C, N)."""
-        temperature = temperature.to(state.log_base)
         jitter = 1 + JITTER * (2 * torch.rand_like(state.log_base) - 1)
         steps = self._beside(jitter * step_size)
         momentum = {name: torch.randn_like(value) for name, value in state.position.items()}
@@ -390,8 +390,13 @@ class _Path:
         )
 
     def _beside(self, matrix: Tensor) -> dict[str, Tensor]:
-        """A matrix (C, N) in shapes that broadcast to each site's value."""
-        return {name: matrix.reshape(shape_beside(self.run, self.run.guide[name])) for name in self.names}
+        """A matrix (C, N) in shapes that broadcast to each site's value, and numbers of its type."""
+        beside = {}
+        for name in self.names:
+            site = self.run.guide[name]
+            shaped = matrix.reshape(shape_beside(self.run, site))
+            beside[name] = shaped.to(site["value"]) if matrix.is_floating_point() else shaped
+        return beside
 
     def _kinetic(self, momentum: dict[str, Tensor]) -> Tensor:
         energy: Any = 0.0
@@ -477,14 +482,14 @@ def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
 
 
 def _same_support(first: Any, second: Any) -> bool:
-    if type(first) is not type(second):
-        return False
-    return all(
-        _same_support(value, vars(second)[key])
-        if isinstance(value, torch.distributions.constraints.Constraint)
-        else not isinstance(value, Tensor | float | int) or equal(value, vars(second)[key])
-        for key, value in vars(first).items()
-    )
+    """Whether the same transform makes both from unconstrained space: whether their edges belong to them is no matter."""
+    return _same_transform(biject_to(first), biject_to(second))
+
+
+def _same_transform(first: Any, second: Any) -> bool:
+    if isinstance(first, IndependentTransform) and isinstance(second, IndependentTransform):  # which has no equality
+        return _same_transform(first.base_transform, second.base_transform)
+    return bool(first == second)
 
 
 def _simulate(model: Program, args: Args) -> tuple[Args, dict[str, Tensor]]:

@@ -16,10 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
+from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count
+from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
 from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 from pyro_vae.runs import find_parameters
 
+SAMPLES = 1000  # for log p(x)
 ROWS_AT_ONCE = 2**15  # data times particles: 100 MB for each float32 tensor of 784 pixels
 
 
@@ -30,6 +33,7 @@ def compare(
     objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None = None,
     *,
     repeats: int = 10,
+    log_likelihood: Evidence | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -52,6 +56,13 @@ def compare(
         10 repeats the column is rough.
     ``milliseconds``
         the median time of the loss and its gradients on all of x, by the wall clock.
+    ``gap``, ``gap_se``
+        :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`: how far the bound lies below the best estimate of log p(x), and
+        the standard error of this paired difference over data, in nats. The estimate is the higher one of IWAE with 1000
+        particles and `log_likelihood`, where that is given: both have log p(x) above their mean.
+    ``pareto_k``
+        the median over data of :func:`pyro_vae.pareto_k` of the guide's weights, which all rows share. Above 0.7,
+        importance weights carry all rows with many particles further down than their errors say; NaN: none can be computed.
 
     Arguments:
         model: a Pyro model with a batch plate.
@@ -61,6 +72,7 @@ def compare(
         objectives: one, a list, or a dictionary that gives each its name; None takes the ELBO with closed-form KL, by
             Monte Carlo with 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
+        log_likelihood: an estimate of log p(x) of the same data, by :func:`pyro_vae.ais` say.
         seed: where each objective's random numbers start; None goes on from the generators' state.
         progress: whether to show which row is being measured, in a terminal.
 
@@ -82,19 +94,21 @@ def compare(
     References:
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
     """
-    args = tuple(column[:] for column in x) if isinstance(x, tuple | list) else (x[:],)
-    if repeats < 2 or len(args[0]) < 2:
-        raise ValueError(f"expected at least 2 repeats and 2 data, got {repeats} repeats and {len(args[0])} data.")
+    args = arguments(x)
+    check_count("repeats", repeats, 2, ", whose spread is the estimator's")
+    if log_likelihood is not None:
+        check_same_data(log_likelihood, args)
     with evaluating(find_modules(model, guide)):
-        return _compare(model, guide, args, objectives, repeats, seed, progress)
+        return _compare(model, guide, args, objectives, repeats, log_likelihood, seed, progress)
 
 
 def _compare(
     model: Program,
     guide: Program,
-    args: tuple[Tensor, ...],
+    args: Args,
     objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None,
     repeats: int,
+    log_likelihood: Evidence | None,
     seed: int | None,
     progress: bool,
 ) -> pd.DataFrame:
@@ -113,12 +127,21 @@ def _compare(
             "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide has a "
             "pyro.param or pyro.module statement."
         )
+    with torch.no_grad(), rng.seeded(seed):
+        vectorize = all(objective.vectorize_particles for _, objective in named)
+        evidence = estimate_evidence(model, guide, args, SAMPLES, vectorize, progress)
+    best = evidence.per_datum
+    if log_likelihood is not None and log_likelihood.mean > evidence.mean:
+        best = log_likelihood.per_datum
     rows = []
     bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
     for name, objective in bar:
         bar.set_description(f"{name}, K = {objective.num_particles}")
         with rng.seeded(seed):
-            rows.append(_measure(model, guide, args, objective, parameters, repeats))
+            row, per_datum = _measure(model, guide, args, objective, parameters, repeats)
+        gap = Estimate.of(best - per_datum)
+        row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": evidence.pareto_k.nanmedian().item()}
+        rows.append(row)
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
 
 
@@ -138,11 +161,12 @@ def _defaults(model: Program, guide: Program, args: tuple[Tensor, ...]) -> list[
 def _measure(
     model: Program,
     guide: Program,
-    args: tuple[Tensor, ...],
+    args: Args,
     objective: Objective,
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
     repeats: int,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor]:
+    """A row of the table, and the bound of each datum, averaged over repeats."""
     objective = copy.copy(objective)  # whose losses are no steps of a schedule
     at_once = max(1, ROWS_AT_ONCE // objective.num_samples)
     chunks = list(zip(*(column.split(at_once) for column in args), strict=True))
@@ -163,14 +187,16 @@ def _measure(
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
     stacked = torch.stack(gradients)
-    return {
-        "bound": per_datum.mean().item(),
-        "bound_se": per_datum.std().item() / math.sqrt(len(args[0])),
+    bound = Estimate.of(per_datum)
+    row = {
+        "bound": bound.value,
+        "bound_se": bound.standard_error,
         "estimator_std": per_repeat.var(0).mean().sqrt().item(),
         "grad_snr_model": _signal_to_noise(stacked[:, :in_model]),
         "grad_snr_guide": _signal_to_noise(stacked[:, in_model:]),
         "milliseconds": 1e3 * statistics.median(seconds),
     }
+    return row, per_datum
 
 
 def _now(x: Tensor) -> float:

@@ -17,7 +17,7 @@ from pyro_vae import rng
 from pyro_vae.agreement import family, not_reparameterised, unwrapped
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
 from pyro_vae.evaluation.families import parameters, same_for_all_particles
-from pyro_vae.evaluation.likelihood import Evidence, draw_weights, summarise, warn_of_high_k
+from pyro_vae.evaluation.likelihood import Evidence, check_same_data, draw_weights, summarise, warn_of_high_k
 from pyro_vae.modules import Program
 from pyro_vae.objectives import ELBO
 from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles
@@ -120,11 +120,8 @@ def inference_gaps(
     if not 0 < lr < math.inf:
         raise ValueError(f"expected a positive lr, got {lr!r}. Try 0.02.")
     args = arguments(x)
-    if log_likelihood is not None and len(log_likelihood.per_datum) != len(args[0]):
-        raise ValueError(
-            f"expected log_likelihood to be of the same data, got {len(log_likelihood.per_datum)} of them for "
-            f"{len(args[0])} data. Estimate it on x."
-        )
+    if log_likelihood is not None:
+        check_same_data(log_likelihood, args)
     evidence, best, own, shapes = [], [], [], []
     with checked(model, guide, args), rng.seeded(seed):
         pieces = split(args, max(1, rows_at_once(args) // PARTICLES))

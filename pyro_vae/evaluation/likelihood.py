@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,11 @@ class LogLikelihood(Evidence):
     def share_no_k(self) -> float:
         """The share of data whose k-hat can't be computed."""
         return self.pareto_k.isnan().double().mean().item()
+
+    def of(self, rows: slice) -> LogLikelihood:
+        """The estimates of some of the data."""
+        changes = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "num_samples"}
+        return replace(self, **changes)
 
     @property
     def kl_to_posterior(self) -> Estimate:
@@ -225,6 +230,15 @@ def summarise(log_w: Tensor) -> tuple[Tensor, ...]:
     error = weights.std(0) / (math.sqrt(number) * mean)
     ess = weights.sum(0).square() / weights.square().sum(0)
     return top + mean.log(), error, ess, (log_w == -math.inf).sum(0), log_w.mean(0), pareto_k(log_w)
+
+
+def check_same_data(evidence: Evidence, args: Args) -> None:
+    """Refuse an estimate of other data."""
+    if len(evidence.per_datum) != len(args[0]):
+        raise ValueError(
+            f"expected log_likelihood to be of the same data, got {len(evidence.per_datum)} of them for {len(args[0])} "
+            "data. Estimate it on x."
+        )
 
 
 def warn_of_high_k(shapes: Tensor, *, stacklevel: int) -> None:
