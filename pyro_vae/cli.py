@@ -234,8 +234,13 @@ def evaluate(
             seed=seed,
         )
     (run / "evaluation.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(run / "evaluation.nc")
+    unfinished = run / "evaluation.nc.unfinished"  # the old file may be open, and can't be written over then
+    pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(unfinished)
+    unfinished.replace(run / "evaluation.nc")
     bounds = pv.plots.bounds(report.table, log_likelihood=report.between)
+    bounds.set_title(
+        f"{len(report.annealed.per_datum)} test images; log p(x): AIS, and AIS + the gap on simulated images", fontsize="medium"
+    )
     figures = [
         _save(bounds.get_figure(), run / "figures" / "bounds_and_log_likelihood.png"),
         _save(pv.plots.pareto_k(report.log_likelihood.pareto_k).get_figure(), run / "figures" / "pareto_k.png"),
@@ -462,6 +467,6 @@ def _format(table: pd.DataFrame, images: int, repeats: int) -> Table:
         formatted.add_column(name, justify="right", no_wrap=True)
     for row in table.reset_index().to_dict("records"):
         bound = f"{row['bound']:.2f} ± {row['bound_se']:.2f}"
-        others = [f"{row[name]:.2f}" for name in ("gap", "estimator_std", "grad_snr_model", "grad_snr_guide")]
+        others = [f"{row[name]:.{2 if abs(row[name]) < 100 else 0}f}" for name in ("gap", "estimator_std", "grad_snr_model", "grad_snr_guide")]
         formatted.add_row(row["objective"], str(row["particles"]), bound, *others, f"{row['milliseconds']:.0f}")
     return formatted

@@ -75,7 +75,7 @@ def bounds(
     ax = ax or _figure().add_subplot()
     if log_likelihood is not None:
         lower, upper = log_likelihood
-        label = f"log p(x), from {lower:.2f} (AIS) to {upper:.2f}"
+        label = f"log p(x), between {lower:.2f} and {upper:.2f}"
         ax.axhspan(lower, upper, color="0.6", alpha=0.5, linewidth=0, label=label)
         for edge in (lower, upper):  # so that a narrow band is seen
             ax.axhline(edge, color="0.4", linewidth=0.8)

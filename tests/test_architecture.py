@@ -27,7 +27,9 @@ ALLOWED = {
     "modules": set(),
     "checkpoint": {"runs", "modules"},
     "training": {"rng", "runs", "minibatches", "modules", "checkpoint"},
-    "evaluation": {"rng", "runs", "modules", "objectives"},
+    "evaluation": {"rng", "batch_plate", "agreement", "minibatches", "runs", "weights", "modules", "objectives"},
+    "arviz_io": {"rng", "batch_plate", "minibatches", "modules", "runs", "weights"},
+    "report": {"evaluation", "objectives", "vae"},
     "plots": set(),
     "data": set(),
 }

@@ -173,8 +173,8 @@ def test_compare_prints_what_it_writes(run):
     status, out, err = pyro_vae("compare", run, "--num-images", 100, "--repeats", 3)
     assert (status, err) == (0, "")
     table = pd.read_csv(run / "compare.csv")
-    rows = [line.rsplit(maxsplit=7) for line in out.splitlines() if re.search(r"\d ± \d", line)]
-    names = ["bound_se", "estimator_std", "grad_snr_model", "grad_snr_guide"]
+    rows = [line.rsplit(maxsplit=8) for line in out.splitlines() if re.search(r"\d ± \d", line)]
+    names = ["bound_se", "gap", "estimator_std", "grad_snr_model", "grad_snr_guide"]
     expected = [
         [f"{row['bound']:.2f}", "±"] + [f"{row[name]:.2f}" for name in names] + [f"{row['milliseconds']:.0f}"]
         for row in table.to_dict("records")
@@ -213,6 +213,8 @@ def test_numbers_of_many_digits_fit_80_columns():
     numbers = {
         "bound": -12345.678,
         "bound_se": 123.456,
+        "gap": 123.456,
+        "pareto_k": 0.51,
         "estimator_std": 123.456,
         "grad_snr_model": 123.456,
         "grad_snr_guide": math.inf,
@@ -220,8 +222,59 @@ def test_numbers_of_many_digits_fit_80_columns():
     }
     out = io.StringIO()
     Console(file=out).print(cli._format(pd.DataFrame(numbers, index=index), 500, 10))
-    row = ["ELBO,", "closed-form", "KL", "1", "-12345.68", "±", "123.46", "123.46", "123.46", "inf", "123457"]
+    row = ["ELBO,", "closed-form", "KL", "1", "-12345.68", "±", "123.46", "123", "123", "123", "inf", "123457"]
     assert row in [line.split() for line in out.getvalue().splitlines()]
+
+
+QUICK = ["--num-images", 40, "--num-samples", 50, "--ais-images", 4, "--ais-steps", 10, "--ais-chains", 2]
+EVALUATED = {"bounds_and_log_likelihood.png", "pareto_k.png", "active_units.png"}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:arviz")
+def test_evaluate_prints_what_it_writes(run):
+    status, out, err = pyro_vae("evaluate", run, *QUICK)
+    assert (status, err) == (0, "")
+    report = json.loads((run / "evaluation.json").read_text())
+    lines = [line for line in out.splitlines() if re.search(r"\d ± \d", line)]
+    assert len(lines) == len(report["nats_per_datum"])
+    for line, row in zip(lines, report["nats_per_datum"], strict=True):
+        value, _, error, number = line.replace(row["quantity"], "").split()[:4]
+        assert float(value) == pytest.approx(row["value"], abs=0.5 * 10 ** -len(value.partition(".")[2]) + 1e-9)
+        assert float(error) == pytest.approx(row["standard_error"], abs=0.5 * 10 ** -len(error.partition(".")[2]) + 1e-9)
+        assert int(number) == row["num_data"]
+    numbers = {row["quantity"]: row["value"] for row in report["nats_per_datum"][:8]}
+    likelihood = numbers["log p(x), IS, K = 50"]
+    assert numbers["ELBO"] < numbers["IWAE, K = 64"]
+    assert numbers["log p(x) - ELBO"] == pytest.approx(likelihood - numbers["ELBO"], abs=0.5)
+    assert likelihood == pytest.approx(np.mean(report["per_datum"]["log_likelihood"]))
+    assert len(report["per_datum"]["pareto_k"]) == 40
+    assert len(report["per_datum"]["ais"]) == 4
+    assert report["latent_dimensions"] == 2
+    assert set(report["minutes"]) >= {"ais", "bdmc", "log_likelihood", "gaps", "decomposition"}
+    paths = [Path(path) for path in out.splitlines()[-5:]]
+    assert {path.name for path in paths} == EVALUATED | {"evaluation.json", "evaluation.nc"}
+    assert all(path.is_file() for path in paths)
+    assert max(map(len, out.splitlines()[:-5])) <= 80
+    import arviz
+
+    groups = arviz.from_netcdf(run / "evaluation.nc")
+    assert groups["posterior"]["z"].shape == (1, 200, 20, 2)
+    assert pyro_vae("evaluate", run, *QUICK)[0] == 0
+    again = json.loads((run / "evaluation.json").read_text())
+    assert {**again, "minutes": 0} == {**report, "minutes": 0}  # one seed, one report
+    pyro_vae("train", "digits", *TINY, "--epochs", 4, "--out", run)  # and a report of other parameters is gone
+    assert not any(path.exists() for path in paths)
+
+
+def test_evaluate_refuses_before_it_works(run):
+    assert "--num-samples" in refusal("evaluate", run, "--num-samples", 1)
+    assert "not a run" in refusal("evaluate", "nowhere")
+    (run / "checkpoint.pt").unlink()
+    assert "Train first" in refusal("evaluate", run)
+    foreign = pv.mlp_vae((3,), latent_dim=2)
+    x = torch.rand(8, 3).round()
+    pv.fit(foreign.model, foreign.guide, x, pv.ELBO(), epochs=1, checkpoint=run / "checkpoint.pt")
+    assert "is of another program" in refusal("evaluate", run)
 
 
 def test_sample(run):

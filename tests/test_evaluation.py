@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pyro
@@ -11,7 +12,7 @@ import torch
 from programs import LinearGaussian
 
 import pyro_vae as pv
-from pyro_vae.evaluation import _signal_to_noise
+from pyro_vae.evaluation.comparison import _signal_to_noise
 
 
 def parametrised(program):
@@ -39,6 +40,7 @@ def test_bounds_errors_and_deviations():
     table = pv.compare(model, guide, program.x, objectives, repeats=40, seed=0)
     assert list(table.columns) == [
         "bound", "bound_se", "estimator_std", "grad_snr_model", "grad_snr_guide", "milliseconds",
+        "gap", "gap_se", "pareto_k",
     ]  # fmt: skip
     assert table.index.names == ["objective", "particles"]
     exact = program.exact_elbo()
@@ -54,6 +56,35 @@ def test_bounds_errors_and_deviations():
     assert table.bound["IWAE", 64] > table.bound["IWAE", 1]
     assert table.bound["IWAE", 64] < program.log_evidence().mean() + 4 * table.bound_se["IWAE", 64]
     assert (table.milliseconds > 0).all()
+
+
+def test_gap_is_to_the_best_estimate_of_log_evidence():
+    program = LinearGaussian(3, 2, 300)
+    program.c = program.c + 0.3 * program.L.diagonal()
+    program.L = 1.2 * program.L
+    model, guide = parametrised(program)
+    objectives = [pv.ELBO(), pv.IWAE(4)]
+    table = pv.compare(model, guide, program.x, objectives, repeats=5, seed=0)
+    row = table.loc["ELBO, closed-form KL", 1]
+    exact = program.log_evidence() - program.exact_elbo()
+    noise = math.hypot(row.estimator_std / math.sqrt(5 * 300), 1 / math.sqrt(1000 * 300))
+    assert abs(row.gap - exact.mean()) < 4 * noise
+    assert (table.gap + table.bound).std() < 1e-9  # all rows have one estimate
+    assert table.pareto_k.nunique() == 1
+    assert table.pareto_k.iloc[0] < 0.3
+    for evidence, better in ((pv.ais(model, None, program.x, 30, 2), False), (annealed_above(program), True)):
+        other = pv.compare(model, guide, program.x, objectives, repeats=5, seed=0, log_likelihood=evidence)
+        moved = evidence.mean - (table.gap + table.bound).iloc[0] if better else 0.0
+        assert other.gap.iloc[0] - table.gap.iloc[0] == pytest.approx(moved, abs=1e-9)
+    with pytest.raises(ValueError, match="log_likelihood to be of the same data, got 300 of them for 10"):
+        pv.compare(model, guide, program.x[:10], objectives, repeats=2, log_likelihood=annealed_above(program))
+
+
+def annealed_above(program):
+    """An estimate that is higher than any other."""
+    right = LinearGaussian(3, 2, 300)
+    evidence = pv.log_likelihood(right.model, right.guide, program.x, 2)
+    return dataclasses.replace(evidence, per_datum=evidence.per_datum + 1)
 
 
 def test_zero_variance_has_zero_deviation():
@@ -93,7 +124,7 @@ def test_signal_to_noise_of_pure_noise_is_not_overstated():
 def test_large_batches_are_measured_in_parts(monkeypatch):
     program = LinearGaussian(3, 2, 30)
     whole = pv.compare(*parametrised(program), program.x, [pv.IWAE(4)], repeats=2)
-    monkeypatch.setattr("pyro_vae.evaluation.ROWS_AT_ONCE", 28)
+    monkeypatch.setattr("pyro_vae.evaluation.comparison.ROWS_AT_ONCE", 28)
     parts = pv.compare(*parametrised(program), program.x, [pv.IWAE(4)], repeats=2)
     # with the exact posterior neither has any noise
     assert whole.bound.item() == pytest.approx(parts.bound.item(), abs=1e-9)
@@ -151,9 +182,9 @@ def test_names_and_bad_arguments():
     assert list(table.index) == [("mine", 3), ("yours", 3)]
     with pytest.raises(ValueError, match=r"different names or particles.*dictionary"):
         pv.compare(vae.model, vae.guide, x, [pv.IWAE(3), pv.IWAE(3)])
-    with pytest.raises(ValueError, match="at least 2 repeats and 2 data, got 1 repeats"):
+    with pytest.raises(ValueError, match="repeats to be an integer, at least 2, .*got 1"):
         pv.compare(vae.model, vae.guide, x, repeats=1)
-    with pytest.raises(ValueError, match="got 10 repeats and 1 data"):
+    with pytest.raises(ValueError, match="at least 2 data, .* got 1"):
         pv.compare(vae.model, vae.guide, x[:1])
     assert len(pv.compare(vae.model, vae.guide, x, pv.IWAE(2), repeats=2)) == 1
     with pytest.raises(ValueError, match="expected objectives of pyro_vae, which have a bound per datum, got <pyro"):
