@@ -12,6 +12,7 @@ import torch
 from programs import SIZES, LinearGaussian, draw_bounds, z_score
 
 import pyro_vae as pv
+from pyro_vae.likelihoods import PixelBernoulli
 
 ZERO_VARIANCE = [
     pv.ELBO(1, "monte_carlo"),
@@ -178,3 +179,17 @@ def test_bernoulli_is_cross_entropy_and_gaussian_is_squared_error(event_shape):
     error = (x - gaussian.decoder(z).reshape(x.shape)).square().flatten(1).sum(1)
     constant = math.prod(event_shape) * 0.5 * math.log(2 * math.pi * sigma**2)
     torch.testing.assert_close(gaussian(z).log_prob(x), -error / (2 * sigma**2) - constant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_at_extreme_logits_is_torchs(dtype):
+    """Value and derivative, from underflow to overflow of e^l; also where x is wider than the logits, and expanded."""
+    logits = torch.tensor([-1e3, -100, -41, -39, -20, -3, 0, 0.5, 3, 20, 39, 41, 100, 1e3], dtype=dtype).requires_grad_()
+    for x in (torch.zeros_like(logits), torch.ones_like(logits), torch.eye(14, dtype=dtype)):
+        values = [d(logits=logits).log_prob(x) for d in (PixelBernoulli, torch.distributions.Bernoulli)]
+        slopes = [torch.autograd.grad(value.sum(), logits)[0] for value in values]
+        torch.testing.assert_close(*values, rtol=1e-5, atol=1e-30)
+        torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
+        assert PixelBernoulli(logits=logits).expand([2, 14]).log_prob(torch.zeros(2, 14, dtype=dtype)).shape == (2, 14)
+    with pytest.raises(ValueError, match="support"):
+        PixelBernoulli(logits=logits, validate_args=True).log_prob(torch.full_like(logits, 0.5))

@@ -394,3 +394,36 @@ def test_latent_grid_errors():
     with pytest.raises(ValueError, match=r"z1_min.*got \(3, -3, 0, 1\)"):
         plots.latent_grid(torch.zeros(2, 3, 8, 8), extent=(3, -3, 0, 1))
     assert plt.get_fignums() == []
+
+
+def test_pareto_k_counts_every_datum():
+    shapes = torch.tensor([-0.2, 0.1, 0.5, 0.69, 0.71, 1.4, math.nan])
+    ax = plots.pareto_k(shapes)
+    assert sum(patch.get_height() for patch in ax.patches) == 6
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["at most 0.7: 57.1% of 7 data", "above 0.7: 28.6% of 7 data"]
+    with pytest.raises(ValueError, match="at least one finite k-hat, got 3 values of NaN"):
+        plots.pareto_k(torch.full((3,), math.nan))
+
+
+def test_active_units_are_in_the_order_of_their_kl():
+    rows = pd.MultiIndex.from_tuples([("z", 0), ("z", 1), ("z", 2)], names=["site", "dimension"])
+    table = pd.DataFrame({"kl": [0.001, 2.0, 1.0], "kl_se": 0.1, "active": [False, True, True]}, index=rows)
+    ax = plots.active_units(table)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "0"]
+    assert sorted(round(patch.get_height(), 3) for patch in ax.patches) == [0.001, 1.0, 2.0]
+    labels = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert labels == {"active: 2 of 3", "collapsed: 1 of 3"}
+    two = table.set_axis(pd.MultiIndex.from_tuples([("a", 0), ("b", 0), ("b", 1)], names=rows.names))
+    assert [label.get_text() for label in plots.active_units(two).get_xticklabels()] == ["b[0]", "b[1]", "a[0]"]
+    with pytest.raises(ValueError, match="pass what active_units returns"):
+        plots.active_units(table.reset_index())
+
+
+def test_bounds_with_log_likelihood_between_two_numbers():
+    rows = pd.MultiIndex.from_tuples([("IWAE", 1), ("IWAE", 16)], names=["objective", "particles"])
+    table = pd.DataFrame({"bound": [-98.0, -95.5], "bound_se": [0.6, 0.6]}, index=rows)
+    ax = plots.bounds(table, log_likelihood=(-95.0, -94.8))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "log p(x), between -95.00 and -94.80" in labels
+    assert ax.get_ylim()[1] > -94.8

@@ -11,11 +11,12 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.modules import Program, evaluating, find_modules
-from pyro_vae.runs import prior, trace_once
+from pyro_vae.runs import prior, sample_sites, trace_once
 
 ELEMENTS_AT_ONCE = 2**21  # of data times particles in one run: 4 MB of float32, about what a processor's cache holds
 
@@ -111,6 +112,19 @@ def checked(model: Program, guide: Program | None, args: Args) -> Iterator[None]
     with evaluating(find_modules(model, guide)), torch.no_grad():
         for part in split(args, rows_at_once(args)):
             with pyro.validation_enabled():
-                trace_once(model, guide, *part)
+                _check_densities(trace_once(model, guide, *part))
         with pyro.validation_enabled(False):
             yield
+
+
+def _check_densities(traces: tuple[Trace, Trace]) -> None:
+    """Evaluate every density, which refuses data outside its support."""
+    for trace in traces:
+        try:
+            sample_sites(trace)
+        except ValueError as error:
+            error.add_note(
+                "pyro_vae checks all data before an evaluation: expected values in the support of the distribution at that "
+                "site. Convert those data, drop them, or choose another distribution."
+            )
+            raise
