@@ -1,34 +1,38 @@
 # Everything from nothing: each target makes .venv and installs what it needs; the second time that takes no time.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow arviz lint clean
 
-demo: .venv/installed  ## train on the digits that ship offline, compare the bounds, draw the pictures
+demo: $(VENV)/installed  ## train on the digits that ship offline, compare the bounds, draw the pictures
 	$(BIN)/pyro-vae train digits --out runs/digits
 	$(BIN)/pyro-vae compare runs/digits
 
-test: .venv/installed-dev  ## the whole quick suite, doctests included
+test: $(VENV)/installed-dev  ## the whole quick suite, doctests included
 	$(BIN)/python -m pytest
 
-slow: .venv/installed-dev  ## the tests too long for the quick suite
+slow: $(VENV)/installed-dev  ## the tests too long for the quick suite
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/installed-dev  ## what CI asks of the code
+arviz: $(VENV)/installed-dev  ## what depends on ArviZ's version: make arviz PYTHON=python3.13 VENV=.venv-3.13 has 1.x
+	$(BIN)/python -m pytest tests/test_arviz.py tests/test_log_likelihood.py
+
+lint: $(VENV)/installed-dev  ## what CI asks of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## everything that make made
-	rm -rf .venv runs
+	rm -rf .venv .venv-* runs
 
-.venv/installed: pyproject.toml
-	@echo "Installing the packages into .venv (some minutes the first time: torch is large) ..."
-	@$(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml
+	@echo "Installing the packages into $(VENV) (some minutes the first time: torch is large) ..."
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-.venv/installed-dev: .venv/installed
-	@echo "Installing what the tests need into .venv ..."
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "Installing what the tests need into $(VENV) ..."
 	@$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@

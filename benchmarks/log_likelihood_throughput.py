@@ -60,5 +60,7 @@ print(f"{samples:,} samples, {options.repeats} repeats, one thread; medians")
 for size in sizes:
     print(f"matrix products alone, {size:5d} rows at once: {1e6 * medians[size] / samples:6.2f} microseconds a sample")
 best = min(medians[size] for size in sizes)
-print(f"log_likelihood, {rows} rows at once:           {1e6 * medians['log_likelihood'] / samples:6.2f} microseconds a sample")
+print(
+    f"log_likelihood, {rows} rows at once:           {1e6 * medians['log_likelihood'] / samples:6.2f} microseconds a sample"
+)
 print(f"throughput: {best / medians['log_likelihood']:.2f} of what the matrix products alone would allow")

@@ -150,7 +150,11 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
     shape[0], shape[batch_dim] = run.num_particles, run.batch_plate.size
     order = [0, batch_dim, *(i for i, n in enumerate(names) if n is not None and i not in (0, batch_dim))]
     empty = [i for i, n in enumerate(names) if n is None]
-    array = value.expand(shape).permute(*order, *empty).flatten(len(order) - 1) if empty else value.expand(shape).permute(order)
+    array = (
+        value.expand(shape).permute(*order, *empty).flatten(len(order) - 1)
+        if empty
+        else value.expand(shape).permute(order)
+    )
     return ["chain", *(str(names[i]) for i in order)], array.cpu().numpy()[None]
 
 
@@ -158,7 +162,12 @@ def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -
     """The groups as this ArviZ holds them."""
     import xarray as xr
 
-    sizes = {d: n for variables in groups.values() for dims, a in variables.values() for d, n in zip(dims, a.shape, strict=True)}
+    sizes = {
+        d: n
+        for variables in groups.values()
+        for dims, a in variables.values()
+        for d, n in zip(dims, a.shape, strict=True)
+    }
     for dim, values in coords.items():
         if dim not in sizes or len(values) != sizes[dim]:
             raise ValueError(
@@ -175,4 +184,4 @@ def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -
         return xr.DataTree.from_dict(datasets)
     import arviz
 
-    return arviz.InferenceData(**datasets)
+    return arviz.InferenceData(**datasets)  # type: ignore[arg-type]

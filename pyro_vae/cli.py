@@ -204,9 +204,7 @@ def compare(
 @app.command()
 def evaluate(
     run: Run,
-    num_images: Annotated[
-        int | None, Option(min=2, help="How many test images.", show_default="all of them")
-    ] = None,
+    num_images: Annotated[int | None, Option(min=2, help="How many test images.", show_default="all of them")] = None,
     num_samples: Annotated[int, Option(min=2, help="Importance samples for each image.")] = 5000,
     ais_images: Annotated[
         int, Option(min=2, help="How many of them to anneal, and to find the gaps of; as many are simulated.")
@@ -239,7 +237,8 @@ def evaluate(
     unfinished.replace(run / "evaluation.nc")
     bounds = pv.plots.bounds(report.table, log_likelihood=report.between)
     bounds.set_title(
-        f"{len(report.annealed.per_datum)} test images; log p(x): AIS, and AIS + the gap on simulated images", fontsize="medium"
+        f"{len(report.annealed.per_datum)} test images; log p(x): AIS, and AIS + the gap on simulated images",
+        fontsize="medium",
     )
     figures = [
         _save(bounds.get_figure(), run / "figures" / "bounds_and_log_likelihood.png"),
@@ -467,6 +466,9 @@ def _format(table: pd.DataFrame, images: int, repeats: int) -> Table:
         formatted.add_column(name, justify="right", no_wrap=True)
     for row in table.reset_index().to_dict("records"):
         bound = f"{row['bound']:.2f} ± {row['bound_se']:.2f}"
-        others = [f"{row[name]:.{2 if abs(row[name]) < 100 else 0}f}" for name in ("gap", "estimator_std", "grad_snr_model", "grad_snr_guide")]
+        others = [
+            f"{row[name]:.{2 if abs(row[name]) < 100 else 0}f}"
+            for name in ("gap", "estimator_std", "grad_snr_model", "grad_snr_guide")
+        ]
         formatted.add_row(row["objective"], str(row["particles"]), bound, *others, f"{row['milliseconds']:.0f}")
     return formatted

@@ -47,9 +47,7 @@ def objective_colour(objective: str) -> str:
     return _OTHERS[crc32(objective.encode()) % len(_OTHERS)]  # hash() differs between processes
 
 
-def bounds(
-    table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = None, ax: Axes | None = None
-) -> Axes:
+def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = None, ax: Axes | None = None) -> Axes:
     """Bound on log p(x) against the number of particles, one line and error band per objective.
 
     Args:
@@ -115,9 +113,11 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
     values = _numpy(shapes).ravel()
     finite = values[np.isfinite(values)]
     if not len(finite):
-        raise ValueError(f"expected at least one finite k-hat, got {len(values)} values of NaN: take 25 samples or more.")
+        raise ValueError(
+            f"expected at least one finite k-hat, got {len(values)} values of NaN: take 25 samples or more."
+        )
     ax = ax or _figure().add_subplot()
-    edges = np.arange(np.floor(min(finite.min(), 0) / 0.05), np.ceil(max(finite.max(), 1) / 0.05) + 1) * 0.05
+    edges = list(np.arange(np.floor(min(finite.min(), 0) / 0.05), np.ceil(max(finite.max(), 1) / 0.05) + 1) * 0.05)
     for part, colour, sign in ((finite <= 0.7, BLUE, "at most"), (finite > 0.7, VERMILLION, "above")):
         share = part.sum() / len(values)
         ax.hist(finite[part], edges, color=colour, label=f"{sign} 0.7: {share:.1%} of {len(values)} data")
@@ -155,7 +155,9 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(places[~active], np.zeros((~active).sum()), "x", color=VERMILLION, clip_on=False)
     sites = table.index.get_level_values("site").unique()
     labels = [str(d) if len(sites) == 1 else f"{s}[{d}]" for s, d in table.index]
-    ax.set_xticks(places, labels=labels, fontsize="small" if len(places) <= 30 else 5, rotation=0 if len(sites) == 1 else 90)
+    ax.set_xticks(
+        places, labels=labels, fontsize="small" if len(places) <= 30 else 5, rotation=0 if len(sites) == 1 else 90
+    )
     ax.set(xlabel=f"dimension of {', '.join(map(str, sites))}", ylabel="KL to the prior (nats per datum)")
     _legend_below(ax)
     return ax

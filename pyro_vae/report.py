@@ -131,11 +131,10 @@ def evaluate(
 
     first = x[:ais_data]
     program = vae.model, vae.guide
-    annealing = {"num_steps": ais_steps, "num_chains": ais_chains, "seed": seed}
     with timed("ais"):  # first: it refuses more than the others, and a refusal should cost nothing
-        annealed = ev.ais(*program, first, **annealing)
+        annealed = ev.ais(*program, first, ais_steps, ais_chains, seed=seed)
     with timed("bdmc"):
-        sandwich = ev.bdmc(*program, first, **annealing)
+        sandwich = ev.bdmc(*program, first, ais_steps, ais_chains, seed=seed)
     with timed("log_likelihood"):
         likelihood = ev.log_likelihood(*program, x, num_samples, seed=seed)
     with timed("bounds"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -57,7 +58,7 @@ def test_more_steps_close_the_gap():
     gaps = [
         pv.bdmc(program.model, None, program.x, seed=0, **QUICK | {"num_steps": steps}).gap for steps in (5, 20, 80)
     ]
-    for wider, closer in zip(gaps[:-1], gaps[1:], strict=True):
+    for wider, closer in pairwise(gaps):
         assert wider.value - closer.value > 4 * math.hypot(wider.standard_error, closer.standard_error)
 
 
@@ -103,8 +104,21 @@ def test_constrained_latents():
     x = torch.tensor([[1, 0, 1, 1, 3, 0], [0, 0, 0, 1, 0, 2], [1, 1, 1, 1, 5, 1]], dtype=torch.float64).repeat(20, 1)
     annealed = pv.ais(beta_gamma, None, x, seed=0, **QUICK | {"num_steps": 60})
     ones, count = x[:, :4].sum(1), x[:, 4]
-    flips = torch.lgamma(2 + ones) + torch.lgamma(7 - ones) - math.lgamma(9) - math.lgamma(2) - math.lgamma(3) + math.lgamma(5)
-    counts = torch.lgamma(2 + count) - math.lgamma(2) - torch.lgamma(count + 1) + 2 * math.log(1.5 / 2.5) - count * math.log(2.5)
+    flips = (
+        torch.lgamma(2 + ones)
+        + torch.lgamma(7 - ones)
+        - math.lgamma(9)
+        - math.lgamma(2)
+        - math.lgamma(3)
+        + math.lgamma(5)
+    )
+    counts = (
+        torch.lgamma(2 + count)
+        - math.lgamma(2)
+        - torch.lgamma(count + 1)
+        + 2 * math.log(1.5 / 2.5)
+        - count * math.log(2.5)
+    )
     exact = flips + counts + torch.tensor([1.0, 2.0, 3.0]).double()[x[:, 5].long()].div(6).log()
     ratio = (annealed.log_weights - exact).exp().mean(0)
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(ratio))
@@ -243,11 +257,15 @@ def test_refusals_of_programs():
 
     refused("observes something that is not an argument", elsewhere, x=x, function=pv.bdmc)
 
-
     def forcing(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             before = torch.nn.functional.pad(x, (1, 0))[:, :-1]
             pyro.sample("x", dist.Normal(z[..., None] + before, 1.0).to_event(1), obs=x)
 
-    refused("another density when the model is called with the data that it simulated", forcing, x=torch.randn(4, 3), function=pv.bdmc)
+    refused(
+        "another density when the model is called with the data that it simulated",
+        forcing,
+        x=torch.randn(4, 3),
+        function=pv.bdmc,
+    )

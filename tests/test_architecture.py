@@ -22,7 +22,7 @@ ALLOWED = {
     "sequential": {"rng"},
     "runs": {"rng", "batch_plate", "agreement", "modules", "sequential"},
     "weights": {"batch_plate", "agreement", "modules", "runs"},
-    "objectives": {"batch_plate", "agreement", "modules", "runs", "weights"},
+    "objectives": {"rng", "batch_plate", "agreement", "modules", "runs", "weights"},
     "minibatches": {"rng"},
     "modules": set(),
     "checkpoint": {"runs", "modules"},

@@ -86,7 +86,10 @@ def test_values_are_those_of_the_distributions(groups, program):
     np.testing.assert_allclose(found["sample_stats"]["lp"].values[0], joint.numpy())
     np.testing.assert_allclose(found["sample_stats"]["log_weight"].values[0], (joint - q).numpy())
     W, b = program.W.numpy(), program.b.numpy()
-    for group, mean, spread in (("posterior_predictive", loc @ W.T + b, covariance), ("prior_predictive", b, np.eye(2))):
+    for group, mean, spread in (
+        ("posterior_predictive", loc @ W.T + b, covariance),
+        ("prior_predictive", b, np.eye(2)),
+    ):
         x = found[group]["x"].values[0]
         deviation = np.sqrt((W @ spread @ W.T).diagonal() + program.sigma**2)
         assert (np.abs(x.mean(0) - mean) < 4 * deviation / math.sqrt(4000)).all()

@@ -240,7 +240,9 @@ def test_evaluate_prints_what_it_writes(run):
     for line, row in zip(lines, report["nats_per_datum"], strict=True):
         value, _, error, number = line.replace(row["quantity"], "").split()[:4]
         assert float(value) == pytest.approx(row["value"], abs=0.5 * 10 ** -len(value.partition(".")[2]) + 1e-9)
-        assert float(error) == pytest.approx(row["standard_error"], abs=0.5 * 10 ** -len(error.partition(".")[2]) + 1e-9)
+        assert float(error) == pytest.approx(
+            row["standard_error"], abs=0.5 * 10 ** -len(error.partition(".")[2]) + 1e-9
+        )
         assert int(number) == row["num_data"]
     numbers = {row["quantity"]: row["value"] for row in report["nats_per_datum"][:8]}
     likelihood = numbers["log p(x), IS, K = 50"]

@@ -182,9 +182,9 @@ def test_names_and_bad_arguments():
     assert list(table.index) == [("mine", 3), ("yours", 3)]
     with pytest.raises(ValueError, match=r"different names or particles.*dictionary"):
         pv.compare(vae.model, vae.guide, x, [pv.IWAE(3), pv.IWAE(3)])
-    with pytest.raises(ValueError, match="repeats to be an integer, at least 2, .*got 1"):
+    with pytest.raises(ValueError, match=r"repeats to be an integer, at least 2, .*got 1"):
         pv.compare(vae.model, vae.guide, x, repeats=1)
-    with pytest.raises(ValueError, match="at least 2 data, .* got 1"):
+    with pytest.raises(ValueError, match=r"at least 2 data, .* got 1"):
         pv.compare(vae.model, vae.guide, x[:1])
     assert len(pv.compare(vae.model, vae.guide, x, pv.IWAE(2), repeats=2)) == 1
     with pytest.raises(ValueError, match="expected objectives of pyro_vae, which have a bound per datum, got <pyro"):

@@ -184,7 +184,9 @@ def test_bernoulli_is_cross_entropy_and_gaussian_is_squared_error(event_shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bernoulli_at_extreme_logits_is_torchs(dtype):
     """Value and derivative, from underflow to overflow of e^l; also where x is wider than the logits, and expanded."""
-    logits = torch.tensor([-1e3, -100, -41, -39, -20, -3, 0, 0.5, 3, 20, 39, 41, 100, 1e3], dtype=dtype).requires_grad_()
+    logits = torch.tensor(
+        [-1e3, -100, -41, -39, -20, -3, 0, 0.5, 3, 20, 39, 41, 100, 1e3], dtype=dtype
+    ).requires_grad_()
     for x in (torch.zeros_like(logits), torch.ones_like(logits), torch.eye(14, dtype=dtype)):
         values = [d(logits=logits).log_prob(x) for d in (PixelBernoulli, torch.distributions.Bernoulli)]
         slopes = [torch.autograd.grad(value.sum(), logits)[0] for value in values]

@@ -61,7 +61,9 @@ def test_mean_field_gaps(size, seed):
     loss = program.W.T @ program.W / program.sigma**2 + torch.eye(size[1], dtype=torch.float64)
     shift = torch.full_like(scale, 0.3)
     # ELBO is quadratic in the mean, and in the deviations apart from their logarithm.
-    amortisation = 0.5 * shift @ loss @ shift + (0.5 * loss.diagonal() * (scale**2 - best**2) - (scale / best).log()).sum()
+    amortisation = (
+        0.5 * shift @ loss @ shift + (0.5 * loss.diagonal() * (scale**2 - best**2) - (scale / best).log()).sum()
+    )
     assert abs(gaps.amortisation.value - amortisation) < 4 * gaps.amortisation.standard_error
     assert gaps.total.value == pytest.approx(gaps.approximation.value + gaps.amortisation.value)
     assert "approximation" in str(gaps)
@@ -134,7 +136,9 @@ def test_refusals_of_guides():
 
     def flow(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.TransformedDistribution(dist.Normal(x, 1.0), [dist.transforms.AffineTransform(0.0, 2.0)]))
+            pyro.sample(
+                "z", dist.TransformedDistribution(dist.Normal(x, 1.0), [dist.transforms.AffineTransform(0.0, 2.0)])
+            )
 
     with pytest.raises(ValueError, match="guide site 'z' has a distribution whose parameters are not known"):
         pv.inference_gaps(one, flow, x, 10)
@@ -286,7 +290,7 @@ def test_active_units_where_means_are_sampled():
     def model(x):
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
-            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("b", dist.Normal(a, 1.0))
             pyro.sample("x", dist.Normal(a, 1.0), obs=x)
 
     def guide(x):

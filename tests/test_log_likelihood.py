@@ -13,7 +13,18 @@ from programs import LinearGaussian, z_score
 import pyro_vae as pv
 from pyro_vae.evaluation import likelihood
 
-MODELS = [(1, 1, 30), (2, 1, 30), (1, 2, 30), (3, 2, 30), (2, 3, 30), (5, 2, 30), (4, 4, 30), (8, 3, 30), (10, 5, 30), (20, 6, 30)]
+MODELS = [
+    (1, 1, 30),
+    (2, 1, 30),
+    (1, 2, 30),
+    (3, 2, 30),
+    (2, 3, 30),
+    (5, 2, 30),
+    (4, 4, 30),
+    (8, 3, 30),
+    (10, 5, 30),
+    (20, 6, 30),
+]
 
 
 def wide(size, seed=0, factor=1.2):
@@ -129,7 +140,9 @@ def test_pareto_k_is_the_same_on_both_lines_of_arviz():
     log_w[:, 1] *= 0.5
     log_w[:, 2] = -log_w[:, 2]  # bounded above: as if the sign were not turned
     shapes = pv.pareto_k(log_w)
-    torch.testing.assert_close(shapes[:2], torch.tensor([0.8, 0.4], dtype=torch.float64), rtol=0, atol=4 * 1.8 / math.sqrt(190))
+    torch.testing.assert_close(
+        shapes[:2], torch.tensor([0.8, 0.4], dtype=torch.float64), rtol=0, atol=4 * 1.8 / math.sqrt(190)
+    )
     assert shapes[2] < 0
 
 
@@ -204,7 +217,10 @@ def test_estimate():
     estimate = pv.Estimate.of(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert (estimate.value, estimate.standard_error) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
     low, high = estimate.interval(0.95)
-    assert (low, high) == (pytest.approx(2.5 - 1.959964 * estimate.standard_error), pytest.approx(2.5 + 1.959964 * estimate.standard_error))
+    assert (low, high) == (
+        pytest.approx(2.5 - 1.959964 * estimate.standard_error),
+        pytest.approx(2.5 + 1.959964 * estimate.standard_error),
+    )
     assert str(pv.Estimate(-104.9649, 0.2731)) == "-104.96 ± 0.27"
     assert str(pv.Estimate(0.00123, 0.0004)) == "0.0012 ± 0.0004"
     with pytest.raises(ValueError, match="at least 2 values"):

@@ -11,6 +11,7 @@ import torch
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat", "ignore::FutureWarning:arviz")
 def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
     import pyro_vae as pv
 
@@ -26,5 +27,11 @@ def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
     assert names["svi"].step(names["x"]) > 0
     exec(blocks[2].replace("epochs=60", "epochs=2"), names)
     assert torch.equal(names["vae"].embed(names["x"]), names["again"].embed(names["x"]))
+    capsys.readouterr()
+    exec(blocks[3], names)
+    printed = capsys.readouterr().out
+    for start in ("log p(x) = -", "log p(x) >= -", "log p(x) - ELBO = ", "ELBO -"):
+        assert any(line.startswith(start) for line in printed.splitlines()), start
+    assert names["groups"]["posterior"]["z"].shape == (1, 500, 20, 2)
     bound = pv.IWAE(1000).reduce(names["log_w"]).mean().item()
     assert bound == pytest.approx(names["svi"].evaluate_loss(names["x"]) / -len(names["x"]), abs=1.0)

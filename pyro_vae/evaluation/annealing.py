@@ -29,7 +29,17 @@ from pyro_vae.batch_plate import Sites
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
 from pyro_vae.evaluation.likelihood import Evidence, summarise
 from pyro_vae.modules import Program
-from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, prior, run_at, run_particles, sample_sites, shape_beside
+from pyro_vae.runs import (
+    Flow,
+    Particles,
+    Run,
+    find_max_plate_nesting,
+    prior,
+    run_at,
+    run_particles,
+    sample_sites,
+    shape_beside,
+)
 from pyro_vae.weights import log_density, per_datum, terms
 
 ACCEPTANCE = 0.65  # what the step size is adapted to, as Neal's analysis of HMC advises
@@ -310,9 +320,7 @@ class _Path:
                 volume = volume + per_datum(run, run.guide[name], log_volume)
             return log_density(run, terms(run.guide)) + volume, log_density(run, terms(run.model)) + volume
 
-        densities = run_at(
-            self.model, self.base, self.args, {}, values, self.num_chains, self.nesting, read=read
-        )
+        densities = run_at(self.model, self.base, self.args, {}, values, self.num_chains, self.nesting, read=read)
         slopes = [
             torch.autograd.grad(
                 density.sum(), list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True

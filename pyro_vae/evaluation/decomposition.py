@@ -11,7 +11,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
-from pyro_vae.agreement import unwrapped
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
 from pyro_vae.evaluation.families import by_dimension, same_for_all_particles, univariate
 from pyro_vae.modules import Program
@@ -159,7 +158,9 @@ class _Samples:
                 )
         observed = {name: site for name, site in run.model.items() if site["is_observed"]}
         known = all(_known(run.guide[name]) and _known(site) for name, site in latent.items())
-        each = [by_dimension(run, s, univariate(s["fn"]).log_prob(s["value"])) for s in latent.values()] if known else []
+        each = (
+            [by_dimension(run, s, univariate(s["fn"]).log_prob(s["value"])) for s in latent.values()] if known else []
+        )
         shape = (num_samples, len(batch[0]))
         return cls(
             {name: site["value"] for name, site in run.guide.items()},
@@ -206,7 +207,9 @@ def _mixture(
 
     for column in columns:
         wide = {
-            name: value.expand(*value.shape[: drawn.plate_dims[name]], len(column[0]), *value.shape[drawn.plate_dims[name] + 1 :])
+            name: value.expand(
+                *value.shape[: drawn.plate_dims[name]], len(column[0]), *value.shape[drawn.plate_dims[name] + 1 :]
+            )
             for name, value in values.items()
         }
         both, single = run_at(guide, None, column, {}, wide, len(rows), nesting, read=read)

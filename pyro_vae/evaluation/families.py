@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 
 from pyro_vae.agreement import unwrapped
@@ -19,9 +18,11 @@ SYNONYMS = {"covariance_matrix", "precision_matrix", "probs"}
 def parameters(fn: Any) -> dict[str, Tensor]:
     """The tensors that a distribution is made from, by the names its constructor has; none if they are not known."""
     base = unwrapped(fn)
-    names = [name for name in base.arg_constraints if name not in SYNONYMS or name == "probs" and not _has(base, "logits")]
-    values = {name: getattr(base, name, None) for name in names}
-    return {n: v for n, v in values.items()} if values and all(isinstance(v, Tensor) for v in values.values()) else {}
+    names = [name for name in base.arg_constraints if name not in SYNONYMS]
+    if "probs" in base.arg_constraints and "logits" not in names:
+        names.append("probs")
+    values: dict[str, Any] = {name: getattr(base, name, None) for name in names}
+    return values if all(isinstance(value, Tensor) for value in values.values()) else {}
 
 
 def same_for_all_particles(site: Site) -> bool:
@@ -43,7 +44,3 @@ def by_dimension(run: Run, site: Site, value: Tensor) -> Tensor:
     outer = value.dim() - site["fn"].event_dim
     columns = value.movedim((outer + run.particle_dim, outer + run.batch_plate.dim), (0, 1))
     return columns.reshape(*columns.shape[:2], -1)
-
-
-def _has(base: Any, name: str) -> bool:
-    return name in base.arg_constraints

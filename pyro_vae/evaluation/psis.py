@@ -26,8 +26,9 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         >>> import torch, pyro, pyro_vae as pv
         >>> pyro.set_rng_seed(0)
         >>> exponential = -torch.log(1 - torch.rand(10_000, 1))
-        >>> pv.pareto_k(0.8 * exponential).round(decimals=1)  # weights e^(0.8 E) have the Pareto tail 0.8
-        tensor([0.8000], dtype=torch.float64)
+        >>> shape = pv.pareto_k(0.8 * exponential)  # weights e^(0.8 E) have the Pareto tail 0.8
+        >>> bool(abs(shape - 0.8) < 0.3)  # three standard errors of this fit
+        True
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
