@@ -14,6 +14,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +26,7 @@ SLOPE, SPREAD = VARIANCE * W / SIGMA**2, 1.3 * math.sqrt(VARIANCE)
 OFF = 0.3 * math.sqrt(VARIANCE)
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--repeats", type=int, default=1000)
+parser.add_argument("--repeats", type=int, default=2000)
 parser.add_argument("--num-data", type=int, default=500)
 parser.add_argument("--num-samples", type=int, default=400)
 parser.add_argument("--seed", type=int, default=0)
@@ -67,7 +68,7 @@ targets = {
 
 repeats, number = options.repeats, options.num_data
 data = marginal.sample((repeats * number,))
-table = Table("estimate", "interval over", "target", "repeats", "inside 95%")
+table = Table("estimate", "interval over", "target", "repeats", "inside 95%", box=box.SIMPLE_HEAD)
 
 
 def count(name, over, what, inside):
@@ -92,10 +93,11 @@ for objective, target in (
     (pv.ELBO(1, "monte_carlo"), "ELBO"),
     (pv.ELBO(4, "monte_carlo"), "ELBO"),
     (pv.IWAE(2), "IWAE"),
-    (pv.IWAE(2, vectorize_particles=False), "IWAE"),
+    (pv.IWAE(2, vectorize_particles=False), "IWAE"),  # one run for each particle
 ):
     with torch.no_grad():
         bounds = objective.bound(model, guide, data)
-    count(f"{objective!r}.bound", "data", f"E {target}", over_data(bounds, targets[target]))
+    runs = "" if objective.vectorize_particles else ", in 2 runs"
+    count(f"{objective.name}, K = {objective.num_particles}{runs}", "data", f"E {target}", over_data(bounds, targets[target]))
 Console(width=130).print(table)
 print(f"log_likelihood, K = {options.num_samples}: bias {bias.item():.3f} of its error on average")
