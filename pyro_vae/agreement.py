@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from pyro.distributions import Delta, Distribution, ExpandedDistribution, MaskedDistribution, Unit
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import (
+    AffineTransform,
+    Independent,
+    MixtureSameFamily,
+    Transform,
+    TransformedDistribution,
+    biject_to,
+    constraints,
+)
 
-from pyro_vae.batch_plate import Site, Sites
+from pyro_vae.batch_plate import Plate, Site, Sites, plates
 
 
 def check_sites(model: Sites, guide: Sites) -> None:
@@ -93,6 +101,62 @@ def check_reparameterised(guide: Sites) -> None:
         )
 
 
+def check_supports(guide: Sites) -> None:
+    """No site's support depends on parameters: where it does, the mean of the score is not zero."""
+    for name, site in guide.items():
+        ends = _ends(site["fn"], site["unscaled_log_prob"])
+        if any(end.requires_grad and bool(end.isfinite().any()) for end in ends):
+            raise ValueError(
+                f"guide site '{name}' ({family(site['fn'])}) has a support that depends on parameters: expected one that is "
+                "the same for all of them, since the score leaves out what bounds that move add to a gradient. Use "
+                "gradient='pathwise', or a family whose support is fixed."
+            )
+
+
+def _ends(distribution: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds of a distribution's support, of the dtype of `like`; a gradient flows into those that parameters move."""
+    fn = unwrapped(distribution)
+    if isinstance(fn, MixtureSameFamily):
+        return _ends(fn.component_distribution, like)
+    if type(fn).support is not TransformedDistribution.support:
+        return _bounds(_support(fn), like)
+    # The support that PyTorch gives is the last transform's codomain, all of it: of a shifted Uniform, the real line.
+    shape = fn.base_dist.batch_shape + fn.base_dist.event_shape
+    low, high = (end.expand(shape) for end in _ends(fn.base_dist, like))
+    for transform in fn.transforms:
+        domain = _bounds(transform.domain, like)
+        if all(bool((end == bound).all()) for end, bound in zip((low, high), domain, strict=True)):
+            low, high = _bounds(transform.codomain, like)
+        else:
+            low, high = _image(transform, low), _image(transform, high)
+            low, high = (high, low) if bool((low > high).any()) else (low, high)
+    return low, high
+
+
+def _image(transform: Transform, end: Tensor) -> Tensor:
+    scaling = isinstance(transform, AffineTransform) and not torch.as_tensor(transform.loc).requires_grad
+    stays = scaling and not end.requires_grad and bool((end == 0).all())
+    image: Tensor = transform(end)
+    return image.detach() if stays else image
+
+
+def _bounds(constraint: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    bounded = hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound")
+    # What is no interval (a simplex, the sides of a coin) is no whole line either, and any transform may move it.
+    free = math.inf if bounded or isinstance(constraint, type(constraints.real)) else 1.0
+    low, high = getattr(constraint, "lower_bound", -free), getattr(constraint, "upper_bound", free)
+    return torch.as_tensor(low).to(like), torch.as_tensor(high).to(like)
+
+
+def _support(distribution: Any) -> Any:
+    try:
+        return distribution.support
+    except NotImplementedError:  # a family of one's own that does not say
+        return constraints.real
+
+
 def check_densities(model: Sites, guide: Sites) -> None:
     """The guide is a density over the model's latents, masked where the model's is: its weights then average p(x)."""
     auxiliary = [n for n, site in guide.items() if site["infer"].get("is_auxiliary") and not site["is_observed"]]
@@ -109,24 +173,88 @@ def check_densities(model: Sites, guide: Sites) -> None:
             f"guide site '{points[0]}' is a point (Delta): expected a density, since log p(x, z) - log q(z|x) at a point "
             "bounds nothing. Use a guide with a spread, or pv.ELBO(kl='monte_carlo')'s loss for a maximum a posteriori fit."
         )
+    sizes = [sum(_size(guide[n], guide[n]) for n in auxiliary), sum(_size(guide[n], model[n]) for n in points)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"auxiliary guide sites {auxiliary} and the points (Delta) {points} differ in size: expected as many "
+            f"dimensions in both, got {sizes[0]} and {sizes[1]}, since a density over more or fewer is none of the latents. "
+            "Sample the latents themselves, or use pv.ELBO's pathwise loss."
+        )
     for name in latent:
         if not same_masks(model[name], guide[name]):
             raise ValueError(
                 f"masks differ at site '{name}': expected model and guide to mask the same data, since elsewhere only "
                 "one of two densities counts. Put one mask around both programs, or use pv.ELBO's pathwise loss."
             )
+    _check_masked_latents(model)
 
 
-def check_masked_latents(model: Sites, guide: Sites) -> None:
-    """Where a latent is masked, so is an observation: a masked density is no score of a sample that still counts."""
-    observed = [site for site in model.values() if site["is_observed"]]
-    for name, site in guide.items():
-        if masks(site) and not any(same_masks(site, other) for other in observed):
+def _size(site: Site, constrained: Site) -> int:
+    """How many dimensions a site has, without those that the constrained site's support takes away."""
+    shape = site["fn"].batch_shape + site["fn"].event_shape
+    try:
+        return math.prod(biject_to(_support(constrained["fn"])).inverse_shape(shape))
+    except NotImplementedError:  # discrete, say
+        return math.prod(shape)
+
+
+def _check_masked_latents(model: Sites) -> None:
+    """Where a latent is masked, so is all that may depend on it: a sample without a density is no part of a weight."""
+    masked = [name for name, site in model.items() if not site["is_observed"] and masks(site)]
+    names = list(model) if masked else []
+    # What counts of the later sites, by their plates, is kept together: a long sequence has too many pairs of sites.
+    counts: dict[tuple[Plate, ...], Tensor] = {}
+    for i in reversed(range(len(names))):
+        name, site = names[i], model[names[i]]
+        if name in masked:
+            kept = _kept(site, in_part=False)
+            given = model.get(name.removesuffix("_unobserved") + "_observed") if name.endswith("_unobserved") else None
+            if given is not None:  # pyro.sample(obs_mask=...), which drops the latent value where there is a datum
+                kept = kept | _kept(given, in_part=False)
+            if any(_counts_outside(kept, plates(site), around, counted) for around, counted in counts.items()):
+                _find_unmasked(name, site, kept, {later: model[later] for later in names[i + 1 :]})
+        around = tuple(plates(site))
+        counts[around] = _kept(site, in_part=True) | counts.get(around, False)
+
+
+def _find_unmasked(name: str, latent: Site, kept: Tensor, after: Sites) -> None:
+    for later, site in after.items():
+        alike = plates(latent) == plates(site) and same_masks(latent, site)
+        if alike or _in_other_turn(latent, site):
+            continue
+        if _counts_outside(kept, plates(latent), tuple(plates(site)), _kept(site, in_part=True)):
             raise ValueError(
-                f"guide site '{name}' is masked and no observation is masked alike: expected the data that its sample "
-                "explains to be masked with it, since the score of a masked density is not the sample's. Mask whole data, "
-                "or use gradient='pathwise'."
+                f"model site '{name}' is masked where the later site '{later}' is not: expected all that may depend on a "
+                f"masked latent to be masked with it, since its sample has no density there. Mask '{later}' too, sample it "
+                f"before '{name}' if it does not depend on it, or use pv.ELBO's pathwise loss."
             )
+
+
+def _counts_outside(kept: Tensor, inside: list[Plate], around: tuple[Plate, ...], counted: Tensor) -> bool:
+    """Whether something counts, in the plates around it, where a latent inside its own plates is not all kept."""
+    for plate in inside:
+        if plate not in around and kept.dim() >= -plate.dim:  # one without a size may leave no dimension
+            kept = kept.all(plate.dim, keepdim=True)
+    return bool((counted & ~kept).any())
+
+
+def _in_other_turn(first: Site, second: Site) -> bool:
+    """Whether two sites are in different turns of one sequential plate, which do not depend on each other."""
+    turns = {frame.name: frame.counter for frame in first["cond_indep_stack"] if not frame.vectorized}
+    return any(turns.get(frame.name, frame.counter) != frame.counter for frame in second["cond_indep_stack"])
+
+
+def _kept(site: Site, *, in_part: bool) -> Tensor:
+    """Which of a site's batch is not masked; an event that is masked in part counts as `in_part` says."""
+    kept = torch.ones_like(site["unscaled_log_prob"], dtype=torch.bool)
+    event_dim = site["fn"].event_dim
+    for layer in _layers(site["fn"]):
+        mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
+        if isinstance(mask, Tensor) and inner:
+            events = mask.expand(layer.batch_shape).flatten(-inner)
+            mask = events.any(-1) if in_part else events.all(-1)
+        kept = kept if mask is None else kept & mask
+    return kept if site["mask"] is None else kept & site["mask"]
 
 
 def same_masks(first: Site, second: Site) -> bool:

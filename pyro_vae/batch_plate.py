@@ -42,6 +42,13 @@ def find_batch_plate(sites: Sites) -> Plate:
         shapes = [site["unscaled_log_prob"].shape for site in sites.values()]
         size = max((shape[batch.dim] for shape in shapes if len(shape) >= -batch.dim), default=1)
         batch = batch._replace(size=size, full_size=size)
+        for words, shape in zip(sites, shapes, strict=True):
+            if size > 1 and (len(shape) < -batch.dim or shape[batch.dim] != size):
+                raise ValueError(
+                    f"{words} has no value for each row of the batch plate '{batch.name}', which was made without a size: "
+                    f"expected a batch shape with {size} at dim {batch.dim}, got {tuple(shape)}, so that all data share "
+                    f"one. Give the plate its size, pyro.plate('{batch.name}', {size}), or expand the distribution to it."
+                )
     for words, site in sites.items():
         if _swallows(site, batch):
             raise ValueError(_to_event(words, site, f"the batch plate '{batch.name}'"))

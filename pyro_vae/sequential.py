@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -29,15 +30,18 @@ class DrawAsOneOf(Messenger):
 
     Each site draws for all K particles, from the state of the generators that it had in the first run, and keeps
     row k: K times as many draws as needed are the price of equal values. That takes noise that depends on no
-    parameter; everything else (a rejection sampler, dropout) draws on from a seed of its own, which no two runs
-    share.
+    parameter, at sites that are those of the first run; everything else (a rejection sampler, dropout, the sites after
+    a branch that the first run did not take) draws on from a seed of its own, which no two runs share.
     """
 
     def __init__(self, num_particles: int) -> None:
         super().__init__()
         self.num_particles = num_particles
         self.states = [rng.get_state()]
+        self.first: list[tuple[Any, ...]] = []  # what the first run drew: name, family and shape
+        self.subsamples: dict[str, Tensor] = {}
         self.particle = self.next_site = 0
+        self.as_first = True
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
 
     def finish(self) -> None:
@@ -48,21 +52,33 @@ class DrawAsOneOf(Messenger):
     def of(self, particle: int) -> DrawAsOneOf:
         """Around the run of one particle."""
         self.particle, self.next_site = particle, 0
+        self.as_first = True
         return self
 
     def _pyro_sample(self, msg: Any) -> None:
-        subsample = site_is_subsample(msg)
-        given = msg["done"] or msg["is_observed"] or msg["value"] is not None
-        if given or not (subsample or _has_fixed_noise(msg["fn"])):
+        if msg["done"] or msg["is_observed"] or msg["value"] is not None:
             return
-        elsewhere = rng.get_state()
-        rng.set_state(self.states[self.next_site])
-        msg["value"] = msg["fn"]() if subsample else self._draw(msg["fn"])
+        name, fn = msg["name"], msg["fn"]
+        if site_is_subsample(msg):
+            if name not in self.subsamples:
+                self.subsamples[name], self.states[-1] = _drawn_from(self.states[-1], fn)
+            msg["value"], msg["done"] = self.subsamples[name], True
+            return
+        noise = _noise(fn)
+        if not isinstance(noise, _FIXED_NOISE):
+            return
+        site = (name, type(noise), noise.batch_shape, noise.event_shape)
+        if self.particle == 0:
+            self.first.append(site)
+        # Other sites would need other stretches of the generators' numbers, and so would all that follow.
+        self.as_first = self.as_first and self.first[self.next_site : self.next_site + 1] == [site]
+        if not self.as_first:
+            return
+        msg["value"], after = _drawn_from(self.states[self.next_site], lambda: self._draw(fn))
         msg["done"] = True
         self.next_site += 1
         if self.next_site == len(self.states):
-            self.states.append(rng.get_state())
-        rng.set_state(elsewhere)
+            self.states.append(after)
 
     def _draw(self, fn: Any) -> Tensor:
         if isinstance(fn, _WRAPPERS):
@@ -79,7 +95,15 @@ _WRAPPERS = (Independent, MaskedDistribution)
 _FIXED_NOISE = (Normal, MultivariateNormal, LowRankMultivariateNormal, Laplace, Cauchy, Uniform, Delta)
 
 
-def _has_fixed_noise(fn: Any) -> bool:
-    if isinstance(fn, (*_WRAPPERS, TransformedDistribution)):
-        return _has_fixed_noise(fn.base_dist)
-    return isinstance(fn, _FIXED_NOISE)
+def _noise(fn: Any) -> Any:
+    """The distribution that draws, inside those that only transform what it drew."""
+    while isinstance(fn, (*_WRAPPERS, TransformedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _drawn_from(state: rng.State, draw: Callable[[], Tensor]) -> tuple[Tensor, rng.State]:
+    """What is drawn from that state of the generators, and their state after; they themselves are left as they were."""
+    with rng.preserved():
+        rng.set_state(state)
+        return draw(), rng.get_state()

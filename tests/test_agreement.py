@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch.distributions import constraints
 
 import pyro_vae as pv
+from pyro_vae.sequential import DrawAsOneOf
 
 X = torch.tensor([-1.0, 0.3, 2.0, 0.5, -0.2, 1.1])
 KEEP = torch.tensor([True, True, False, True, False, True])
@@ -245,6 +246,74 @@ def test_sites_that_only_some_particles_have():
 
     log_w = pv.log_weights(branching, branching, X, num_particles=8, vectorize_particles=False)
     torch.testing.assert_close(log_w, torch.zeros(8, 6))
+
+
+def test_sites_after_a_branch_draw_noise_of_their_own():
+    """The first run draws twelve numbers where others draw one: what they draw next must not be of those twelve."""
+    seen = []
+
+    def body(x, obs):
+        with pyro.plate("data", 1):
+            branch = pyro.sample("branch", dist.Bernoulli(torch.tensor([0.5])))
+            wide = None
+            if branch.item():
+                total = pyro.sample("narrow", dist.Normal(torch.zeros(1), 1.0))
+            else:
+                wide = pyro.sample("wide", dist.Normal(torch.zeros(1, 12), 1.0).to_event(1))
+                total = wide.sum(-1)
+            last = pyro.sample("last", dist.Normal(torch.zeros(1), 1.0))
+            if obs:
+                pyro.sample("x", dist.Normal(total + last, 1.0), obs=x)
+            else:
+                seen.append((wide, last))
+
+    with torch.no_grad():
+        for _ in range(20):
+            seen.clear()
+            pv.log_weights(
+                lambda x: body(x, True), lambda x: body(x, False), X[:1], num_particles=16, vectorize_particles=False
+            )
+            numbers = torch.cat([part.flatten() for pair in seen for part in pair if part is not None])
+            assert len(numbers.unique()) == len(numbers)
+
+
+@pytest.mark.parametrize("site", ["name", "family"])
+def test_sites_of_another_name_or_family_draw_noise_of_their_own(site):
+    draws = []
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            first = len(draws) % 3 == 0
+            kind = dist.Laplace if site == "family" and not first else dist.Normal
+            z = pyro.sample("other" if site == "name" and not first else "z", kind(torch.zeros(6), 1.0))
+            draws.append(torch.stack([z, pyro.sample("w", dist.Normal(torch.zeros(6), 1.0))]))
+
+    for particle, last in ((0, True), (1, False), (2, False)):
+        if particle == 0:
+            draws_alone = DrawAsOneOf(3)
+        with draws_alone.of(particle):
+            program(X)
+        assert draws_alone.as_first == last
+    assert len(torch.cat(draws).unique()) == 36
+
+
+def test_a_subsample_is_one_for_all_particles_whatever_their_branches():
+    rows = []
+
+    def program(x):
+        z = None
+        if len(rows) % 4 % 2:
+            with pyro.plate("extra", 2):
+                z = pyro.sample("extra_noise", dist.Normal(torch.zeros(2), 1.0))
+        with pyro.plate("data", 6, subsample_size=3) as index:
+            rows.append(index)
+            pyro.sample("z", dist.Normal(0.0, 1.0) if z is None else dist.Normal(z.mean(), 1.0))
+
+    apart = DrawAsOneOf(4)
+    for particle in range(4):
+        with apart.of(particle):
+            program(X)
+    assert all(torch.equal(index, rows[0]) for index in rows)
 
 
 def test_initial_values_are_not_drawn_again_as_noise():

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from programs import LinearGaussian
+from programs import LinearGaussian, z_score
 from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
 from toys import Discrete, Mixed, OneSite, SharedPrior, TwoSites, X
 
 import pyro_vae as pv
@@ -399,18 +401,377 @@ def test_points_that_depend_on_parameters_have_no_score(objective):
         pv.RWS(4, sleep=0.5).differentiable_loss(OneSite().model, fixed, X)
 
 
-@pytest.mark.parametrize("objective", [pv.IWAE(4, g) for g in GRADIENTS[2:]] + [pv.RWS(4)], ids=repr)
-def test_a_mask_around_the_latent_alone_is_refused(objective):
+@pytest.mark.parametrize("objective", [pv.IWAE(4, g) for g in GRADIENTS] + [pv.RWS(4)], ids=repr)
+@pytest.mark.parametrize("others", ["none", "an observation", "a latent"])
+def test_a_mask_around_the_latent_alone_is_refused(objective, others):
+    """In values too: log p(x, z) lacks the masked z's prior, and the bound on log p(y) comes out above it."""
     mask = torch.tensor([True, False])
 
     def masked(x):
         with pyro.plate("data", len(x)):
             with poutine.mask(mask=mask):
                 z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+                if others == "an observation":
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            if others == "a latent":
+                z = pyro.sample("y", dist.Normal(z, 1.0))
+            else:
+                pyro.sample("y", dist.Normal(z, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match=r"guide site 'z' is masked and no observation is masked alike"):
-        objective.differentiable_loss(masked, poutine.mask(OneSite().guide, mask), X)
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=mask):
+                pyro.sample("z", dist.Normal(x, 1.0))
+            if others == "a latent":
+                pyro.sample("y", dist.Normal(x, 1.0))
+
+    message = "model site 'z' is masked where the later site 'y' is not: expected .*Mask 'y' too"
+    with pytest.raises(ValueError, match=message):
+        objective.differentiable_loss(masked, guide, X)
+    with pytest.raises(ValueError, match=message), torch.no_grad():
+        pv.log_weights(masked, guide, X, num_particles=3)
+    pv.ELBO(2, "monte_carlo").loss(masked, guide, X)
+
+
+@pytest.mark.parametrize("objective", [pv.ELBO(4, "monte_carlo", g) for g in ("pathwise", "score", "vimco")], ids=repr)
+def test_padded_rows_and_missing_pixels(objective):
+    """The latent's mask is the row's, the observation's that and its own: quadrature has value and gradient."""
+    p = torch.tensor([0.3, -0.5], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[0.4, 1.0], [-1.3, 0.2], [0.0, 0.0]], dtype=torch.float64)
+    row = torch.tensor([True, True, False])[:, None]
+    pixels = torch.tensor([[True, False], [True, True], [True, True]])
+
+    def q(x):
+        return dist.Normal(p[0] * x.mean(-1, keepdim=True), p[1].exp())
+
+    def model(x, row, pixels):
+        with pyro.plate("data", len(x), dim=-2), poutine.mask(mask=row):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("pixels", 2, dim=-1), poutine.mask(mask=pixels):
+                pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+    def guide(x, row, pixels):
+        with pyro.plate("data", len(x), dim=-2), poutine.mask(mask=row):
+            pyro.sample("z", q(x))
+
+    nodes, weights = map(torch.tensor, np.polynomial.hermite_e.hermegauss(40))
+    z = q(x).loc + q(x).scale * nodes
+    log_p = (dist.Normal(z[:, None], 0.7).log_prob(x[..., None]) * pixels[..., None]).sum(1)
+    log_w = log_p + dist.Normal(0.0, 1.0).log_prob(z) - q(x).log_prob(z)
+    exact = ((log_w * weights / weights.sum()).sum(-1) * row[:, 0]).sum()
+    found = []
+    for _ in range(40):
+        args = (part.repeat(250, 1) for part in (x, row, pixels))
+        bound = objective.bound(model, guide, *args).sum() / 250
+        found.append(torch.cat([bound.detach()[None], torch.autograd.grad(bound, p)[0]]))
+    (slope,) = torch.autograd.grad(exact, p)
+    assert (z_score(torch.stack(found), torch.cat([exact.detach()[None], slope])) < 4).all()
+
+
+def test_masks_of_what_no_later_site_depends_on():
+    """A missing covariate's latent value is dropped where there is a datum; turns of a sequential plate are apart."""
+    seen = torch.tensor([True, False])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            covariate = pyro.sample("c", dist.Normal(x.new_zeros(()), 1.0), obs=x, obs_mask=seen)
+            pyro.sample("x", dist.Normal(covariate, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=~seen):
+            pyro.sample("c_unobserved", dist.Normal(x / 2, 0.5**0.5))
+
+    exact = torch.stack(
+        [
+            dist.Normal(0.0, 1.0).log_prob(X[0]) + dist.Normal(X[0], 1.0).log_prob(X[0]),
+            dist.Normal(0.0, 2**0.5).log_prob(X[1]),
+        ]
+    )
+    for objective in (pv.IWAE(4), pv.IWAE(4, "vimco")):
+        torch.testing.assert_close(objective.bound(model, guide, X), exact)
+
+    def turns(obs):
+        def program(x):
+            with pyro.plate("data", len(x)):
+                for t in pyro.plate("turns", 2):
+                    with poutine.mask(mask=seen if t == 0 else ~seen):
+                        z = pyro.sample(f"z{t}", dist.Normal(x / 2, 0.5**0.5) if not obs else dist.Normal(0 * x, 1.0))
+                        if obs:
+                            pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x)
+
+        return program
+
+    torch.testing.assert_close(pv.IWAE(4).bound(turns(True), turns(False), X), dist.Normal(0.0, 2**0.5).log_prob(X))
+
+
+MOVING = {
+    "Uniform": lambda low, high: dist.Uniform(low, high),
+    "Pareto": lambda low, high: dist.Pareto((high - low) / 2, torch.full_like(low, 3.0)),
+    "MixtureSameFamily": lambda low, high: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Uniform(torch.stack([low, low], -1), torch.stack([high, high], -1))
+    ),
+    "AffineBeta": lambda low, high: dist.AffineBeta(torch.full_like(low, 2.0), torch.ones_like(low), low, high - low),
+    "TransformedDistribution": lambda low, high: dist.TransformedDistribution(
+        dist.Uniform(torch.zeros_like(low), 1.0), [dist.transforms.AffineTransform(low, high - low)]
+    ),
+}
+SCORES = [
+    *(pv.ELBO(2, "monte_carlo", g) for g in GRADIENTS[1:]),
+    *(pv.IWAE(2, g) for g in GRADIENTS[1:]),
+    pv.TVO(2, 2, "covariance"),
+]
+
+
+def interval(p, x):
+    return p[0] * x - p[1].exp(), p[0] * x + p[1].exp()
+
+
+def wide_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+
+@pytest.mark.parametrize("objective", SCORES, ids=repr)
+@pytest.mark.parametrize("family", MOVING)
+def test_a_support_that_moves_with_parameters_has_no_score(family, objective):
+    p = torch.tensor([0.3, 0.2], dtype=torch.float64, requires_grad=True)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", MOVING[family](*interval(p, x)))
+
+    if family != "MixtureSameFamily" or objective.gradient in ("score", "vimco", "covariance"):
+        message = (
+            rf"guide site 'z' \({family}\) has a support that depends on parameters: expected .*gradient='pathwise'"
+        )
+        with pytest.raises(ValueError, match=message):
+            objective.differentiable_loss(wide_model, guide, X)
+    objective.loss(wide_model, guide, X)
+    pv.RWS(2).differentiable_loss(wide_model, guide, X).backward()
+    p.requires_grad_(False)  # bounds that no one trains stay where they are
+    if family != "MixtureSameFamily":
+        objective.differentiable_loss(wide_model, guide, X)
+
+
+def test_the_path_has_the_gradient_of_a_support_that_moves():
+    """Alone, and beside a coin whose score is taken: Gauss-Legendre quadrature and enumeration have it exactly."""
+    p = torch.tensor([0.3, 0.2, 0.4], dtype=torch.float64, requires_grad=True)
+
+    def model(x, coin):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(torch.full_like(x, 0.5))) if coin else 0.0
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + y, 0.7), obs=x)
+
+    def guide(x, coin):
+        with pyro.plate("data", len(x)):
+            if coin:
+                pyro.sample("y", dist.Bernoulli(logits=p[2] * x))
+            pyro.sample("z", dist.Uniform(*interval(p, x)))
+
+    nodes, weights = map(torch.tensor, np.polynomial.legendre.leggauss(40))
+    low, high = (end[:, None] for end in interval(p, X))
+    z = low + (high - low) * (nodes + 1) / 2
+    log_w = torch.stack([dist.Normal(z + y, 0.7).log_prob(X[:, None]) for y in (0.0, 1.0)])
+    log_w = log_w + dist.Normal(0.0, 1.0).log_prob(z) + (high - low).log()
+    q = dist.Bernoulli(logits=p[2] * X)
+    states = torch.stack([torch.zeros_like(X), torch.ones_like(X)])
+    elbo = (log_w * weights / 2).sum(-1)
+    with_coin = (q.log_prob(states).exp() * (elbo + math.log(0.5) - q.log_prob(states))).sum(0)
+    for exact, objective, coin in (
+        (elbo[0], pv.ELBO(2, "monte_carlo"), False),
+        (with_coin, pv.ELBO(2, "monte_carlo", "score"), True),
+    ):
+        used = p if coin else p[:2]
+        (slope,) = torch.autograd.grad(exact.sum(), p, retain_graph=True)
+        found = []
+        for _ in range(40):
+            bound = objective.bound(model, guide, X.repeat(1000), coin).sum() / 1000
+            found.append(torch.autograd.grad(bound, p)[0][: len(used)])
+        assert (z_score(torch.stack(found), slope[: len(used)]) < 4).all()
+
+
+LOGIT = dist.transforms.SigmoidTransform().inv
+LOG = dist.transforms.ExpTransform().inv
+AFFINE = dist.transforms.AffineTransform
+STAYING = {
+    "Gumbel": lambda loc, scale: dist.Gumbel(loc, scale),
+    "Gumbel by hand": lambda loc, scale: dist.TransformedDistribution(
+        dist.Uniform(torch.zeros_like(loc), 1.0), [LOG, AFFINE(0.0, -torch.ones_like(loc)), LOG, AFFINE(loc, -scale)]
+    ),
+    "logistic by hand": lambda loc, scale: dist.TransformedDistribution(
+        dist.Uniform(torch.zeros_like(loc), 1.0), [LOGIT, AFFINE(loc, scale)]
+    ),
+    "scaled Gamma": lambda loc, scale: dist.TransformedDistribution(
+        dist.Gamma(torch.full_like(loc, 2.0), 1.0), [AFFINE(0.0, scale)]
+    ),
+    "Kumaraswamy": lambda loc, scale: dist.Kumaraswamy(loc.exp(), scale.expand_as(loc)),
+    "Weibull": lambda loc, scale: dist.Weibull(loc.exp(), scale),
+    "bounds from another site": lambda loc, scale: dist.Uniform(loc.detach(), loc.detach() + 1),
+}
+
+
+@pytest.mark.parametrize("family", STAYING)
+@pytest.mark.parametrize("kind", ["score", "stl"])
+def test_families_that_parameters_only_move_inside_their_support(family, kind):
+    p = torch.tensor([0.3, 0.2], dtype=torch.float64, requires_grad=True)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", STAYING[family](p[0] * x, p[1].exp()))
+
+    pv.ELBO(2, "monte_carlo", kind).differentiable_loss(wide_model, guide, X)
+
+
+def test_points_of_fewer_dimensions_than_their_noise_are_refused():
+    """The weights of q(e) q(f) at z = e + f average no p(x), nor do those of a point that no noise moves."""
+
+    def two(x):
+        with pyro.plate("data", len(x)):
+            noise = [
+                pyro.sample(name, dist.Normal(0 * x, 3.0), infer={"is_auxiliary": True}) for name in ("first", "second")
+            ]
+            pyro.sample("z", dist.Delta(sum(noise)))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x.new_zeros(()), 0.1))
+            b = pyro.sample("b", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(a + b, 0.7), obs=x)
+
+    beside = AutoGuideList(model)
+    beside.append(AutoDelta(poutine.block(model, expose=["a"])))
+    beside.append(AutoNormal(poutine.block(model, expose=["b"])))
+    message = (
+        r"auxiliary guide sites \['first', 'second'\] and the points \(Delta\) \['z'\] differ in size: .*got 4 and 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        pv.IWAE(4).bound(wide_model, two, X)
+    with pytest.raises(ValueError, match=r"\['b_unconstrained'\] and the points \(Delta\) \['a', 'b'\].*got 2 and 4"):
+        pv.log_weights(model, beside, X, num_particles=1)
+    for objective in (pv.ELBO(2, "monte_carlo"), pv.ELBO(2, "monte_carlo", "stl")):
+        objective.differentiable_loss(model, beside, X)
+
+
+def test_points_on_a_simplex_have_noise_of_one_dimension_less():
+    x = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            share = pyro.sample("share", dist.Dirichlet(x.new_ones(2)))
+            pyro.sample("x", dist.Bernoulli(share[..., 0]), obs=x)
+
+    autoguide = AutoNormal(model, init_scale=1.5)
+    autoguide(x)
+    weights = pv.log_weights(model, autoguide, x, num_particles=20_000).detach().exp()
+    assert (z_score(weights, 0.5) < 4).all()  # a uniform share gives either outcome one half
+
+
+def test_a_maximum_a_posteriori_site_beside_a_posterior():
+    """The ELBO's loss is linear: STL takes the path through the point m, whose density is a constant."""
+    p = torch.tensor([0.3, -0.5, 0.2], dtype=torch.float64, requires_grad=True)
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+    def guide(x, log_density=0.0):
+        pyro.sample("m", dist.Delta(p[2], log_density=log_density))
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Normal(p[0] * x, p[1].exp()))
+
+    loc, scale = p[0] * X, p[1].exp()
+    kl = torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(p[2], 1.0))
+    likelihood = dist.Normal(loc, 0.7).log_prob(X) - scale**2 / (2 * 0.7**2)
+    loss = (kl - likelihood).sum() - dist.Normal(0.0, 1.0).log_prob(p[2])
+    exact = torch.autograd.grad(loss, p)[0]
+    objective = pv.ELBO(500, "monte_carlo", "stl")
+    found = [torch.autograd.grad(objective.differentiable_loss(model, guide, X), p)[0] for _ in range(60)]
+    assert (z_score(torch.stack(found), exact) < 4).all()
+    with pytest.raises(ValueError, match=r"guide site 'm' is a point \(Delta\) that depends on parameters"):
+        objective.differentiable_loss(model, lambda x: guide(x, -p[1]), X)
+
+
+def test_folded_families_have_no_closed_form():
+    """The KL of their bases is that of other distributions; a Gaussian folded at its mean is the exception."""
+
+    def program(family, obs):
+        def run(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", family)
+                if obs:
+                    pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+        return run
+
+    def folded(mean):
+        return dist.FoldedDistribution(dist.Normal(torch.tensor(mean, dtype=torch.float64), 1.0))
+
+    def nested(mean):
+        return dist.TransformedDistribution(folded(mean), [dist.transforms.ExpTransform()])
+
+    for family in (folded, nested):
+        with pytest.raises(
+            pv.NoClosedFormError, match=r"no closed form at site 'z' for the pair KL\((Folded|Transformed)"
+        ):
+            pv.ELBO().loss(program(family(-1.0), True), program(family(1.0), False), X)
+    x, grid = X.abs(), torch.linspace(1e-9, 12, 100_001, dtype=torch.float64)[:, None]
+    log_q = folded(1.0).log_prob(grid)
+    log_w = dist.Normal(grid, 0.7).log_prob(x) + folded(-1.0).log_prob(grid) - log_q
+    exact = torch.trapezoid(log_q.exp() * log_w, grid, dim=0)
+    with torch.no_grad():
+        sampled = pv.ELBO(1, "monte_carlo").bound(
+            program(folded(-1.0), True), program(folded(1.0), False), x.repeat(20_000)
+        )
+    assert (z_score(sampled.reshape(-1, 2), exact) < 4).all()
+    half = [program(dist.HalfNormal(torch.tensor(scale, dtype=torch.float64)), scale == 1.0) for scale in (1.0, 0.5)]
+    closed = pv.ELBO(20_000).bound(*half, X)
+    torch.testing.assert_close(closed, pv.ELBO(20_000, "monte_carlo").bound(*half, X), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("where", ["likelihood", "prior"])
+def test_dreams_of_a_model_that_looks_at_its_data_are_refused(where):
+    """Teacher forcing: the second pixel's mean is the first pixel of the data, not of the dream."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x[:, 0] if where == "prior" else 0 * x[:, 0], 1.0))
+            second = z + x[:, 0] if where == "likelihood" else z
+            pyro.sample("x", dist.Normal(torch.stack(torch.broadcast_tensors(z, second), -1), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 1], 1.0))
+
+    x = torch.randn(4, 2, dtype=torch.float64)
+    site = "x" if where == "likelihood" else "z"
+    with pytest.raises(ValueError, match=f"dreams data that model site '{site}' depends on: expected .*sleep=0"):
+        pv.RWS(2, sleep=0.5).differentiable_loss(model, guide, x)
+    pv.RWS(2).differentiable_loss(model, guide, x)
+
+
+@pytest.mark.parametrize("module", [True, False])
+def test_a_model_with_dropout_may_dream(module):
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.norm = torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(1).double()
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+                normed = self.norm(z.reshape(-1, 1)).reshape(z.shape)
+                pyro.sample("x", dist.Normal(10 * self.drop(normed + 3), 1.0), obs=x)
+
+    decoder = Decoder()
+    model = decoder if module else lambda x: decoder(x)
+    pv.RWS(2, sleep=1.0, max_plate_nesting=1).differentiable_loss(model, OneSite().guide, X.repeat(10))
+    assert decoder.training
+    if module:
+        assert decoder.norm.num_batches_tracked == 2  # once awake, once for the dream
 
 
 @pytest.mark.parametrize("kind", ["score", "vimco"])

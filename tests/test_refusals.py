@@ -320,6 +320,36 @@ def test_closed_form_refuses_what_pyro_gets_silently_wrong():
         pv.ELBO().loss(model, pyro.infer.autoguide.AutoDelta(model), X)
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_a_plate_without_a_size_gives_no_site_one(num_particles):
+    """One z for all data, where a plate with a size would draw one for each."""
+
+    def program(loc, obs, *size):
+        def run(x):
+            with pyro.plate("data", *size):
+                z = pyro.sample("z", dist.Normal(loc, 1.0))
+                if obs:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        return run
+
+    x = X[:, 0]
+    message = (
+        r"model site 'z' has no value for each row of the batch plate 'data', .*expected .* 6 at dim -1, got .*size"
+    )
+    for call in (pv.ELBO(num_particles, "monte_carlo").bound, pv.IWAE(num_particles).loss):
+        with pytest.raises(ValueError, match=message):
+            call(program(0.0, True), program(0.1, False), x)
+    with torch.no_grad():
+        bound = pv.IWAE(num_particles).bound(program(torch.zeros(6), True), program(torch.zeros(6), False), x)
+        assert bound.shape == (6,)
+        pyro.set_rng_seed(1)
+        sized = pv.IWAE(num_particles).bound(program(torch.zeros(6), True, 6), program(torch.zeros(6), False, 6), x)
+        pyro.set_rng_seed(1)
+        unsized = pv.IWAE(num_particles).bound(program(torch.zeros(6), True), program(torch.zeros(6), False), x)
+    torch.testing.assert_close(unsized, sized)
+
+
 @pytest.mark.parametrize("number", [0, -1, 2.0, "8", None])
 def test_number_of_particles_is_a_positive_integer(number):
     with pytest.raises(ValueError, match="num_particles to be a positive integer"):

@@ -111,7 +111,8 @@ class Objective(pyro.infer.ELBO):
 
     Raises:
         ValueError: an argument is none of these; when it runs: the program has no log-weight per datum (see
-            :func:`pyro_vae.log_weights`), or a guide site can't be reparameterised and the gradient needs that.
+            :func:`pyro_vae.log_weights`), a guide site can't be reparameterised and the gradient needs that, or its support
+            depends on parameters, as a Uniform's with learned bounds, and the gradient takes a score.
 
     References:
         Roeder, Wu and Duvenaud (2017), *Sticking the Landing*, NeurIPS.

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import HalfCauchy, HalfNormal, Independent, TransformedDistribution, kl_divergence
 
 from pyro_vae.agreement import equal, family, masks, same_masks, unwrapped
 from pyro_vae.batch_plate import Site, Sites
@@ -259,12 +259,22 @@ def _closed_form(q: Any, p: Any, name: str) -> Tensor:
         f"ELBO(kl='analytic') has no closed form at site '{name}' for the pair KL({family(q)} || {family(p)}). Use "
         "kl='monte_carlo'."
     )
-    if isinstance(unwrapped(q), Delta):  # Pyro registers half a KL here: it leaves out the Delta's own log-density
+    # Registered all the same: for a Delta half a KL, without its own log-density; for folded families that of the bases.
+    if isinstance(unwrapped(q), Delta) or _folds(q) or _folds(p):
         raise no_closed_form
     try:
         return kl_divergence(q, p)
     except NotImplementedError as error:
         raise no_closed_form from error
+
+
+def _folds(distribution: Any) -> bool:
+    """Whether several values of the base become one, so that no KL is that of the bases."""
+    fn = unwrapped(distribution)
+    # These two fold a density that is symmetric about the fold, which changes no KL.
+    if not isinstance(fn, TransformedDistribution) or isinstance(fn, HalfNormal | HalfCauchy):
+        return False
+    return not all(transform.bijective for transform in fn.transforms) or _folds(fn.base_dist)
 
 
 def _by_dimension(distribution: Any, name: str) -> Any:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Unpack
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.batch_plate import Site
@@ -14,7 +16,7 @@ from pyro_vae.modules import Program
 from pyro_vae.objectives import gradients
 from pyro_vae.objectives.base import Densities, Objective, Options, weighted, with_gradient
 from pyro_vae.objectives.importance import log_mean_exp
-from pyro_vae.runs import Flow, sample_sites
+from pyro_vae.runs import Flow, sample_sites, trace_once
 
 
 class RWS(Objective):
@@ -34,12 +36,12 @@ class RWS(Objective):
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
         sleep: s, the share of the sleep phase, from 0 to 1. Above 0, each observation must be an argument as it is (or
-            reshaped), since the guide is called with dreams in their place.
+            reshaped), since the guide is called with dreams in their place, and the model must look at it in no other way.
         **options: as in :class:`Objective`, but without `gradient`.
 
     Raises:
         ValueError: `sleep` is outside; when it runs: the program has no log-weight per datum (see
-            :func:`pyro_vae.log_weights`), or dreams can't take the place of any argument.
+            :func:`pyro_vae.log_weights`), dreams can't take the place of any argument, or the model depends on the data.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -74,7 +76,7 @@ class RWS(Objective):
         return log_mean_exp(log_weights)
 
     def _flow(self) -> Flow:
-        return Flow(path="none")
+        return Flow(path="none", of_mean=False)  # the guide's density is fitted to the samples
 
     def _loss(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         wake = super()._loss(model, guide, args, kwargs)
@@ -101,6 +103,8 @@ def _dreamt(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
             )
     replaced = tuple(_dreamt_argument(argument, dreamt) for argument in args)
     named = {name: _dreamt_argument(argument, dreamt) for name, argument in kwargs.items()}
+    if is_validation_enabled():
+        _check_dream(model, dream, (args, kwargs), (replaced, named))
     sites = sample_sites(poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*replaced, **named))
     for name, site in sites.items():
         if site["infer"].get("is_auxiliary"):
@@ -110,6 +114,28 @@ def _dreamt(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
             )
     terms = [scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"]) for site in sites.values()]
     return torch.stack([term.sum() for term in terms]).sum()
+
+
+def _check_dream(model: Program, dream: Trace, awake: tuple[Any, Any], asleep: tuple[Any, Any]) -> None:
+    """What was dreamt has one density given the data and given the dream: the model saw no datum while it dreamt."""
+    densities: list[dict[str, Tensor]] = []
+    for (args, kwargs), program in ((awake, poutine.uncondition(model)), (asleep, model)):
+        # Such a run is none to batch norm, and draws dropout from the state of the other, so that only the data differ.
+        trace, _ = trace_once(poutine.replay(program, trace=dream), _nothing, *args, **kwargs)
+        densities.append({name: site["log_prob"] for name, site in sample_sites(trace).items()})
+    given, dreamt = densities
+    for name in given:
+        same = name in dreamt and given[name].shape == dreamt[name].shape
+        if not same or not torch.allclose(given[name], dreamt[name], rtol=1e-3, atol=1e-2, equal_nan=True):
+            raise ValueError(
+                f"RWS(sleep) dreams data that model site '{name}' depends on: expected a model that only observes them, got "
+                "another density once dreams take their place (teacher forcing, as in an autoregressive likelihood). Use "
+                "sleep=0, or pass what the model conditions on as an argument of its own."
+            )
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """A guide without sites."""
 
 
 def _dreamt_argument(argument: Any, dreamt: list[Site]) -> Any:
