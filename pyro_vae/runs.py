@@ -442,8 +442,12 @@ def sample_sites(trace: Trace) -> Sites:
     return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
 
 
-def trace_once(model: Program, guide: Program, *args: Any, **kwargs: Any) -> tuple[Trace, Trace]:
-    """The traces of one run of the model and of the guide, which leaves nothing of itself behind."""
+def trace_once(
+    model: Program, guide: Program, *args: Any, values: dict[str, Tensor] | None = None, **kwargs: Any
+) -> tuple[Trace, Trace]:
+    """The traces of one run of the model and of the guide, at given values if any, which leaves nothing of itself behind."""
+    if values is not None:
+        guide = poutine.replay(guide, trace=_given(values))
     with _untraced(model, guide):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from pyro_vae import rng
 from pyro_vae.agreement import equal, family, unwrapped
 from pyro_vae.batch_plate import Sites
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
+from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.likelihood import Evidence, summarise
 from pyro_vae.modules import Program
 from pyro_vae.runs import (
@@ -160,8 +160,8 @@ def ais(
     args = arguments(x)
     base = _base(guide, start)
     settings = _settings(num_steps, num_chains, schedule, num_leapfrog, step_size)
-    with checked(model, base, args), rng.seeded(seed):
-        pieces = split(args, max(1, rows_at_once(args) // num_chains))
+    with checked(model, base, args) as data, rng.seeded(seed):
+        pieces = data.of(rows_at_once(args) // num_chains)
         weights, accepted = [], []
         with _bar(settings, len(pieces), 1, progress) as bar:
             for piece in pieces:
@@ -220,9 +220,9 @@ def bdmc(
     args = arguments(x)
     base = _base(guide, start)
     settings = _settings(num_steps, num_chains, schedule, num_leapfrog, step_size)
-    with checked(model, base, args), rng.seeded(seed):
+    with checked(model, base, args) as data, rng.seeded(seed):
         forward, backward, accepted, simulated = [], [], [], []
-        pieces = split(args, max(1, rows_at_once(args) // num_chains))
+        pieces = data.of(rows_at_once(args) // num_chains)
         with _bar(settings, len(pieces), 2, progress) as bar:
             for piece in pieces:
                 piece, latents = _simulate(model, piece)

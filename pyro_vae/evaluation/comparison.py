@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count
+from pyro_vae.evaluation.estimate import Estimate, Pieces, arguments, check_count, is_divisible
 from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
 from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
@@ -99,19 +99,21 @@ def compare(
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)
     with evaluating(find_modules(model, guide)):
-        return _compare(model, guide, args, objectives, repeats, log_likelihood, seed, progress)
+        data = Pieces(args, is_divisible(model, guide, args))
+        return _compare(model, guide, data, objectives, repeats, log_likelihood, seed, progress)
 
 
 def _compare(
     model: Program,
     guide: Program,
-    args: Args,
+    data: Pieces,
     objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None,
     repeats: int,
     log_likelihood: Evidence | None,
     seed: int | None,
     progress: bool,
 ) -> pd.DataFrame:
+    args = data.args
     chosen = _defaults(model, guide, args) if objectives is None else objectives
     chosen = [chosen] if isinstance(chosen, Objective) else chosen
     for objective in chosen.values() if isinstance(chosen, Mapping) else chosen:
@@ -129,7 +131,7 @@ def _compare(
         )
     with torch.no_grad(), rng.seeded(seed):
         vectorize = all(objective.vectorize_particles for _, objective in named)
-        evidence = estimate_evidence(model, guide, args, SAMPLES, vectorize, progress)
+        evidence = estimate_evidence(model, guide, data, SAMPLES, vectorize, progress)
     best = evidence.per_datum
     if log_likelihood is not None and log_likelihood.mean > evidence.mean:
         best = log_likelihood.per_datum
@@ -138,7 +140,7 @@ def _compare(
     for name, objective in bar:
         bar.set_description(f"{name}, K = {objective.num_particles}")
         with rng.seeded(seed):
-            row, per_datum = _measure(model, guide, args, objective, parameters, repeats)
+            row, per_datum = _measure(model, guide, data, objective, parameters, repeats)
         gap = Estimate.of(best - per_datum)
         row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": evidence.pareto_k.nanmedian().item()}
         rows.append(row)
@@ -161,15 +163,14 @@ def _defaults(model: Program, guide: Program, args: tuple[Tensor, ...]) -> list[
 def _measure(
     model: Program,
     guide: Program,
-    args: Args,
+    data: Pieces,
     objective: Objective,
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
     repeats: int,
 ) -> tuple[dict[str, float], Tensor]:
     """A row of the table, and the bound of each datum, averaged over repeats."""
     objective = copy.copy(objective)  # whose losses are no steps of a schedule
-    at_once = max(1, ROWS_AT_ONCE // objective.num_samples)
-    chunks = list(zip(*(column.split(at_once) for column in args), strict=True))
+    args, chunks = data.args, data.of(ROWS_AT_ONCE // objective.num_samples)
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
     bounds, seconds, gradients = [], [], []

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
+from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, same_for_all_particles, univariate
 from pyro_vae.modules import Program
 from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_at, run_particles
@@ -90,13 +90,13 @@ def decompose_elbo(
     """
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     args = arguments(x)
-    with checked(model, guide, args), rng.seeded(seed):
-        nesting = find_max_plate_nesting(model, guide, args, {}, in_plate=True)
-        batches = split(args, max(1, rows_at_once(args) // num_samples))
+    with checked(model, guide, args) as data, rng.seeded(seed):
+        batches = data.of(rows_at_once(args) // num_samples)
+        nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
         samples = [_Samples.draw(model, guide, batch, num_samples, nesting) for batch in batches]
         dimensions = samples[0].dimensions
         number, size = len(args[0]), max(1, dimensions)
-        columns = split(args, min(DATA_AT_ONCE, PAIRS_AT_ONCE // size))
+        columns = data.of(min(DATA_AT_ONCE, PAIRS_AT_ONCE // size))
         step = max(1, PAIRS_AT_ONCE // (size * len(columns[0][0])))
         total = sum(-(-s.number // step) for s in samples) * len(columns)
         mixed = []

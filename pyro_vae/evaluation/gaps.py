@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae import rng
 from pyro_vae.agreement import family, not_reparameterised, unwrapped
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
+from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import parameters, same_for_all_particles
 from pyro_vae.evaluation.likelihood import Evidence, check_same_data, draw_weights, summarise, warn_of_high_k
 from pyro_vae.modules import Program
@@ -131,9 +131,9 @@ def inference_gaps(
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)
     evidence, best, own, shapes = [], [], [], []
-    with checked(model, guide, args), rng.seeded(seed):
-        pieces = split(args, max(1, rows_at_once(args) // PARTICLES))
-        nesting = find_max_plate_nesting(model, guide, args, {}, in_plate=True)
+    with checked(model, guide, args) as data, rng.seeded(seed):
+        pieces = data.of(rows_at_once(args) // PARTICLES)
+        nesting = find_max_plate_nesting(model, guide, pieces[0], {}, in_plate=True)
         with tqdm(
             total=len(pieces) * num_steps, leave=False, disable=None if progress else True, unit="step", desc="gaps"
         ) as bar:

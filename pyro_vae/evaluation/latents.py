@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import rng
-from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once, split
+from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, univariate
 from pyro_vae.modules import Program
 from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles
@@ -72,10 +72,11 @@ def active_units(
         raise ValueError(f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took 0.01.")
     args = arguments(x)
     parts: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
-    with checked(model, guide, args), rng.seeded(seed):
-        nesting = find_max_plate_nesting(model, guide, args, {}, in_plate=True)
+    with checked(model, guide, args) as data, rng.seeded(seed):
+        batches = data.of(rows_at_once(args) // num_samples)
+        nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
         particles = Particles(num_samples, True, nesting)
-        for batch in split(args, max(1, rows_at_once(args) // num_samples)):
+        for batch in batches:
             parts += run_particles(model, guide, batch, {}, particles, Flow(), in_plate=True, read=_read)
     rows, keys = [], []
     for name in parts[0]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once, split
+from pyro_vae.evaluation.estimate import Args, Estimate, Pieces, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.psis import HIGH, pareto_k
 from pyro_vae.modules import Program
 from pyro_vae.runs import find_max_plate_nesting
@@ -175,25 +175,26 @@ def log_likelihood(
     """
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     args = arguments(x)
-    with checked(model, guide, args), rng.seeded(seed):
-        result = estimate_evidence(model, guide, args, num_samples, vectorize_particles, progress)
+    with checked(model, guide, args) as pieces, rng.seeded(seed):
+        result = estimate_evidence(model, guide, pieces, num_samples, vectorize_particles, progress)
     _warn_of_zeros(result, stacklevel=2)
     warn_of_high_k(result.pareto_k, stacklevel=2)
     return result
 
 
 def estimate_evidence(
-    model: Program, guide: Program, args: Args, num_samples: int, vectorize: bool, progress: bool
+    model: Program, guide: Program, data: Pieces, num_samples: int, vectorize: bool, progress: bool
 ) -> LogLikelihood:
     """The estimates for all data, a minibatch after another; see :func:`log_likelihood`."""
-    rows, nesting = rows_at_once(args), None
+    rows, nesting = rows_at_once(data.args), None
     batch_size = max(1, rows // num_samples if vectorize else min(rows, WEIGHTS_AT_ONCE // num_samples))
+    batches = data.of(batch_size)
     if vectorize:
-        nesting = find_max_plate_nesting(model, guide, tuple(c[:2] for c in args), {}, in_plate=True)
+        nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
     parts: list[tuple[Tensor, ...]] = []
-    bar = tqdm(total=len(args[0]), leave=False, disable=None if progress else True, unit="datum", desc="log p(x)")
+    bar = tqdm(total=len(data.args[0]), leave=False, disable=None if progress else True, unit="datum", desc="log p(x)")
     with bar:
-        for batch in split(args, batch_size):
+        for batch in batches:
             parts.append(summarise(draw_weights(model, guide, batch, num_samples, vectorize, nesting)))
             bar.update(len(batch[0]))
     per_datum, error, ess, zeros, elbo, shape = (torch.cat(column) for column in zip(*parts, strict=True))
