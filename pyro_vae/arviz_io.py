@@ -96,6 +96,11 @@ def _groups(model: Program, guide: Program, args: tuple[Any, ...], number: int) 
     groups: dict[str, dict[str, Variable]] = {}
 
     def read(run: Run) -> list[tuple[str, str, Variable]]:
+        if run.batch_plate.size != len(args[0]):
+            raise ValueError(
+                f"the batch plate '{run.batch_plate.name}' has {run.batch_plate.size} rows and x has {len(args[0])}: expected "
+                "a plate over the rows of x, all of them. Pass data in the first dimension of x, and no subsample_size."
+            )
         latents = [name for name, site in run.model.items() if not site["is_observed"]]
         event_names = LATENT if len(latents) == 1 else ()
         log_p = log_density(run, terms(run.model))
@@ -143,6 +148,11 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
     value = value.reshape((1,) * (depth + event_dim - value.dim()) + tuple(value.shape))
     plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
     names: list[str | None] = [plates.get(dim) for dim in range(-depth, 0)]
+    for dim, plate in plates.items():
+        if plate in ("chain", "draw", "data") and dim not in (run.particle_dim, run.batch_plate.dim):
+            raise ValueError(
+                f"plate '{plate}' inside the batch plate has the name of a dimension of ArviZ's: expected another. Rename it."
+            )
     names += event_names if len(event_names) == event_dim else [f"{name}_dim_{i}" for i in range(event_dim)]
     batch_dim = depth + run.batch_plate.dim
     names[0], names[batch_dim] = "draw", "data"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 Program = Callable[..., Any]  # a Pyro model or guide
 
@@ -29,12 +30,20 @@ def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
 
 @contextmanager
 def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Inside, dropout is off and batch norm frozen where they were on."""
+    """Inside, dropout is off and batch norm frozen where they were on, in these modules and in any that is called."""
     training = [part for module in modules for part in module.modules() if part.training]
     for part in training:
         part.training = False
+
+    def switch_off(called: nn.Module, _: Any) -> None:
+        if called.training:  # a module that a program found in its closure
+            training.append(called)
+            called.training = False
+
+    hook = register_module_forward_pre_hook(switch_off)
     try:
         yield
     finally:
+        hook.remove()
         for part in training:
             part.training = True

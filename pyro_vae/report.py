@@ -68,6 +68,7 @@ class Report:
             *found,
             (f"log p(x), IS, K = {samples}", few_ll, few, "log_likelihood"),
             ("log p(x), AIS", self.annealed.estimate, few, "ais"),
+            ("  AIS - IS", ev.Estimate.of(self.annealed.per_datum - self.log_likelihood.per_datum[:few]), few, "ais"),
             ("approximation gap", gaps.approximation, few, "gaps"),
             ("amortisation gap", gaps.amortisation, few, "gaps"),
             ("simulated data: AIS", self.sandwich.lower.estimate, few, "bdmc"),

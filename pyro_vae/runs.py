@@ -139,7 +139,7 @@ class Run:
     @property
     def sites(self) -> Sites:
         """All sites, by the words that an error names them by."""
-        return _labelled(self.model, self.guide)
+        return labelled(self.model, self.guide)
 
 
 def run_particles(
@@ -331,7 +331,7 @@ class _Program:
         check_sites(model, guide)
         if torch.is_grad_enabled() and self.flow.path == "all":
             check_reparameterised(guide)
-        sites, batch_plate = _labelled(model, guide), None
+        sites, batch_plate = labelled(model, guide), None
         if self.in_plate:
             batch_plate = find_batch_plate(sites)  # before shapes are looked at: its messages say more
             check_densities(model, guide)
@@ -429,7 +429,8 @@ def shape_beside(run: Run, site: Site) -> list[int]:
     return shape[len(shape) + event_dim - site["value"].dim() :] + [1] * event_dim
 
 
-def _labelled(model: Sites, guide: Sites) -> Sites:
+def labelled(model: Sites, guide: Sites) -> Sites:
+    """All sites, by the words that an error names them by."""
     labelled = {f"model site '{name}'": site for name, site in model.items()}
     return labelled | {f"guide site '{name}'": site for name, site in guide.items()}
 

@@ -239,7 +239,35 @@ def test_refusals_of_programs():
             pyro.sample("z", dist.Uniform(0.0, 1.0))
 
     pv.ais(positive, normal, x, start="guide", **QUICK)
-    refused("model and guide disagree on the support of site 'z'", positive, unit, x, start="guide")
+    refused("does not reach the model's whole support at site 'z'", positive, unit, x, start="guide")
+
+    def circular(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.VonMises(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.cos(), 1.0), obs=x)
+
+    refused(r"model site 'z' is on a curved or periodic space \(VonMises\)", circular, x=x)
+
+    def sphere(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.ProjectedNormal(torch.tensor([1.0, 2.0])))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    refused(r"model site 'z' is on a curved or periodic space \(ProjectedNormal\)", sphere, x=x)
+
+    def prior_reads(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.5 * x, 0.5))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    refused("model site 'z' has another density, or mask, when", prior_reads, x=torch.randn(4), function=pv.bdmc)
+
+    def masked(x):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=x > 0):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    refused("has another density, or mask, when", masked, x=torch.randn(40), function=pv.bdmc)
 
     def factor(x):
         with pyro.plate("data", len(x)):
@@ -264,7 +292,7 @@ def test_refusals_of_programs():
             pyro.sample("x", dist.Normal(z[..., None] + before, 1.0).to_event(1), obs=x)
 
     refused(
-        "another density when the model is called with the data that it simulated",
+        "another density, or mask, when the model is called with the data that it simulated",
         forcing,
         x=torch.randn(4, 3),
         function=pv.bdmc,

@@ -79,6 +79,105 @@ def test_data_outside_the_support_of_any_program(evaluation, validation):
         evaluation(poisson, normal, x)
 
 
+@everywhere
+def test_a_plate_that_is_not_over_the_rows_of_x(evaluation):
+    """A random half of the data, drawn anew at each run, or data that lie along another dimension."""
+
+    def half(x):
+        scale = pyro.param("scale", torch.ones(()))
+        with pyro.plate("data", len(x), subsample_size=len(x) // 2):
+            batch = pyro.subsample(x, event_dim=0)
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), scale))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=batch)
+
+    def half_guide(x):
+        with pyro.plate("data", len(x), subsample_size=len(x) // 2):
+            pyro.sample("z", dist.Normal(pyro.subsample(x, event_dim=0), 1.0))
+
+    with pytest.raises(ValueError, match="the batch plate 'data' has 20 rows and x has 40"):
+        evaluation(half, half_guide, torch.randn(40))
+
+    def series(x):
+        scale = pyro.param("scale", torch.ones(()))
+        with pyro.plate("data", x.shape[1]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), scale))
+            for t in pyro.markov(range(len(x))):
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
+
+    def series_guide(x):
+        with pyro.plate("data", x.shape[1]):
+            pyro.sample("z", dist.Normal(x.mean(0), 0.5))
+
+    with pytest.raises(ValueError, match="the batch plate 'data' has 3 rows and x has 8"):
+        evaluation(series, series_guide, torch.randn(8, 3))
+
+
+@pytest.mark.parametrize("name", ["log_likelihood", "inference_gaps"])
+def test_a_guide_on_another_support(name):
+    """One that leaves latents out is refused by name; one that goes too far, by Pyro at the first sample there."""
+
+    def positive(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(3.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def real(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def normal_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(1.0 + 0 * x, 0.6))
+
+    def positive_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(0 * x, 0.6))
+
+    x = torch.ones(4)
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"log_prob at site 'z'|within the support"):
+        EVALUATIONS[name](positive, normal_guide, x)
+    with pytest.raises(ValueError, match="the guide does not reach the model's whole support at site 'z'"):
+        EVALUATIONS[name](real, positive_guide, x)
+
+
+@pytest.mark.parametrize("name", ["decompose_elbo", "active_units"])
+def test_masked_latents_have_no_posterior(name):
+    def model(x):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=x > 0):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=x > 0):
+            pyro.sample("z", dist.Normal(x, 0.5))
+
+    with pytest.raises(ValueError, match="site 'z' is masked: expected latents that count for every datum"):
+        EVALUATIONS[name](model, guide, torch.randn(20))
+
+
+def test_modules_in_a_closure_evaluate_too():
+    """Batch norm that a plain function calls: its statistics are used, not those of the data, and stay as they were."""
+    norm = torch.nn.BatchNorm1d(1).double()
+    norm.running_mean.fill_(0.5)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=norm(x[:, None])[:, 0])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(norm(x[:, None])[:, 0] / 2, 0.5**0.5))
+
+    x = torch.randn(20, dtype=torch.float64)
+    result = pv.log_likelihood(model, guide, x, 30)
+    exact = dist.Normal(torch.zeros((), dtype=torch.float64), 2**0.5).log_prob((x - 0.5) / math.sqrt(1 + 1e-5))
+    torch.testing.assert_close(result.per_datum, exact, rtol=0, atol=1e-9)
+    assert norm.running_mean.item() == 0.5
+    assert norm.training
+
+
 def shared(x):
     s = pyro.sample("s", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
     with pyro.plate("data", len(x)):

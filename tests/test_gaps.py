@@ -142,6 +142,18 @@ def test_refusals_of_guides():
 
     with pytest.raises(ValueError, match="guide site 'z' has a distribution whose parameters are not known"):
         pv.inference_gaps(one, flow, x, 10)
+
+    def unit(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def uniform(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(0 * x, 1.0))
+
+    with pytest.raises(ValueError, match=r"whose parameters are not known \(Uniform\)"):
+        pv.inference_gaps(unit, uniform, x, 10)
     program = LinearGaussian(2, 1, 4)
     other = pv.log_likelihood(program.model, program.guide, program.x[:3], 5)
     for settings, match in (
@@ -303,3 +315,34 @@ def test_active_units_where_means_are_sampled():
     assert table.active.tolist() == [False, False]
     assert abs(table.variance["b", 0]) < 4 * 0.25 * math.sqrt(2 / 2000)
     assert table.kl.tolist() == [0.0, 0.0]
+
+
+def test_active_units_of_families_without_a_mean_in_closed_form():
+    """A transformed normal, whose mean is that of its samples, and a categorical, whose mean torch calls NaN."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+            s = pyro.sample("s", dist.TransformedDistribution(base, [dist.transforms.SigmoidTransform()]))
+            c = pyro.sample("c", dist.Categorical(torch.ones(2, dtype=torch.float64)))
+            pyro.sample("x", dist.Normal(s + c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("s", dist.TransformedDistribution(dist.Normal(x, 1e-3), [dist.transforms.SigmoidTransform()]))
+            pyro.sample("c", dist.Categorical(logits=torch.stack([0 * x, x], -1)))
+
+    x = torch.randn(3000, dtype=torch.float64)
+    table = pv.active_units(model, guide, x, 20, seed=0)
+    exact = x.sigmoid().var().item()
+    for site in ("s", "c"):
+        assert abs(table.variance[site, 0] - exact) < 4 * max(table.variance_se[site, 0], 1e-3)
+    assert table.active.all()
+
+
+def test_where_the_search_fails_nothing_is_lost():
+    """The encoder's own member then stands for the best one, in the ELBO and in log p(x) alike."""
+    program = LinearGaussian(4, 2, 30)
+    gaps = pv.inference_gaps(program.model, program.guide, program.x, 100, num_steps=2, lr=1.0, seed=0)
+    torch.testing.assert_close(gaps.log_likelihood, program.log_evidence(), rtol=0, atol=1e-6)
+    assert abs(gaps.total.value) < 1e-6

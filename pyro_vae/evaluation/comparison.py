@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
-from pyro_vae.evaluation.estimate import Estimate, Pieces, arguments, check_count, is_divisible
+from pyro_vae.evaluation.estimate import Estimate, Pieces, arguments, check_count, check_plate, is_divisible
 from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
 from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
-from pyro_vae.runs import find_parameters
+from pyro_vae.runs import find_parameters, sample_sites, trace_once
 
 SAMPLES = 1000  # for log p(x)
 ROWS_AT_ONCE = 2**15  # data times particles: 100 MB for each float32 tensor of 784 pixels
@@ -100,6 +100,8 @@ def compare(
         check_same_data(log_likelihood, args)
     with evaluating(find_modules(model, guide)):
         data = Pieces(args, is_divisible(model, guide, args))
+        in_model, in_guide = trace_once(model, guide, *args)
+        check_plate(sample_sites(in_model), sample_sites(in_guide), len(args[0]))
         return _compare(model, guide, data, objectives, repeats, log_likelihood, seed, progress)
 
 

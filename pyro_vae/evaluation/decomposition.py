@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae import rng
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
-from pyro_vae.evaluation.families import by_dimension, same_for_all_particles, univariate
+from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
 from pyro_vae.modules import Program
 from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_at, run_particles
 from pyro_vae.weights import log_density, terms
@@ -149,6 +149,7 @@ class _Samples:
         (run,) = run_particles(
             model, guide, batch, {}, Particles(num_samples, True, nesting), Flow(), in_plate=True, read=lambda run: run
         )
+        refuse_masks(run)
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}
         for name in run.guide:
             if name not in latent:

@@ -14,10 +14,11 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.batch_plate import find_batch_plate
+from pyro_vae.batch_plate import Sites, find_batch_plate
+from pyro_vae.evaluation.supports import covers
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.modules import Program, evaluating, find_modules
-from pyro_vae.runs import prior, sample_sites, trace_once
+from pyro_vae.runs import labelled, prior, sample_sites, trace_once
 
 ELEMENTS_AT_ONCE = 2**21  # of data times particles in one run: 4 MB of float32, about what a processor's cache holds
 
@@ -123,8 +124,9 @@ def checked(model: Program, guide: Program | None, args: Args) -> Iterator[Piece
         pieces = Pieces(args, is_divisible(model, guide, args))
         for piece in pieces.of(rows_at_once(args)):
             with pyro.validation_enabled():
-                _check_densities(trace_once(model, guide, *piece))
-        with pyro.validation_enabled(False):
+                alike = _check(trace_once(model, guide, *piece), len(piece[0]))
+        # A guide that reaches beyond the model's support needs Pyro's eye on every sample.
+        with pyro.validation_enabled(not alike):
             yield pieces
 
 
@@ -137,8 +139,7 @@ def is_divisible(model: Program, guide: Program, args: Args) -> bool:
     first, second = (tuple(column[start : 2 * half] for column in args) for start in (0, half))
     try:
         whole = [sample_sites(trace) for trace in trace_once(model, guide, *first)]
-        labelled = {f"{i} {name}": site for i, sites in enumerate(whole) for name, site in sites.items()}
-        plate = find_batch_plate(labelled)
+        plate = find_batch_plate(labelled(*whole))
         values = {}
         for name, site in whole[1].items():
             values[name] = site["value"].narrow(plate.dim - site["fn"].event_dim, half, half)
@@ -158,14 +159,31 @@ def is_divisible(model: Program, guide: Program, args: Args) -> bool:
         return False  # a program that no data would do for fails again, with its message, on all of them
 
 
-def _check_densities(traces: tuple[Trace, Trace]) -> None:
-    """Evaluate every density, which refuses data outside its support."""
-    for trace in traces:
-        try:
-            sample_sites(trace)
-        except ValueError as error:
-            error.add_note(
-                "pyro_vae checks all data before an evaluation: expected values in the support of the distribution at that "
-                "site. Convert those data, drop them, or choose another distribution."
-            )
-            raise
+def _check(traces: tuple[Trace, Trace], number: int) -> bool:
+    """Refuse data outside their support, a batch plate that is not over them, and a guide that leaves latents out.
+
+    Returns:
+        Whether model and guide have the same supports.
+    """
+    try:
+        model, guide = (sample_sites(trace) for trace in traces)
+    except ValueError as error:
+        error.add_note(
+            "pyro_vae checks all data before an evaluation: expected values in the support of the distribution at that "
+            "site. Convert those data, drop them, or choose another distribution."
+        )
+        raise
+    check_plate(model, guide, number)
+    alike = [covers(name, model[name]["fn"], guide[name]["fn"]) for name in guide if name in model]
+    return all(alike)
+
+
+def check_plate(model: Sites, guide: Sites, number: int) -> None:
+    """Refuse a program whose data are not the rows of x."""
+    plate = find_batch_plate(labelled(model, guide))
+    if plate.size != number:
+        raise ValueError(
+            f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over the rows of x, "
+            "all of them. Pass data in the first dimension of x, and no subsample_size to an evaluation; of two plates "
+            "around every site, the outer one is over the data."
+        )

@@ -7,7 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_vae.agreement import unwrapped
+from pyro_vae.agreement import masks, unwrapped
 from pyro_vae.batch_plate import Site
 from pyro_vae.runs import Run
 
@@ -29,6 +29,16 @@ def same_for_all_particles(site: Site) -> bool:
     """Whether a site of a run with several particles has one distribution, whatever the samples before it."""
     values = parameters(site["fn"])
     return bool(values) and all(bool((value == value[:1]).all()) for value in values.values())
+
+
+def refuse_masks(run: Run) -> None:
+    """Refuse latents that are masked for some data: these have no posterior to speak of."""
+    for name, site in run.model.items():
+        if not site["is_observed"] and (masks(site) or masks(run.guide[name])):
+            raise ValueError(
+                f"site '{name}' is masked: expected latents that count for every datum, since a masked one has no posterior. "
+                "Pass the data that are not masked, without the mask."
+            )
 
 
 def univariate(fn: Any) -> Any:

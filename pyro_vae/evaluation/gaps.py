@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -151,11 +152,13 @@ def inference_gaps(
 
                 # The encoder's own member stays where, on samples apart from those that count, the search found no better.
                 (_, _, _, _, found, _), (_, _, _, _, given, _) = pair()
-                (log_p, _, _, _, elbo, shape), (_, _, _, _, own_elbo, _) = pair()
-                evidence.append(log_p)
-                best.append(torch.where(found > given, elbo, own_elbo))
-                own.append(own_elbo)
-                shapes.append(shape)
+                fitted, amortised = pair()
+                better = found > given
+                chosen = [torch.where(better, new, old) for new, old in zip(fitted, amortised, strict=True)]
+                evidence.append(chosen[0])
+                best.append(chosen[4])
+                own.append(amortised[4])
+                shapes.append(chosen[5])
     if log_likelihood is None:
         warn_of_high_k(torch.cat(shapes), stacklevel=2)
     log_p = torch.cat(evidence) if log_likelihood is None else log_likelihood.per_datum
@@ -232,10 +235,27 @@ def _masked(fn: Any) -> bool:
     return isinstance(fn, MaskedDistribution)
 
 
+def _has_family(fn: Any) -> bool:
+    """Whether a distribution can be made again from parameters that are free of one another, with its mask outermost."""
+    base, values = unwrapped(fn), parameters(fn)
+    bounded = any(isinstance(bound, Tensor) for name in values for bound in vars(base.arg_constraints[name]).values())
+    inner = fn.base_dist if _masked(fn) else fn
+    if not values or bounded or getattr(inner, "_mask", None) is not None:
+        return False
+    layers = [fn]
+    while hasattr(layers[-1], "base_dist") and layers[-1] is not base:
+        layers.append(layers[-1].base_dist)
+    if any(_masked(layer) for layer in layers[1:]):
+        return False
+    taken = inspect.signature(type(base)).parameters.values()
+    needed = {a.name for a in taken if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD}
+    return needed <= values.keys()
+
+
 def _check(run: Run) -> None:
     """Every site of the guide has a family of its own, whose parameters can be freed."""
     for name, site in run.guide.items():
-        if name not in run.model or not parameters(site["fn"]):
+        if name not in run.model or not _has_family(site["fn"]):
             raise ValueError(
                 f"guide site '{name}' has a distribution whose parameters are not known ({family(site['fn'])}): expected a "
                 "parametric family at each latent site, such as a normal, whose best member can be searched for. Pass a "

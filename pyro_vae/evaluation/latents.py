@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vae import rng
 from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once
-from pyro_vae.evaluation.families import by_dimension, univariate
+from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
 from pyro_vae.modules import Program
 from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles
 
@@ -100,16 +100,26 @@ def active_units(
 
 def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Of each latent site: posterior means, their squared Monte Carlo error, and KL, each (N, dimensions)."""
+    refuse_masks(run)
     found = {}
     for name, site in run.model.items():
         if site["is_observed"]:
             continue
         guide = run.guide[name]
         q, p = univariate(guide["fn"]), univariate(site["fn"])
-        values = guide["value"] if q is None else q.mean.expand(guide["value"].shape)
-        means = by_dimension(run, guide, values).double()
+        means = by_dimension(run, guide, _means(guide, q)).double()
         found[name] = means.mean(0), means.var(0) / len(means), _kl(run, guide, q, p).double().mean(0)
     return found
+
+
+def _means(guide: Any, q: Any) -> Tensor:
+    """The means of q(z|x), or samples, which have the same mean, where it is not known."""
+    if q is None or q.has_enumerate_support:  # a categorical's mean is NaN
+        return guide["value"].double()
+    try:
+        return q.mean.expand(guide["value"].shape)
+    except NotImplementedError:
+        return guide["value"]
 
 
 def _kl(run: Run, guide: Any, q: Any, p: Any) -> Tensor:

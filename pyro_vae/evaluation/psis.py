@@ -22,6 +22,9 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     Returns:
         (N,); NaN where none can be computed: fewer than 25 samples, a tail of equal weights, or NaN or only zeros.
 
+    Raises:
+        ValueError: `log_weights` are no matrix.
+
     Example:
         >>> import torch, pyro, pyro_vae as pv
         >>> pyro.set_rng_seed(0)
@@ -33,6 +36,10 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
     """
+    if log_weights.dim() != 2:
+        raise ValueError(
+            f"expected log_weights of shape (K, N), got {tuple(log_weights.shape)}. For one datum, pass log_weights[:, None]."
+        )
     rows = log_weights.double().T.cpu().numpy()
     usable = np.isfinite(rows.max(1)) & ~np.isnan(rows).any(1) if rows.shape[1] >= FEWEST else np.zeros(len(rows), bool)
     shapes = np.full(len(rows), np.nan)
