@@ -98,6 +98,11 @@ for objective, target in (
     with torch.no_grad():
         bounds = objective.bound(model, guide, data)
     runs = "" if objective.vectorize_particles else ", in 2 runs"
-    count(f"{objective.name}, K = {objective.num_particles}{runs}", "data", f"E {target}", over_data(bounds, targets[target]))
+    count(
+        f"{objective.name}, K = {objective.num_particles}{runs}",
+        "data",
+        f"E {target}",
+        over_data(bounds, targets[target]),
+    )
 Console(width=130).print(table)
 print(f"log_likelihood, K = {options.num_samples}: bias {bias.item():.3f} of its error on average")

@@ -428,12 +428,17 @@ def _format_report(report: Report) -> Table:
     if likelihood.share_no_k:
         k += f", none at {likelihood.share_no_k:.1%}"
     zeros = int((likelihood.zero_weights > 0).sum())
+    if zeros:
+        k += f", weights of zero at {zeros} of them"
+    log_n = math.log(report.decomposition.num_data)
     caption = (
         f"Nats per image, ± standard error over images (of samples, for the parts of the ELBO). Importance weights: {k}; "
         f"median ESS {likelihood.ess.median():.0f} of {likelihood.num_samples}; Monte Carlo error of the mean "
-        f"{likelihood.monte_carlo_error:.2g}{f'; weights of zero at {zeros} images' if zeros else ''}. Active units: {active.sum()} of {len(active)} latent dimensions. AIS accepted "
-        f"{report.annealed.acceptance.mean():.0%} of its proposals. Gaps are to the higher of AIS and importance sampling. "
-        "A number below the first horizontal line is of the first images only, or of as many simulated from the model."
+        f"{likelihood.monte_carlo_error:.2g}, which a high k-hat makes too small. Mutual information is at most log N = {log_n:.2f}; "
+        "near that, there are too few images to tell it from the KL of the aggregate. Active units: "
+        f"{active.sum()} of {len(active)} latent dimensions. AIS accepted {report.annealed.acceptance.mean():.0%} of its "
+        "proposals. Gaps are to the higher of AIS and IS. Numbers below the first line between rows are of the first images "
+        "only, or of as many simulated from the model."
     )
     formatted = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", collapse_padding=True)
     formatted.add_column("", no_wrap=True)

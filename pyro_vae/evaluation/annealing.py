@@ -462,7 +462,7 @@ def _bar(settings: _Settings, pieces: int, runs: int, progress: bool) -> Any:
 
 def _annealed(log_w: Tensor, acceptance: Tensor) -> AnnealedLikelihood:
     per_datum_, error, ess, zeros, _, _ = summarise(log_w)
-    return AnnealedLikelihood(per_datum_, error, ess, zeros, len(log_w), log_w, acceptance.mean(1))
+    return AnnealedLikelihood(per_datum_, error, ess, zeros.long(), len(log_w), log_w, acceptance.mean(1))
 
 
 def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:

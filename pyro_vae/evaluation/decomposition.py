@@ -63,7 +63,8 @@ def decompose_elbo(
 
     q(z) is the mixture over all N data that are passed, so nothing is left out; its cost is the density of each of the
     N S samples under each of the N components. All three parts depend on N, and the standard errors are those of the
-    samples, for these data.
+    samples, for these data. Mutual information is at most log N: near that, every datum has a part of the latent space to
+    itself, and the two KL parts say how few data there are rather than how q(z) lies to p(z).
 
     Arguments:
         model: a Pyro model with a batch plate.

@@ -191,14 +191,18 @@ def estimate_evidence(
     batches = data.of(batch_size)
     if vectorize:
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
-    parts: list[tuple[Tensor, ...]] = []
+    # One block, and not a small tensor for each minibatch: those would pin the large ones' memory between them.
+    columns = torch.empty(6, len(data.args[0]), dtype=torch.float64, device=data.args[0].device)
+    done = 0
     bar = tqdm(total=len(data.args[0]), leave=False, disable=None if progress else True, unit="datum", desc="log p(x)")
     with bar:
         for batch in batches:
-            parts.append(summarise(draw_weights(model, guide, batch, num_samples, vectorize, nesting)))
+            log_w = draw_weights(model, guide, batch, num_samples, vectorize, nesting)
+            columns[:, done : done + len(batch[0])] = torch.stack(summarise(log_w))
+            done += len(batch[0])
             bar.update(len(batch[0]))
-    per_datum, error, ess, zeros, elbo, shape = (torch.cat(column) for column in zip(*parts, strict=True))
-    return LogLikelihood(per_datum, error, ess, zeros, num_samples, elbo, shape)
+    per_datum, error, ess, zeros, elbo, shape = columns
+    return LogLikelihood(per_datum, error, ess, zeros.long(), num_samples, elbo, shape)
 
 
 def draw_weights(
@@ -240,7 +244,7 @@ def summarise(log_w: Tensor) -> tuple[Tensor, ...]:
     mean = weights.mean(0)
     error = weights.std(0) / (math.sqrt(number) * mean)
     ess = weights.sum(0).square() / weights.square().sum(0)
-    return top + mean.log(), error, ess, (log_w == -math.inf).sum(0), log_w.mean(0), pareto_k(log_w)
+    return top + mean.log(), error, ess, (log_w == -math.inf).sum(0).double(), log_w.mean(0), pareto_k(log_w)
 
 
 def check_same_data(evidence: Evidence, args: Args) -> None:
