@@ -18,7 +18,6 @@ import torch
 import pyro_vae as pv
 
 
-
 def peak_memory() -> float:
     """In MiB, by Linux. The resource module's number is inherited from the parent process."""
     status = Path("/proc/self/status").read_text()

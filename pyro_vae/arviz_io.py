@@ -47,6 +47,10 @@ def to_arviz(
     The event of one latent site is the dimension ``latent``; that of an image of shape (C, H, W) is ``channel``, ``height``,
     ``width``; any other is ``NAME_dim_0`` and so on, and so are plates inside the batch plate.
 
+    ``arviz.loo`` runs on it, but each datum has a latent of its own, so that leaving it out leaves nothing to predict it from:
+    its estimate is that of log p(x) by the reciprocal weights of 1 / p(x|z), a poor one. For log p(x) use
+    :func:`pyro_vae.log_likelihood`.
+
     Arguments:
         vae: a :class:`pyro_vae.VAE`, or anything with a `model` and a `guide`.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.

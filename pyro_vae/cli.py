@@ -205,7 +205,7 @@ def compare(
 def evaluate(
     run: Run,
     num_images: Annotated[int | None, Option(min=2, help="How many test images.", show_default="all of them")] = None,
-    num_samples: Annotated[int, Option(min=2, help="Importance samples for each image.")] = 5000,
+    num_samples: Annotated[int, Option(min=25, help="Importance samples for each image; k-hat needs 25.")] = 5000,
     ais_images: Annotated[
         int, Option(min=2, help="How many of them to anneal, and to find the gaps of; as many are simulated.")
     ] = 100,
@@ -231,21 +231,19 @@ def evaluate(
             ais_chains=ais_chains,
             seed=seed,
         )
+    Console().print(_format_report(report))
     (run / "evaluation.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     unfinished = run / "evaluation.nc.unfinished"  # the old file may be open, and can't be written over then
     pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(unfinished)
     unfinished.replace(run / "evaluation.nc")
     bounds = pv.plots.bounds(report.table, log_likelihood=report.between)
-    bounds.set_title(
-        f"{len(report.annealed.per_datum)} test images; log p(x): AIS, and AIS + the gap on simulated images",
-        fontsize="medium",
-    )
-    figures = [
-        _save(bounds.get_figure(), run / "figures" / "bounds_and_log_likelihood.png"),
-        _save(pv.plots.pareto_k(report.log_likelihood.pareto_k).get_figure(), run / "figures" / "pareto_k.png"),
-        _save(pv.plots.active_units(report.active).get_figure(), run / "figures" / "active_units.png"),
-    ]
-    Console().print(_format_report(report))
+    title = f"{len(report.annealed.per_datum)} test images; log p(x): AIS, and AIS + gap + 2 SE of simulated images"
+    bounds.set_title(title, fontsize="medium")
+    figures = [_save(bounds.get_figure(), run / "figures" / "bounds_and_log_likelihood.png")]
+    if report.log_likelihood.share_no_k < 1:
+        axes = pv.plots.pareto_k(report.log_likelihood.pareto_k)
+        figures.append(_save(axes.get_figure(), run / "figures" / "pareto_k.png"))
+    figures.append(_save(pv.plots.active_units(report.active).get_figure(), run / "figures" / "active_units.png"))
     print(run / "evaluation.json", run / "evaluation.nc", *figures, sep="\n")
 
 
@@ -437,22 +435,22 @@ def _format_report(report: Report) -> Table:
         f"{likelihood.monte_carlo_error:.2g}, which a high k-hat makes too small. Mutual information is at most log N = {log_n:.2f}; "
         "near that, there are too few images to tell it from the KL of the aggregate. Active units: "
         f"{active.sum()} of {len(active)} latent dimensions. AIS accepted {report.annealed.acceptance.mean():.0%} of its "
-        "proposals. Gaps are to the higher of AIS and IS. Numbers below the first line between rows are of the first images "
-        "only, or of as many simulated from the model."
+        "proposals. Gaps are to the higher of AIS and IS, of the first images; sim.: images simulated from the model."
     )
     formatted = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", collapse_padding=True)
     formatted.add_column("", no_wrap=True)
     for name in ("nats ± SE", "images", "minutes"):
         formatted.add_column(name, justify="right", no_wrap=True)
     shown: set[str] = set()
-    previous = None
-    for words, estimate, number, part in report.rows():
-        if previous is not None and number != previous:
+    previous = "all"
+    for row in report.rows():
+        if row.data != previous:
             formatted.add_section()
-        minutes = "" if part in shown else f"{report.minutes[part]:.1f}"
-        formatted.add_row(words, str(estimate), str(number), minutes)
-        shown.add(part)
-        previous = number
+        minutes = "" if row.part in shown else f"{report.minutes[row.part]:.1f}"
+        kind = {"all": "", "first": "first ", "simulated": "sim. "}[row.data]
+        formatted.add_row(row.words, str(row.estimate), f"{kind}{row.num_data}", minutes)
+        shown.add(row.part)
+        previous = row.data
     return formatted
 
 

@@ -146,7 +146,7 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     table = table.sort_values("kl", ascending=False)
     ax = ax or _figure().add_subplot()
     places, active = np.arange(len(table)), table["active"].to_numpy(bool)
-    for part, colour, word in ((active, BLUE, "active"), (~active, VERMILLION, "collapsed")):
+    for part, colour, word in ((active, BLUE, "active"), (~active, VERMILLION, "inactive")):
         rows = table[part]
         if len(rows):
             label = f"{word}: {len(rows)} of {len(table)}"

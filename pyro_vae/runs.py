@@ -183,11 +183,17 @@ def run_particles(
         raise
 
 
+def draw(model: Program, guide: Program, args: tuple[Any, ...], num_particles: int, max_plate_nesting: int) -> Run:
+    """One vectorised run of both, to be read at leisure."""
+    particles = Particles(num_particles, True, max_plate_nesting)
+    (run,) = run_particles(model, guide, args, {}, particles, Flow(), in_plate=True, read=lambda run: run)
+    return run
+
+
 def run_at(
     model: Program,
     guide: Program | None,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     values: dict[str, Tensor],
     num_particles: int,
     max_plate_nesting: int,
@@ -199,7 +205,7 @@ def run_at(
     The values have the particles in a leading dimension, left of every plate's. Without a guide the model's own latent
     sites stand in for one, so that the run's guide is the prior, at the cost of the model alone.
     """
-    program = _Program(model, guide or model, args, kwargs, Flow("given"), in_plate=True)
+    program = _Program(model, guide or model, args, {}, Flow("given"), in_plate=True)
     return program.run_at(values, num_particles, -max_plate_nesting - 1, read, prior=guide is None)
 
 

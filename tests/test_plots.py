@@ -414,7 +414,7 @@ def test_active_units_are_in_the_order_of_their_kl():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "0"]
     assert sorted(round(patch.get_height(), 3) for patch in ax.patches) == [0.001, 1.0, 2.0]
     labels = {text.get_text() for text in ax.get_legend().get_texts()}
-    assert labels == {"active: 2 of 3", "collapsed: 1 of 3"}
+    assert labels == {"active: 2 of 3", "inactive: 1 of 3"}
     two = table.set_axis(pd.MultiIndex.from_tuples([("a", 0), ("b", 0), ("b", 1)], names=rows.names))
     assert [label.get_text() for label in plots.active_units(two).get_xticklabels()] == ["b[0]", "b[1]", "a[0]"]
     with pytest.raises(ValueError, match="pass what active_units returns"):

@@ -30,17 +30,7 @@ from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count,
 from pyro_vae.evaluation.likelihood import Evidence, summarise
 from pyro_vae.evaluation.supports import same_support
 from pyro_vae.modules import Program
-from pyro_vae.runs import (
-    Flow,
-    Particles,
-    Run,
-    find_max_plate_nesting,
-    prior,
-    run_at,
-    run_particles,
-    sample_sites,
-    shape_beside,
-)
+from pyro_vae.runs import Run, draw, find_max_plate_nesting, prior, run_at, sample_sites, shape_beside
 from pyro_vae.weights import log_density, per_datum, terms
 
 ACCEPTANCE = 0.65  # what the step size is adapted to, as Neal's analysis of HMC advises
@@ -130,7 +120,7 @@ def ais(
 
     Arguments:
         model: a Pyro model with a batch plate and continuous latent sites.
-        guide: its guide; None will do when the chains start at the prior.
+        guide: its guide; not used, and None will do, when the chains start at the prior.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_steps: T, the number of temperatures after the base, at least 2.
         num_chains: C, at least 2.
@@ -235,7 +225,7 @@ def bdmc(
                     path.at(latents), settings.temperatures.flip(0), steps.flip(0), num_leapfrog, bar
                 )
                 forward.append(log_w)
-                backward.append(-summarise(reverse)[0])
+                backward.append(-summarise(reverse).per_datum)
                 accepted.append(acceptance)
                 simulated.append(piece)
     columns = tuple(torch.cat(column) for column in zip(*simulated, strict=True))
@@ -285,11 +275,7 @@ class _Path:
         self.transforms = {name: biject_to(first.model[name]["fn"].support) for name in self.names}
 
     def _draw(self) -> Run:
-        particles = Particles(self.num_chains, True, self.nesting)
-        (run,) = run_particles(
-            self.model, self.guide, self.args, {}, particles, Flow(), in_plate=True, read=lambda run: run
-        )
-        return run
+        return draw(self.model, self.guide, self.args, self.num_chains, self.nesting)
 
     def start(self) -> _State:
         """Draws from the base."""
@@ -322,7 +308,7 @@ class _Path:
                 volume = volume + per_datum(run, run.guide[name], log_volume)
             return log_density(run, terms(run.guide)) + volume, log_density(run, terms(run.model)) + volume
 
-        densities = run_at(self.model, self.base, self.args, {}, values, self.num_chains, self.nesting, read=read)
+        densities = run_at(self.model, self.base, self.args, values, self.num_chains, self.nesting, read=read)
         slopes = [
             torch.autograd.grad(
                 density.sum(), list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
@@ -461,8 +447,10 @@ def _bar(settings: _Settings, pieces: int, runs: int, progress: bool) -> Any:
 
 
 def _annealed(log_w: Tensor, acceptance: Tensor) -> AnnealedLikelihood:
-    per_datum_, error, ess, zeros, _, _ = summarise(log_w)
-    return AnnealedLikelihood(per_datum_, error, ess, zeros.long(), len(log_w), log_w, acceptance.mean(1))
+    found = summarise(log_w)
+    return AnnealedLikelihood(
+        found.per_datum, found.error, found.ess, found.zeros.long(), len(log_w), log_w, acceptance.mean(1)
+    )
 
 
 def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:

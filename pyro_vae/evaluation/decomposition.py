@@ -14,7 +14,7 @@ from pyro_vae import rng
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
 from pyro_vae.modules import Program
-from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_at, run_particles
+from pyro_vae.runs import Run, draw, find_max_plate_nesting, run_at
 from pyro_vae.weights import log_density, terms
 
 PAIRS_AT_ONCE = 2**21  # of samples, data and dimensions, whose log-densities are in memory
@@ -147,9 +147,7 @@ class _Samples:
 
     @classmethod
     def draw(cls, model: Program, guide: Program, batch: Args, num_samples: int, nesting: int) -> _Samples:
-        (run,) = run_particles(
-            model, guide, batch, {}, Particles(num_samples, True, nesting), Flow(), in_plate=True, read=lambda run: run
-        )
+        run = draw(model, guide, batch, num_samples, nesting)
         refuse_masks(run)
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}
         for name in run.guide:
@@ -214,7 +212,7 @@ def _mixture(
             )
             for name, value in values.items()
         }
-        both, single = run_at(guide, None, column, {}, wide, len(rows), nesting, read=read)
+        both, single = run_at(guide, None, column, wide, len(rows), nesting, read=read)
         joint.append(both.double().logsumexp(1))
         if single is not None:
             each.append(single.double().logsumexp(1))

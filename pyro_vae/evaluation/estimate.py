@@ -15,7 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.batch_plate import Sites, find_batch_plate
-from pyro_vae.evaluation.supports import covers
+from pyro_vae.evaluation.supports import check_covers
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.runs import labelled, prior, sample_sites, trace_once
@@ -79,7 +79,9 @@ def arguments(x: Any) -> Args:
     if data.size is None:
         raise ValueError("expected x to be tensors, got a DataLoader. Pass a split of pv.data, or its tensors.")
     if data.size < 2:
-        raise ValueError(f"expected at least 2 data, whose spread is the error bar, got {data.size}.")
+        raise ValueError(
+            f"expected at least 2 data, whose spread is the error bar, got {data.size}. Pass more rows; pv.log_weights takes one."
+        )
     (args,) = Minibatches(x, data.size, "x").in_order()
     return args
 
@@ -155,6 +157,8 @@ def is_divisible(model: Program, guide: Program, args: Args) -> bool:
             for sites, other in zip(whole, part, strict=True)
             for name, site in sites.items()
         )
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError, KeyError):
         return False  # a program that no data would do for fails again, with its message, on all of them
 
@@ -174,7 +178,7 @@ def _check(traces: tuple[Trace, Trace], number: int) -> bool:
         )
         raise
     check_plate(model, guide, number)
-    alike = [covers(name, model[name]["fn"], guide[name]["fn"]) for name in guide if name in model]
+    alike = [check_covers(name, model[name]["fn"], guide[name]["fn"]) for name in guide if name in model]
     return all(alike)
 
 

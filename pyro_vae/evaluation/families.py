@@ -11,14 +11,14 @@ from pyro_vae.agreement import masks, unwrapped
 from pyro_vae.batch_plate import Site
 from pyro_vae.runs import Run
 
-# Of parameters that say the same thing twice, the one to keep.
-SYNONYMS = {"covariance_matrix", "precision_matrix", "probs"}
+# Of constructor arguments that say the same thing twice, those to drop.
+REDUNDANT = {"covariance_matrix", "precision_matrix", "probs"}
 
 
-def parameters(fn: Any) -> dict[str, Tensor]:
+def constructor_arguments(fn: Any) -> dict[str, Tensor]:
     """The tensors that a distribution is made from, by the names its constructor has; none if they are not known."""
     base = unwrapped(fn)
-    names = [name for name in base.arg_constraints if name not in SYNONYMS]
+    names = [name for name in base.arg_constraints if name not in REDUNDANT]
     if "probs" in base.arg_constraints and "logits" not in names:
         names.append("probs")
     values: dict[str, Any] = {name: getattr(base, name, None) for name in names}
@@ -27,7 +27,7 @@ def parameters(fn: Any) -> dict[str, Tensor]:
 
 def same_for_all_particles(site: Site) -> bool:
     """Whether a site of a run with several particles has one distribution, whatever the samples before it."""
-    values = parameters(site["fn"])
+    values = constructor_arguments(site["fn"])
     return bool(values) and all(bool((value == value[:1]).all()) for value in values.values())
 
 

@@ -17,13 +17,17 @@ from tqdm.auto import tqdm
 from pyro_vae import rng
 from pyro_vae.agreement import family, not_reparameterised, unwrapped
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
-from pyro_vae.evaluation.families import parameters, same_for_all_particles
-from pyro_vae.evaluation.likelihood import Evidence, check_same_data, draw_weights, summarise, warn_of_high_k
+from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
+from pyro_vae.evaluation.likelihood import Evidence, Summary, check_same_data, draw_weights, summarise, warn_of_high_k
 from pyro_vae.modules import Program
 from pyro_vae.objectives import ELBO
-from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles
+from pyro_vae.runs import Run, draw, find_max_plate_nesting
 
 PARTICLES = 8  # of the ELBO that is maximised for each datum
+ADVICE = (
+    "These are the weights of the best member of the guide's family: the approximation gap is probably too small. Pass "
+    "log_likelihood=pv.ais(...)."
+)
 AVERAGED = 0.5  # the last half of the iterates is averaged, which takes the gradient's noise out
 
 
@@ -131,7 +135,7 @@ def inference_gaps(
     args = arguments(x)
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)
-    evidence, best, own, shapes = [], [], [], []
+    best, own = [], []
     with checked(model, guide, args) as data, rng.seeded(seed):
         pieces = data.of(rows_at_once(args) // PARTICLES)
         nesting = find_max_plate_nesting(model, guide, pieces[0], {}, in_plate=True)
@@ -142,7 +146,7 @@ def inference_gaps(
                 local = _LocalGuide(model, guide, piece, nesting)
                 local.fit(num_steps, lr, bar)
 
-                def pair(local: Program = local, piece: Args = piece) -> list[tuple[Tensor, ...]]:
+                def pair(local: Program = local, piece: Args = piece) -> list[Summary]:
                     """Both guides' weights from one noise, which cancels in the amortisation gap."""
                     state, found = rng.get_state(), []
                     for each in (local, guide):
@@ -151,18 +155,17 @@ def inference_gaps(
                     return found
 
                 # The encoder's own member stays where, on samples apart from those that count, the search found no better.
-                (_, _, _, _, found, _), (_, _, _, _, given, _) = pair()
                 fitted, amortised = pair()
-                better = found > given
-                chosen = [torch.where(better, new, old) for new, old in zip(fitted, amortised, strict=True)]
-                evidence.append(chosen[0])
-                best.append(chosen[4])
-                own.append(amortised[4])
-                shapes.append(chosen[5])
+                better = fitted.elbo > amortised.elbo
+                fitted, amortised = pair()
+                best.append(Summary(*(torch.where(better, a, b) for a, b in zip(fitted, amortised, strict=True))))
+                own.append(amortised.elbo)
     if log_likelihood is None:
-        warn_of_high_k(torch.cat(shapes), stacklevel=2)
-    log_p = torch.cat(evidence) if log_likelihood is None else log_likelihood.per_datum
-    return Gaps(log_p, torch.cat(best), torch.cat(own))
+        warn_of_high_k(torch.cat([summary.pareto_k for summary in best]), ADVICE, stacklevel=2)
+        log_p = torch.cat([summary.per_datum for summary in best])
+    else:
+        log_p = log_likelihood.per_datum
+    return Gaps(log_p, torch.cat([summary.elbo for summary in best]), torch.cat(own))
 
 
 class _LocalGuide:
@@ -170,15 +173,15 @@ class _LocalGuide:
 
     def __init__(self, model: Program, guide: Program, args: Args, nesting: int) -> None:
         self.model, self.guide, self.args, self.nesting = model, guide, args, nesting
-        (run,) = run_particles(
-            model, guide, args, {}, Particles(2, True, nesting), Flow(), in_plate=True, read=lambda run: run
-        )
+        run = draw(model, guide, args, 2, nesting)
         _check(run)
         self.fns = {name: site["fn"] for name, site in run.guide.items()}
         self.free: dict[str, dict[str, Tensor]] = {}
         for name, fn in self.fns.items():
             constraints = unwrapped(fn).arg_constraints
-            values = {key: value[0].detach() for key, value in parameters(fn).items()}  # one particle's: all are equal
+            values = {
+                key: value[0].detach() for key, value in constructor_arguments(fn).items()
+            }  # one particle's: all are equal
             self.free[name] = {k: transform_to(constraints[k]).inv(v).clone() for k, v in values.items()}
 
     def __call__(self, *args: Any) -> Any:
@@ -237,7 +240,7 @@ def _masked(fn: Any) -> bool:
 
 def _has_family(fn: Any) -> bool:
     """Whether a distribution can be made again from parameters that are free of one another, with its mask outermost."""
-    base, values = unwrapped(fn), parameters(fn)
+    base, values = unwrapped(fn), constructor_arguments(fn)
     bounded = any(isinstance(bound, Tensor) for name in values for bound in vars(base.arg_constraints[name]).values())
     inner = fn.base_dist if _masked(fn) else fn
     if not values or bounded or getattr(inner, "_mask", None) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -178,7 +178,7 @@ def log_likelihood(
     with checked(model, guide, args) as pieces, rng.seeded(seed):
         result = estimate_evidence(model, guide, pieces, num_samples, vectorize_particles, progress)
     _warn_of_zeros(result, stacklevel=2)
-    warn_of_high_k(result.pareto_k, stacklevel=2)
+    warn_of_high_k(result.pareto_k, ADVICE, stacklevel=2)
     return result
 
 
@@ -192,7 +192,7 @@ def estimate_evidence(
     if vectorize:
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
     # One block, and not a small tensor for each minibatch: those would pin the large ones' memory between them.
-    columns = torch.empty(6, len(data.args[0]), dtype=torch.float64, device=data.args[0].device)
+    columns = torch.empty(len(Summary._fields), len(data.args[0]), dtype=torch.float64, device=data.args[0].device)
     done = 0
     bar = tqdm(total=len(data.args[0]), leave=False, disable=None if progress else True, unit="datum", desc="log p(x)")
     with bar:
@@ -201,8 +201,10 @@ def estimate_evidence(
             columns[:, done : done + len(batch[0])] = torch.stack(summarise(log_w))
             done += len(batch[0])
             bar.update(len(batch[0]))
-    per_datum, error, ess, zeros, elbo, shape = columns
-    return LogLikelihood(per_datum, error, ess, zeros.long(), num_samples, elbo, shape)
+    found = Summary(*columns)
+    return LogLikelihood(
+        found.per_datum, found.error, found.ess, found.zeros.long(), num_samples, found.elbo, found.pareto_k
+    )
 
 
 def draw_weights(
@@ -227,8 +229,19 @@ def draw_weights(
     return torch.cat(pieces)
 
 
-def summarise(log_w: Tensor) -> tuple[Tensor, ...]:
-    """Log-mean-exp, its error, ESS, number of zeros, mean and k-hat of log-weights (K, N), each (N,).
+class Summary(NamedTuple):
+    """What is said of each datum's log-weights, each (N,): see :class:`LogLikelihood`."""
+
+    per_datum: Tensor
+    error: Tensor
+    ess: Tensor
+    zeros: Tensor
+    elbo: Tensor
+    pareto_k: Tensor
+
+
+def summarise(log_w: Tensor) -> Summary:
+    """Reduce log-weights (K, N).
 
     Raises:
         FloatingPointError: one is NaN or plus infinity.
@@ -244,7 +257,8 @@ def summarise(log_w: Tensor) -> tuple[Tensor, ...]:
     mean = weights.mean(0)
     error = weights.std(0) / (math.sqrt(number) * mean)
     ess = weights.sum(0).square() / weights.square().sum(0)
-    return top + mean.log(), error, ess, (log_w == -math.inf).sum(0).double(), log_w.mean(0), pareto_k(log_w)
+    zeros = (log_w == -math.inf).sum(0).double()
+    return Summary(top + mean.log(), error, ess, zeros, log_w.mean(0), pareto_k(log_w))
 
 
 def check_same_data(evidence: Evidence, args: Args) -> None:
@@ -256,13 +270,13 @@ def check_same_data(evidence: Evidence, args: Args) -> None:
         )
 
 
-def warn_of_high_k(shapes: Tensor, *, stacklevel: int) -> None:
+def warn_of_high_k(shapes: Tensor, advice: str, *, stacklevel: int) -> None:
     """Say how many data have weights that can't be trusted, and what to do."""
     share = (shapes > HIGH).double().mean().item()
     if share:
         warnings.warn(
             f"{share:.1%} of the data have a Pareto k-hat above {HIGH}: a few weights carry their estimate of log p(x), which "
-            f"is probably too low, and its error bar too small. {ADVICE}",
+            f"is probably too low, and its error bar too small. {advice}",
             stacklevel=stacklevel + 1,
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import IndependentTransform, Transform, biject_to, constraints
 
 
-def covers(name: str, model: Any, guide: Any) -> bool:
+def check_covers(name: str, model: Any, guide: Any) -> bool:
     """Whether the supports of a latent in model and guide are the same; refuse a guide that leaves out a part of it.
 
     Raises:
@@ -19,7 +19,7 @@ def covers(name: str, model: Any, guide: Any) -> bool:
     own, base = _plain(model.support), _plain(guide.support)
     here, there = _bounds(own), _bounds(base)
     if here is None or there is None:
-        same, whole = type(own) is type(base), type(own) is type(base)
+        same = whole = type(own) is type(base)
     else:
         whole = (
             bool((there[0] <= here[0]).all() and (there[1] >= here[1]).all()) and own.is_discrete == base.is_discrete
