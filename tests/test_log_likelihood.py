@@ -251,7 +251,7 @@ def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
             pyro.sample("z", dist.MultivariateNormal(at, scale_tril=program.L.tril()))
 
     assert estimate.is_divisible(program.model, guide, (program.x,)) == (kind == "one network")
-    monkeypatch.setattr(estimate, "ELEMENTS_AT_ONCE", 100)
+    monkeypatch.setattr(estimate, "ELEMENTS_AT_ONCE", 2000)
     exact = program.log_evidence()
     result = pv.log_likelihood(program.model, guide, program.x, 500, seed=0)
     assert (((result.per_datum - exact) / result.per_datum_error).abs() < 4.5).all()

@@ -211,7 +211,7 @@ def draw_weights(
     model: Program, guide: Program, batch: Args, num_samples: int, vectorize: bool = True, nesting: int | None = None
 ) -> Tensor:
     """Log-weights (K, N) of a minibatch, in float64, from runs of so many particles as fit at once."""
-    chunk_size = max(1, rows_at_once(batch) // len(batch[0])) if vectorize else None
+    chunk_size = _evenly(num_samples, max(1, rows_at_once(batch) // len(batch[0]))) if vectorize else None
     at_once = RUNS_AT_ONCE * chunk_size if chunk_size else num_samples
     pieces, left = [], num_samples
     while left:
@@ -227,6 +227,11 @@ def draw_weights(
         pieces.append(piece.double())
         left -= len(piece)
     return torch.cat(pieces)
+
+
+def _evenly(number: int, most: int) -> int:
+    """The size of equal chunks, of at most `most`: one size of tensors finds its memory again."""
+    return -(-number // -(-number // most))
 
 
 class Summary(NamedTuple):
