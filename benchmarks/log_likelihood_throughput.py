@@ -18,7 +18,7 @@ from pyro_vae.evaluation.estimate import rows_at_once
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--num-samples", type=int, default=5000)
-parser.add_argument("--num-data", type=int, default=40)
+parser.add_argument("--num-data", type=int, default=60)
 parser.add_argument("--repeats", type=int, default=7)
 options = parser.parse_args()
 

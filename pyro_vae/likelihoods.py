@@ -85,17 +85,30 @@ class Bernoulli(Likelihood):
 
 
 class PixelBernoulli(dist.Bernoulli):
-    """Bernoulli whose log-density takes half the passes over memory that torch's own does: log sigmoid(l) + (x - 1) l."""
+    """Bernoulli pixels whose log-density, summed over an event, takes a third of the passes over memory of torch's own."""
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.TorchDistribution:
+        """One event of the dimensions on the right."""
+        return _PixelEvent(
+            self, len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
+        )
+
+
+class _PixelEvent(dist.Independent):
+    """log p(x) = sum_d x_d l_d - log(1 + e^l_d): one new tensor of the logits' size, and a matrix-vector product.
+
+    Its two sums cancel where pixels are surely on, but not at the many that are surely off.
+    """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Of shape (*batch, *event), as the logits."""
+        """Of shape (*batch,)."""
         if self._validate_args:
-            self._validate_sample(value)
-        # softplus(l, -1) is log sigmoid(l); the threshold is where float64 no longer tells it from l.
-        log_sigmoid = softplus(self.logits, beta=-1, threshold=40)
-        if torch.broadcast_shapes(value.shape, log_sigmoid.shape) != log_sigmoid.shape:
-            return torch.addcmul(log_sigmoid, value - 1, self.logits)
-        return log_sigmoid.addcmul_(value - 1, self.logits)  # a new tensor costs as much as the sum
+            self.base_dist._validate_sample(value)
+        size = self.event_shape.numel()
+        logits = self.base_dist.logits.reshape(*self.batch_shape, size)
+        x = value.reshape(*value.shape[: value.dim() - self.event_dim], size)
+        on = logits @ x.reshape(size) if x.numel() == size else torch.linalg.vecdot(x, logits)
+        return on - softplus(logits, threshold=40).sum(-1)  # from 40 on float64 can't tell softplus(l) from l
 
 
 class Gaussian(Likelihood):

@@ -182,16 +182,23 @@ def test_bernoulli_is_cross_entropy_and_gaussian_is_squared_error(event_shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bernoulli_at_extreme_logits_is_torchs(dtype):
-    """Value and derivative, from underflow to overflow of e^l; also where x is wider than the logits, and expanded."""
-    logits = torch.tensor(
-        [-1e3, -100, -41, -39, -20, -3, 0, 0.5, 3, 20, 39, 41, 100, 1e3], dtype=dtype
-    ).requires_grad_()
-    for x in (torch.zeros_like(logits), torch.ones_like(logits), torch.eye(14, dtype=dtype)):
-        values = [d(logits=logits).log_prob(x) for d in (PixelBernoulli, torch.distributions.Bernoulli)]
-        slopes = [torch.autograd.grad(value.sum(), logits)[0] for value in values]
-        torch.testing.assert_close(*values, rtol=1e-5, atol=1e-30)
-        torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
-        assert PixelBernoulli(logits=logits).expand([2, 14]).log_prob(torch.zeros(2, 14, dtype=dtype)).shape == (2, 14)
+@pytest.mark.parametrize(
+    "shapes", [((), ()), ((5,), ()), ((5,), (5,)), ((), (5,)), ((3, 5), (5,)), ((3, 1), (1,)), ((3, 5), (1, 5))]
+)
+def test_bernoulli_pixels_are_torchs(dtype, shapes):
+    """Value and derivative, from underflow to overflow of e^l, with data that broadcast against the logits."""
+    batch, rows = shapes
+    extremes = torch.tensor([-1e3, -100, -41, -39, -20, -3, 0, 0.5, 3, 20, 39, 41, 100, 1e3], dtype=dtype)
+    logits = (extremes.reshape(2, 7) + torch.randn(*batch, 2, 7, dtype=dtype)).requires_grad_()
+    x = (torch.rand(*rows, 2, 7) > 0.5).to(dtype)
+    values = []
+    for family in (PixelBernoulli, dist.Bernoulli):
+        pixels = family(logits=logits).to_event(2)
+        wide = torch.broadcast_shapes(batch, rows)
+        assert pixels.expand([4, *wide]).log_prob(x).shape == (4, *wide)
+        value = pixels.log_prob(x)
+        values.append((value, *torch.autograd.grad(value.sum(), logits)))
+    for ours, torchs in zip(*values, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=2e-6 if dtype is torch.float32 else 1e-12, atol=1e-5)
     with pytest.raises(ValueError, match="support"):
-        PixelBernoulli(logits=logits, validate_args=True).log_prob(torch.full_like(logits, 0.5))
+        PixelBernoulli(logits=logits, validate_args=True).to_event(2).log_prob(torch.full_like(logits, 0.5))
