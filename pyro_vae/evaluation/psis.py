@@ -41,7 +41,11 @@ def pareto_k(log_weights: Tensor) -> Tensor:
             f"expected log_weights of shape (K, N), got {tuple(log_weights.shape)}. For one datum, pass log_weights[:, None]."
         )
     rows = log_weights.double().T.cpu().numpy()
-    usable = np.isfinite(rows.max(1)) & ~np.isnan(rows).any(1) if rows.shape[1] >= FEWEST else np.zeros(len(rows), bool)
+    number = rows.shape[1]
+    usable = np.isfinite(rows.max(1)) & ~np.isnan(rows).any(1) & (number >= FEWEST)
+    if usable.any():
+        tail = int(min(number / 5, 3 * number**0.5))  # as ArviZ cuts it
+        usable &= np.partition(rows, number - tail, axis=1)[:, number - tail] < rows.max(1)
     shapes = np.full(len(rows), np.nan)
     if usable.any():
         shapes[usable] = _arviz_shapes(rows[usable])
