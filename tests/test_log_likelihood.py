@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -263,3 +264,20 @@ def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
     assert gaps.elbo.mean().item() == pytest.approx(program.exact_elbo().mean().item(), abs=0.1)
     table = pv.active_units(program.model, guide, program.x)
     assert table.variance.tolist() == pytest.approx(loc.var(0).tolist())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:arviz")
+@pytest.mark.parametrize("number", [25, 100, 224, 226, 230, 1000, 5000, 20_001])
+def test_pareto_k_is_arvizs_of_the_whole_sample(number):
+    log_w = 2 * torch.randn(number, 3, dtype=torch.float64)
+    rows = log_w.T.numpy()
+    try:
+        from arviz_stats.base import array_stats
+
+        whole = array_stats.psislw(-rows, axis=-1)[1]
+    except ImportError:
+        import arviz
+
+        whole = arviz.psislw(rows)[1]
+    whole = np.where(np.isfinite(whole), whole, np.nan)
+    np.testing.assert_allclose(pv.pareto_k(log_w).numpy(), whole, rtol=1e-9)
