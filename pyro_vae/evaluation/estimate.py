@@ -20,9 +20,7 @@ from pyro_vae.minibatches import Minibatches
 from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.runs import labelled, prior, sample_sites, trace_once
 
-ELEMENTS_AT_ONCE = (
-    2**21
-)  # of data times particles in one run: 8 MB of float32, where Python's share is small and caches still help
+ELEMENTS_AT_ONCE = 2**21  # of data times particles in one run: 8 MB of float32, against Python's share of a run
 
 Args = tuple[Tensor, ...]  # what a program is called with; every tensor's rows are the data
 
