@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## train on the digits that ship offline, compare the b
 	$(BIN)/pyro-vae compare runs/digits
 
 test: $(VENV)/installed-dev  ## the whole quick suite, doctests included
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/installed-dev  ## the tests too long for the quick suite
 	$(BIN)/python -m pytest -m slow
