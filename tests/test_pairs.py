@@ -150,7 +150,9 @@ def test_predictive_and_handlers(network):
 
 
 @pairs
-@pytest.mark.parametrize("objective", [pv.ELBO(2), pv.IWAE(3), Trace_ELBO(), TraceMeanField_ELBO()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "objective", [pv.ELBO(2), pv.IWAE(3), Trace_ELBO(), TraceMeanField_ELBO()], ids=lambda o: type(o).__name__
+)
 def test_a_subsampled_plate_scales_to_all_data(network, objective):
     vae, x = build(network, "gaussian, fixed")
     with torch.no_grad():
