@@ -19,6 +19,7 @@ In six lines::
 from pyro_vae import data, networks, plots
 from pyro_vae.arviz_io import to_arviz
 from pyro_vae.checkpoint import load_parameters
+from pyro_vae.compilation import compile_step
 from pyro_vae.evaluation import (
     Estimate,
     LogLikelihood,
@@ -63,6 +64,7 @@ __all__ = [
     "ais",
     "bdmc",
     "compare",
+    "compile_step",
     "conv_vae",
     "data",
     "decompose_elbo",

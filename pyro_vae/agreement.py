@@ -23,6 +23,7 @@ from torch.distributions import (
 )
 
 from pyro_vae.batch_plate import Plate, Site, Sites, plates
+from pyro_vae.tracing import being_traced
 
 
 def check_sites(model: Sites, guide: Sites) -> None:
@@ -272,7 +273,7 @@ def masks(site: Site) -> list[Any]:
 def _batch_mask(layer: Any, event_dim: int) -> Any:
     """A layer's mask, without the dimensions that a later ``to_event`` takes where it is constant along them."""
     mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
-    if not isinstance(mask, Tensor) or not inner:
+    if not isinstance(mask, Tensor) or not inner or being_traced():
         return mask
     events = mask.expand(layer.batch_shape).flatten(-inner)
     return events.all(-1) if torch.equal(events.all(-1), events.any(-1)) else mask
@@ -280,7 +281,7 @@ def _batch_mask(layer: Any, event_dim: int) -> Any:
 
 def equal(first: Any, second: Any) -> bool:
     """Whether two scales or two masks, each a number or a tensor, are the same but for rounding."""
-    if first is second:
+    if first is second or being_traced():
         return True
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         a, b = torch.as_tensor(first), torch.as_tensor(second)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyro_vae.tracing import being_traced
+
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
 
 Site = Any  # a message of Pyro's, as a trace holds it
@@ -116,6 +118,8 @@ def _swallows(site: Site, plate: Plate) -> bool:
     """Whether an observation's event holds the plate's rows, so that each row counts them all, and all rows agree."""
     event = site["fn"].event_shape
     if not (site["is_observed"] and event and event[0] in (plate.size, plate.full_size) and plate.size > 1):
+        return False
+    if being_traced():
         return False
     log_prob = site["unscaled_log_prob"]
     return site["value"].dim() == len(event) and bool((log_prob == log_prob.narrow(plate.dim, 0, 1)).all())

@@ -29,6 +29,17 @@ def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
 
 
 @contextmanager
+def called() -> Iterator[list[nn.Module]]:
+    """Inside, whatever module is called, from a program's closure too, is put on the list that this yields."""
+    found: list[nn.Module] = []
+    hook = register_module_forward_pre_hook(lambda module, _: found.append(module))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def evaluating(modules: list[nn.Module]) -> Iterator[None]:
     """Inside, dropout is off and batch norm frozen where they were on, in these modules and in any that is called."""
     training = [part for module in modules for part in module.modules() if part.training]

@@ -35,6 +35,7 @@ from pyro_vae.agreement import (
 from pyro_vae.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
 from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.sequential import DrawAsOneOf
+from pyro_vae.tracing import being_traced
 
 T = TypeVar("T")
 
@@ -267,7 +268,7 @@ class _Program:
                     scored = tuple(drawn)
                 else:
                     stopped = sample_sites(at_values)
-            if self.flow.of_mean and (self.flow.stopped or self.flow.path != "all"):
+            if self.flow.of_mean and (self.flow.stopped or self.flow.path != "all") and not being_traced():
                 check_supports({name: drawn[name] for name in scored} if stopped is None else stopped)
         if chunk_size is None or chunk_size >= number:
             return [read(self._run_model(trace, drawn, stopped, scored, number, particle_dim))]
@@ -340,7 +341,8 @@ class _Program:
         sites, batch_plate = labelled(model, guide), None
         if self.in_plate:
             batch_plate = find_batch_plate(sites)  # before shapes are looked at: its messages say more
-            check_densities(model, guide)
+            if not being_traced():
+                check_densities(model, guide)
         check_shapes(model, guide, particle_dim)
         for site in sites.values():
             unmasked: Any = dict(site, log_prob=site["unscaled_log_prob"])

@@ -154,6 +154,7 @@ class Objective(pyro.infer.ELBO):
         self.gradient = gradient
         self.max_plate_nesting = max_plate_nesting
         self.chunk_size = chunk_size
+        self.step = 0  #: how many differentiable losses it has given: what a schedule is a function of
         self._found_nesting: tuple[Program, Program, int] | None = None
 
     @property
@@ -175,6 +176,10 @@ class Objective(pyro.infer.ELBO):
         """The arguments that say what it is, by name."""
         return {"num_particles": self.num_particles}
 
+    def scheduled(self) -> dict[str, float]:
+        """The settings that change from step to step, by attribute, with their values at this :attr:`step`."""
+        return {}
+
     def bound(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The bound on log p(x_n) for each datum, in nats, of shape (N,); differentiable.
 
@@ -187,7 +192,9 @@ class Objective(pyro.infer.ELBO):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the sum over data of scale times bound, in nats, as a scalar tensor to differentiate."""
-        return self._loss(model, guide, args, kwargs)
+        loss = self._loss(model, guide, args, kwargs)
+        self.step += torch.is_grad_enabled()
+        return loss
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The value of :meth:`differentiable_loss`."""

@@ -119,7 +119,6 @@ class ELBO(Objective):
                 "free_bits, got particles that are run apart. Drop free_bits, or run them together."
             )
         self.beta, self.free_bits = beta, free_bits
-        self.step = 0  #: how many differentiable losses it has given: what a schedule is a function of
 
     @property
     def name(self) -> str:
@@ -132,17 +131,15 @@ class ELBO(Objective):
         ]
         return ", ".join(parts) + NAMES[self.gradient]
 
+    def scheduled(self) -> dict[str, float]:
+        """Beta, if it is a schedule."""
+        return {"beta": self._beta()} if callable(self.beta) else {}
+
     def _settings(self) -> dict[str, Any]:
         shown = {"num_particles": self.num_particles, "kl": self.kl}
         if self.beta != 1:
             shown["beta"] = self.beta
         return shown | ({"free_bits": self.free_bits} if self.free_bits else {})
-
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the sum over all terms of scale times term, in nats, as a scalar tensor to differentiate."""
-        loss = self._loss(model, guide, args, kwargs)
-        self.step += torch.is_grad_enabled()
-        return loss
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean over particles."""
