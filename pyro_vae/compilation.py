@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,13 +47,14 @@ class Compiled:
     @property
     def calls_to_pay_off(self) -> float:
         """After how many calls the compilation has saved the time that it took."""
-        return self.seconds / (self.before - self.after) if self.after < self.before else float("inf")
+        return self.seconds / (self.before - self.after) if self.after < self.before else math.inf
 
-    def __str__(self) -> str:
-        times = f"{1e3 * self.after:.3g} ms a call in place of {1e3 * self.before:.3g}"
-        if self.after >= self.before:
-            return f"compiled in {self.seconds:.1f} s: {times}, which never pays off"
-        return f"compiled in {self.seconds:.1f} s: {times}, which pays off after {self.calls_to_pay_off:,.0f} calls"
+
+Tell = Callable[[Compiled | None], None]  # hears of a compilation, with None when it begins
+
+
+def _silently(compiled: Compiled | None) -> None:
+    """Tells nobody."""
 
 
 class CompiledFunction:
@@ -65,15 +67,15 @@ class CompiledFunction:
         function: what to compile; it returns tensors, or None among them.
         model: the model that it runs.
         guide: the guide that it runs.
-        tell: is given a line of text before each compilation, and one after.
+        tell: is called with None before each compilation, and with its result after.
     """
 
     def __init__(
-        self, function: Callable[..., Any], model: Program, guide: Program, tell: Callable[[str], None] | None = None
+        self, function: Callable[..., Any], model: Program, guide: Program, tell: Tell = _silently
     ) -> None:
         self.function = function
         self.modules = find_modules(model, guide)
-        self.tell = tell or (lambda line: None)
+        self.tell = tell
         self.compiled: dict[Any, Compiled] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +104,7 @@ class CompiledFunction:
                 "what changes from call to call, since anything else is a constant of the code. Pass torch.tensor(value), "
                 "or pad the data to one shape."
             )
-        self.tell("compiling")
+        self.tell(None)
 
         def function(*tensors: Tensor) -> Any:
             rest = iter(tensors)
@@ -115,7 +117,7 @@ class CompiledFunction:
             with pyro.validation_enabled(True), evaluating(self.modules), called() as found:
                 function(*tensors)
             self.modules = list(dict.fromkeys([*self.modules, *found]))
-            state = [(buffer, buffer.clone()) for buffer in buffers(self.modules).values()]
+            state = [(buffer, buffer.clone(), buffer._version) for buffer in buffers(self.modules).values()]
             try:
                 with pyro.validation_enabled(False):
                     before = _seconds(function, tensors)
@@ -129,10 +131,11 @@ class CompiledFunction:
                     after = _seconds(code, inputs)
             finally:
                 with torch.no_grad():
-                    for buffer, value in state:
-                        buffer.copy_(value)
+                    for buffer, value, version in state:
+                        if buffer._version != version:
+                            buffer.copy_(value)
         compiled = Compiled(code, traced.captured, traced.read, seconds, before, after)
-        self.tell(str(compiled))
+        self.tell(compiled)
         return compiled
 
 
@@ -171,7 +174,7 @@ class CompiledStep:
         optimizer: torch.optim.Optimizer | PyroOptim,
         *,
         mean: bool = False,
-        tell: Callable[[str], None] | None = None,
+        tell: Tell = _silently,
     ) -> None:
         _check_objective(objective)
         self.model, self.guide, self.objective, self.optimizer, self.mean = model, guide, objective, optimizer, mean

@@ -67,6 +67,11 @@ class Minibatches:
                 return batch
             return self._take(slice(0, self.batch_size))
 
+    def at_hand(self, column: int) -> Tensor | None:
+        """All data of a column, where it is a tensor and no loader's."""
+        whole = None if self.loader is not None else self.columns[column]
+        return whole if isinstance(whole, Tensor) else None
+
     def shuffled(self) -> Iterator[Batch]:
         """One epoch, in a new random order; whole, where one minibatch holds all: its rows may have parameters."""
         if self.loader is not None or self.steps == 1:

@@ -139,18 +139,21 @@ class _RefuseValues(TorchDispatchMode):
         super().__init__()
         self.recorded: dict[int, Tensor] = {}  # by their ids, which are theirs as long as they live
         self.read: dict[int, Tensor] = {}
+        self.constants: dict[int, Tensor] = {}  # what came of those alone that were read
 
     def record(self, values: Any) -> None:
         """These are arguments, or what came of them or of captured tensors: nothing may read them."""
-        self.recorded |= {id(leaf): leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
+        self.recorded |= _tensors(values)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        constant = not any(id(leaf) in self.recorded or _counts(leaf) for leaf in given)
-        if given and constant and not func._schema.is_mutable:
-            self.read |= {id(leaf): leaf for leaf in given}
+        given = _tensors((args, kwargs))
+        constant = given and not any(leaf in self.recorded or _counts(given[leaf]) for leaf in given)
+        if constant and (not func._schema.is_mutable or id(args[0]) in self.constants):
+            self.read |= {leaf: given[leaf] for leaf in given.keys() - self.constants.keys()}
             with _disable_current_modes():
-                return func(*args, **(kwargs or {}))
+                constants = func(*args, **(kwargs or {}))
+            self.constants |= _tensors(constants)
+            return constants
         shape_depends = torch.Tag.dynamic_output_shape in func.tags
         if func is torch.ops.aten.index.Tensor:  # by numbers, its result has the shape of the indices
             shape_depends = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
@@ -160,6 +163,10 @@ class _RefuseValues(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.record(result)
         return result
+
+
+def _tensors(values: Any) -> dict[int, Tensor]:
+    return {id(leaf): leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
 
 
 def _counts(tensor: Tensor) -> bool:

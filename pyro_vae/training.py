@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae import checkpoint as checkpoints
 from pyro_vae import rng
+from pyro_vae.compilation import Compiled, CompiledStep, Tell
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.modules import Program, buffers, evaluating, find_modules
 from pyro_vae.runs import parameters_of, sample_sites, trace_once
@@ -33,6 +37,7 @@ def fit(
     batch_size: int | None = None,
     lr: float = 1e-3,
     validation: Any = None,
+    compile: bool = False,
     checkpoint: str | Path | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -52,6 +57,8 @@ def fit(
         lr: Adam's step size.
         validation: data held out, of the same kinds; its bound is measured after each epoch, with the same noise
             each time and without touching the training's random numbers.
+        compile: whether steps run as compiled code, as :func:`compile_step` says: a shape of minibatches takes some seconds
+            to compile when it first comes, and what then pays off is told in a terminal. The result differs by rounding.
         checkpoint: a file to write after each epoch. If it is there already, training goes on from it and ends,
             bit for bit, where it would have ended unbroken (batch norm: see below).
         seed: starts the random generators for minibatches and samples; None goes on from where they are. Initial
@@ -67,7 +74,7 @@ def fit(
         training with a warning and returns the epochs so far; the parameters keep what was learned.
 
     Raises:
-        ValueError: an argument out of range, data of unequal lengths, empty or with NaN, no parameters to train, or a
+        ValueError: with `compile`, a program that can't be traced, by its line; an argument out of range, data of unequal lengths, empty or with NaN, no parameters to train, or a
             checkpoint that can't be read or that belongs to another program or other settings.
         FloatingPointError: the loss or a parameter became NaN or infinite; the checkpoint is of the epoch before.
 
@@ -93,7 +100,7 @@ def fit(
 
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise ValueError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
-    parameters = _prepare(model, guide, objective, batches)
+    parameters, supports = _prepare(model, guide, objective, batches)
     modules = find_modules(model, guide)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     settings = {
@@ -102,6 +109,7 @@ def fit(
         "lr": lr,
         "seed": seed,
         "N": batches.size,
+        "compile": compile,
     }
     has_schedule = isinstance(getattr(objective, "step", None), int)
     rows: list[dict[str, float]] = []
@@ -114,30 +122,43 @@ def fit(
     bar = tqdm(total=total_steps, disable=None if progress else True, unit="step")
     bar.update(len(rows) * (batches.steps or 0))
     epoch = step = 0
+
+    def uncompiled(*batch: Any) -> Tensor:
+        optimizer.zero_grad()
+        loss = objective.differentiable_loss(model, guide, *batch)
+        (loss / len(batch[0])).backward()
+        return loss.detach()
+
+    gradients: Callable[..., Tensor] = uncompiled
+    if compile:
+        gradients = CompiledStep(model, guide, objective, optimizer, mean=True, tell=_teller(bar, batches)).compute
     try:
-        # Distributions were validated in _prepare, which ran the program once; a program's own checks stay on.
-        with pyro.distributions.validation_enabled(False):
-            for epoch in range(len(rows) + 1, epochs + 1):
+        # What validation finds, it found in _prepare.
+        with pyro.validation_enabled(False), _flushing_denormals():
+            first = len(rows) + 1
+            for epoch in range(first, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}")
-                started, total, count = time.perf_counter(), 0.0, 0
+                started, total, count = time.perf_counter(), torch.zeros((), dtype=torch.float64), 0
                 for step, batch in enumerate(batches.shuffled(), 1):
-                    optimizer.zero_grad()
-                    loss = objective.differentiable_loss(model, guide, *batch)
-                    value, size = loss.item(), len(batch[0])
-                    if not math.isfinite(value):
-                        raise FloatingPointError(_not_finite(f"the loss is {value}", epoch, step, lr, checkpoint))
-                    (loss / size).backward()
+                    if epoch == first:
+                        supports.check(batch)
+                    loss = gradients(*batch)
+                    if not (loss.is_cuda or math.isfinite(loss)):  # to ask a GPU would be to wait for it at each step
+                        raise FloatingPointError(_not_finite(f"the loss is {loss:g}", epoch, step, lr, checkpoint))
                     optimizer.step()
-                    total, count = total + value, count + size
-                    bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
+                    total, count = total + loss.double(), count + len(batch[0])
+                    if step % 20 == 0 and not bar.disable:
+                        bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
                     bar.update()
+                if not math.isfinite(total):
+                    raise FloatingPointError(_not_finite("the epoch's loss is not finite", epoch, step, lr, checkpoint))
                 for name, parameter in parameters.items():
                     if not bool(torch.isfinite(parameter).all()):
                         raise FloatingPointError(
                             _not_finite(f"parameter '{name}' is not finite", epoch, step, lr, checkpoint)
                         )
                 row = {
-                    "train_bound": -total / count,
+                    "train_bound": -float(total) / count,
                     "validation_bound": _validate(model, guide, objective, held_out, modules),
                     "seconds": time.perf_counter() - started,
                 }
@@ -166,7 +187,39 @@ def fit(
     return pd.DataFrame(rows, index=index, columns=["train_bound", "validation_bound", "seconds"])
 
 
-def _prepare(model: Program, guide: Program, objective: Any, batches: Minibatches) -> dict[str, Tensor]:
+def _teller(bar: Any, batches: Minibatches) -> Tell:
+    """Shows that a step is being compiled, and when that will have paid off, where the bar is shown."""
+
+    def tell(compiled: Compiled | None) -> None:
+        if bar.disable:
+            return
+        if compiled is None:
+            bar.set_postfix_str("compiling ...")
+            return
+        faster = f"a step takes {1e3 * compiled.after:.3g} ms in place of {1e3 * compiled.before:.3g}"
+        steps = compiled.calls_to_pay_off
+        epochs = "" if batches.steps is None else f", {steps / batches.steps:,.2g} epochs"
+        pays = f"pays off after {steps:,.0f} steps{epochs}" if math.isfinite(steps) else "never pays off"
+        bar.write(f"compiled in {compiled.seconds:.1f} s: {faster}, which {pays}", file=sys.stderr)
+
+    return tell
+
+
+@contextmanager
+def _flushing_denormals() -> Iterator[None]:
+    """Inside, numbers too small for full precision are zero: an optimiser's moments get there, and cost a hundred times as much."""
+    smallest = torch.tensor(torch.finfo(torch.float64).tiny, dtype=torch.float64)
+    was_on = not bool(smallest / 2 > 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(was_on)
+
+
+def _prepare(
+    model: Program, guide: Program, objective: Any, batches: Minibatches
+) -> tuple[dict[str, Tensor], _Supports]:
     """Run the program once with validation on, so that its mistakes show before any work; return its parameters."""
     batch = batches.example()
     model_trace, guide_trace = trace_once(model, guide, *batch)
@@ -179,10 +232,40 @@ def _prepare(model: Program, guide: Program, objective: Any, batches: Minibatche
             "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
             "pyro.module statement."
         )
+    supports = _Supports(model_trace, batch, batches)
     trial = evaluating(find_modules(model, guide))
     with pyro.validation_enabled(True), rng.preserved(), pyro.poutine.block(), trial:
         copy.copy(objective).differentiable_loss(model, guide, *batch)  # a copy: this is no step of a schedule
-    return parameters
+    return parameters, supports
+
+
+class _Supports:
+    """Refuses data that the site which observes them gives no density: tensors all at once, others as they come."""
+
+    def __init__(self, model_trace: Trace, batch: tuple[Any, ...], batches: Minibatches) -> None:
+        self.unseen: list[tuple[int, str, Any]] = []
+        for name, site in sample_sites(model_trace).items():
+            for column, argument in enumerate(batch):
+                if site["value"] is argument and site["fn"].support is not None:
+                    self.unseen.append((column, name, site["fn"].support))
+        for seen in [entry for entry in self.unseen if batches.at_hand(entry[0]) is not None]:
+            self._check(*seen[1:], batches.at_hand(seen[0]))
+            self.unseen.remove(seen)
+
+    def check(self, batch: tuple[Any, ...]) -> None:
+        """Look at a minibatch of what was not at hand."""
+        for column, name, support in self.unseen:
+            self._check(name, support, batch[column])
+
+    def _check(self, name: str, support: Any, data: Any) -> None:
+        bad = ~support.check(data).reshape(len(data), -1).all(-1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"expected data in the support of model site '{name}', {support}, got {int(bad.sum())} of {len(data)} outside, "
+                f"row {row} with values from {data[row].min():.3g} to {data[row].max():.3g}. Convert those data, drop them, or "
+                "choose another distribution."
+            )
 
 
 def _check_minibatches(model_trace: Trace, size: int) -> None:
@@ -211,10 +294,11 @@ def _resume(
 ) -> list[dict[str, float]]:
     """Put everything where the checkpoint left it; return the history so far."""
     state = checkpoints.load(path)
+    saved = {"compile": False} | state["settings"]
     for name, value in settings.items():
-        if state["settings"][name] != value:
+        if saved[name] != value:
             raise ValueError(
-                f"the checkpoint {path} was written with {name}={state['settings'][name]!r}, and {name}={value!r} is "
+                f"the checkpoint {path} was written with {name}={saved[name]!r}, and {name}={value!r} is "
                 "asked for: expected the same, to end where an unbroken run ends. Pass the same, or a new path."
             )
     if len(state["history"]) > epochs:
