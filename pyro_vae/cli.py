@@ -109,6 +109,9 @@ def train(
     epochs: Annotated[int, Option(min=1, help="Passes over the data in all, earlier ones of the run included.")] = 200,
     batch_size: Annotated[int, Option(min=1, help="Images in a gradient step.")] = 64,
     lr: Annotated[float, Option(help="Step size of Adam.")] = 1e-3,
+    compile: Annotated[
+        bool, Option("--compile", help="Run steps as compiled code: a wait of some seconds at first, then faster.")
+    ] = False,
     seed: Annotated[int, Option(min=0, help="Of initial weights, minibatches and samples.")] = 0,
     out: Annotated[Path | None, Option(file_okay=False, help="Folder of the run.", show_default="runs/DATA")] = None,
 ) -> None:
@@ -154,6 +157,7 @@ def train(
             batch_size=batch_size,
             lr=lr,
             validation=dataset.validation,
+            compile=compile,
             checkpoint=checkpoint,
             seed=seed,
         )
@@ -186,6 +190,9 @@ def compare(
     run: Run,
     num_images: Annotated[int, Option(min=2, help="How many test images; all of them if there are fewer.")] = 500,
     repeats: Annotated[int, Option(min=2, help="How often to run each estimator.")] = 10,
+    compile: Annotated[
+        bool, Option("--compile", help="Measure them as compiled code; compiling takes minutes.")
+    ] = False,
     seed: Annotated[int, Option(min=0, help="Of the estimators' samples.")] = 0,
 ) -> None:
     """Compare bounds on log p(x) for the VAE in RUN, on test images: their values, noise, gradients and cost."""
@@ -194,7 +201,7 @@ def compare(
     import pyro_vae as pv
 
     x = dataset.test.x[:num_images]
-    table = pv.compare(vae.model, vae.guide, x, repeats=repeats, seed=seed)
+    table = pv.compare(vae.model, vae.guide, x, repeats=repeats, compile=compile, seed=seed)
     table.to_csv(run / "compare.csv")
     _save(pv.plots.bounds(table).get_figure(), run / "figures" / "bounds.png")
     Console().print(_format(table, len(x), repeats))
@@ -211,6 +218,7 @@ def evaluate(
     ] = 100,
     ais_steps: Annotated[int, Option(min=2, help="Temperatures of the annealing.")] = 1000,
     ais_chains: Annotated[int, Option(min=2, help="Annealed chains for each image.")] = 16,
+    compile: Annotated[bool, Option("--compile", help="Draw the importance samples by compiled code.")] = False,
     seed: Annotated[int, Option(min=0, help="Of all samples.")] = 0,
 ) -> None:
     """Say how good the VAE in RUN is, and how far off that number: log p(x), its bounds on both sides, gaps, parts, k-hat."""
@@ -229,6 +237,7 @@ def evaluate(
             ais_data=ais_images,
             ais_steps=ais_steps,
             ais_chains=ais_chains,
+            compile=compile,
             seed=seed,
         )
     Console().print(_format_report(report))
@@ -303,6 +312,8 @@ def _read_config(run: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"can't read {path}: {error}. Restore it, or pass another folder.") from error
+    if isinstance(config, dict):
+        config.setdefault("compile", False)  # as runs were before there was a choice
     if not isinstance(config, dict) or config.keys() != {"pyro_vae", *OPTIONS}:
         raise UsageError(
             f"expected {path} to hold the options of 'pyro-vae train' (version {version('pyro_vae')}), got something "

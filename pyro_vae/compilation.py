@@ -70,9 +70,7 @@ class CompiledFunction:
         tell: is called with None before each compilation, and with its result after.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], model: Program, guide: Program, tell: Tell = _silently
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], model: Program, guide: Program, tell: Tell = _silently) -> None:
         self.function = function
         self.modules = find_modules(model, guide)
         self.tell = tell
@@ -117,7 +115,7 @@ class CompiledFunction:
             with pyro.validation_enabled(True), evaluating(self.modules), called() as found:
                 function(*tensors)
             self.modules = list(dict.fromkeys([*self.modules, *found]))
-            state = [(buffer, buffer.clone(), buffer._version) for buffer in buffers(self.modules).values()]
+            state = [(buffer, buffer.clone()) for buffer in buffers(self.modules).values()]
             try:
                 with pyro.validation_enabled(False):
                     before = _seconds(function, tensors)
@@ -131,8 +129,10 @@ class CompiledFunction:
                     after = _seconds(code, inputs)
             finally:
                 with torch.no_grad():
-                    for buffer, value, version in state:
-                        if buffer._version != version:
+                    for buffer, value in state:
+                        if not torch.equal(
+                            buffer, value
+                        ):  # a change in place is a new version, even to the same values
                             buffer.copy_(value)
         compiled = Compiled(code, traced.captured, traced.read, seconds, before, after)
         self.tell(compiled)
@@ -145,7 +145,7 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
     options: dict[str, Any] = {"fallback_random": True}  # torch's own generators, in the program's order
     if any(tensor.is_cuda for tensor in inputs):
         options["triton.cudagraphs"] = True
-    code: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=options)
+    code: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options=options)
     return code
 
 
@@ -176,7 +176,7 @@ class CompiledStep:
         mean: bool = False,
         tell: Tell = _silently,
     ) -> None:
-        _check_objective(objective)
+        check_compiled(objective)
         self.model, self.guide, self.objective, self.optimizer, self.mean = model, guide, objective, optimizer, mean
         self.gradients = CompiledFunction(self._gradients, model, guide, tell)
         self._traced = copy.copy(objective)  # whose schedule gives tensors
@@ -206,14 +206,22 @@ class CompiledStep:
         with torch.enable_grad():
             loss = self._traced.differentiable_loss(self.model, self.guide, *args, **kwargs)
             whole = loss / len(args[0]) if self.mean else loss
-            return loss.detach(), *torch.autograd.grad(whole, self.leaves, allow_unused=True)
+            gradients = torch.autograd.grad(whole, self.leaves, allow_unused=True) if whole.requires_grad else ()
+            if all(gradient is None for gradient in gradients):
+                raise ValueError(
+                    f"expected an optimizer of parameters that the loss depends on, got one of {len(self.leaves)} others. Build "
+                    "it on the program's, torch.optim.Adam(vae.parameters()), say, after the last change of the networks."
+                )
+            return loss.detach(), *gradients
 
     def _constant(self, value: float) -> Tensor:
         # Without dimensions, so that float64 changes no other tensor's type, and rounds as a Python number does.
         return torch.tensor(value, dtype=torch.float64, device=self.leaves[0].device)
 
     def _find_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """What the optimiser steps; of Pyro's optimisers, which are given that, all that the program has."""
+        """What the optimiser steps; of Pyro's optimisers, which are given that at each step, all that the program has."""
+        if not isinstance(self.optimizer, PyroOptim):
+            return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
         with pyro.validation_enabled(True):
             traces = trace_once(self.model, self.guide, *args, **kwargs)
         own = {name: value for found in traces for name, value in parameters_of(found).items()}
@@ -222,16 +230,7 @@ class CompiledStep:
                 "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
                 "pyro.module statement."
             )
-        unique = list(dict.fromkeys(own.values()))
-        if isinstance(self.optimizer, PyroOptim):
-            return unique
-        stepped = [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
-        if not any(leaf is parameter for leaf in stepped for parameter in unique):
-            raise ValueError(
-                f"expected an optimizer of the program's parameters, {sorted(own)}, got one of {len(stepped)} others. Build "
-                "it on them, torch.optim.Adam(vae.parameters()), say, after the last change of the networks."
-            )
-        return stepped
+        return list(dict.fromkeys(own.values()))
 
 
 def compile_step(
@@ -273,7 +272,8 @@ def compile_step(
     return CompiledStep(model, guide, objective, optimizer)
 
 
-def _check_objective(objective: Any) -> None:
+def check_compiled(objective: Any) -> None:
+    """Refuse an objective whose runs can't be one graph."""
     if not isinstance(objective, Objective):
         raise ValueError(
             f"a compiled step expected an objective of pyro_vae, got {objective!r}: Pyro's own read a value back at every step, "

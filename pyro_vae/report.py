@@ -127,6 +127,7 @@ def evaluate(
     ais_data: int = 100,
     ais_steps: int = 1000,
     ais_chains: int = 16,
+    compile: bool = False,
     seed: int | None = None,
 ) -> Report:
     """Run every part: those that are cheap on all of x, annealing, gaps and the comparison on its first `ais_data` rows.
@@ -149,9 +150,11 @@ def evaluate(
     with timed("bdmc"):
         sandwich = ev.bdmc(*program, first, ais_steps, ais_chains, seed=seed)
     with timed("log_likelihood"):
-        likelihood = ev.log_likelihood(*program, x, num_samples, seed=seed)
+        likelihood = ev.log_likelihood(*program, x, num_samples, compile=compile, seed=seed)
     with timed("iwae"):
-        iwae = ev.log_likelihood(*program, x, 64, seed=seed).estimate  # IWAE's bound is that, with fewer samples
+        iwae = ev.log_likelihood(
+            *program, x, 64, compile=compile, seed=seed
+        ).estimate  # IWAE's bound is that, with fewer samples
     with timed("gaps"):
         few = likelihood.of(slice(0, ais_data))
         best = max((few, annealed), key=lambda evidence: evidence.mean)  # both have log p(x) above their mean

@@ -188,7 +188,9 @@ def users_line(error: BaseException) -> str:
     torch_itself, pyro_itself, ours = (Path(str(file)).parent for file in (torch.__file__, pyro.__file__, __file__))
     standard = Path(contextlib.__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if torch_itself not in Path(f.filename).parents]
-    frames = [f for f in frames if Path(f.filename).parent != standard and f.filename[0] != "<" and f.filename != __file__]
+    frames = [
+        f for f in frames if Path(f.filename).parent != standard and f.filename[0] != "<" and f.filename != __file__
+    ]
     own = [f for f in frames if not {pyro_itself, ours} & set(Path(f.filename).parents)]
     frame = (own or frames)[-1]
     return f"{frame.filename}:{frame.lineno}, in {frame.name}: `{frame.line}`"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from toys import Discrete, Mixed, MixturePrior, OneSite, TwoSites, X
+from programs import LinearGaussian
 from torch import nn
+from toys import Discrete, Mixed, X
 
 import pyro_vae as pv
 
@@ -130,10 +133,7 @@ def without_inductor(monkeypatch):
     monkeypatch.setattr("pyro_vae.compilation._inductor", lambda graph, inputs: graph)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_traced_steps_agree_with_uncompiled_ones(objective, program, dtype, default_dtype, without_inductor):
+def check_all(objective, program, dtype):
     made, x = program(dtype)
     chosen = OBJECTIVES[objective]()
     if isinstance(chosen, pv.ELBO) and chosen.kl == "analytic" and program in (flow, two_sites):
@@ -141,3 +141,402 @@ def test_traced_steps_agree_with_uncompiled_ones(objective, program, dtype, defa
             compile_sgd(made, chosen)(x)
         return
     agree(made, chosen, x)
+
+
+QUICK = [(objective, mlp) for objective in OBJECTIVES]
+QUICK += [
+    (name, program) for name in ("ELBO analytic 1", "ELBO stl", "IWAE dreg") for program in (conv, flow, two_sites)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+@pytest.mark.parametrize(("objective", "program"), QUICK, ids=lambda value: getattr(value, "__name__", value))
+def test_traced_steps_agree_with_uncompiled_ones(objective, program, dtype, default_dtype, without_inductor):
+    check_all(objective, program, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
+@pytest.mark.parametrize(("objective", "program"), [("ELBO schedule", mlp), ("IWAE dreg", two_sites)])
+def test_compiled_steps_agree_with_uncompiled_ones(objective, program, dtype, default_dtype):
+    check_all(objective, program, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_all_compiled_steps_agree_with_uncompiled_ones(objective, program, dtype, default_dtype):
+    check_all(objective, program, dtype)
+
+
+@pytest.mark.parametrize("toy", [Discrete, Mixed], ids=lambda toy: toy.__name__)
+@pytest.mark.parametrize("objective", ["ELBO score", "IWAE vimco", "TVO covariance", "RWS"])
+def test_guides_that_cannot_be_reparameterised(objective, toy, without_inductor):
+    chosen = pv.ELBO(3, "monte_carlo", "score") if objective == "ELBO score" else OBJECTIVES[objective]()
+    agree(toy(), chosen, X)
+
+
+class Program:
+    """A model and a guide as functions, with their parameters."""
+
+    def __init__(self, model, guide, *parameters):
+        self.model, self.guide, self.parameters = model, guide, lambda: list(parameters)
+
+
+def test_global_latents_masks_scales_subsamples_and_constrained_parameters(without_inductor):
+    pyro.param("scale", torch.tensor(0.8, dtype=torch.float64), constraint=dist.constraints.positive)
+    gain = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(12, dtype=torch.float64)
+    mask = x > -1
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x), subsample_size=5) as rows, pyro.poutine.mask(mask=mask[rows]):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            with pyro.poutine.scale(scale=torch.tensor(0.5, dtype=torch.float64)):
+                pyro.sample("x", dist.Normal(z, pyro.param("scale")), obs=x[rows])
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(gain, 0.3))
+        with pyro.plate("data", len(x), subsample_size=5) as rows, pyro.poutine.mask(mask=mask[rows]):
+            pyro.sample("z", dist.Normal(gain * x[rows], 0.5))
+
+    parameters = gain, pyro.get_param_store()._params["scale"]
+    agree(Program(model, guide, *parameters), pv.ELBO(kl="monte_carlo"), x, steps=4)
+    agree(Program(model, guide, *parameters), pv.ELBO(2, gradient="stl"), x)
+
+
+class Noisy(nn.Module):
+    """A VAE with dropout and batch norm, the latter found in a closure of the guide."""
+
+    def __init__(self, normalise) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Sequential(nn.Dropout(0.3), nn.Linear(2, 6))
+        self.normalise = [normalise]
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        loc, log_scale = self.normalise[0](self.encoder(x)).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_dropout_and_batch_norm(inductor, monkeypatch):
+    if not inductor:
+        monkeypatch.setattr("pyro_vae.compilation._inductor", lambda graph, inputs: graph)
+    x = torch.randn(8, 6)
+    normalise = nn.BatchNorm1d(4)
+    program, twin = Noisy(normalise), Noisy(nn.BatchNorm1d(4))
+    twin.load_state_dict(program.state_dict())
+    step = compile_sgd(program, pv.ELBO())
+    optimizer = torch.optim.SGD(list(twin.parameters()), 1e-2)
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        loss = step(x)
+        pyro.set_rng_seed(seed)
+        expected = pv.ELBO().differentiable_loss(twin.model, twin.guide, x)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    other = twin.normalise[0]
+    assert normalise.num_batches_tracked == other.num_batches_tracked == 3
+    torch.testing.assert_close(normalise.running_mean, other.running_mean)
+    program.eval()
+    normalise.eval()
+    pyro.set_rng_seed(0)
+    loss = step.compute(x)
+    twin.eval()
+    other.eval()
+    pyro.set_rng_seed(0)
+    torch.testing.assert_close(loss.item(), pv.ELBO().loss(twin.model, twin.guide, x), rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_new_at_each_step_and_follows_the_seed(without_inductor):
+    program, x = mlp(torch.float32)
+    step = compile_sgd(program, pv.ELBO())
+    pyro.set_rng_seed(3)
+    losses = [step.compute(x).item() for _ in range(3)]
+    assert len(set(losses)) == 3
+    pyro.set_rng_seed(3)
+    assert [step.compute(x).item() for _ in range(3)] == losses
+
+
+def test_compiling_leaves_the_generators_alone(without_inductor):
+    program, x = mlp(torch.float32)
+    pyro.set_rng_seed(1)
+    first = compile_sgd(program, pv.ELBO()).compute(x)  # compiled and run
+    pyro.set_rng_seed(1)
+    expected = pv.ELBO().loss(program.model, program.guide, x)
+    assert first.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_arguments_of_several_shapes_by_keyword_and_constants(without_inductor):
+    program, x = mlp(torch.float64)
+    step = compile_sgd(program, pv.ELBO())
+    for args, kwargs in (((x,), {}), ((x[:2],), {}), ((), {"x": x}), ((x, 3), {}), ((x,), {"subsample_size": 3})):
+        for seed in (0, 1):
+            pyro.set_rng_seed(seed)
+            loss = step.compute(*args, **kwargs)
+            pyro.set_rng_seed(seed)
+            assert loss.item() == pytest.approx(pv.ELBO().loss(program.model, program.guide, *args, **kwargs))
+    assert len(step.gradients.compiled) == 5
+
+
+def test_a_new_constant_at_each_step_is_refused(without_inductor, monkeypatch):
+    monkeypatch.setattr("pyro_vae.compilation.MOST", 2)
+    program, x = mlp(torch.float64)
+    step = compile_sgd(program, pv.ELBO())
+    step(x, 2)
+    step(x, 3)
+    step(x, 2)
+    with pytest.raises(ValueError, match=r"compiled for 2 kinds of arguments.*tensors for what changes.*torch.tensor"):
+        step(x, 4)
+
+
+def test_pyros_optimiser_steps_as_in_svi(without_inductor):
+    steps = []
+    for compiled in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        program, x = mlp(torch.float64)
+        optimizer = pyro.optim.ClippedAdam({"lr": 0.1, "clip_norm": 1.0})
+        svi = pyro.infer.SVI(program.model, program.guide, optimizer, loss=pv.ELBO())
+        step = pv.compile_step(program.model, program.guide, pv.ELBO(), optimizer) if compiled else svi.step
+        for _ in range(3):
+            step(x)
+        steps.append(torch.cat([p.flatten() for p in program.parameters()]))
+    torch.testing.assert_close(*steps, rtol=1e-9, atol=1e-12)
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------
+
+
+def normal_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)) + 0 * x, 1.0))
+
+
+def reading(read):
+    """A model that does something with z before it observes x."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            loc = read(z, x)
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    return model
+
+
+calls = {"number": 0}
+
+
+def branch(z, x):
+    if z.mean() > 0:
+        return z
+    return 2 * z
+
+
+def item(z, x):
+    return z * x.mean().item()
+
+
+def array(z, x):
+    return z * float(x.numpy().mean())
+
+
+def listed(z, x):
+    return z * x.tolist()[0]
+
+
+def masked(z, x):
+    return z + z[x > 0].sum()
+
+
+def parameter(z, x):
+    return z * pyro.param("loc").item()
+
+
+def counter(z, x):
+    calls["number"] += 1
+    return z * calls["number"]
+
+
+def numpy_noise(z, x):
+    return z + torch.tensor(np.random.rand())
+
+
+READING = {branch: "if z.mean", item: "item()", array: "x.numpy()", listed: "tolist()", masked: "z[x > 0]"}
+
+
+@pytest.mark.parametrize("read", [*READING, parameter], ids=lambda read: read.__name__)
+def test_reading_a_value_is_refused_by_its_line(read):
+    torch.manual_seed(0)
+    line = READING.get(read, 'pyro.param("loc").item()')
+    pyro.param("loc", torch.tensor(0.1))
+    step = pv.compile_step(reading(read), normal_guide, pv.ELBO(), pyro.optim.Adam({"lr": 0.1}))
+    with pytest.raises(ValueError, match="can't be traced, since it reads a tensor's value") as caught:
+        step(torch.randn(4))
+    message = str(caught.value)
+    assert f"test_compiled.py:{read.__code__.co_firstlineno + 1}, in {read.__name__}" in message
+    assert line in message
+    assert "compile=False" in message
+
+
+@pytest.mark.parametrize("read", [counter, numpy_noise], ids=lambda read: read.__name__)
+def test_doing_something_else_when_run_again_is_refused(read):
+    step = pv.compile_step(reading(read), normal_guide, pv.ELBO(), pyro.optim.Adam({"lr": 0.1}))
+    with pytest.raises(ValueError, match=r"does something else when run again.*counter.*compile=False"):
+        step(torch.randn(4))
+
+
+def test_refusals_of_an_uncompiled_run_come_first():
+    def model(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+
+    step = pv.compile_step(model, guide, pv.IWAE(2), pyro.optim.Adam({"lr": 0.1}))
+    with pytest.raises(ValueError, match="model site 'z' is a latent site outside the batch plate"):
+        step(torch.randn(4))
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (pyro.infer.Trace_ELBO(), "expected an objective of pyro_vae, got .*Trace_ELBO"),
+        (pyro.infer.TraceEnum_ELBO(), "enumeration, TraceEnum_ELBO's"),
+        (pv.IWAE(4, chunk_size=2), "without chunk_size, got 2"),
+        (pv.IWAE(4, vectorize_particles=False), "expected vectorize_particles=True, got False"),
+    ],
+)
+def test_objectives_that_are_no_one_graph(objective, words):
+    program, x = mlp(torch.float32)
+    with pytest.raises(ValueError, match=words):
+        compile_sgd(program, objective)
+    with pytest.raises(ValueError, match=words):
+        pv.fit(program.model, program.guide, x, objective, epochs=1, compile=True)
+
+
+def test_an_optimiser_of_other_parameters():
+    program, x = mlp(torch.float32)
+    other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+    with pytest.raises(
+        ValueError, match=r"expected an optimizer of parameters that the loss depends on, got one of 1 others"
+    ):
+        pv.compile_step(program.model, program.guide, pv.ELBO(), other)(x)
+
+
+def test_a_program_without_parameters():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(ValueError, match="expected a program with parameters to train, got none"):
+        pv.compile_step(model, guide, pv.ELBO(), pyro.optim.Adam({"lr": 0.1}))(torch.randn(4))
+
+
+def test_a_constant_that_was_read_and_changes_is_refused(without_inductor):
+    program, x = flow(torch.float32)
+    step = compile_sgd(program, pv.ELBO(gradient="stl"))
+    step(x)
+    program.transform.arn.permutation.copy_(program.transform.arn.permutation.flip(0))
+    with pytest.raises(ValueError, match=r"a tensor of integers that the program read.*has changed since"):
+        step(x)
+
+
+# What is built on it -------------------------------------------------------------------------------------------------
+
+
+def test_fit_compiled_ends_where_fit_does(without_inductor, tmp_path):
+    x, histories, ends = torch.randn(50, 6, dtype=torch.float64), [], []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        vae = pv.mlp_vae((6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian", scale="learned").double()
+        options = {"batch_size": 16, "validation": x[:10], "seed": 1, "compile": compile}  # the last minibatch has 2
+        histories.append(pv.fit(vae.model, vae.guide, x, pv.ELBO(beta=lambda s: s / 12), epochs=3, **options))
+        ends.append(torch.cat([p.flatten() for p in vae.parameters()]))
+    columns = ["train_bound", "validation_bound"]
+    pd.testing.assert_frame_equal(*[history[columns] for history in histories], rtol=1e-9)
+    torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
+
+
+def test_a_compiled_run_goes_on_from_its_checkpoint_bit_for_bit(without_inductor, tmp_path):
+    x, ends = torch.randn(40, 6), []
+    for pieces in ((4,), (1, 4)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        vae = pv.mlp_vae((6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        for epochs in pieces:
+            path = tmp_path / f"{len(pieces)}.pt"
+            options = {"batch_size": 16, "seed": 1, "checkpoint": path}
+            pv.fit(vae.model, vae.guide, x, pv.IWAE(3), epochs=epochs, compile=True, **options)
+        ends.append([p.detach().clone() for p in vae.parameters()])
+    assert all(map(torch.equal, *ends))
+    with pytest.raises(ValueError, match="written with compile=True, and compile=False is asked for"):
+        pv.fit(vae.model, vae.guide, x, pv.IWAE(3), epochs=5, **options)
+
+
+def test_fit_refuses_before_training_what_cannot_be_traced():
+    x = torch.randn(8)
+    pyro.param("loc", torch.tensor(0.1))
+    with pytest.raises(ValueError, match=r"in branch: `if z.mean"):
+        pv.fit(reading(branch), normal_guide, x, pv.ELBO(), epochs=1, compile=True)
+    assert pyro.param("loc").item() == pytest.approx(0.1)
+
+
+def test_fit_compiled_stops_at_a_loss_that_is_not_finite(without_inductor):
+    vae = pv.mlp_vae((6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian", scale="learned")
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) in epoch"):
+        pv.fit(vae.model, vae.guide, 1e18 * torch.randn(64, 6), pv.ELBO(), epochs=30, lr=10.0, compile=True)
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_compiled_log_likelihood_is_exact_within_its_error(inductor, monkeypatch):
+    if not inductor:
+        monkeypatch.setattr("pyro_vae.compilation._inductor", lambda graph, inputs: graph)
+    program = LinearGaussian(3, 2, 6, wrong=True)
+    ll = pv.log_likelihood(program.model, program.guide, program.x, 20_000, compile=True, seed=0)
+    assert ((ll.per_datum - program.log_evidence()).abs() / ll.per_datum_error).max() < 4
+    assert ll.num_samples == 20_000
+    with pytest.raises(ValueError, match="expected vectorize_particles=True with compile=True"):
+        pv.log_likelihood(program.model, program.guide, program.x, 10, vectorize_particles=False, compile=True)
+
+
+def test_compiled_log_likelihood_of_several_portions_and_batches(without_inductor, monkeypatch):
+    monkeypatch.setattr("pyro_vae.evaluation.estimate.ELEMENTS_AT_ONCE", 3 * 2 * 70)
+    program = LinearGaussian(3, 2, 7, wrong=True)
+    for number in (50, 700):  # two data in a minibatch, and the last alone; ten portions
+        ll = pv.log_likelihood(program.model, program.guide, program.x, number, compile=True, seed=0)
+        assert len(ll.per_datum) == 7
+        assert ((ll.per_datum - program.log_evidence()).abs() / ll.per_datum_error).max() < 5
+
+
+def test_compare_compiled_measures_the_same(without_inductor):
+    program, x = mlp(torch.float64)
+    objectives = [pv.ELBO(), pv.IWAE(4, "dreg")]
+    tables = [
+        pv.compare(program.model, program.guide, x, objectives, repeats=3, compile=compile, seed=0)
+        for compile in (False, True)
+    ]
+    columns = ["bound", "estimator_std", "grad_snr_model", "grad_snr_guide"]
+    pd.testing.assert_frame_equal(*[table[columns] for table in tables], rtol=1e-9)
+    with pytest.raises(ValueError, match="without chunk_size"):
+        pv.compare(program.model, program.guide, x, pv.IWAE(4, chunk_size=2), compile=True)

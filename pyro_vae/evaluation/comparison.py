@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae import rng
+from pyro_vae.compilation import CompiledFunction, check_compiled
 from pyro_vae.evaluation.estimate import Estimate, Pieces, arguments, check_count, check_plate, is_divisible
 from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
 from pyro_vae.modules import Program, evaluating, find_modules
@@ -34,6 +36,7 @@ def compare(
     *,
     repeats: int = 10,
     log_likelihood: Evidence | None = None,
+    compile: bool = False,
     seed: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -73,6 +76,8 @@ def compare(
             Monte Carlo with 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
         log_likelihood: an estimate of log p(x) of the same data, by :func:`pyro_vae.ais` say.
+        compile: whether to measure each as compiled code, see :func:`pyro_vae.compile_step`, after some seconds for each row; then
+            `milliseconds` are those of compiled code too.
         seed: where each objective's random numbers start; None goes on from the generators' state.
         progress: whether to show which row is being measured, in a terminal.
 
@@ -102,7 +107,7 @@ def compare(
         data = Pieces(args, is_divisible(model, guide, args))
         in_model, in_guide = trace_once(model, guide, *args)
         check_plate(sample_sites(in_model), sample_sites(in_guide), len(args[0]))
-        return _compare(model, guide, data, objectives, repeats, log_likelihood, seed, progress)
+        return _compare(model, guide, data, objectives, repeats, log_likelihood, compile, seed, progress)
 
 
 def _compare(
@@ -112,6 +117,7 @@ def _compare(
     objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None,
     repeats: int,
     log_likelihood: Evidence | None,
+    compile: bool,
     seed: int | None,
     progress: bool,
 ) -> pd.DataFrame:
@@ -121,6 +127,8 @@ def _compare(
     for objective in chosen.values() if isinstance(chosen, Mapping) else chosen:
         if not isinstance(objective, Objective):
             raise ValueError(f"expected objectives of pyro_vae, which have a bound per datum, got {objective!r}.")
+        if compile:
+            check_compiled(objective)
     named = list(chosen.items()) if isinstance(chosen, Mapping) else [(o.name, o) for o in chosen]
     keys = [(name, objective.num_particles) for name, objective in named]
     if len(set(keys)) < len(keys):
@@ -133,7 +141,7 @@ def _compare(
         )
     with torch.no_grad(), rng.seeded(seed):
         vectorize = all(objective.vectorize_particles for _, objective in named)
-        evidence = estimate_evidence(model, guide, data, SAMPLES, vectorize, progress)
+        evidence = estimate_evidence(model, guide, data, SAMPLES, vectorize, progress, compile)
     best = evidence.per_datum
     if log_likelihood is not None and log_likelihood.mean > evidence.mean:
         best = log_likelihood.per_datum
@@ -142,7 +150,7 @@ def _compare(
     for name, objective in bar:
         bar.set_description(f"{name}, K = {objective.num_particles}")
         with rng.seeded(seed):
-            row, per_datum = _measure(model, guide, data, objective, parameters, repeats)
+            row, per_datum = _measure(model, guide, data, objective, parameters, repeats, compile)
         gap = Estimate.of(best - per_datum)
         row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": evidence.pareto_k.nanmedian().item()}
         rows.append(row)
@@ -169,31 +177,44 @@ def _measure(
     objective: Objective,
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
     repeats: int,
+    compile: bool,
 ) -> tuple[dict[str, float], Tensor]:
     """A row of the table, and the bound of each datum, averaged over repeats."""
     objective = copy.copy(objective)  # whose losses are no steps of a schedule
     args, chunks = data.args, data.of(ROWS_AT_ONCE // objective.num_samples)
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
+
+    @torch.no_grad()
+    def bound_of(*chunk: Tensor) -> Tensor:
+        return objective.bound(model, guide, *chunk)
+
+    @torch.enable_grad()
+    def gradient_of(*chunk: Tensor) -> Tensor:
+        loss = objective.differentiable_loss(model, guide, *chunk)
+        parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    functions: list[Callable[..., Tensor]] = [bound_of, gradient_of]
+    if compile:
+        functions = [CompiledFunction(function, model, guide) for function in functions]
+        with rng.preserved():  # compiled before any clock runs
+            for function, chunk in itertools.product(functions, {len(chunk[0]): chunk for chunk in chunks}.values()):
+                function(*chunk)
+    bound, gradient = functions
     bounds, seconds, gradients = [], [], []
     for _ in range(repeats):
-        with torch.no_grad():
-            bounds.append(torch.cat([objective.bound(model, guide, *chunk) for chunk in chunks]).double())
+        bounds.append(torch.cat([bound(*chunk) for chunk in chunks]).double())
         started = _now(args[0])
-        gradient = torch.zeros(())
-        for chunk in chunks:
-            loss = objective.differentiable_loss(model, guide, *chunk)
-            parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            gradient = gradient + torch.cat([part.flatten() for part in parts])
+        gradients.append(torch.stack([gradient(*chunk) for chunk in chunks]).sum(0))
         seconds.append(_now(args[0]) - started)
-        gradients.append(gradient)
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
     stacked = torch.stack(gradients)
-    bound = Estimate.of(per_datum)
+    value = Estimate.of(per_datum)
     row = {
-        "bound": bound.value,
-        "bound_se": bound.standard_error,
+        "bound": value.value,
+        "bound_se": value.standard_error,
         "estimator_std": per_repeat.var(0).mean().sqrt().item(),
         "grad_snr_model": _signal_to_noise(stacked[:, :in_model]),
         "grad_snr_guide": _signal_to_noise(stacked[:, in_model:]),
