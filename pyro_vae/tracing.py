@@ -7,6 +7,7 @@ them, or does something else when run again is refused here, by the line that do
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -42,7 +42,8 @@ class Traced:
 
 def being_traced() -> bool:
     """Whether operations are recorded just now, so that no check may read a value; the run before it has made them all."""
-    return get_proxy_mode() is not None
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # half a second to import, for those who trace
+    return tracer is not None and tracer.get_proxy_mode() is not None
 
 
 def trace(function: Callable[..., Any], args: Sequence[Tensor], other_args: Sequence[Tensor]) -> Traced:
@@ -60,6 +61,8 @@ def trace(function: Callable[..., Any], args: Sequence[Tensor], other_args: Sequ
 
 
 def _trace(function: Callable[..., Any], args: Sequence[Tensor]) -> Traced:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     values = _RefuseValues()
 
     def refusing(*args: Tensor) -> Any:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
+collect_ignore = ["bench"]
 
 
 @pytest.fixture(autouse=True)

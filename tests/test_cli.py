@@ -468,6 +468,8 @@ def test_help_lists_every_option_with_its_default(command):
             assert "[required]" in said
         elif isinstance(option.show_default, str):
             assert f"[default: ({option.show_default})" in said
+        elif option.is_flag:
+            assert not option.default
         else:
             assert f"[default: {option.default}" in said
         assert (option.help or "").rstrip(".") in said
