@@ -145,18 +145,26 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
     options: dict[str, Any] = {"fallback_random": True}  # torch's own generators, in the program's order
     if any(tensor.is_cuda for tensor in inputs):
         options["triton.cudagraphs"] = True
-    code: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options=options)
+    try:
+        code: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options=options)
+    except Exception as error:
+        raise RuntimeError(
+            f"Inductor could not compile the traced program ({error}): expected a working compiler, of C++ for a CPU. Install "
+            "one (g++, say; the variable CXX names another), or run the program uncompiled."
+        ) from error
     return code
 
 
 def _seconds(function: Callable[..., Any], args: list[Tensor]) -> float:
-    """The time of a second call."""
-    for _ in range(2):
+    """The least time of three calls: the first may have more to do, and others may have the machine."""
+    times = []
+    for _ in range(3):
         started = time.perf_counter()
         function(*args)
         if any(tensor.is_cuda for tensor in args):
             torch.cuda.synchronize()
-    return time.perf_counter() - started
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 class CompiledStep:
@@ -261,6 +269,7 @@ def compile_step(
         ValueError: the objective is none of this package's or runs particles apart, or the optimizer has none of the
             program's parameters; at the first step: what :func:`pyro_vae.log_weights` refuses, or a program that can't be
             traced, since it reads a tensor's value or does something else when run again. The message names the line.
+        RuntimeError: there is no C++ compiler, which Inductor needs for a CPU.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv

@@ -33,5 +33,6 @@ def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
     for start in ("log p(x) = -", "log p(x) >= -", "log p(x) - ELBO = ", "ELBO -"):
         assert any(line.startswith(start) for line in printed.splitlines()), start
     assert names["groups"]["posterior"]["z"].shape == (1, 500, 20, 2)
+    exec(blocks[4], names | {"torch": torch})
     bound = pv.IWAE(1000).reduce(names["log_w"]).mean().item()
     assert bound == pytest.approx(names["svi"].evaluate_loss(names["x"]) / -len(names["x"]), abs=1.0)
