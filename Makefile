@@ -13,7 +13,7 @@ test: $(VENV)/installed-dev  ## the whole quick suite, doctests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/installed-dev  ## the tests too long for the quick suite
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 arviz: $(VENV)/installed-dev  ## what depends on ArviZ's version: make arviz PYTHON=python3.13 VENV=.venv-3.13 has 1.x
 	$(BIN)/python -m pytest tests/test_arviz.py tests/test_log_likelihood.py

@@ -142,13 +142,27 @@ def _image(transform: Transform, end: Tensor) -> Tensor:
 
 
 def _bounds(constraint: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    bounded = hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound")
-    # What is no interval (a simplex, the sides of a coin) is no whole line either, and any transform may move it.
-    free = math.inf if bounded or isinstance(constraint, type(constraints.real)) else 1.0
-    low, high = getattr(constraint, "lower_bound", -free), getattr(constraint, "upper_bound", free)
+    # What is no interval (a simplex) is no whole line either, and any transform may move it.
+    low, high = interval(constraint) or (-1.0, 1.0)
     return torch.as_tensor(low).to(like), torch.as_tensor(high).to(like)
+
+
+def plain(support: Any) -> Any:
+    """The support of one dimension, without what ``to_event`` adds."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def interval(support: Any) -> tuple[Any, Any] | None:
+    """The ends of an interval of numbers; None where the support is none."""
+    support = plain(support)
+    if support is constraints.boolean:
+        return 0.0, 1.0
+    bounded = hasattr(support, "lower_bound") or hasattr(support, "upper_bound")
+    if not bounded and not isinstance(support, type(constraints.real)):
+        return None
+    return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
 
 
 def _support(distribution: Any) -> Any:

@@ -161,10 +161,27 @@ def test_compiled_steps_agree_with_uncompiled_ones(objective, program, dtype, de
     check_all(objective, program, dtype)
 
 
+def in_every_case(test):
+    test = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)(test)
+    test = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)(test)
+    return pytest.mark.parametrize("objective", OBJECTIVES)(test)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+@in_every_case
+def test_all_traced_steps_agree_with_uncompiled_ones(objective, program, dtype, default_dtype, without_inductor):
+    check_all(objective, program, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
+def test_compiled_steps_of_each_objective_agree_with_uncompiled_ones(objective, dtype, default_dtype):
+    check_all(objective, mlp, dtype)
+
+
+@pytest.mark.exhaustive
+@in_every_case
 def test_all_compiled_steps_agree_with_uncompiled_ones(objective, program, dtype, default_dtype):
     check_all(objective, program, dtype)
 

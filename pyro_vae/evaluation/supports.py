@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from torch.distributions import IndependentTransform, Transform, biject_to, constraints
+from torch import Tensor
+from torch.distributions import IndependentTransform, Transform, biject_to
+
+from pyro_vae.agreement import interval, plain
 
 
 def check_covers(name: str, model: Any, guide: Any) -> bool:
@@ -16,8 +18,8 @@ def check_covers(name: str, model: Any, guide: Any) -> bool:
         ValueError: where the guide has no samples the average of the weights misses what p(x, z) has there, and no
             diagnostic can tell.
     """
-    own, base = _plain(model.support), _plain(guide.support)
-    here, there = _bounds(own), _bounds(base)
+    own, base = plain(model.support), plain(guide.support)
+    here, there = _ends(own), _ends(base)
     if here is None or there is None:
         same = whole = type(own) is type(base)
     else:
@@ -46,21 +48,6 @@ def _same_transform(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def _plain(support: Any) -> Any:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
-
-
-def _bounds(support: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The ends of an interval of numbers; None where the support is none."""
-    if support is constraints.real:
-        ends: tuple[Any, Any] = (-math.inf, math.inf)
-    elif support is constraints.boolean:
-        ends = (0.0, 1.0)
-    elif hasattr(support, "lower_bound") or hasattr(support, "upper_bound"):
-        ends = (getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf))
-    else:
-        return None
-    low, high = (torch.as_tensor(end, dtype=torch.float64) for end in ends)
-    return low, high
+def _ends(support: Any) -> tuple[Tensor, Tensor] | None:
+    ends = interval(support)
+    return ends and (torch.as_tensor(ends[0], dtype=torch.float64), torch.as_tensor(ends[1], dtype=torch.float64))
