@@ -120,7 +120,7 @@ def _ends(distribution: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(fn, MixtureSameFamily):
         return _ends(fn.component_distribution, like)
     if type(fn).support is not TransformedDistribution.support:
-        return _bounds(_support(fn), like)
+        return _bounds(support_of(fn), like)
     # The support that PyTorch gives is the last transform's codomain, all of it: of a shifted Uniform, the real line.
     shape = fn.base_dist.batch_shape + fn.base_dist.event_shape
     low, high = (end.expand(shape) for end in _ends(fn.base_dist, like))
@@ -165,7 +165,8 @@ def interval(support: Any) -> tuple[Any, Any] | None:
     return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
 
 
-def _support(distribution: Any) -> Any:
+def support_of(distribution: Any) -> Any:
+    """A distribution's support; the real line where it does not say."""
     try:
         return distribution.support
     except NotImplementedError:  # a family of one's own that does not say
@@ -208,7 +209,7 @@ def _size(site: Site, constrained: Site) -> int:
     """How many dimensions a site has, without those that the constrained site's support takes away."""
     shape = site["fn"].batch_shape + site["fn"].event_shape
     try:
-        return math.prod(biject_to(_support(constrained["fn"])).inverse_shape(shape))
+        return math.prod(biject_to(support_of(constrained["fn"])).inverse_shape(shape))
     except NotImplementedError:  # discrete, say
         return math.prod(shape)
 
@@ -284,6 +285,11 @@ def masks(site: Site) -> list[Any]:
     return [mask for mask in found if mask is not None and mask is not True]
 
 
+def validates(site: Site) -> bool:
+    """Whether a site's distributions look at the values that they are asked for the density of."""
+    return all(getattr(layer, "_validate_args", True) is not False for layer in _layers(site["fn"]))
+
+
 def _batch_mask(layer: Any, event_dim: int) -> Any:
     """A layer's mask, without the dimensions that a later ``to_event`` takes where it is constant along them."""
     mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
@@ -294,7 +300,9 @@ def _batch_mask(layer: Any, event_dim: int) -> Any:
 
 
 def equal(first: Any, second: Any) -> bool:
-    """Whether two scales or two masks, each a number or a tensor, are the same but for rounding."""
+    """Whether two scales or two masks, each a number or a tensor, are the same but for rounding; under a tracer, which follows
+    a run that looked, it does not look.
+    """
     if first is second or being_traced():
         return True
     if isinstance(first, Tensor) or isinstance(second, Tensor):

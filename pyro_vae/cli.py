@@ -110,7 +110,8 @@ def train(
     batch_size: Annotated[int, Option(min=1, help="Images in a gradient step.")] = 64,
     lr: Annotated[float, Option(help="Step size of Adam.")] = 1e-3,
     compile: Annotated[
-        bool, Option("--compile", help="Run steps as compiled code: a wait of some seconds at first, then faster.")
+        bool,
+        Option("--compile", help="Run steps as compiled code: up to half a minute of compiling at first, then faster."),
     ] = False,
     seed: Annotated[int, Option(min=0, help="Of initial weights, minibatches and samples.")] = 0,
     out: Annotated[Path | None, Option(file_okay=False, help="Folder of the run.", show_default="runs/DATA")] = None,
@@ -218,7 +219,9 @@ def evaluate(
     ] = 100,
     ais_steps: Annotated[int, Option(min=2, help="Temperatures of the annealing.")] = 1000,
     ais_chains: Annotated[int, Option(min=2, help="Annealed chains for each image.")] = 16,
-    compile: Annotated[bool, Option("--compile", help="Draw the importance samples by compiled code.")] = False,
+    compile: Annotated[
+        bool, Option("--compile", help="Draw the importance samples by compiled code; worth it for many images.")
+    ] = False,
     seed: Annotated[int, Option(min=0, help="Of all samples.")] = 0,
 ) -> None:
     """Say how good the VAE in RUN is, and how far off that number: log p(x), its bounds on both sides, gaps, parts, k-hat."""

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import pyro.infer
 import torch
 from pyro.optim import PyroOptim
-from torch import Tensor
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_vae import rng
-from pyro_vae.modules import Program, buffers, called, evaluating, find_modules
+from pyro_vae.modules import Program, buffers, evaluating, find_modules
 from pyro_vae.objectives import Objective
-from pyro_vae.runs import parameters_of, trace_once
-from pyro_vae.tracing import trace
+from pyro_vae.runs import require_parameters, trace_once
+from pyro_vae.tracing import trace, unchanged, writes_undone
 
-MOST = 16  # kinds of arguments that one function is compiled for
+MAX_KINDS = 8  # of arguments that one function is compiled for
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,21 @@ class Compiled:
         captured: what it reads besides its arguments, and updates where the program does (batch norm's statistics).
         seconds: what it took to trace and compile.
         read: tensors of integers whose values it has in it, with their versions.
-        before: the seconds that one call takes uncompiled.
-        after: the seconds that one call takes compiled.
+        bound: what was where in the program's modules, as (dictionary, name, tensor): another tensor there is another program.
+        eager_seconds: what one call takes uncompiled; None where nobody listens.
+        compiled_seconds: what one call takes compiled, likewise.
     """
 
     code: Callable[..., Any]
     captured: list[Tensor]
     read: list[tuple[Tensor, int]]
+    bound: list[tuple[dict[str, Any], str, Any]]
     seconds: float
-    before: float
-    after: float
-
-    @property
-    def calls_to_pay_off(self) -> float:
-        """After how many calls the compilation has saved the time that it took."""
-        return self.seconds / (self.before - self.after) if self.after < self.before else math.inf
+    eager_seconds: float | None
+    compiled_seconds: float | None
 
 
-Tell = Callable[[Compiled | None], None]  # hears of a compilation, with None when it begins
-
-
-def _silently(compiled: Compiled | None) -> None:
-    """Tells nobody."""
+OnCompile = Callable[[Compiled | None], None]  # hears of a compilation, with None when it begins
 
 
 class CompiledFunction:
@@ -67,26 +61,32 @@ class CompiledFunction:
         function: what to compile; it returns tensors, or None among them.
         model: the model that it runs.
         guide: the guide that it runs.
-        tell: is called with None before each compilation, and with its result after.
+        on_compile: is called with None before each compilation, and with its result after.
     """
 
-    def __init__(self, function: Callable[..., Any], model: Program, guide: Program, tell: Tell = _silently) -> None:
+    def __init__(
+        self, function: Callable[..., Any], model: Program, guide: Program, on_compile: OnCompile | None = None
+    ) -> None:
         self.function = function
         self.modules = find_modules(model, guide)
-        self.tell = tell
+        self.on_compile = on_compile
         self.compiled: dict[Any, Compiled] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns, without gradients."""
+        if am_i_wrapped():
+            raise ValueError(
+                "compiled code runs no Pyro handlers: expected it to be called outside of all of them, got one around the call "
+                "(poutine.scale or mask, a plate, say). Put the handler inside the model and the guide."
+            )
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        kinds = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        key = (repr(structure), *kinds, *[module.training for module in self.modules])
+        kind = (repr(structure), *map(_kind, leaves))
+        key = (*kind, *_modes(self.modules))
         compiled = self.compiled.get(key)
-        if compiled is None:
+        if compiled is None or any(owner.get(name) is not tensor for owner, name, tensor in compiled.bound):
             compiled = self._compile(leaves, structure, tensors)
-            key = (repr(structure), *kinds, *[module.training for module in self.modules])  # it may have found more
-            self.compiled[key] = compiled
+            self.compiled[(*kind, *_modes(self.modules))] = compiled  # it may have found more modules
         if any(tensor._version != version for tensor, version in compiled.read):
             raise ValueError(
                 "a tensor of integers that the program read when it was compiled has changed since: expected a constant, such as "
@@ -96,13 +96,14 @@ class CompiledFunction:
             return compiled.code(*compiled.captured, *tensors)
 
     def _compile(self, leaves: list[Any], structure: Any, tensors: list[Tensor]) -> Compiled:
-        if len(self.compiled) == MOST:
+        if len(self.compiled) == MAX_KINDS:
             raise ValueError(
-                f"compiled for {MOST} kinds of arguments, and another came: expected arguments of few shapes, and tensors for "
+                f"compiled for {MAX_KINDS} kinds of arguments, and another came: expected arguments of few shapes, and tensors for "
                 "what changes from call to call, since anything else is a constant of the code. Pass torch.tensor(value), "
                 "or pad the data to one shape."
             )
-        self.tell(None)
+        if self.on_compile is not None:
+            self.on_compile(None)
 
         def function(*tensors: Tensor) -> Any:
             rest = iter(tensors)
@@ -110,33 +111,58 @@ class CompiledFunction:
             args, kwargs = pytree.tree_unflatten(filled, structure)
             return self.function(*args, **kwargs)
 
-        with pyro.poutine.block(), rng.preserved():
-            # First with validation, in evaluation mode: mistakes show here, and parameters come into being.
-            with pyro.validation_enabled(True), evaluating(self.modules), called() as found:
-                function(*tensors)
-            self.modules = list(dict.fromkeys([*self.modules, *found]))
-            state = [(buffer, buffer.clone()) for buffer in buffers(self.modules).values()]
-            try:
+        with rng.preserved():
+            with writes_undone():
+                with evaluating(self.modules) as found:  # so that batch norm takes no notice
+                    function(*tensors)
+                parts = [part for module in (*self.modules, *found) for part in module.modules()]
+                self.modules = list(dict.fromkeys(parts))
+                # Batch norm does not say that it writes to its statistics.
+                with unchanged(buffers(self.modules).values()):
+                    with pyro.validation_enabled(True):
+                        function(*tensors)
+                    started = time.perf_counter()
+                    traced = trace(
+                        function, tensors, [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]
+                    )
+            inputs = [*traced.captured, *tensors]
+            with unchanged(inputs), torch.no_grad():
+                code = _inductor(traced.graph, inputs)
+                code(*inputs)
+                seconds = time.perf_counter() - started
+                compiled_seconds = _seconds(code, inputs) if self.on_compile else None
                 with pyro.validation_enabled(False):
-                    before = _seconds(function, tensors)
-                started = time.perf_counter()
-                traced = trace(function, tensors, [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors])
-                with torch.no_grad():
-                    inputs = [*traced.captured, *tensors]
-                    code = _inductor(traced.graph, inputs)
-                    code(*inputs)
-                    seconds = time.perf_counter() - started
-                    after = _seconds(code, inputs)
-            finally:
-                with torch.no_grad():
-                    for buffer, value in state:
-                        if not torch.equal(
-                            buffer, value
-                        ):  # a change in place is a new version, even to the same values
-                            buffer.copy_(value)
-        compiled = Compiled(code, traced.captured, traced.read, seconds, before, after)
-        self.tell(compiled)
+                    eager_seconds = _seconds(function, tensors) if self.on_compile else None
+        bound = [
+            (owner, name, tensor)
+            for module in self.modules
+            for owner in (module._parameters, module._buffers)
+            for name, tensor in owner.items()
+        ]
+        compiled = Compiled(code, traced.captured, traced.read, bound, seconds, eager_seconds, compiled_seconds)
+        if self.on_compile is not None:
+            self.on_compile(compiled)
         return compiled
+
+
+def _kind(leaf: Any) -> Any:
+    """What of an argument compiled code depends on."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError:
+        raise ValueError(
+            "compiled code takes tensors, and constants such as numbers and strings, also in tuples, lists and dictionaries: got "
+            f"{type(leaf).__name__}. Pass torch.as_tensor(...)."
+        ) from None
+    return type(leaf), leaf  # 1 and True are equal
+
+
+def _modes(modules: list[nn.Module]) -> list[Any]:
+    """What else the code depends on."""
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return [torch.get_default_dtype(), *autocast, *[module.training for module in modules]]
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -148,9 +174,11 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
     try:
         code: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options=options)
     except Exception as error:
+        if "InvalidCxxCompiler" not in str(error):
+            raise
         raise RuntimeError(
-            f"Inductor could not compile the traced program ({error}): expected a working compiler, of C++ for a CPU. Install "
-            "one (g++, say; the variable CXX names another), or run the program uncompiled."
+            f"compiled code needs a C++ compiler: expected one that works, got none ({error}). Install one (g++, say; the "
+            "variable CXX names another), or run the program uncompiled."
         ) from error
     return code
 
@@ -171,7 +199,8 @@ class CompiledStep:
     """What :func:`compile_step` returns: call it with a minibatch to take a step.
 
     Attributes:
-        gradients: the compiled function, which has what compiling took for each shape.
+        loss_and_gradients: the compiled function, which has what compiling took for each shape.
+        parameters: what the optimiser steps.
     """
 
     def __init__(
@@ -182,63 +211,83 @@ class CompiledStep:
         optimizer: torch.optim.Optimizer | PyroOptim,
         *,
         mean: bool = False,
-        tell: Tell = _silently,
+        on_compile: OnCompile | None = None,
     ) -> None:
         check_compiled(objective)
+        stepping = isinstance(optimizer, torch.optim.Optimizer | PyroOptim)
+        if not stepping or isinstance(optimizer, torch.optim.LBFGS):  # which runs the loss several times
+            raise ValueError(
+                "expected an optimizer that steps on one gradient, such as torch.optim.Adam(vae.parameters(), lr=1e-3) or "
+                f"pyro.optim.Adam({{'lr': 1e-3}}), got {_shown(optimizer)}."
+            )
         self.model, self.guide, self.objective, self.optimizer, self.mean = model, guide, objective, optimizer, mean
-        self.gradients = CompiledFunction(self._gradients, model, guide, tell)
-        self._traced = copy.copy(objective)  # whose schedule gives tensors
-        self.leaves: list[Tensor] = []
+        self.on_compile = on_compile
+        self.parameters: list[Tensor] = []
+        self._own: dict[str, Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Set each parameter's ``grad``, step the optimiser, and return the loss before the step, a tensor."""
         loss = self.compute(*args, **kwargs)
         if isinstance(self.optimizer, PyroOptim):
-            self.optimizer([leaf for leaf in self.leaves if leaf.grad is not None])
+            self.optimizer([leaf for leaf in self.parameters if leaf.grad is not None])
         else:
             self.optimizer.step()
         return loss
 
     def compute(self, *args: Any, **kwargs: Any) -> Tensor:
         """Set each parameter's ``grad`` and return the loss, but leave the step to the caller."""
-        self.leaves = self.leaves or self._find_leaves(args, kwargs)
-        scheduled = {name: self._constant(value) for name, value in self.objective.scheduled().items()}
-        loss, *gradients = self.gradients(scheduled, args, kwargs)
-        for leaf, gradient in zip(self.leaves, gradients, strict=True):
-            leaf.grad = gradient
+        parameters = self._find_parameters(args, kwargs)
+        if list(map(id, parameters)) != list(map(id, self.parameters)):
+            self.parameters = parameters
+            if isinstance(self.optimizer, torch.optim.Optimizer):
+                self.optimizer.zero_grad()  # one that is frozen from now on must not step by its last gradient
+            self._traced = copy.copy(self.objective)  # whose settings become tensors
+            self.loss_and_gradients = CompiledFunction(
+                self._loss_and_gradients, self.model, self.guide, self.on_compile
+            )
+        settings = {name: self._constant(value) for name, value in self.objective.scheduled().items()}
+        loss, *gradients = self.loss_and_gradients(settings, args, kwargs)
+        taken = set()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:  # two equal gradients may be one tensor, which clipping would scale twice
+                gradient = gradient.clone() if gradient.data_ptr() in taken else gradient
+                taken.add(gradient.data_ptr())
+            parameter.grad = gradient
         self.objective.step += 1
         return loss
 
-    def _gradients(self, scheduled: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        vars(self._traced).update(scheduled)
+    def _loss_and_gradients(self, settings: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        vars(self._traced).update(settings)
         with torch.enable_grad():
             loss = self._traced.differentiable_loss(self.model, self.guide, *args, **kwargs)
             whole = loss / len(args[0]) if self.mean else loss
-            gradients = torch.autograd.grad(whole, self.leaves, allow_unused=True) if whole.requires_grad else ()
+            gradients = torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
             if all(gradient is None for gradient in gradients):
                 raise ValueError(
-                    f"expected an optimizer of parameters that the loss depends on, got one of {len(self.leaves)} others. Build "
+                    f"expected an optimizer of parameters that the loss depends on, got one of {len(self.parameters)} others. Build "
                     "it on the program's, torch.optim.Adam(vae.parameters()), say, after the last change of the networks."
                 )
             return loss.detach(), *gradients
 
     def _constant(self, value: float) -> Tensor:
         # Without dimensions, so that float64 changes no other tensor's type, and rounds as a Python number does.
-        return torch.tensor(value, dtype=torch.float64, device=self.leaves[0].device)
+        return torch.tensor(value, dtype=torch.float64, device=self.parameters[0].device)
 
-    def _find_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    def _find_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What the optimiser steps; of Pyro's optimisers, which are given that at each step, all that the program has."""
         if not isinstance(self.optimizer, PyroOptim):
-            return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
-        with pyro.validation_enabled(True):
-            traces = trace_once(self.model, self.guide, *args, **kwargs)
-        own = {name: value for found in traces for name, value in parameters_of(found).items()}
-        if not own:
-            raise ValueError(
-                "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
-                "pyro.module statement."
-            )
-        return list(dict.fromkeys(own.values()))
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+            if not parameters:
+                raise ValueError(
+                    "expected an optimizer of parameters that require a gradient, got one without any. Unfreeze some."
+                )
+            return parameters
+        store = dict(pyro.get_param_store().named_parameters())
+        if not self._own or any(store.get(name) is not own for name, own in self._own.items()):
+            with pyro.validation_enabled(True):
+                traces = trace_once(self.model, self.guide, *args, **kwargs)
+            self._own = require_parameters(*traces)
+        return list(dict.fromkeys(self._own.values()))
 
 
 def compile_step(
@@ -249,11 +298,13 @@ def compile_step(
     .. math:: \theta \leftarrow \mathrm{optimizer}\bigl(\theta, \nabla_\theta \, \mathrm{loss}(\theta; x)\bigr), \qquad
         \mathrm{loss} = -\sum_n s_n \mathcal L(x_n)
 
-    When a shape of arguments first comes, model and guide run a few times, once under a tracer, which records loss and
-    gradients together; Inductor compiles the record, in some seconds the first time, less when its cache on disk knows it. From then
-    on Pyro does not run: a step does what the program did in that run, on other data, parameters and random numbers, drawn
-    from the generators that ``pyro.set_rng_seed`` starts, as an uncompiled step draws them. Dropout and batch norm work. A `beta`
-    schedule goes on; other Python values are those of the first run.
+    with the bound :math:`\mathcal L` of each datum and its scale s. When a shape of arguments first comes, model and guide run a
+    few times, twice under a tracer, which records loss and gradients together in one graph; Inductor compiles it: 4 to 20 s on
+    one core, and less when its cache on disk knows it. From then on Pyro does not run. A step does what the program did in that
+    run, on other data, parameters and random numbers, drawn from the generators that ``pyro.set_rng_seed`` starts, as an
+    uncompiled step draws them. Dropout and batch norm work; `beta` may change, and be a schedule (a subclass of
+    :class:`pyro_vae.Objective` says by `scheduled` what else may). Other Python values are those of that run. **Nothing is validated
+    after it**, the data neither: look at the loss, or use :func:`pyro_vae.fit`, which looks at both.
 
     Arguments:
         model: a Pyro model.
@@ -263,7 +314,8 @@ def compile_step(
 
     Returns:
         A function of a minibatch, called as the model is, with tensors for all that changes. It takes one step, and
-        returns the loss before it in nats, a tensor without dimensions.
+        returns the loss before it in nats, a tensor without dimensions. To clip gradients, call its ``compute``, which
+        replaces every ``grad`` and returns the loss, then clip, then step the optimiser.
 
     Raises:
         ValueError: the objective is none of this package's or runs particles apart, or the optimizer has none of the
@@ -283,18 +335,25 @@ def compile_step(
 
 def check_compiled(objective: Any) -> None:
     """Refuse an objective whose runs can't be one graph."""
-    if not isinstance(objective, Objective):
+    if isinstance(objective, pyro.infer.ELBO) and not isinstance(objective, Objective):
         raise ValueError(
-            f"a compiled step expected an objective of pyro_vae, got {objective!r}: Pyro's own read a value back at every step, "
-            "and enumeration, TraceEnum_ELBO's, is no part of this package. Use pv.ELBO or pv.IWAE, or run it uncompiled."
+            f"compiled code expected an objective of pyro_vae, got Pyro's {_shown(objective)}: those read a value back at every "
+            "step, and TraceEnum_ELBO's enumeration is no part of this package. Use pv.ELBO or pv.IWAE, or run it uncompiled."
         )
+    if not isinstance(objective, Objective):
+        order = " The objective comes before the optimizer." if isinstance(objective, torch.optim.Optimizer) else ""
+        raise ValueError(f"expected an objective such as pv.ELBO(), got {_shown(objective)}.{order}")
     if objective.chunk_size is not None:
         raise ValueError(
-            f"a compiled step holds the whole run: expected an objective without chunk_size, got {objective.chunk_size}. "
+            f"compiled code holds the whole run: expected an objective without chunk_size, got {objective.chunk_size}. "
             "Drop it, or run it uncompiled."
         )
     if objective.num_samples > 1 and not objective.vectorize_particles:
         raise ValueError(
-            "a compiled step runs all particles at once: expected vectorize_particles=True, got False. Let the program take a "
+            "compiled code runs all particles at once: expected vectorize_particles=True, got False. Let the program take a "
             "leading dimension (pyro_vae.networks.apply_batched), or run it uncompiled."
         )
+
+
+def _shown(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__}"

@@ -29,31 +29,25 @@ def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def called() -> Iterator[list[nn.Module]]:
-    """Inside, whatever module is called, from a program's closure too, is put on the list that this yields."""
+def evaluating(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Inside, dropout is off and batch norm frozen where they were on, in these modules and in any that is called.
+
+    It yields a list of the modules that are called, each time.
+    """
     found: list[nn.Module] = []
-    hook = register_module_forward_pre_hook(lambda module, _: found.append(module))
-    try:
-        yield found
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Inside, dropout is off and batch norm frozen where they were on, in these modules and in any that is called."""
     training = [part for module in modules for part in module.modules() if part.training]
     for part in training:
         part.training = False
 
     def switch_off(called: nn.Module, _: Any) -> None:
+        found.append(called)
         if called.training:  # a module that a program found in its closure
             training.append(called)
             called.training = False
 
     hook = register_module_forward_pre_hook(switch_off)
     try:
-        yield
+        yield found
     finally:
         hook.remove()
         for part in training:

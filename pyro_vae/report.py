@@ -152,9 +152,7 @@ def evaluate(
     with timed("log_likelihood"):
         likelihood = ev.log_likelihood(*program, x, num_samples, compile=compile, seed=seed)
     with timed("iwae"):
-        iwae = ev.log_likelihood(
-            *program, x, 64, compile=compile, seed=seed
-        ).estimate  # IWAE's bound is that, with fewer samples
+        iwae = ev.log_likelihood(*program, x, 64, seed=seed).estimate  # IWAE's bound is that, with fewer samples
     with timed("gaps"):
         few = likelihood.of(slice(0, ais_data))
         best = max((few, annealed), key=lambda evidence: evidence.mean)  # both have log p(x) above their mean

@@ -475,6 +475,17 @@ def find_parameters(
     return parameters_of(model_trace), parameters_of(guide_trace)
 
 
+def require_parameters(*traces: Trace) -> dict[str, Tensor]:
+    """The parameters in these traces, by name; refuse a program without any."""
+    found = {name: value for trace in traces for name, value in parameters_of(trace).items()}
+    if not found:
+        raise ValueError(
+            "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
+            "pyro.module statement."
+        )
+    return found
+
+
 def parameters_of(trace: Trace) -> dict[str, Tensor]:
     """The parameters in a trace, by name: unconstrained, as an optimiser steps them."""
     values: dict[str, Any] = {n: site["value"] for n, site in trace.nodes.items() if site["type"] == "param"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ def being_traced() -> bool:
 def trace(function: Callable[..., Any], args: Sequence[Tensor], other_args: Sequence[Tensor]) -> Traced:
     """Record what a function of tensors does.
 
-    It is run twice, with other data of the same shapes and other random numbers the second time, and both runs must do
-    the same: else something besides tensors decides what it does, and would be frozen.
+    It is run twice, with other data (the same rows in another order, since those are in their support) and other random
+    numbers the second time, and both runs must do the same: else something besides tensors decides what it does, and would be frozen.
 
     Raises:
         ValueError: the function reads values, or does not do the same in both runs.
@@ -64,6 +64,7 @@ def _trace(function: Callable[..., Any], args: Sequence[Tensor]) -> Traced:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     values = _RefuseValues()
+    elsewhere = _other_generators()
 
     def refusing(*args: Tensor) -> Any:
         values.record(args)
@@ -79,7 +80,18 @@ def _trace(function: Callable[..., Any], args: Sequence[Tensor]) -> Traced:
             f"the program can't be traced, since it reads a tensor's value ({error}), at {users_line(error)}: expected "
             f"operations that depend on shapes alone, as a compiled step does the same whatever its data are. {FIX}"
         ) from error
+    if _other_generators() != elsewhere:
+        raise ValueError(
+            "the program can't be traced, since it draws from Python's or NumPy's random numbers, which would be frozen as they "
+            f"were: expected draws from torch or Pyro alone. Use torch.rand, say. {FIX}"
+        )
     return _lifted(graph, list(values.read.values()))
+
+
+def _other_generators() -> Any:
+    state = pyro.util.get_rng_state()
+    _, keys, *rest = state["numpy"]
+    return state["random"], keys.tobytes(), rest
 
 
 def _lifted(graph: fx.GraphModule, read: list[Tensor]) -> Traced:
@@ -112,8 +124,8 @@ def _check_same(first: Traced, second: Traced) -> None:
         return
     raise ValueError(
         f"the program can't be traced, since it does something else when run again: expected the same operations for any "
-        f"data, got {what}. A Python counter, NumPy's or Python's random numbers, or values taken from a tensor would be "
-        f"frozen as they were. Pass what changes as a tensor argument, draw with torch or Pyro. {FIX}"
+        f"data, got {what}. A Python counter, or values that left a tensor, would be frozen as they were. Pass what changes as a tensor "
+        "argument, or run it uncompiled (compile=False in pv.fit)."
     )
 
 
@@ -127,8 +139,8 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 _PLAINLY = {"_local_scalar_dense": "item, bool, int or float", "index": "an index of booleans"}
 
 
-class _ReadsValues(Exception):
-    """Something asked for a tensor's value."""
+class _ReadsValues(BaseException):
+    """Something asked for a tensor's value. No ``except Exception`` of the program's may swallow that."""
 
 
 class _RefuseValues(TorchDispatchMode):
@@ -178,12 +190,76 @@ def _counts(tensor: Tensor) -> bool:
 
 
 class _RefuseArrays(TorchFunctionMode):
-    """Refuses to turn tensors into arrays and lists, which no tracer follows."""
+    """Refuses to turn tensors into arrays and lists, which no tracer follows; ``one_hot`` looks at values to check them alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in ("numpy", "__array__", "tolist"):
             raise _ReadsValues(func.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 1:
+        raise _ReadsValues("one_hot without a number of classes")
+    return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
+
+
+@contextlib.contextmanager
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """These tensors are put back to what they were."""
+    saved = _Saved()
+    saved.save(tensors)
+    try:
+        yield
+    finally:
+        saved.put_back()
+
+
+@contextlib.contextmanager
+def writes_undone() -> Iterator[None]:
+    """Whatever is there before and operations say that they write to is put back."""
+    writes = _Writes()
+    try:
+        with writes:
+            yield
+    finally:
+        writes.saved.put_back()
+
+
+class _Saved:
+    """Copies of tensors' memory, which leave their versions alone when they are put back."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, tuple[Any, Any]] = {}
+
+    def save(self, tensors: Iterable[Tensor]) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage._cdata not in self.copies:
+                self.copies[storage._cdata] = storage, storage.clone()
+
+    def put_back(self) -> None:
+        for storage, copy in self.copies.values():
+            storage.copy_(copy)
+
+
+class _Writes(TorchDispatchMode):
+    """Saves what was there before operations came to be run, when they write to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved = _Saved()
+        self.new: set[int] = set()  # addresses that are not of anything older, which is alive all the time
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = list(_tensors((args, kwargs)).values())
+        old = {tensor.untyped_storage()._cdata for tensor in given}
+        if func._schema.is_mutable:
+            self.saved.save(tensor for tensor in given if tensor.untyped_storage()._cdata not in self.new)
+        result = func(*args, **(kwargs or {}))
+        self.new |= {tensor.untyped_storage()._cdata for tensor in _tensors(result).values()} - old
+        return result
 
 
 def users_line(error: BaseException) -> str:

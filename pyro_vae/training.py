@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 
 from pyro_vae import checkpoint as checkpoints
 from pyro_vae import rng
-from pyro_vae.compilation import Compiled, CompiledStep, Tell
+from pyro_vae.agreement import interval, masks, plain, support_of, validates
+from pyro_vae.compilation import Compiled, CompiledStep, OnCompile
 from pyro_vae.minibatches import Minibatches
 from pyro_vae.modules import Program, buffers, evaluating, find_modules
-from pyro_vae.runs import parameters_of, sample_sites, trace_once
+from pyro_vae.runs import require_parameters, sample_sites, trace_once
 
 
 def fit(
@@ -57,8 +58,9 @@ def fit(
         lr: Adam's step size.
         validation: data held out, of the same kinds; its bound is measured after each epoch, with the same noise
             each time and without touching the training's random numbers.
-        compile: whether steps run as compiled code, as :func:`compile_step` says: a shape of minibatches takes some seconds
-            to compile when it first comes, and what then pays off is told in a terminal. The result differs by rounding.
+        compile: whether steps run as compiled code, as :func:`compile_step` says. Each size of minibatch takes 4 to 20 s to
+            compile when it first comes; in a terminal, `fit` says after how many steps that will have paid off. The result
+            differs by rounding.
         checkpoint: a file to write after each epoch. If it is there already, training goes on from it and ends,
             bit for bit, where it would have ended unbroken (batch norm: see below).
         seed: starts the random generators for minibatches and samples; None goes on from where they are. Initial
@@ -70,12 +72,13 @@ def fit(
 
     Returns:
         A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without such data), the
-        mean bound per datum in nats, times the program's own scale if it has one, and ``seconds``. Ctrl-C ends
+        mean bound per datum in nats, times the program's own scale if it has one, and ``seconds``, compilation included. Ctrl-C ends
         training with a warning and returns the epochs so far; the parameters keep what was learned.
 
     Raises:
-        ValueError: with `compile`, a program that can't be traced, by its line; an argument out of range, data of unequal lengths, empty or with NaN, no parameters to train, or a
-            checkpoint that can't be read or that belongs to another program or other settings.
+        ValueError: an argument out of range, data of unequal lengths, empty or with NaN, no parameters to train, or a
+            checkpoint that can't be read or that belongs to another program or other settings; with `compile`, data outside
+            their support, or a program that can't be traced.
         FloatingPointError: the loss or a parameter became NaN or infinite; the checkpoint is of the epoch before.
 
     Example:
@@ -100,7 +103,8 @@ def fit(
 
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise ValueError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
-    parameters, supports = _prepare(model, guide, objective, batches)
+    example = batches.example()
+    parameters, model_trace = _prepare(model, guide, objective, batches, example)
     modules = find_modules(model, guide)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     settings = {
@@ -130,24 +134,28 @@ def fit(
         return loss.detach()
 
     gradients: Callable[..., Tensor] = uncompiled
+    supports = None
     if compile:
-        gradients = CompiledStep(model, guide, objective, optimizer, mean=True, tell=_teller(bar, batches)).compute
+        supports = _Supports(model_trace, example, batches)
+        gradients = CompiledStep(
+            model, guide, objective, optimizer, mean=True, on_compile=_teller(bar, batches)
+        ).compute
     try:
-        # What validation finds, it found in _prepare.
-        with pyro.validation_enabled(False), _flushing_denormals():
+        # Distributions were validated in _prepare, which ran the program once; a program's own checks stay on.
+        with pyro.distributions.validation_enabled(False), _flushing_denormals():
             first = len(rows) + 1
             for epoch in range(first, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}")
                 started, total, count = time.perf_counter(), torch.zeros((), dtype=torch.float64), 0
                 for step, batch in enumerate(batches.shuffled(), 1):
-                    if epoch == first:
+                    if supports is not None and epoch == first:
                         supports.check(batch)
                     loss = gradients(*batch)
                     if not (loss.is_cuda or math.isfinite(loss)):  # to ask a GPU would be to wait for it at each step
                         raise FloatingPointError(_not_finite(f"the loss is {loss:g}", epoch, step, lr, checkpoint))
                     optimizer.step()
                     total, count = total + loss.double(), count + len(batch[0])
-                    if step % 20 == 0 and not bar.disable:
+                    if not bar.disable and (step in (1, batches.steps) or step % 20 == 0):
                         bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
                     bar.update()
                 if not math.isfinite(total):
@@ -187,27 +195,36 @@ def fit(
     return pd.DataFrame(rows, index=index, columns=["train_bound", "validation_bound", "seconds"])
 
 
-def _teller(bar: Any, batches: Minibatches) -> Tell:
+def _teller(bar: Any, batches: Minibatches) -> OnCompile | None:
     """Shows that a step is being compiled, and when that will have paid off, where the bar is shown."""
+    if bar.disable:
+        return None
+    spent: list[float] = []
 
     def tell(compiled: Compiled | None) -> None:
-        if bar.disable:
-            return
         if compiled is None:
             bar.set_postfix_str("compiling ...")
             return
-        faster = f"a step takes {1e3 * compiled.after:.3g} ms in place of {1e3 * compiled.before:.3g}"
-        steps = compiled.calls_to_pay_off
-        epochs = "" if batches.steps is None else f", {steps / batches.steps:,.2g} epochs"
-        pays = f"pays off after {steps:,.0f} steps{epochs}" if math.isfinite(steps) else "never pays off"
-        bar.write(f"compiled in {compiled.seconds:.1f} s: {faster}, which {pays}", file=sys.stderr)
+        bar.set_postfix_str("")
+        spent.append(compiled.seconds)
+        line = f"compiled in {compiled.seconds:.1f} s"
+        if len(spent) == 1 and compiled.eager_seconds is not None and compiled.compiled_seconds is not None:
+            saved = compiled.eager_seconds - compiled.compiled_seconds
+            pays = f"{compiled.seconds / saved:,.0f} steps" if saved > 0 else ""
+            if pays and batches.steps is not None:
+                pays += f", {compiled.seconds / saved / batches.steps:,.1f} epochs"
+            line += f": a step takes {1e3 * compiled.compiled_seconds:.3g} ms in place of {1e3 * compiled.eager_seconds:.3g}, "
+            line += f"which pays off after {pays}" if pays else "which never pays off"
+        else:
+            line += " for a minibatch of another size"
+        bar.write(line, file=sys.stderr)
 
     return tell
 
 
 @contextmanager
 def _flushing_denormals() -> Iterator[None]:
-    """Inside, numbers too small for full precision are zero: an optimiser's moments get there, and cost a hundred times as much."""
+    """Inside, numbers too small for full precision are zero: an optimiser's moments get there, where arithmetic is slow."""
     smallest = torch.tensor(torch.finfo(torch.float64).tiny, dtype=torch.float64)
     was_on = not bool(smallest / 2 > 0)
     torch.set_flush_denormal(True)
@@ -218,36 +235,39 @@ def _flushing_denormals() -> Iterator[None]:
 
 
 def _prepare(
-    model: Program, guide: Program, objective: Any, batches: Minibatches
-) -> tuple[dict[str, Tensor], _Supports]:
-    """Run the program once with validation on, so that its mistakes show before any work; return its parameters."""
-    batch = batches.example()
+    model: Program, guide: Program, objective: Any, batches: Minibatches, batch: tuple[Any, ...]
+) -> tuple[dict[str, Tensor], Trace]:
+    """Run the program once with validation on, so that its mistakes show before any work.
+
+    Returns:
+        Its parameters, and the model's trace.
+    """
     model_trace, guide_trace = trace_once(model, guide, *batch)
     if batches.steps != 1:
         _check_minibatches(model_trace, len(batch[0]))
-    found = parameters_of(model_trace) | parameters_of(guide_trace)
-    parameters = dict(sorted(found.items()))  # by name: Adam knows its own by their order
-    if not parameters:
-        raise ValueError(
-            "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
-            "pyro.module statement."
-        )
-    supports = _Supports(model_trace, batch, batches)
+    parameters = dict(sorted(require_parameters(model_trace, guide_trace).items()))  # Adam knows its own by their order
     trial = evaluating(find_modules(model, guide))
     with pyro.validation_enabled(True), rng.preserved(), pyro.poutine.block(), trial:
         copy.copy(objective).differentiable_loss(model, guide, *batch)  # a copy: this is no step of a schedule
-    return parameters, supports
+    return parameters, model_trace
 
 
 class _Supports:
-    """Refuses data that the site which observes them gives no density: tensors all at once, others as they come."""
+    """Refuses data that a site which observes them gives no density, in place of the checks that compiled code leaves out.
+
+    It looks at supports that are the same for all data, where validation is not turned off and nothing is masked: at
+    tensors whole, before training, at others as they come.
+    """
 
     def __init__(self, model_trace: Trace, batch: tuple[Any, ...], batches: Minibatches) -> None:
         self.unseen: list[tuple[int, str, Any]] = []
         for name, site in sample_sites(model_trace).items():
+            ends = interval(support_of(site["fn"])) if validates(site) and not masks(site) else None
+            if ends is None or any(isinstance(end, Tensor) for end in ends):
+                continue
             for column, argument in enumerate(batch):
-                if site["value"] is argument and site["fn"].support is not None:
-                    self.unseen.append((column, name, site["fn"].support))
+                if site["value"] is argument:
+                    self.unseen.append((column, name, plain(support_of(site["fn"]))))
         for seen in [entry for entry in self.unseen if batches.at_hand(entry[0]) is not None]:
             self._check(*seen[1:], batches.at_hand(seen[0]))
             self.unseen.remove(seen)

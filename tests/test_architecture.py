@@ -28,7 +28,7 @@ ALLOWED = {
     "minibatches": {"rng"},
     "modules": set(),
     "checkpoint": {"runs", "modules"},
-    "training": {"rng", "runs", "minibatches", "modules", "checkpoint", "compilation"},
+    "training": {"agreement", "rng", "runs", "minibatches", "modules", "checkpoint", "compilation"},
     "evaluation": {
         "rng",
         "batch_plate",

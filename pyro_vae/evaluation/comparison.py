@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import statistics
 import time
@@ -18,7 +17,15 @@ from tqdm.auto import tqdm
 
 from pyro_vae import rng
 from pyro_vae.compilation import CompiledFunction, check_compiled
-from pyro_vae.evaluation.estimate import Estimate, Pieces, arguments, check_count, check_plate, is_divisible
+from pyro_vae.evaluation.estimate import (
+    Estimate,
+    Pieces,
+    arguments,
+    check_count,
+    check_plate,
+    is_divisible,
+    supports_alike,
+)
 from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
 from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
@@ -76,8 +83,8 @@ def compare(
             Monte Carlo with 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
         log_likelihood: an estimate of log p(x) of the same data, by :func:`pyro_vae.ais` say.
-        compile: whether to measure each as compiled code, see :func:`pyro_vae.compile_step`, after some seconds for each row; then
-            `milliseconds` are those of compiled code too.
+        compile: whether to differentiate each by compiled code, see :func:`pyro_vae.compile_step`, of which `milliseconds` then
+            are; compiling takes minutes for the usual rows.
         seed: where each objective's random numbers start; None goes on from the generators' state.
         progress: whether to show which row is being measured, in a terminal.
 
@@ -104,9 +111,10 @@ def compare(
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)
     with evaluating(find_modules(model, guide)):
-        data = Pieces(args, is_divisible(model, guide, args))
-        in_model, in_guide = trace_once(model, guide, *args)
-        check_plate(sample_sites(in_model), sample_sites(in_guide), len(args[0]))
+        in_model, in_guide = map(sample_sites, trace_once(model, guide, *args))
+        check_plate(in_model, in_guide, len(args[0]))
+        alike = not compile or supports_alike(in_model, in_guide)
+        data = Pieces(args, is_divisible(model, guide, args), alike)
         return _compare(model, guide, data, objectives, repeats, log_likelihood, compile, seed, progress)
 
 
@@ -180,14 +188,11 @@ def _measure(
     compile: bool,
 ) -> tuple[dict[str, float], Tensor]:
     """A row of the table, and the bound of each datum, averaged over repeats."""
-    objective = copy.copy(objective)  # whose losses are no steps of a schedule
+    objective = copy.copy(objective)  # whose losses are no steps of a schedule, and whose settings are those of now
+    vars(objective).update(objective.scheduled())
     args, chunks = data.args, data.of(ROWS_AT_ONCE // objective.num_samples)
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
-
-    @torch.no_grad()
-    def bound_of(*chunk: Tensor) -> Tensor:
-        return objective.bound(model, guide, *chunk)
 
     @torch.enable_grad()
     def gradient_of(*chunk: Tensor) -> Tensor:
@@ -195,18 +200,18 @@ def _measure(
         parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten() for part in parts])
 
-    functions: list[Callable[..., Tensor]] = [bound_of, gradient_of]
+    gradient: Callable[..., Tensor] = gradient_of
     if compile:
-        functions = [CompiledFunction(function, model, guide) for function in functions]
+        gradient = CompiledFunction(gradient_of, model, guide)
         with rng.preserved():  # compiled before any clock runs
-            for function, chunk in itertools.product(functions, {len(chunk[0]): chunk for chunk in chunks}.values()):
-                function(*chunk)
-    bound, gradient = functions
+            for chunk in {len(chunk[0]): chunk for chunk in chunks}.values():
+                gradient(*chunk)
     bounds, seconds, gradients = [], [], []
     for _ in range(repeats):
-        bounds.append(torch.cat([bound(*chunk) for chunk in chunks]).double())
+        with torch.no_grad():
+            bounds.append(torch.cat([objective.bound(model, guide, *chunk) for chunk in chunks]).double())
         started = _now(args[0])
-        gradients.append(torch.stack([gradient(*chunk) for chunk in chunks]).sum(0))
+        gradients.append(sum(map(gradient, *zip(*chunks, strict=True)), torch.zeros(())))
         seconds.append(_now(args[0]) - started)
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)

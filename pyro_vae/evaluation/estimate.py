@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -99,10 +99,11 @@ def rows_at_once(args: Args) -> int:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Data that a program may, or may not, be run on in pieces."""
+    """Data that a program may, or may not, be run on in pieces, and whether its guide has the supports of its model's latents."""
 
     args: Args
     divisible: bool
+    alike: bool = True
 
     def of(self, size: int) -> list[Args]:
         """Minibatches of `size`; all data at once, where the program's rows belong to those data alone."""
@@ -129,7 +130,7 @@ def checked(model: Program, guide: Program | None, args: Args) -> Iterator[Piece
                 alike = _check(trace_once(model, guide, *piece), len(piece[0]))
         # A guide that reaches beyond the model's support needs Pyro's eye on every sample.
         with pyro.validation_enabled(not alike):
-            yield pieces
+            yield replace(pieces, alike=alike)
 
 
 def is_divisible(model: Program, guide: Program, args: Args) -> bool:
@@ -178,6 +179,11 @@ def _check(traces: tuple[Trace, Trace], number: int) -> bool:
         )
         raise
     check_plate(model, guide, number)
+    return supports_alike(model, guide)
+
+
+def supports_alike(model: Sites, guide: Sites) -> bool:
+    """Whether the guide has the supports of the model's latents; refuse one that leaves out a part of them."""
     alike = [check_covers(name, model[name]["fn"], guide[name]["fn"]) for name in guide if name in model]
     return all(alike)
 

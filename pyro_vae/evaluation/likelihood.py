@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from pyro_vae.runs import find_max_plate_nesting
 from pyro_vae.weights import log_weights
 
 ADVICE = "Train a more flexible guide, take more samples, or check the number with pv.ais, which needs no guide."
+Draw = Callable[[Args], Tensor]  # from a minibatch to its log-weights (K, N)
 RUNS_AT_ONCE = 16  # of the model, on samples of one run of the guide
 WEIGHTS_AT_ONCE = 2**22  # what is kept of a minibatch where particles run one at a time
 
@@ -142,8 +144,8 @@ def log_likelihood(
         num_samples: K, at least 2.
         seed: where the random numbers start; None goes on from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
-        compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`: some seconds at first, and
-            then about twice as fast or more. It draws its samples in other portions, so the estimate is another one.
+        compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`, which is compiled anew in each
+            call: worth it from minutes of work on. It draws in other portions, so the estimate is another one.
         progress: whether to show a progress bar, in a terminal.
 
     Returns:
@@ -208,11 +210,12 @@ def estimate_evidence(
     if vectorize:
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
 
-    def draw(batch: Args) -> Tensor:
+    def uncompiled(batch: Args) -> Tensor:
         return draw_weights(model, guide, batch, num_samples, vectorize, nesting)
 
+    draw: Draw = uncompiled
     if compile:
-        draw = CompiledWeights(model, guide, num_samples, nesting)
+        draw = _compiled_draw(model, guide, data, num_samples, nesting)
     # One block, and not a small tensor for each minibatch: those would pin the large ones' memory between them.
     columns = torch.empty(len(Summary._fields), len(data.args[0]), dtype=torch.float64, device=data.args[0].device)
     done = 0
@@ -250,25 +253,28 @@ def draw_weights(
     return torch.cat(pieces)
 
 
-class CompiledWeights:
+def _compiled_draw(model: Program, guide: Program, data: Pieces, num_samples: int, nesting: int | None) -> Draw:
     """Draws log-weights (K, N) of minibatches, as :func:`draw_weights` does, by compiled code."""
-
-    def __init__(self, model: Program, guide: Program, num_samples: int, nesting: int | None) -> None:
-        self.num_samples = num_samples
-        self.weigh = CompiledFunction(
-            lambda number, *batch: log_weights(
-                model, guide, *batch, num_particles=number, max_plate_nesting=nesting
-            ).double(),
-            model,
-            guide,
+    if not data.alike:
+        raise ValueError(
+            "compiled code looks at no sample: expected a guide on the support of the model's latents, got one that reaches "
+            "beyond, where each sample must be looked at. Use a guide on that support, or compile=False."
         )
 
-    def __call__(self, batch: Args) -> Tensor:
-        """In portions of one size, for which the code is compiled once; what the last has too many is left out."""
-        # Half of what an uncompiled run takes: there is little of Python's time to spread, and less leaves the cache.
-        portion = _evenly(self.num_samples, max(1, rows_at_once(batch) // (2 * len(batch[0]))))
-        portions = [self.weigh(portion, *batch) for _ in range(-(-self.num_samples // portion))]
-        return torch.cat(portions)[: self.num_samples]
+    def weigh(number: int, *batch: Tensor) -> Tensor:
+        log_w = log_weights(model, guide, *batch, num_particles=number, max_plate_nesting=nesting)
+        return log_w.double()
+
+    compiled = CompiledFunction(weigh, model, guide)
+
+    def draw(batch: Args) -> Tensor:
+        # Half of what an uncompiled run takes: there is little of Python's time to spread, and less leaves the cache. All
+        # portions have one size, for which the code is compiled once; what the last has too many is left out.
+        portion = _evenly(num_samples, max(1, rows_at_once(batch) // (2 * len(batch[0]))))
+        portions = [compiled(portion, *batch) for _ in range(-(-num_samples // portion))]
+        return torch.cat(portions)[:num_samples]
+
+    return draw
 
 
 def _evenly(number: int, most: int) -> int:

@@ -177,7 +177,7 @@ class Objective(pyro.infer.ELBO):
         return {"num_particles": self.num_particles}
 
     def scheduled(self) -> dict[str, float]:
-        """The settings that change from step to step, by attribute, with their values at this :attr:`step`."""
+        """The settings that may change from step to step, by attribute, with their values at this :attr:`step`."""
         return {}
 
     def bound(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:

@@ -132,8 +132,8 @@ class ELBO(Objective):
         return ", ".join(parts) + NAMES[self.gradient]
 
     def scheduled(self) -> dict[str, float]:
-        """Beta, if it is a schedule."""
-        return {"beta": self._beta()} if callable(self.beta) else {}
+        """Beta, by its schedule if it has one."""
+        return {"beta": self._beta()}
 
     def _settings(self) -> dict[str, Any]:
         shown = {"num_particles": self.num_particles, "kl": self.kl}
