@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow arviz lint clean
+.PHONY: demo test slow arviz bench lint clean
 
 demo: $(VENV)/installed  ## train on the digits that ship offline, compare the bounds, draw the pictures
 	$(BIN)/pyro-vae train digits --out runs/digits
@@ -18,6 +18,9 @@ slow: $(VENV)/installed-dev  ## the tests too long for the quick suite
 arviz: $(VENV)/installed-dev  ## what depends on ArviZ's version: make arviz PYTHON=python3.13 VENV=.venv-3.13 has 1.x
 	$(BIN)/python -m pytest tests/test_arviz.py tests/test_log_likelihood.py
 
+bench: .venv-bench/installed  ## a step beside Pyro's, PyTorch's, NumPyro's and pythae's, in an environment of their own: tables, runs/bench
+	.venv-bench/bin/python tests/bench/run.py --out runs/bench
+
 lint: $(VENV)/installed-dev  ## what CI asks of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,6 +33,12 @@ $(VENV)/installed: pyproject.toml
 	@echo "Installing the packages into $(VENV) (some minutes the first time: torch is large) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv-bench/installed: pyproject.toml tests/bench/requirements.txt
+	@echo "Installing the peers into .venv-bench (some minutes the first time) ..."
+	@$(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/pip install --quiet --editable . --requirement tests/bench/requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

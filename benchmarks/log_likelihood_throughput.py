@@ -69,10 +69,14 @@ per_sample["compiled"] = 1e6 * (medians["many"] - medians["few"]) / (options.num
 compilation = medians["few"] - 1e-6 * per_sample["compiled"] * samples
 best = min(per_sample[size] for size in sizes)
 
-print(f"{options.num_samples:,} samples of each datum, {options.repeats} repeats, one thread; medians, in microseconds a sample")
+print(
+    f"{options.num_samples:,} samples of each datum, {options.repeats} repeats, one thread; medians, in microseconds a sample"
+)
 for size in sizes:
     print(f"matrix products alone, {size:4d} rows at once      {per_sample[size]:6.2f}")
 for name, words in (("uncompiled", "log_likelihood"), ("compiled", "log_likelihood(compile=True)")):
     ratio = f"{best / per_sample[name]:.2f} of the products' throughput"
     print(f"{words:40s}{per_sample[name]:12.2f}   {ratio}".rstrip())
-print(f"and {compilation:.1f} s to trace and compile, once in a call; its time for a sample is that of {many - few} more data")
+print(
+    f"and {compilation:.1f} s to trace and compile, once in a call; its time for a sample is that of {many - few} more data"
+)

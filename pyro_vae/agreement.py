@@ -71,9 +71,11 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
             )
     for sites, where in ((model, "model"), (guide, "guide")):
         for name, site in sites.items():
-            shape = site["unscaled_log_prob"].shape
             for what in ("mask", "scale"):
-                if isinstance(site[what], Tensor) and torch.broadcast_shapes(site[what].shape, shape) != shape:
+                if not isinstance(site[what], Tensor):
+                    continue
+                shape = site["unscaled_log_prob"].shape if "unscaled_log_prob" in site else site["fn"].batch_shape
+                if torch.broadcast_shapes(site[what].shape, shape) != shape:
                     raise ValueError(
                         f"the {what} at {where} site '{name}' does not fit it: expected one that broadcasts to the site's "
                         f"batch shape {tuple(shape)}, got {tuple(site[what].shape)}. Put it around the sites it is meant "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyro
 import torch
@@ -81,12 +81,15 @@ class Flow:
             :attr:`Run.path_scale`.
         of_mean: whether the gradient is that of a mean over the guide's samples, to which a support that moves with the
             parameters adds what no score has.
+        densities: whether the guide's latent sites need their log-densities, where no bound per datum is asked for: a KL in
+            closed form is without.
     """
 
     path: Literal["all", "some", "none", "given"] = "all"
     stopped: bool = False
     scaled: bool = False
     of_mean: bool = True
+    densities: bool = True
 
 
 @dataclass
@@ -255,7 +258,7 @@ class _Program:
         """Run the guide once, and the model once for each chunk of the guide's particles."""
         guide = _in_particles(self.guide, number, particle_dim)
         trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
-        drawn = sample_sites(trace)
+        drawn = sample_sites(trace, latent=self.in_plate or self.flow.densities)
         stopped: Sites | None = None
         scored: tuple[str, ...] = ()
         if torch.is_grad_enabled():
@@ -345,7 +348,7 @@ class _Program:
                 check_densities(model, guide)
         check_shapes(model, guide, particle_dim)
         for site in sites.values():
-            unmasked: Any = dict(site, log_prob=site["unscaled_log_prob"])
+            unmasked: Any = dict(site, log_prob=site.get("unscaled_log_prob", _Shaped(site["fn"].batch_shape)))
             check_site_shape(unmasked, max_plate_nesting=-particle_dim)
         return batch_plate
 
@@ -443,10 +446,19 @@ def labelled(model: Sites, guide: Sites) -> Sites:
     return labelled | {f"guide site '{name}'": site for name, site in guide.items()}
 
 
-def sample_sites(trace: Trace) -> Sites:
-    """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``."""
+class _Shaped(NamedTuple):
+    """What stands for a log-density that nobody computed."""
+
+    shape: torch.Size
+
+
+def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
+    """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``.
+
+    Those that are not observed come without it where `latent` says so.
+    """
     trace = prune_subsample_sites(trace)
-    trace.compute_log_prob()
+    trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
     sites: Sites = dict(trace.nodes)
     return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
 

@@ -146,13 +146,15 @@ class ELBO(Objective):
         return log_weights.mean(0)
 
     def _flow(self) -> Flow:
-        return replace(super()._flow(), scaled=False)  # a mean is linear: DReG's factors are the model's
+        # A mean is linear: DReG's factors are the model's.
+        return replace(super()._flow(), scaled=False, densities=self.kl == "monte_carlo")
 
     def _loss(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self._flow().path != "all":
             return super()._loss(model, guide, args, kwargs)
         totals = self._runs(model, guide, args, kwargs, in_plate=False, read=self._total)
-        return -sum(totals, torch.zeros(())) / self.num_particles
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+        return -total / self.num_particles if self.num_particles > 1 else -total
 
     def _total(self, run: Run) -> Tensor:
         """The sum of all terms of a run, each masked and scaled."""
@@ -166,7 +168,7 @@ class ELBO(Objective):
             if site["is_observed"]:
                 yield site, site["unscaled_log_prob"]
             elif self.kl == "monte_carlo" and not (self.free_bits and name in run.guide):
-                yield site, self._beta() * site["unscaled_log_prob"]
+                yield site, self._weighed(site["unscaled_log_prob"])
 
     def _guide_terms(self, run: Run, guide: Sites) -> Terms:
         if self.kl == "analytic":
@@ -175,10 +177,14 @@ class ELBO(Objective):
             if site["is_observed"]:  # a factor, which has no KL
                 yield site, site["unscaled_log_prob"]
             elif self.free_bits:
-                yield site, self._beta() * self._free_kl(run, name)
+                yield site, self._weighed(self._free_kl(run, name))
             else:
                 sampled = self.kl == "monte_carlo"
-                yield site, self._beta() * (site["unscaled_log_prob"] if sampled else _site_kl(run, name))
+                yield site, self._weighed(site["unscaled_log_prob"] if sampled else _site_kl(run, name))
+
+    def _weighed(self, term: Tensor) -> Tensor:
+        beta = self._beta()
+        return term if isinstance(beta, int | float) and beta == 1 else beta * term
 
     def _beta(self) -> float:
         return _check_beta(self.beta(self.step)) if callable(self.beta) else self.beta
@@ -201,7 +207,10 @@ class ELBO(Objective):
 
 
 def _sum(terms: Terms) -> Tensor:
-    return sum((scale_and_mask(value, site["scale"], site["mask"]).sum() for site, value in terms), torch.zeros(()))
+    first, *rest = [scale_and_mask(value, site["scale"], site["mask"]).sum() for site, value in terms] or [
+        torch.zeros(())
+    ]
+    return sum(rest, first)
 
 
 def _check_beta(beta: float) -> float:
