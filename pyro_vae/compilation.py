@@ -84,7 +84,10 @@ class CompiledFunction:
         kind = (repr(structure), *map(_kind, leaves))
         key = (*kind, *_modes(self.modules))
         compiled = self.compiled.get(key)
-        if compiled is None or any(owner.get(name) is not tensor for owner, name, tensor in compiled.bound):
+        if compiled is not None and any(owner.get(name) is not tensor for owner, name, tensor in compiled.bound):
+            del self.compiled[key]
+            compiled = None
+        if compiled is None:
             compiled = self._compile(leaves, structure, tensors)
             self.compiled[(*kind, *_modes(self.modules))] = compiled  # it may have found more modules
         if any(tensor._version != version for tensor, version in compiled.read):
@@ -93,7 +96,11 @@ class CompiledFunction:
                 "a permutation. Pass what changes as an argument, and keep it in tensors, or run the program uncompiled."
             )
         with torch.no_grad():
-            return compiled.code(*compiled.captured, *tensors)
+            if not any(tensor.is_cuda for tensor in compiled.captured):
+                return compiled.code(*compiled.captured, *tensors)
+            torch.compiler.cudagraph_mark_step_begin()
+            results = compiled.code(*compiled.captured, *tensors)  # which the next replay of the graph writes over
+            return pytree.tree_map_only(Tensor, torch.clone, results)
 
     def _compile(self, leaves: list[Any], structure: Any, tensors: list[Tensor]) -> Compiled:
         if len(self.compiled) == MAX_KINDS:
@@ -122,9 +129,8 @@ class CompiledFunction:
                     with pyro.validation_enabled(True):
                         function(*tensors)
                     started = time.perf_counter()
-                    traced = trace(
-                        function, tensors, [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]
-                    )
+                    reordered = [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]
+                    traced = trace(function, tensors, reordered)
             inputs = [*traced.captured, *tensors]
             with unchanged(inputs), torch.no_grad():
                 code = _inductor(traced.graph, inputs)
@@ -283,7 +289,8 @@ class CompiledStep:
                 )
             return parameters
         store = dict(pyro.get_param_store().named_parameters())
-        if not self._own or any(store.get(name) is not own for name, own in self._own.items()):
+        in_store = not pyro.settings.get("module_local_params")
+        if not self._own or (in_store and any(store.get(name) is not own for name, own in self._own.items())):
             with pyro.validation_enabled(True):
                 traces = trace_once(self.model, self.guide, *args, **kwargs)
             self._own = require_parameters(*traces)
