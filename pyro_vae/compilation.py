@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_vae import rng
-from pyro_vae.modules import Program, buffers, evaluating, find_modules
+from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.objectives import Objective
 from pyro_vae.runs import require_parameters, trace_once
 from pyro_vae.tracing import trace, unchanged, writes_undone
@@ -125,7 +125,8 @@ class CompiledFunction:
                 parts = [part for module in (*self.modules, *found) for part in module.modules()]
                 self.modules = list(dict.fromkeys(parts))
                 # Batch norm does not say that it writes to its statistics.
-                with unchanged(buffers(self.modules).values()):
+                statistics = [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
+                with unchanged(statistics):
                     with pyro.validation_enabled(True):
                         function(*tensors)
                     started = time.perf_counter()

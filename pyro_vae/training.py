@@ -199,16 +199,16 @@ def _teller(bar: Any, batches: Minibatches) -> OnCompile | None:
     """Shows that a step is being compiled, and when that will have paid off, where the bar is shown."""
     if bar.disable:
         return None
-    spent: list[float] = []
+    first = True
 
     def tell(compiled: Compiled | None) -> None:
+        nonlocal first
         if compiled is None:
             bar.set_postfix_str("compiling ...")
             return
         bar.set_postfix_str("")
-        spent.append(compiled.seconds)
         line = f"compiled in {compiled.seconds:.1f} s"
-        if len(spent) == 1 and compiled.eager_seconds is not None and compiled.compiled_seconds is not None:
+        if first and compiled.eager_seconds is not None and compiled.compiled_seconds is not None:
             saved = compiled.eager_seconds - compiled.compiled_seconds
             pays = f"{compiled.seconds / saved:,.0f} steps" if saved > 0 else ""
             if pays and batches.steps is not None:
@@ -217,6 +217,7 @@ def _teller(bar: Any, batches: Minibatches) -> OnCompile | None:
             line += f"which pays off after {pays}" if pays else "which never pays off"
         else:
             line += " for a minibatch of another size"
+        first = False
         bar.write(line, file=sys.stderr)
 
     return tell
