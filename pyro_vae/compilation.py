@@ -243,6 +243,29 @@ class CompiledStep:
 
     def compute(self, *args: Any, **kwargs: Any) -> Tensor:
         """Set each parameter's ``grad`` and return the loss, but leave the step to the caller."""
+        loss, gradients = self._run(args, kwargs)
+        taken = set()
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:  # two equal gradients may be one tensor, which clipping would scale twice
+                gradient = gradient.clone() if gradient.data_ptr() in taken else gradient
+                taken.add(gradient.data_ptr())
+            parameter.grad = gradient
+        return loss
+
+    def accumulate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As :meth:`compute`, but add to each parameter's ``grad``: for a minibatch that comes in portions.
+
+        With many particles portions save time besides memory, since a portion fits the processor's cache. Each counts as a step
+        of a schedule, as each differentiable loss does.
+        """
+        loss, gradients = self._run(args, kwargs)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss, and its gradient by each parameter."""
         parameters = self._find_parameters(args, kwargs)
         if list(map(id, parameters)) != list(map(id, self.parameters)):
             self.parameters = parameters
@@ -254,14 +277,8 @@ class CompiledStep:
             )
         settings = {name: self._constant(value) for name, value in self.objective.scheduled().items()}
         loss, *gradients = self.loss_and_gradients(settings, args, kwargs)
-        taken = set()
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:  # two equal gradients may be one tensor, which clipping would scale twice
-                gradient = gradient.clone() if gradient.data_ptr() in taken else gradient
-                taken.add(gradient.data_ptr())
-            parameter.grad = gradient
         self.objective.step += 1
-        return loss
+        return loss, gradients
 
     def _loss_and_gradients(self, settings: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         vars(self._traced).update(settings)
@@ -323,7 +340,8 @@ def compile_step(
     Returns:
         A function of a minibatch, called as the model is, with tensors for all that changes. It takes one step, and
         returns the loss before it in nats, a tensor without dimensions. To clip gradients, call its ``compute``, which
-        replaces every ``grad`` and returns the loss, then clip, then step the optimiser.
+        replaces every ``grad`` and returns the loss, then clip, then step the optimiser. To run a minibatch in portions, call
+        its ``accumulate`` with each, which adds to every ``grad``, step the optimiser, and empty it by ``zero_grad``.
 
     Raises:
         ValueError: the objective is none of this package's or runs particles apart, or the optimizer has none of the

@@ -276,6 +276,22 @@ def test_dropout_and_batch_norm(inductor, monkeypatch):
     torch.testing.assert_close(loss.item(), pv.ELBO().loss(twin.model, twin.guide, x), rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_portions_add_up(without_inductor):
+    program, x = mlp(torch.float64)
+    step = compile_sgd(program, pv.IWAE(4))
+    parameters = list(program.parameters())
+    portions = x.split(2)
+    pyro.set_rng_seed(0)
+    expected = [[step.compute(part), *[parameter.grad for parameter in parameters]] for part in portions]
+    step.optimizer.zero_grad()
+    pyro.set_rng_seed(0)
+    losses = [step.accumulate(part) for part in portions]
+    torch.testing.assert_close(torch.stack(losses), torch.stack([loss for loss, *_ in expected]))
+    for parameter, *gradients in zip(parameters, *[gradients for _, *gradients in expected], strict=True):
+        torch.testing.assert_close(parameter.grad, sum(gradients))
+    assert len(portions) == step.objective.step / 2 > 1
+
+
 def test_noise_is_new_at_each_step_and_follows_the_seed(without_inductor):
     program, x = mlp(torch.float32)
     step = compile_sgd(program, pv.ELBO())

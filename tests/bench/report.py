@@ -9,7 +9,7 @@ import floor
 import matplotlib
 from matplotlib.ticker import FuncFormatter, NullLocator
 from measure import Spread
-from ours import COMPILED
+from ours import COMPILED, PORTIONS
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 # The Okabe-Ito palette, which colour-blind readers can tell apart.
 STYLES = {
     COMPILED: ("#D55E00", "o", "-"),
+    PORTIONS: ("#D55E00", "*", ":"),
     "pyro_vae eager": ("#E69F00", "s", "-"),
     "Pyro SVI": ("#0072B2", "^", "-"),
     "PyTorch compiled": ("#009E73", "D", "-"),
@@ -82,14 +83,21 @@ def print_claims(console: Console, claims: list[dict[str, Any]]) -> None:
 
 
 def print_growth(console: Console, growth: dict[str, Any]) -> None:
+    whole, portions, products = (growth[name] for name in ("at once", "in portions", "products"))
     table = Table(title="The compiled step as K grows (batch 20, hidden 200, latent 50)", title_justify="left")
-    for column in ("K", "ms a step", "share outside the matrix products"):
+    for column in ("K", "ms a step", "share outside the products", "ms in portions", "share outside the products"):
         table.add_column(column, justify="right")
-    for row in growth["points"]:
-        table.add_row(str(row["particles"]), f"{1e3 * row['seconds']['median']:.3g}", shown(row["share_outside"]))
+    for row, part in zip(whole["points"], portions["points"], strict=True):
+        cells = [
+            text for point in (row, part) for text in (shown(point["seconds"], 1e3), shown(point["share_outside"]))
+        ]
+        table.add_row(str(row["particles"]), *cells)
     console.print(table)
-    first, last = (growth["points"][i]["particles"] for i in (0, -1))
-    console.print(f"From K = {first} to {last} it grows as K to the power of {shown(growth['exponent'])}.\n")
+    first, last = (whole["points"][i]["particles"] for i in (0, -1))
+    console.print(
+        f"From K = {first} to {last} it grows as K to the power of {shown(whole['exponent'])}, in portions "
+        f"{shown(portions['exponent'])}, the products alone {shown(products['exponent'])}.\n"
+    )
 
 
 def draw(lines: dict[str, list[tuple[int, dict[str, float]]]], label: str, title: str, path: Path) -> None:

@@ -219,18 +219,42 @@ def lines(found: list[dict[str, Any]], size: str) -> dict[str, list[tuple[int, d
 
 
 def growth(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """How the compiled step's time, and its share outside the matrix products, go with K."""
-    found = [result for result in found if result["particles"] >= 16]
-    points = []
-    for result in found:
-        row = result["contestants"][ours.COMPILED]
-        shares = [1 - a / b for a, b in zip(result["contestants"][floor.NAME]["rounds"], row["rounds"], strict=True)]
-        share = asdict(Spread.of(shares))
-        points.append({"particles": result["particles"], "seconds": row["seconds"], "share_outside": share})
-    first, last = (result["contestants"][ours.COMPILED]["rounds"] for result in (found[0], found[-1]))
+    """How our compiled step's time, and its share outside the matrix products, go with K: a minibatch at once, and in portions."""
+    found = [
+        result["contestants"] | {"particles": result["particles"]} for result in found if result["particles"] >= 16
+    ]
+    return {
+        name: {
+            "points": [
+                {
+                    "particles": rows["particles"],
+                    "seconds": step(rows)["seconds"],
+                    "share_outside": asdict(Spread.of([1 - a / b for a, b in rounds(rows[floor.NAME], step(rows))])),
+                }
+                for rows in found
+            ],
+            "exponent": asdict(exponent(found, step)),
+        }
+        for name, step in STEPS.items()
+    }
+
+
+#: Which of a sweep's rows is the step; few particles are one portion.
+STEPS = {
+    "at once": lambda rows: rows[ours.COMPILED],
+    "in portions": lambda rows: rows.get(ours.PORTIONS, rows[ours.COMPILED]),
+    "products": lambda rows: rows[floor.NAME],
+}
+
+
+def exponent(found: list[dict[str, Any]], step: Callable[[dict[str, Any]], Any]) -> Spread:
+    """That of K in the time, from the fewest particles to the most."""
     octaves = math.log(found[-1]["particles"] / found[0]["particles"])
-    exponents = [math.log(b / a) / octaves for a, b in zip(first, last, strict=True)]
-    return {"points": points, "exponent": asdict(Spread.of(exponents))}
+    return Spread.of([math.log(b / a) / octaves for a, b in rounds(step(found[0]), step(found[-1]))])
+
+
+def rounds(first: dict[str, Any], second: dict[str, Any]) -> zip[tuple[float, float]]:
+    return zip(first["rounds"], second["rounds"], strict=True)
 
 
 def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
