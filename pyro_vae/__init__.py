@@ -34,10 +34,10 @@ from pyro_vae.evaluation import (
 )
 from pyro_vae.likelihoods import Bernoulli, Gaussian, Likelihood
 from pyro_vae.objectives import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, RWS, TVO, NoClosedFormError, Objective, Renyi
+from pyro_vae.pairs import VAE, conv_vae, mlp_vae
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import StandardNormal
 from pyro_vae.training import fit
-from pyro_vae.vae import VAE, conv_vae, mlp_vae
 from pyro_vae.weights import log_weights
 
 __all__ = [

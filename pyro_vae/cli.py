@@ -338,7 +338,7 @@ def _build(config: dict[str, Any]) -> tuple[Dataset, VAE]:
     import pyro_vae as pv
 
     matplotlib.use("Agg")  # figures go to files, on machines without a screen too
-    shared = {"latent_dim": config["latent_dim"], "likelihood": config["likelihood"], "scale": None}
+    shared = {"latent_dim": config["latent_dim"], "likelihood": config["likelihood"]}
     if config["likelihood"] == "gaussian":
         shared["scale"] = _scale(config["scale"])
     with _explained():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -17,8 +17,11 @@ from pyro_vae.networks import apply_batched
 class Likelihood(nn.Module, ABC):
     """What every likelihood shares: the decoder, and the shape of its features.
 
+    One of your own, of independent elements, is a subclass with a `num_features` and a `pixel_distribution`.
+
     Arguments:
-        decoder: a network from (N, Z) to (N, ...) with `num_features` numbers for each element of an event.
+        decoder: a network from (N, Z), and from what the likelihood is given besides, to (N, ...) with `num_features` numbers
+            for each element of an event.
         event_shape: the shape of one datum.
     """
 
@@ -30,9 +33,20 @@ class Likelihood(nn.Module, ABC):
         self.decoder = decoder
         self.event_shape = tuple(event_shape)
 
-    def forward(self, z: Tensor) -> dist.TorchDistribution:
-        """The distribution of x for each z of shape (*batch, Z): batch shape `batch`, event shape `event`."""
-        features = apply_batched(self.decoder, z, 1)
+    @classmethod
+    def features_for(cls, **options: Any) -> int:
+        """`num_features` of a likelihood with these options, to build its decoder by; refuses options that are none."""
+        return cls.num_features
+
+    def forward(self, z: Tensor, *given: Tensor, mask: Tensor | None = None) -> dist.TorchDistribution:
+        """The distribution of x for each z of shape (*batch, Z): batch shape `batch`, event shape `event`.
+
+        Arguments:
+            z: latents, (*batch, Z).
+            given: what the decoder takes besides z, such as labels.
+            mask: booleans that broadcast to (*batch, *event): which elements are observed; the density of the others is left out.
+        """
+        features = apply_batched(self.decoder, z, 1, *given)
         expected = self.num_features * math.prod(self.event_shape)
         if features.numel() != expected * z[..., 0].numel():
             raise ValueError(
@@ -40,12 +54,21 @@ class Likelihood(nn.Module, ABC):
                 f"{self.event_shape}), got features of shape {tuple(features.shape)} for z of shape {tuple(z.shape)}."
             )
         features = features.reshape(*z.shape[:-1], self.num_features, *self.event_shape)
-        pixels = self.pixel_distribution(*features.unbind(z.dim() - 1))
-        return pixels.to_event(len(self.event_shape))
+        return self.event_distribution(*features.unbind(z.dim() - 1), mask=mask)
+
+    def event_distribution(self, *features: Tensor, mask: Tensor | None) -> dist.TorchDistribution:
+        """The distribution of x from `num_features` tensors of shape (*batch, *event): here, of independent elements."""
+        pixels = self.pixel_distribution(*features)
+        return (pixels if mask is None else pixels.mask(mask)).to_event(len(self.event_shape))
 
     @abstractmethod
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """The distribution of each element of x, from `num_features` tensors of shape (*batch, *event)."""
+
+    def decode(self, z: Tensor, *given: Tensor) -> Tensor:
+        """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
+        mean: Tensor = self(z, *given).mean
+        return mean
 
     def check(self, x: Tensor) -> None:
         """Refuse data that the likelihood gives no density to; called while Pyro's validation is on."""
@@ -171,8 +194,8 @@ class Gaussian(Likelihood):
         elif not isinstance(scale, str):
             self.register_buffer("fixed_scale", torch.tensor(float(scale)), persistent=False)
 
-    @staticmethod
-    def features_for(scale: float | str) -> int:
+    @classmethod
+    def features_for(cls, scale: float | str = 1.0, **options: Any) -> int:
         """How many features an element takes under a choice of `scale`; refuses what is no choice."""
         if scale == "per_pixel":
             return 2
@@ -187,3 +210,7 @@ class Gaussian(Likelihood):
             return dist.Normal(loc, softplus(raw) + self.min_scale)
         (loc,) = features
         return dist.Normal(loc, self.log_scale.exp() if self.scale == "learned" else self.fixed_scale)
+
+
+#: The likelihoods by the names that :func:`pyro_vae.mlp_vae` and the command line know them by.
+BY_NAME: dict[str, type[Likelihood]] = {"bernoulli": Bernoulli, "gaussian": Gaussian}

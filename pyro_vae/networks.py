@@ -9,24 +9,27 @@ from math import prod
 from torch import Tensor, nn
 
 
-def apply_batched(network: nn.Module, x: Tensor, event_dim: int) -> Tensor:
+def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor) -> Tensor:
     """Apply a network that expects one leading dimension to a tensor with any number of them.
 
     Vectorised particles and ``Predictive`` add dimensions on the left; convolutions take exactly one.
 
     Arguments:
-        network: maps (N, *event) to (N, *features).
+        network: maps (N, *event) to (N, *features), called with what is given as further arguments.
         x: shape (*batch, *event), with `event_dim` dimensions in `event`.
         event_dim: how many of the dimensions on the right are one datum.
+        given: vectors (..., Y) beside each x, expanded to its batch; labels, say.
 
     Returns:
         Features of shape (*batch, *features).
     """
     split = x.dim() - event_dim
+    batch = x.shape[:split]
+    given = tuple(y.expand(*batch, y.shape[-1]) for y in given)
     if split == 1:
-        return network(x)
-    features = network(x.reshape(-1, *x.shape[split:]))
-    return features.reshape(*x.shape[:split], *features.shape[1:])
+        return network(x, *given)
+    features = network(x.reshape(-1, *x.shape[split:]), *(y.reshape(-1, y.shape[-1]) for y in given))
+    return features.reshape(*batch, *features.shape[1:])
 
 
 def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.Sequential:
@@ -49,13 +52,36 @@ def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.S
     return nn.Sequential(*layers, nn.Linear(widths[-1], out_features))
 
 
-def conv_encoder(event_shape: Sequence[int], channels: Sequence[int], out_features: int) -> nn.Sequential:
+class ResidualBlock(nn.Module):
+    """An image plus two convolutions of it: (N, C, H, W) to the same.
+
+    Arguments:
+        channels: C.
+
+    References:
+        He, Zhang, Ren and Sun (2016), *Identity Mappings in Deep Residual Networks*, ECCV.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.change = nn.Sequential(nn.SiLU(), first, nn.SiLU(), second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The image, changed a little."""
+        return x + self.change(x)
+
+
+def conv_encoder(
+    event_shape: Sequence[int], channels: Sequence[int], out_features: int, residual_blocks: int = 0
+) -> nn.Sequential:
     """Convolutions that halve an image once for each entry of `channels`: (N, C, H, W) to (N, out_features).
 
     Arguments:
         event_shape: (C, H, W).
         channels: the number of channels after each halving.
         out_features: the width of the output.
+        residual_blocks: how many :class:`ResidualBlock` follow each halving.
 
     Example:
         >>> import torch
@@ -65,13 +91,18 @@ def conv_encoder(event_shape: Sequence[int], channels: Sequence[int], out_featur
     widths = [event_shape[0], *channels]
     layers: list[nn.Module] = []
     for narrow, wide in pairwise(widths):
-        layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.SiLU()]
+        residual = [ResidualBlock(wide) for _ in range(residual_blocks)]
+        layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), *residual, nn.SiLU()]
     small = (channels[-1], *(_sizes(event_shape, len(channels))[-1]))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(prod(small), out_features))
 
 
 def conv_decoder(
-    in_features: int, channels: Sequence[int], out_channels: int, event_shape: Sequence[int]
+    in_features: int,
+    channels: Sequence[int],
+    out_channels: int,
+    event_shape: Sequence[int],
+    residual_blocks: int = 0,
 ) -> nn.Sequential:
     """The encoder's mirror image: (N, in_features) to (N, out_channels, H, W), doubling at each entry.
 
@@ -80,6 +111,7 @@ def conv_decoder(
         channels: the number of channels before each doubling.
         out_channels: the number of channels of the output.
         event_shape: (C, H, W); any height and width, odd ones too.
+        residual_blocks: how many :class:`ResidualBlock` precede each doubling.
 
     Example:
         >>> import torch
@@ -97,6 +129,7 @@ def conv_decoder(
         (height, width), (target_height, target_width) = sizes[i], sizes[i + 1]
         extra = (target_height - (2 * height - 1), target_width - (2 * width - 1))
         layers += [
+            *(ResidualBlock(widths[i]) for _ in range(residual_blocks)),
             nn.SiLU(),
             nn.ConvTranspose2d(widths[i], widths[i + 1], 3, stride=2, padding=1, output_padding=extra),
         ]

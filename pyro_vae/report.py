@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from pyro_vae import evaluation as ev
-from pyro_vae.vae import VAE
+from pyro_vae.pairs import VAE
 
 
 class Row(NamedTuple):

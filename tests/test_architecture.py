@@ -15,7 +15,7 @@ ALLOWED = {
     "priors": set(),
     "likelihoods": {"networks"},
     "posteriors": {"networks"},
-    "vae": {"networks", "priors", "likelihoods", "posteriors"},
+    "pairs": {"networks", "priors", "likelihoods", "posteriors"},
     "rng": set(),
     "tracing": set(),
     "batch_plate": {"tracing"},
@@ -41,7 +41,7 @@ ALLOWED = {
         "compilation",
     },
     "arviz_io": {"rng", "batch_plate", "minibatches", "modules", "runs", "weights"},
-    "report": {"evaluation", "objectives", "vae"},
+    "report": {"evaluation", "objectives", "pairs"},
     "plots": set(),
     "data": set(),
 }
