@@ -175,6 +175,7 @@ def _modes(modules: list[nn.Module]) -> list[Any]:
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     import torch._inductor  # half a second, which those who never compile need not wait
 
+    graph = _with_whole_bernoullis(graph)
     options: dict[str, Any] = {"fallback_random": True}  # torch's own generators, in the program's order
     if any(tensor.is_cuda for tensor in inputs):
         options["triton.cudagraphs"] = True
@@ -188,6 +189,19 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
             "variable CXX names another), or run the program uncompiled."
         ) from error
     return code
+
+
+def _with_whole_bernoullis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph with coins tossed as PyTorch tosses them: Inductor would draw numbers of float32 for them in any precision."""
+    aten = torch.ops.aten
+    for node in graph.graph.find_nodes(op="call_function", target=aten.bernoulli.default):
+        with graph.graph.inserting_before(node):
+            empty = graph.graph.call_function(aten.empty_like.default, node.args)
+            tossed = graph.graph.call_function(aten.bernoulli_.Tensor, (empty, *node.args))
+        node.replace_all_uses_with(tossed)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
 
 
 def _seconds(function: Callable[..., Any], args: list[Tensor]) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 from toys import Discrete, Mixed, X
 
 import pyro_vae as pv
+from pyro_vae.compilation import CompiledFunction
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative, of the loss and of the gradient's length
 
@@ -274,6 +275,47 @@ def test_dropout_and_batch_norm(inductor, monkeypatch):
     other.eval()
     pyro.set_rng_seed(0)
     torch.testing.assert_close(loss.item(), pv.ELBO().loss(twin.model, twin.guide, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compiled_draws_are_those_of_torch(dtype):
+    def draw(p):
+        empty = torch.empty_like(p)
+        filled = [
+            empty.clone().uniform_(),
+            empty.clone().exponential_(),
+            empty.clone().cauchy_(),
+            empty.clone().log_normal_(),
+        ]
+        discrete = [
+            torch.bernoulli(p),
+            empty.clone().bernoulli_(p),
+            torch.poisson(3 * p),
+            torch.multinomial(p, 2),
+            torch.randperm(7),
+        ]
+        discrete += [
+            torch.binomial(torch.full_like(p, 10), p),
+            torch.nn.functional.dropout(p),
+            empty.clone().geometric_(0.3),
+        ]
+        return (
+            *filled,
+            *discrete,
+            torch.rand_like(p),
+            torch.normal(p, 1.0),
+            torch._standard_gamma(p),
+            torch._sample_dirichlet(p),
+        )
+
+    p = torch.rand(5, 6, dtype=dtype)
+    compiled = CompiledFunction(draw, draw, draw)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        expected = draw(p)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(compiled(p), expected)
 
 
 def test_gradients_of_portions_add_up(without_inductor):
