@@ -12,7 +12,7 @@ import torch
 from programs import SIZES, LinearGaussian, draw_bounds, z_score
 
 import pyro_vae as pv
-from pyro_vae.likelihoods import PixelBernoulli
+from pyro_vae.likelihoods.binary import PixelBernoulli
 
 ZERO_VARIANCE = [
     pv.ELBO(1, "monte_carlo"),
