@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -53,8 +54,33 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def check_readable(name: str, value: Any) -> None:
+    """Refuse, before any work, a part of a checkpoint that :func:`load` would not read back.
+
+    Raises:
+        ValueError: the part holds more than tensors and plain Python values.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (AttributeError, TypeError, pickle.PickleError) as error:
+        raise ValueError(
+            f"a checkpoint is read without running code: expected {name} of tensors and plain Python values, got {value!r}. "
+            "Pass float(...) or int(...) of NumPy's numbers, or no checkpoint."
+        ) from error
+
+
+def stalled(epochs: int, best: dict[str, Any] | None, patience: int | None) -> bool:
+    """Whether, after so many epochs, the best of them is `patience` epochs ago."""
+    return patience is not None and best is not None and epochs - int(best["epoch"]) >= patience
+
+
 def load_parameters(path: str | Path, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
     """Give a program the parameters, and batch norm's statistics, that a checkpoint of :func:`pyro_vae.fit` holds.
+
+    They are those of the last epoch; where `fit` had `patience`, those of the best.
 
     Arguments:
         path: the checkpoint.
@@ -79,7 +105,7 @@ def load_parameters(path: str | Path, model: Program, guide: Program, *args: Any
     """
     state = load(path)
     in_model, in_guide = find_parameters(model, guide, *args, **kwargs)
-    restore(path, state, in_model | in_guide, buffers(find_modules(model, guide)))
+    restore(path, state.get("best") or state, in_model | in_guide, buffers(find_modules(model, guide)))
 
 
 def restore(

@@ -30,7 +30,9 @@ if TYPE_CHECKING:  # commands import what they need, so that --help does not wai
     from pyro_vae.data import Dataset, Split
     from pyro_vae.report import Report
 
-MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # what a run may go on with a new value of, as no epoch depends on it
+# What a run may go on with a new value of, as no epoch depends on it; what runs were before there was a choice.
+MAY_CHANGE = {"pyro_vae", "root", "epochs"}
+BEFORE = {"compile": False, "warm_up": 0, "free_bits": 0.0, "patience": None}
 
 UsageError: Any = typer.BadParameter.__base__  # click's, which versions of typer keep in different places
 OF_PARAMETERS = (  # what compare and evaluate write, stale once training goes on
@@ -106,9 +108,19 @@ def train(
         Literal["pathwise", "stl", "dreg"], Option(help="How the bound is differentiated; elbo has the first alone.")
     ] = "pathwise",
     particles: Annotated[int, Option(min=1, help="Samples of z for each image, in the bound.")] = 1,
+    warm_up: Annotated[int, Option(min=0, help="The factor on elbo's KL rises from 0 to 1 in so many epochs.")] = 0,
+    free_bits: Annotated[float, Option(min=0, help="Nats of KL that each dimension of z has for free, in elbo.")] = 0.0,
     epochs: Annotated[int, Option(min=1, help="Passes over the data in all, earlier ones of the run included.")] = 200,
     batch_size: Annotated[int, Option(min=1, help="Images in a gradient step.")] = 64,
     lr: Annotated[float, Option(help="Step size of Adam.")] = 1e-3,
+    patience: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Stop when the validation bound has not risen for so many epochs, and keep the best.",
+            show_default="never",
+        ),
+    ] = None,
     compile: Annotated[
         bool,
         Option("--compile", help="Run steps as compiled code: up to half a minute of compiling at first, then faster."),
@@ -127,6 +139,8 @@ def train(
     run = out or Path("runs", data)
     _check_folder(run, config)
     dataset, vae = _build(config)
+    if patience is not None and not len(dataset.validation):
+        raise UsageError("--patience needs images for validation, got none. Pass --validation 100, say, or drop it.")
 
     import pyro_vae as pv
     from pyro_vae import checkpoint as checkpoints
@@ -136,17 +150,18 @@ def train(
         if objective == "iwae":
             bound = pv.IWAE(particles, gradient)
         else:
-            bound = pv.ELBO(particles, "analytic" if objective == "elbo" else "monte_carlo", gradient)
+            beta = pv.schedules.warm_up(warm_up * math.ceil(len(dataset.train) / batch_size)) if warm_up else 1.0
+            kl: Literal["analytic", "monte_carlo"] = "analytic" if objective == "elbo" else "monte_carlo"
+            bound = pv.ELBO(particles, kl, gradient, beta, free_bits)
     checkpoint = run / "checkpoint.pt"
     if not checkpoint.exists():
         _write_config(run, config)
     with _explained():
-        earlier = len(checkpoints.load(checkpoint)["history"]) if checkpoint.exists() else 0
+        state = checkpoints.load(checkpoint) if checkpoint.exists() else {"history": []}
+    earlier = len(state["history"])
     if 0 < earlier <= epochs:
-        print(
-            f"{run} has {earlier} epoch{'s' * (earlier > 1)}: "
-            + ("going on." if earlier < epochs else "nothing left to train.")
-        )
+        over = earlier == epochs or checkpoints.stalled(earlier, state.get("best"), patience)
+        print(f"{run} has {earlier} epoch{'s' * (earlier > 1)}: " + ("nothing left to train." if over else "going on."))
     with _explained(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "training stopped by Ctrl-C")  # said below, with how to go on
         history = pv.fit(
@@ -158,6 +173,7 @@ def train(
             batch_size=batch_size,
             lr=lr,
             validation=dataset.validation,
+            patience=patience,
             compile=compile,
             checkpoint=checkpoint,
             seed=seed,
@@ -173,12 +189,14 @@ def train(
     pv.load_parameters(checkpoint, vae.model, vae.guide, dataset.test.x[:1])  # Ctrl-C leaves those within an epoch
     figures = _draw_run(run, vae, dataset, history, seed)
 
-    last = history.iloc[-1]
-    held_out = "" if math.isnan(last.validation_bound) else f", {last.validation_bound:.2f} (validation)"
+    best = checkpoints.load(checkpoint).get("best")
+    kept = history.iloc[best["epoch"] - 1 if best else -1]
+    held_out = "" if math.isnan(kept.validation_bound) else f", {kept.validation_bound:.2f} (validation)"
     done = f"{len(history)} epoch{'s' * (len(history) > 1)}"
-    print(f"{done}: {bound.name}, K = {particles}: {last.train_bound:.2f} (train){held_out} nats per datum")
+    at = f", the best {best['epoch']}" if best else ""
+    print(f"{done}{at}: {bound.name}, K = {particles}: {kept.train_bound:.2f} (train){held_out} nats per datum")
     print(*figures, sep="\n")
-    if len(history) < epochs:
+    if len(history) < epochs and not checkpoints.stalled(len(history), best, patience):
         print(f"stopped by Ctrl-C: {run} holds {done} of {epochs}. The same command goes on.", file=sys.stderr)
         raise typer.Exit(130)
 
@@ -281,12 +299,21 @@ def _explained() -> Iterator[None]:
 
 def _check_unused(context: typer.Context) -> None:
     """Refuse options that nothing would come of."""
-    owners = {"hidden_dims": ("network", "mlp"), "channels": ("network", "conv"), "scale": ("likelihood", "gaussian")}
+    elbo = ("objective", ("elbo", "elbo-monte-carlo"))
+    owners: dict[str, tuple[str, tuple[str, ...]]] = {
+        "hidden_dims": ("network", ("mlp",)),
+        "channels": ("network", ("conv",)),
+        "scale": ("likelihood", ("gaussian",)),
+        "warm_up": elbo,
+        "free_bits": elbo,
+    }
     for name, (switch, needed) in owners.items():
         chosen, source = context.params[switch], context.get_parameter_source(name)
-        if chosen != needed and source is not None and source.name == "COMMANDLINE":
+        if chosen not in needed and source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")
-            raise UsageError(f"--{option} needs --{switch} {needed}, got --{switch} {chosen}. Change one of the two.")
+            raise UsageError(
+                f"--{option} needs --{switch} {' or '.join(needed)}, got --{switch} {chosen}. Change one of the two."
+            )
 
 
 def _check_folder(run: Path, config: dict[str, Any]) -> None:
@@ -297,7 +324,8 @@ def _check_folder(run: Path, config: dict[str, Any]) -> None:
     if [path.name for path in run.iterdir()] == ["config.json"]:
         return  # a run that failed in its first epoch, and should not bar its name to the next try
     for name in config.keys() - MAY_CHANGE:
-        if config[name] != earlier[name]:
+        both = config[name], earlier[name]
+        if both[0] != both[1] and not (name == "patience" and None not in both):  # another number goes on, as in fit
             raise UsageError(
                 f"{run} holds a run with {name}={earlier[name]!r}, and {name}={config[name]!r} is asked for. Ask for "
                 "the same to go on with that run, or pass another --out."
@@ -316,7 +344,7 @@ def _read_config(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"can't read {path}: {error}. Restore it, or pass another folder.") from error
     if isinstance(config, dict):
-        config.setdefault("compile", False)  # as runs were before there was a choice
+        config = BEFORE | config
     if not isinstance(config, dict) or config.keys() != {"pyro_vae", *OPTIONS}:
         raise UsageError(
             f"expected {path} to hold the options of 'pyro-vae train' (version {version('pyro_vae')}), got something "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyro
 import pytest
 import torch
 import typer
@@ -167,6 +168,68 @@ def test_binarized_mnist_without_labels(tmp_path):
     assert "moved" not in refusal("sample", "runs/binarized_mnist")
     assert pyro_vae("train", "binarized_mnist", *arguments, "--root", "moved")[0] == 0
     assert pyro_vae("sample", "runs/binarized_mnist")[0] == 0
+
+
+def test_warm_up_and_free_bits_are_those_of_the_library(tmp_path):
+    run = tmp_path / "run"
+    command = ["train", "digits", *TINY, "--warm-up", 2, "--free-bits", "0.25", "--out", run]
+    pyro_vae(*command, "--epochs", 1)
+    status, out, _ = pyro_vae(*command, "--epochs", 3)
+    assert status == 0
+    assert "ELBO, closed-form KL, beta schedule, free bits 0.25, K = 1" in out
+    digits = pv.data.load("digits", binarize="dynamic")
+    pyro.set_rng_seed(0)
+    vae = pv.mlp_vae(digits.event_shape, latent_dim=2, hidden_dims=(16,))
+    objective = pv.ELBO(beta=pv.schedules.warm_up(2 * 6), free_bits=0.25)  # six steps an epoch
+    options = {"epochs": 3, "batch_size": 256, "lr": 0.01, "validation": digits.validation, "seed": 0}
+    fitted = pv.fit(vae.model, vae.guide, digits.train, objective, **options)
+    np.testing.assert_array_equal(bounds(run), fitted[["train_bound", "validation_bound"]])
+
+
+def test_patience_stops_early_and_keeps_the_best_epoch(tmp_path):
+    run = tmp_path / "run"
+    command = [
+        "train",
+        "digits",
+        "--hidden-dims",
+        16,
+        "--batch-size",
+        512,
+        "--lr",
+        "0.1",
+        "--epochs",
+        200,
+        "--out",
+        run,
+    ]
+    status, out, err = pyro_vae(*command, "--patience", 2)
+    assert (status, err) == (0, "")
+    best = history(run).validation_bound.idxmax()
+    assert len(history(run)) == best + 2 < 200
+    row = history(run).loc[best]
+    assert out.startswith(f"{best + 2} epochs, the best {best}: ELBO")
+    assert f"{row.train_bound:.2f} (train), {row.validation_bound:.2f} (validation)" in out
+    until_best = tmp_path / "until_best"
+    pyro_vae(*command, "--epochs", best, "--out", until_best)
+    kept, expected = (cli._load(folder)[1].state_dict() for folder in (run, until_best))
+    assert all(torch.equal(kept[name], value) for name, value in expected.items())
+    assert (run / "figures" / "samples.png").read_bytes() == (until_best / "figures" / "samples.png").read_bytes()
+    again = pyro_vae(*command, "--patience", 2)
+    assert again[0] == 0
+    assert again[1] == f"{run} has {best + 2} epochs: nothing left to train.\n{out}"
+    assert "going on." in pyro_vae(*command, "--patience", 3)[1]
+    assert len(history(run)) > best + 2
+    config = json.loads((run / "config.json").read_text())
+    assert config["patience"] == 3
+    assert "a run with patience=3, and patience=None is asked for" in refusal(*command)
+
+
+def test_runs_of_before_there_was_a_choice_go_on(run):
+    config = json.loads((run / "config.json").read_text())
+    for name in cli.BEFORE:
+        del config[name]
+    (run / "config.json").write_text(json.dumps(config))
+    assert pyro_vae("train", "digits", *TINY, "--epochs", 4, "--root", config["root"], "--out", run)[0] == 0
 
 
 def test_compare_prints_what_it_writes(run):
@@ -375,6 +438,15 @@ def test_ctrl_c_by_signal(tmp_path):
         (["digits", "--scale", "0.1"], "needs --likelihood gaussian"),
         (["digits", "--channels", "8"], "needs --network conv"),
         (["digits", "--network", "conv", "--hidden-dims", "8"], "needs --network mlp"),
+        (
+            ["digits", "--objective", "iwae", "--warm-up", 5],
+            "--warm-up needs --objective elbo or elbo-monte-carlo, got",
+        ),
+        (["digits", "--objective", "iwae", "--free-bits", 0.1], "--free-bits needs --objective elbo or"),
+        (["digits", "--free-bits", "inf"], "free_bits to be a number of nats"),
+        (["digits", "--warm-up", -1], "--warm-up"),
+        (["digits", "--patience", 0], "--patience"),
+        (["digits", "--patience", 3, "--validation", 0], "--patience needs images for validation, got none"),
         (["digits", "--binarize", "none"], "zeros and ones"),
         (["digits", "--validation", 5000], "below digits's 1547"),
         (["binarized_mnist", "--root", "nowhere"], "nowhere"),

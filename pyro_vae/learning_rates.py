@@ -1,0 +1,53 @@
+"""PyTorch's own schedulers of the step size: which ones `fit` can step after each epoch, and how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+
+def make(
+    function: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer, validates: bool
+) -> LRScheduler:
+    """What the function makes of the optimiser; refuse what can't be stepped after each epoch."""
+    scheduler = function(optimizer) if callable(function) else function
+    if not callable(function) or not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
+        another = " of another optimizer" if isinstance(scheduler, LRScheduler) else ""
+        raise ValueError(
+            "expected lr_scheduler to be a function that makes a scheduler of torch.optim.lr_scheduler of the optimizer it is "
+            f"called with, got {'one that makes ' if callable(function) else ''}{type(scheduler).__name__}{another}. Pass, say, "
+            "lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.95)."
+        )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if not validates:
+            raise ValueError(
+                "ReduceLROnPlateau waits for the validation bound to stop rising: expected validation data with it, got none. "
+                "Pass validation=..., or another scheduler."
+            )
+        if scheduler.mode != "min":
+            raise ValueError(
+                "ReduceLROnPlateau is given minus the validation bound, a loss: expected mode='min', got "
+                f"{scheduler.mode!r}. Drop the mode."
+            )
+    return scheduler
+
+
+def describe(scheduler: LRScheduler) -> str:
+    """A scheduler's type and settings, to recognise it by before its first step."""
+    progress = {"last_epoch", "_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr"}
+    settings = [f"{name}={value!r}" for name, value in scheduler.state_dict().items() if name not in progress]
+    return f"{type(scheduler).__name__}({', '.join(settings)})"
+
+
+def step(scheduler: LRScheduler, validation_bound: float, anew: bool) -> None:
+    """End an epoch; with `anew`, its validation bound is not comparable with those of the epochs before."""
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step()
+        return
+    if anew:
+        scheduler.best, scheduler.num_bad_epochs = math.inf, 0
+    scheduler.step(-validation_bound)

@@ -1,0 +1,114 @@
+"""Factors on the KL that change with the step: what ``pv.ELBO(beta=...)`` takes in place of a number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+# Named as the functions that they are used as, so that their repr, which checkpoints record, is what was typed.
+@dataclass(frozen=True)
+class warm_up:
+    r"""A line from `start` to `stop`, then `stop`: the KL's factor rises until the decoder has learned to use z.
+
+    .. math:: \beta(t) = \mathrm{start} + (\mathrm{stop} - \mathrm{start}) \, \min(t / \mathrm{steps}, 1)
+
+    Until it ends, the loss is minus a bound on log p(x) only where beta is at least 1, and bounds of different epochs are not
+    comparable.
+
+    Arguments:
+        steps: how many steps the line has; a step is one minibatch, of which an epoch has N / batch_size, rounded up.
+        start: beta at step 0.
+        stop: beta from step `steps` on.
+
+    Raises:
+        ValueError: steps is no positive integer, or a value is negative or not finite.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> beta = pv.schedules.warm_up(1000)
+        >>> [beta(step) for step in (0, 250, 1000, 5000)]
+        [0.0, 0.25, 1.0, 1.0]
+        >>> pv.ELBO(beta=beta)
+        ELBO(num_particles=1, kl='analytic', beta=warm_up(steps=1000, start=0.0, stop=1.0))
+
+    References:
+        Bowman et al. (2016), *Generating Sentences from a Continuous Space*, CoNLL.
+        Sønderby et al. (2016), *Ladder Variational Autoencoders*, NeurIPS.
+    """
+
+    steps: int
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_counts(steps=self.steps)
+        _check_values(start=self.start, stop=self.stop)
+
+    def __call__(self, step: int) -> float:
+        """Beta at a step, which counts from 0."""
+        if step >= self.steps:
+            return self.stop
+        return self.start + (self.stop - self.start) * step / self.steps
+
+
+@dataclass(frozen=True)
+class cyclical:
+    r"""Several warm-ups in a row, each from 0: what z has learned in one is where the next begins.
+
+    .. math:: \beta(t) = \mathrm{stop} \cdot \min\Bigl(\frac{t \bmod \mathrm{period}}{\mathrm{ramp} \cdot \mathrm{period}}, 1\Bigr)
+        \quad \text{for } t < \mathrm{cycles} \cdot \mathrm{period}, \qquad \text{then stop}
+
+    Arguments:
+        period: how many steps a cycle has; a step is one minibatch, of which an epoch has N / batch_size, rounded up.
+        cycles: how many there are.
+        ramp: the share of a cycle in which beta rises, above 0 and up to 1; in the rest it is `stop`.
+        stop: the value that beta rises to, and keeps after the cycles.
+
+    Raises:
+        ValueError: period or cycles is no positive integer, ramp is out of range, or stop is negative or not finite.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> beta = pv.schedules.cyclical(100, cycles=2)
+        >>> [beta(step) for step in (0, 25, 50, 99, 100, 125, 200, 300)]
+        [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0]
+
+    References:
+        Fu et al. (2019), *Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing*, NAACL. There `cycles` is
+        M = 4, `ramp` is R = 0.5, and the cycles fill the training.
+    """
+
+    period: int
+    cycles: int = 4
+    ramp: float = 0.5
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_counts(period=self.period, cycles=self.cycles)
+        if not 0 < self.ramp <= 1:
+            raise ValueError(
+                f"expected ramp to be a share of the cycle, above 0 and at most 1, got {self.ramp!r}. Divide steps by period."
+            )
+        _check_values(stop=self.stop)
+
+    def __call__(self, step: int) -> float:
+        """Beta at a step, which counts from 0."""
+        if step >= self.period * self.cycles:
+            return self.stop
+        return self.stop * min(step % self.period / (self.ramp * self.period), 1.0)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            epochs = "" if name == "cycles" else " Of epochs, pass their number times the minibatches of one."
+            raise ValueError(f"expected {name} to be a positive integer, got {value!r}.{epochs}")
+
+
+def _check_values(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"expected {name} to be a finite number, at least 0, got {value!r}. Beta is never negative."
+            )
