@@ -16,7 +16,7 @@ In six lines::
     print(pv.compare(vae.model, vae.guide, digits.test.x))
 """
 
-from pyro_vae import data, networks, plots
+from pyro_vae import data, networks, plots, schedules
 from pyro_vae.arviz_io import to_arviz
 from pyro_vae.checkpoint import load_parameters
 from pyro_vae.compilation import compile_step
@@ -32,11 +32,44 @@ from pyro_vae.evaluation import (
     log_likelihood,
     pareto_k,
 )
-from pyro_vae.likelihoods import Bernoulli, Gaussian, Likelihood
+from pyro_vae.likelihoods import (
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Gaussian,
+    Likelihood,
+    LowRankGaussian,
+    NegativeBinomial,
+    Poisson,
+    StudentT,
+)
 from pyro_vae.objectives import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, RWS, TVO, NoClosedFormError, Objective, Renyi
-from pyro_vae.pairs import VAE, conv_vae, mlp_vae
-from pyro_vae.posteriors import DiagonalNormal
-from pyro_vae.priors import StandardNormal
+from pyro_vae.pairs import (
+    VAE,
+    Autoencoder,
+    BottomUp,
+    ConditionalVAE,
+    HierarchicalVAE,
+    Ladder,
+    SemiSupervisedVAE,
+    conv_vae,
+    mlp_autoencoder,
+    mlp_conditional_vae,
+    mlp_hierarchical_vae,
+    mlp_semi_supervised_vae,
+    mlp_vae,
+)
+from pyro_vae.posteriors import (
+    DiagonalNormal,
+    FlowPosterior,
+    FullNormal,
+    LowRankNormal,
+    MixturePosterior,
+    Posterior,
+    Unconditional,
+)
+from pyro_vae.priors import FlowPrior, MixturePrior, StandardNormal, VampPrior
 from pyro_vae.training import fit
 from pyro_vae.weights import log_weights
 
@@ -50,16 +83,38 @@ __all__ = [
     "RWS",
     "TVO",
     "VAE",
+    "Autoencoder",
     "Bernoulli",
+    "BottomUp",
+    "Categorical",
+    "ConditionalVAE",
+    "ContinuousBernoulli",
     "DiagonalNormal",
+    "DiscretizedLogistic",
     "Estimate",
+    "FlowPosterior",
+    "FlowPrior",
+    "FullNormal",
     "Gaussian",
+    "HierarchicalVAE",
+    "Ladder",
     "Likelihood",
     "LogLikelihood",
+    "LowRankGaussian",
+    "LowRankNormal",
+    "MixturePosterior",
+    "MixturePrior",
+    "NegativeBinomial",
     "NoClosedFormError",
     "Objective",
+    "Poisson",
+    "Posterior",
     "Renyi",
+    "SemiSupervisedVAE",
     "StandardNormal",
+    "StudentT",
+    "Unconditional",
+    "VampPrior",
     "active_units",
     "ais",
     "bdmc",
@@ -73,9 +128,14 @@ __all__ = [
     "load_parameters",
     "log_likelihood",
     "log_weights",
+    "mlp_autoencoder",
+    "mlp_conditional_vae",
+    "mlp_hierarchical_vae",
+    "mlp_semi_supervised_vae",
     "mlp_vae",
     "networks",
     "pareto_k",
     "plots",
+    "schedules",
     "to_arviz",
 ]

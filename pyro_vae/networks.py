@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,18 +19,39 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
         network: maps (N, *event) to (N, *features), called with what is given as further arguments.
         x: shape (*batch, *event), with `event_dim` dimensions in `event`.
         event_dim: how many of the dimensions on the right are one datum.
-        given: vectors (..., Y) beside each x, expanded to its batch; labels, say.
+        given: vectors (..., Y) beside each x, such as labels; their leading dimensions and x's broadcast.
 
     Returns:
         Features of shape (*batch, *features).
     """
     split = x.dim() - event_dim
-    batch = x.shape[:split]
-    given = tuple(y.expand(*batch, y.shape[-1]) for y in given)
-    if split == 1:
-        return network(x, *given)
-    features = network(x.reshape(-1, *x.shape[split:]), *(y.reshape(-1, y.shape[-1]) for y in given))
+    if split == 1 and not given:
+        return network(x)
+    batch = torch.broadcast_shapes(x.shape[:split], *(y.shape[:-1] for y in given))
+    x = x.expand(*batch, *x.shape[split:]).reshape(-1, *x.shape[split:])
+    features = network(x, *(y.expand(*batch, y.shape[-1]).reshape(-1, y.shape[-1]) for y in given))
     return features.reshape(*batch, *features.shape[1:])
+
+
+class Concatenated(nn.Module):
+    """A network of one tensor, of all that it is given side by side: (N, *event), (N, Y) ... to the network's output.
+
+    Arguments:
+        network: maps (N, D + Y + ...).
+
+    Example:
+        >>> import torch
+        >>> Concatenated(mlp(4 + 2, [8], 3))(torch.zeros(5, 2, 2), torch.zeros(5, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """The network's output."""
+        return self.network(torch.cat([tensor.flatten(1) for tensor in tensors], 1))
 
 
 def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.Sequential:

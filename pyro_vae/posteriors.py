@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
+from pyro_vae.flows import Flow, Kind
 from pyro_vae.networks import apply_batched
 
 
@@ -28,6 +32,11 @@ class Posterior(nn.Module, ABC):
     @abstractmethod
     def features_for(cls, latent_dim: int, **options: Any) -> int:
         """How many features the encoder gives for a latent of so many dimensions."""
+
+    @classmethod
+    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int) -> Posterior:
+        """One with default options; its encoder has as many outputs as :meth:`features_for` says."""
+        return cls(encoder, event_shape)
 
     def forward(self, x: Tensor, *given: Tensor) -> dist.TorchDistribution:
         """The distribution of z for each x of shape (*batch, *event): batch shape `batch`, event shape (Z,)."""
@@ -81,3 +90,266 @@ class DiagonalNormal(Posterior):
             )
         loc, log_scale = features.chunk(2, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+class FullNormal(Posterior):
+    r"""A normal with any covariance, whose Cholesky factor an encoder computes.
+
+    .. math:: q(z \mid x) = \mathcal N\bigl(z; \mu(x), L(x) L(x)^\top\bigr)
+
+    Its KL to a standard normal has a closed form. The density costs Z^2 a datum.
+
+    Arguments:
+        encoder: a network from (N, *event) to (N, Z + Z (Z + 1) / 2): the means, then the rows of L, whose diagonal comes as
+            logs.
+        event_shape: the shape of one datum.
+
+    Returns:
+        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+
+    Raises:
+        ValueError: no Z gives the encoder's number of outputs.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae.networks import mlp
+        >>> FullNormal(mlp(4, [8], FullNormal.features_for(3)), (4,))(torch.zeros(5, 4)).event_shape
+        torch.Size([3])
+    """
+
+    @classmethod
+    def features_for(cls, latent_dim: int, **options: Any) -> int:
+        """Z (Z + 3) / 2."""
+        return latent_dim * (latent_dim + 3) // 2
+
+    def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
+        """Normal with the first features as means, and the others as a lower triangle."""
+        size = features.shape[-1]
+        latent_dim = (math.isqrt(9 + 8 * size) - 3) // 2
+        if self.features_for(latent_dim) != size:
+            raise ValueError(f"expected an encoder with Z (Z + 3) / 2 outputs, got {size}. With Z = 2, say, give it 5.")
+        loc, rows = features.split([latent_dim, size - latent_dim], -1)
+        below, across = torch.tril_indices(latent_dim, latent_dim, device=features.device)
+        triangle = features.new_zeros(*features.shape[:-1], latent_dim, latent_dim)
+        triangle[..., below, across] = rows
+        scale_tril = triangle.tril(-1) + torch.diag_embed(triangle.diagonal(dim1=-2, dim2=-1).exp())
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+class LowRankNormal(Posterior):
+    r"""A normal whose covariance is a diagonal and a few directions.
+
+    .. math:: q(z \mid x) = \mathcal N\bigl(z; \mu(x), \operatorname{diag} \sigma(x)^2 + F(x) F(x)^\top\bigr)
+
+    Between :class:`DiagonalNormal` and :class:`FullNormal`; its KL to a standard normal has a closed form.
+
+    Arguments:
+        encoder: a network from (N, *event) to (N, (2 + R) Z): the means, the logs of sigma, and F's columns.
+        event_shape: the shape of one datum.
+        rank: R, the number of directions.
+
+    Returns:
+        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+
+    Raises:
+        ValueError: the encoder's number of outputs is no multiple of 2 + R.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae.networks import mlp
+        >>> LowRankNormal(mlp(4, [8], 4 * 3), (4,), rank=2)(torch.zeros(5, 4)).event_shape
+        torch.Size([3])
+
+    References:
+        Ong, Nott and Smith (2018), *Gaussian Variational Approximation with a Factor Covariance Structure*, JCGS.
+    """
+
+    def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], rank: int = 2) -> None:
+        super().__init__(encoder, event_shape)
+        self.rank = rank
+
+    @classmethod
+    def features_for(cls, latent_dim: int, rank: int = 2, **options: Any) -> int:
+        """Two and one for each direction, for each latent dimension."""
+        return (2 + rank) * latent_dim
+
+    def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
+        """Low-rank normal with the features' parts as means, logs of scales, and directions."""
+        if features.shape[-1] % (2 + self.rank):
+            raise ValueError(
+                f"expected an encoder with {2 + self.rank} Z outputs, a mean, a log scale and {self.rank} directions, got "
+                f"{features.shape[-1]}."
+            )
+        loc, log_scale, *columns = features.chunk(2 + self.rank, -1)
+        return dist.LowRankMultivariateNormal(loc, torch.stack(columns, -1), (2 * log_scale).exp())
+
+
+class MixturePosterior(Posterior):
+    r"""A mixture of diagonal normals, all of whose parameters an encoder computes.
+
+    .. math:: q(z \mid x) = \sum_{k=1}^K \pi_k(x)\, \mathcal N\bigl(z; \mu_k(x), \operatorname{diag} \sigma_k(x)^2\bigr)
+
+    Its samples have a pathwise derivative, the mixture's weights included (Pyro's). The KL has no closed form: use
+    ``pv.ELBO(kl="monte_carlo")``.
+
+    Arguments:
+        encoder: a network from (N, *event) to (N, K (2 Z + 1)): the logits, then for each component its means and the logs of
+            its scales.
+        event_shape: the shape of one datum.
+        components: K, at least 2.
+
+    Returns:
+        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,), Z at least 2.
+
+    Raises:
+        ValueError: the encoder's number of outputs is no K (2 Z + 1), or Z is 1.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae.networks import mlp
+        >>> MixturePosterior(mlp(4, [8], MixturePosterior.features_for(3)), (4,))(torch.zeros(5, 4)).event_shape
+        torch.Size([3])
+
+    References:
+        Jankowiak and Karaletsos (2019), *Pathwise Derivatives for Multivariate Distributions*, AISTATS.
+    """
+
+    def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], components: int = 5) -> None:
+        super().__init__(encoder, event_shape)
+        self.components = components
+
+    @classmethod
+    def features_for(cls, latent_dim: int, components: int = 5, **options: Any) -> int:
+        """For each component a logit, and two for each latent dimension."""
+        return components * (2 * latent_dim + 1)
+
+    def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
+        """Mixture with the features' parts as logits, means and logs of scales."""
+        number, size = self.components, features.shape[-1]
+        latent_dim = (size // number - 1) // 2
+        if self.features_for(latent_dim, number) != size or latent_dim < 2:
+            raise ValueError(
+                f"expected an encoder with {number} (2 Z + 1) outputs, Z at least 2, got {size}. With one latent dimension, use "
+                "DiagonalNormal."
+            )
+        logits, rest = features.split([number, size - number], -1)
+        loc, log_scale = rest.reshape(*rest.shape[:-1], number, 2 * latent_dim).chunk(2, -1)
+        return dist.MixtureOfDiagNormals(loc, log_scale.exp(), logits)
+
+    def embed(self, x: Tensor, *given: Tensor) -> Tensor:
+        """The mixture's mean."""
+        q = self(x, *given)
+        return (q.categorical.probs.unsqueeze(-1) * q.locs).sum(-2)
+
+
+class FlowPosterior(Posterior):
+    r"""A diagonal normal pushed through a :class:`~pyro_vae.flows.Flow` that sees x too.
+
+    .. math:: z = T\bigl(\mu(x) + \sigma(x) \epsilon; h(x)\bigr), \qquad \epsilon \sim \mathcal N(0, I)
+
+    The KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
+
+    Arguments:
+        encoder: a network from (N, *event) to (N, 2 Z + C): the means, the logs of the scales, and the context h(x).
+        event_shape: the shape of one datum.
+        latent_dim: Z, at least 2.
+        flow: which transform: ``"iaf"``, ``"spline"`` or ``"coupling"``; see :class:`~pyro_vae.flows.Flow`.
+        length: how many transforms.
+        hidden_dims: the widths of each transform's network.
+
+    Returns:
+        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+
+    Raises:
+        ValueError: an unknown flow, one latent dimension, or an encoder with 2 Z outputs or fewer.
+
+    Example:
+        >>> import torch
+        >>> from pyro_vae.networks import mlp
+        >>> encoder = mlp(4, [8], FlowPosterior.features_for(3))
+        >>> FlowPosterior(encoder, (4,), 3, flow="spline")(torch.zeros(5, 4)).event_shape
+        torch.Size([3])
+
+    References:
+        Rezende and Mohamed (2015), *Variational Inference with Normalizing Flows*, ICML.
+        Kingma et al. (2016), *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        event_shape: tuple[int, ...],
+        latent_dim: int,
+        flow: Kind = "iaf",
+        length: int = 2,
+        hidden_dims: Sequence[int] = (64,),
+        context_dim: int | None = None,
+    ) -> None:
+        super().__init__(encoder, event_shape)
+        self.latent_dim = latent_dim
+        self.flow = Flow(latent_dim, flow, length, hidden_dims, latent_dim if context_dim is None else context_dim)
+
+    @classmethod
+    def features_for(cls, latent_dim: int, context_dim: int | None = None, **options: Any) -> int:
+        """Two for each latent dimension, and the context, Z unless told."""
+        return 2 * latent_dim + (latent_dim if context_dim is None else context_dim)
+
+    @classmethod
+    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int) -> Posterior:
+        """One with default options."""
+        return cls(encoder, event_shape, latent_dim)
+
+    def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
+        """The base with the first features as means and logs of scales, transformed given the others."""
+        base, context = self._base(features)
+        return dist.TransformedDistribution(base, self.flow(context))
+
+    def embed(self, x: Tensor, *given: Tensor) -> Tensor:
+        """The image of the base's mean under the flow, in place of a mean that has no closed form."""
+        base, context = self._base(apply_batched(self.encoder, x, len(self.event_shape), *given))
+        z: Tensor = base.mean
+        for transform in self.flow(context):
+            z = transform(z)
+        return z
+
+    def _base(self, features: Tensor) -> tuple[Any, Tensor | None]:
+        sizes = [self.latent_dim, self.latent_dim, self.flow.context_dim]
+        if features.shape[-1] != sum(sizes):
+            raise ValueError(
+                f"expected an encoder with {sum(sizes)} outputs, {self.latent_dim} means, as many log scales and a context of "
+                f"{sizes[2]}, got {features.shape[-1]}."
+            )
+        loc, log_scale, context = features.split(sizes, -1)
+        return dist.Normal(loc, log_scale.exp()).to_event(1), context if sizes[2] else None
+
+
+class Unconditional(nn.Module):
+    r"""A normal that does not look at x: one q(z) for all data, whose decoder has nothing to read off z and turns lazy.
+
+    .. math:: q(z \mid x) = \mathcal N(z; \mu, \operatorname{diag} \sigma^2) \quad \text{for every } x
+
+    The bound is highest where q is the prior and x is explained without z: posterior collapse, by construction.
+
+    Arguments:
+        latent_dim: Z.
+        event_shape: the shape of one datum.
+
+    Returns:
+        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+
+    Example:
+        >>> import torch
+        >>> Unconditional(3, (4,))(torch.zeros(5, 4)).batch_shape
+        torch.Size([5])
+    """
+
+    def __init__(self, latent_dim: int, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.event_shape = tuple(event_shape)
+        self.loc = nn.Parameter(torch.zeros(latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self, x: Tensor) -> dist.TorchDistribution:
+        """The same distribution for each x."""
+        batch = x.shape[: x.dim() - len(self.event_shape)]
+        return dist.Normal(self.loc, self.log_scale.exp()).expand((*batch, len(self.loc))).to_event(1)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+
+from pyro_vae.flows import Flow, Kind
 
 
 class StandardNormal(nn.Module):
@@ -34,3 +38,142 @@ class StandardNormal(nn.Module):
     def forward(self) -> dist.TorchDistribution:
         """The prior, with event shape (Z,)."""
         return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+class MixturePrior(nn.Module):
+    r"""A mixture of diagonal normals, learned.
+
+    .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal N(z; \mu_k, \operatorname{diag} \sigma_k^2)
+
+    It starts as K normals of scale 1 with means drawn from a standard normal. A KL to it has no closed form: use
+    ``pv.ELBO(kl="monte_carlo")``.
+
+    Arguments:
+        latent_dim: Z.
+        components: K.
+
+    Returns:
+        When called: a distribution with event shape (Z,).
+
+    Example:
+        >>> MixturePrior(3, components=10)().event_shape
+        torch.Size([3])
+
+    References:
+        Dilokthanakul et al. (2016), *Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders*.
+    """
+
+    def __init__(self, latent_dim: int, components: int = 10) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
+
+    def forward(self) -> dist.TorchDistribution:
+        """The prior, with event shape (Z,)."""
+        components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+
+
+class VampPrior(nn.Module):
+    r"""The mixture of the guide's own posteriors at learned pseudo-inputs.
+
+    .. math:: p(z) = \frac1K \sum_{k=1}^K q(z \mid u_k)
+
+    The prior that maximises the ELBO is the aggregate posterior; this is one with few data. A KL to it has no closed form: use
+    ``pv.ELBO(kl="monte_carlo")``.
+
+    Arguments:
+        posterior: the guide's posterior, the same module that the pair has, such as :class:`DiagonalNormal`.
+        pseudo_inputs: where the u_k start, (K, *event): some of the data, say.
+
+    Returns:
+        When called: a distribution with event shape (Z,).
+
+    Raises:
+        ValueError: pseudo-inputs of another shape than the posterior's data.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> data = torch.rand(100, 4).round()
+        >>> vae = pv.mlp_vae((4,), latent_dim=3)
+        >>> vae.prior = VampPrior(vae.posterior, data[:20])
+        >>> vae.prior().event_shape
+        torch.Size([3])
+
+    References:
+        Tomczak and Welling (2018), *VAE with a VampPrior*, AISTATS.
+    """
+
+    def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor) -> None:
+        super().__init__()
+        event_shape = getattr(posterior, "event_shape", tuple(pseudo_inputs.shape[1:]))
+        if pseudo_inputs.dim() < 2 or tuple(pseudo_inputs.shape[1:]) != event_shape:
+            raise ValueError(f"expected pseudo_inputs of shape (K, *{event_shape}), got {tuple(pseudo_inputs.shape)}.")
+        self.posterior = posterior
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
+
+    def forward(self) -> dist.TorchDistribution:
+        """The prior, with event shape (Z,)."""
+        uniform = dist.Categorical(logits=self.pseudo_inputs.new_zeros(len(self.pseudo_inputs)))
+        return _Mixture(uniform, self.posterior(self.pseudo_inputs))
+
+
+class _Mixture(dist.MixtureSameFamily):
+    """Pyro's, for components that don't broadcast, such as flows with a context for each."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Of shape (*batch,)."""
+        components = self.component_distribution
+        value = value.unsqueeze(-1 - len(self.event_shape))
+        value = value.expand(torch.broadcast_shapes(value.shape, components.batch_shape + components.event_shape))
+        logits = self.mixture_distribution.logits
+        return torch.logsumexp(components.log_prob(value) + logits, -1)
+
+
+class FlowPrior(nn.Module):
+    r"""A standard normal pushed through a :class:`~pyro_vae.flows.Flow`.
+
+    .. math:: z = T(\epsilon), \qquad \epsilon \sim \mathcal N(0, I)
+
+    A KL to it has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
+
+    Arguments:
+        latent_dim: Z, at least 2.
+        flow: ``"coupling"``, ``"iaf"`` or ``"spline"``. Autoregressive ones are run backwards here, as the density of a given
+            value is what training asks for: that is one pass, and a sample costs Z.
+        length: how many transforms.
+        hidden_dims: the widths of each transform's network.
+
+    Returns:
+        When called: a distribution with event shape (Z,).
+
+    Raises:
+        ValueError: an unknown flow, or one latent dimension.
+
+    Example:
+        >>> FlowPrior(3)().event_shape
+        torch.Size([3])
+
+    References:
+        Chen et al. (2017), *Variational Lossy Autoencoder*, ICLR.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, latent_dim: int, flow: Kind = "coupling", length: int = 4, hidden_dims: Sequence[int] = (64,)
+    ) -> None:
+        super().__init__()
+        self.backwards = flow != "coupling"
+        self.flow = Flow(latent_dim, flow, length, hidden_dims)
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+
+    def forward(self) -> dist.TorchDistribution:
+        """The prior, with event shape (Z,)."""
+        transforms = self.flow()
+        if self.backwards:
+            transforms = [transform.inv for transform in reversed(transforms)]
+        return dist.TransformedDistribution(dist.Normal(self.loc, self.scale).to_event(1), transforms)

@@ -12,9 +12,10 @@ import pyro_vae
 PACKAGE = Path(pyro_vae.__file__).parent
 ALLOWED = {
     "networks": set(),
-    "priors": set(),
+    "flows": set(),
+    "priors": {"flows"},
     "likelihoods": {"networks"},
-    "posteriors": {"networks"},
+    "posteriors": {"networks", "flows"},
     "pairs": {"networks", "priors", "likelihoods", "posteriors"},
     "rng": set(),
     "tracing": set(),
@@ -28,7 +29,10 @@ ALLOWED = {
     "minibatches": {"rng"},
     "modules": set(),
     "checkpoint": {"runs", "modules"},
-    "training": {"agreement", "rng", "runs", "minibatches", "modules", "checkpoint", "compilation"},
+    "schedules": set(),
+    "learning_rates": set(),
+    "supports": {"agreement", "minibatches", "runs"},
+    "training": {"rng", "runs", "minibatches", "modules", "checkpoint", "compilation", "learning_rates", "supports"},
     "evaluation": {
         "rng",
         "batch_plate",

@@ -11,7 +11,16 @@ import torch
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import HalfCauchy, HalfNormal, Independent, TransformedDistribution, kl_divergence
+from torch.distributions import (
+    HalfCauchy,
+    HalfNormal,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
 
 from pyro_vae.agreement import equal, family, masks, same_masks, unwrapped
 from pyro_vae.batch_plate import Site, Sites
@@ -269,9 +278,21 @@ def _closed_form(q: Any, p: Any, name: str) -> Tensor:
     if isinstance(unwrapped(q), Delta) or _folds(q) or _folds(p):
         raise no_closed_form
     try:
-        return kl_divergence(q, p)
+        return kl_divergence(_beside(q, p), _beside(p, q))
     except NotImplementedError as error:
         raise no_closed_form from error
+
+
+def _beside(distribution: Any, other: Any) -> Any:
+    """Independent normals as one with a covariance, where the other has one, for which PyTorch knows the KL."""
+    normal = unwrapped(distribution)
+    if not isinstance(unwrapped(other), MultivariateNormal | LowRankMultivariateNormal) or distribution.event_dim != 1:
+        return distribution
+    return (
+        MultivariateNormal(normal.loc, scale_tril=torch.diag_embed(normal.scale))
+        if isinstance(normal, Normal)
+        else distribution
+    )
 
 
 def _folds(distribution: Any) -> bool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 
 import pyro
+import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from pyro_vae.likelihoods import Likelihood
 
 
 class Pair(nn.Module):
-    """A module with a likelihood; a subclass has a `model` and a `guide`."""
+    """A module with a likelihood, around one plate ``data``; a subclass has a `model` and a `guide`."""
 
     likelihood: Likelihood
 
@@ -20,6 +24,30 @@ class Pair(nn.Module):
     def event_shape(self) -> tuple[int, ...]:
         """The shape of one datum."""
         return self.likelihood.event_shape
+
+    @contextmanager
+    def _data(
+        self, x: Tensor, mask: Tensor | None, subsample_size: int | None, *given: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The plate around the sites: x with zeros where it is missing, and what else there is, subsampled alike."""
+        x = self._observed(x, mask, subsample_size)
+        dims = len(self.event_shape)
+        with pyro.plate("data", len(x), subsample_size=subsample_size):
+            kept = () if mask is None else (pyro.subsample(mask, event_dim=dims),)
+            yield (pyro.subsample(x, event_dim=dims), *(pyro.subsample(y, event_dim=1) for y in given), *kept)
+
+    def _observed(self, x: Tensor, mask: Tensor | None, subsample_size: int | None = None) -> Tensor:
+        """The data, with zeros where they are missing."""
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(
+                    f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, got {got}. "
+                    "If these are labels that a DataLoader gives, leave them out of it, or use pv.ConditionalVAE."
+                )
+            x = torch.where(mask, x, 0.0)
+        self._check(x, subsample_size)
+        return x
 
     def _check(self, x: Tensor, subsample_size: int | None = None) -> None:
         """Refuse data that are none of this pair's."""
@@ -56,3 +84,24 @@ def register(name: str, module: nn.Module) -> None:
         if key in store and store[key] is not parameter:
             store[key] = parameter
     pyro.module(name, module)
+
+
+def indicators(y: Tensor, classes: int | None, like: Tensor) -> Tensor:
+    """What networks see of y: a vector for each datum as it is, or the indicator vector of a label.
+
+    Raises:
+        ValueError: y is neither vectors of floating point nor labels, or labels without a number of classes.
+    """
+    if not isinstance(y, Tensor) or len(y) != len(like):
+        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"expected y to be a tensor with a row for each of {len(like)} data, got {got}.")
+    if y.is_floating_point() and y.dim() == 2:
+        return y
+    if y.is_floating_point() or y.dim() != 1 or classes is None:
+        raise ValueError(
+            f"expected y to be vectors of floating point, (N, Y), or integer labels, (N,), of a pair with num_classes={classes}, got "
+            f"{y.dtype} of shape {tuple(y.shape)}. Build the pair with num_classes, or pass one_hot(y).float()."
+        )
+    if is_validation_enabled() and not bool(((y >= 0) & (y < classes)).all()):
+        raise ValueError(f"expected labels from 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}.")
+    return one_hot(y, classes).to(like.dtype)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from pyro_vae.likelihoods import BY_NAME, Likelihood
-from pyro_vae.networks import conv_decoder, conv_encoder, mlp
+from pyro_vae.networks import Concatenated, conv_decoder, conv_encoder, mlp
+from pyro_vae.pairs.autoencoder import Autoencoder
+from pyro_vae.pairs.conditional import ConditionalVAE
+from pyro_vae.pairs.hierarchical import BottomUp, HierarchicalVAE, Ladder
+from pyro_vae.pairs.semi_supervised import SemiSupervisedVAE
 from pyro_vae.pairs.vae import VAE
 from pyro_vae.posteriors import DiagonalNormal, Posterior
 from pyro_vae.priors import StandardNormal
@@ -53,7 +58,7 @@ def mlp_vae(
     return VAE(
         prior=StandardNormal(latent_dim) if prior is None else prior,
         likelihood=family(decoder, shape, **options),
-        posterior=posterior(encoder, shape),
+        posterior=posterior.build(encoder, shape, latent_dim),
     )
 
 
@@ -100,7 +105,189 @@ def conv_vae(
     return VAE(
         prior=StandardNormal(latent_dim) if prior is None else prior,
         likelihood=family(decoder, shape, **options),
-        posterior=posterior(encoder, shape),
+        posterior=posterior.build(encoder, shape, latent_dim),
+    )
+
+
+def mlp_conditional_vae(
+    event_shape: Sequence[int],
+    *,
+    latent_dim: int,
+    label_dim: int,
+    hidden_dims: Sequence[int] = (400,),
+    likelihood: str | type[Likelihood] = "bernoulli",
+    **options: Any,
+) -> ConditionalVAE:
+    """A :class:`ConditionalVAE` of fully connected networks, given labels or vectors of `label_dim` numbers.
+
+    Arguments:
+        event_shape: the shape of one datum, (C, H, W) or (D,).
+        latent_dim: Z, the number of latent dimensions.
+        label_dim: how many classes where y is labels, or how many numbers where it is vectors.
+        hidden_dims: the widths of the encoder's hidden layers; the decoder has them in reverse.
+        likelihood: as in :func:`mlp_vae`.
+        options: the likelihood's own.
+
+    Raises:
+        ValueError: an unknown likelihood, an option that it has not, a size that is not positive.
+
+    Example:
+        >>> import torch
+        >>> vae = mlp_conditional_vae((1, 28, 28), latent_dim=20, label_dim=10)
+        >>> vae.generate(torch.arange(10)).shape
+        torch.Size([10, 1, 28, 28])
+    """
+    _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], label_dim=[label_dim], hidden_dims=hidden_dims)
+    family, shape, size = find_likelihood(likelihood, options), tuple(event_shape), prod(event_shape)
+    encoder = mlp(size + label_dim, hidden_dims, 2 * latent_dim)
+    decoder = mlp(latent_dim + label_dim, list(hidden_dims)[::-1], family.features_for(**options) * size)
+    return ConditionalVAE(
+        prior=StandardNormal(latent_dim),
+        likelihood=family(Concatenated(decoder), shape, **options),
+        posterior=DiagonalNormal(Concatenated(encoder), shape),
+        num_classes=label_dim,
+    )
+
+
+def mlp_semi_supervised_vae(
+    event_shape: Sequence[int],
+    *,
+    latent_dim: int,
+    num_classes: int,
+    hidden_dims: Sequence[int] = (400,),
+    classifier_weight: float = 0.0,
+    likelihood: str | type[Likelihood] = "bernoulli",
+    **options: Any,
+) -> SemiSupervisedVAE:
+    """A :class:`SemiSupervisedVAE` of fully connected networks.
+
+    Arguments:
+        event_shape: the shape of one datum, (C, H, W) or (D,).
+        latent_dim: Z, the number of latent dimensions.
+        num_classes: how many labels there are.
+        hidden_dims: the widths of the hidden layers of encoder and classifier; the decoder has them in reverse.
+        classifier_weight: as in :class:`SemiSupervisedVAE`.
+        likelihood: as in :func:`mlp_vae`.
+        options: the likelihood's own.
+
+    Raises:
+        ValueError: an unknown likelihood, an option that it has not, a size that is not positive.
+
+    Example:
+        >>> vae = mlp_semi_supervised_vae((1, 28, 28), latent_dim=20, num_classes=10, classifier_weight=50.0)
+        >>> vae.num_classes
+        10
+    """
+    conditional = mlp_conditional_vae(
+        event_shape,
+        latent_dim=latent_dim,
+        label_dim=num_classes,
+        hidden_dims=hidden_dims,
+        likelihood=likelihood,
+        **options,
+    )
+    return SemiSupervisedVAE(
+        prior=conditional.prior,
+        likelihood=conditional.likelihood,
+        posterior=conditional.posterior,
+        classifier=mlp(prod(event_shape), hidden_dims, num_classes),
+        num_classes=num_classes,
+        classifier_weight=classifier_weight,
+    )
+
+
+def mlp_hierarchical_vae(
+    event_shape: Sequence[int],
+    *,
+    latent_dims: Sequence[int],
+    hidden_dims: Sequence[int] = (400,),
+    guide: Literal["ladder", "bottom_up"] = "ladder",
+    likelihood: str | type[Likelihood] = "bernoulli",
+    **options: Any,
+) -> HierarchicalVAE:
+    """A :class:`HierarchicalVAE` of fully connected networks, each with one hidden layer.
+
+    Arguments:
+        event_shape: the shape of one datum, (C, H, W) or (D,).
+        latent_dims: the numbers of latent dimensions of ``z1``, ``z2`` ...
+        hidden_dims: the width of the hidden layer between x and ``z1``, between ``z1`` and ``z2`` ...; one serves all.
+        guide: ``"ladder"`` for :class:`Ladder`, ``"bottom_up"`` for :class:`BottomUp`.
+        likelihood: as in :func:`mlp_vae`.
+        options: the likelihood's own.
+
+    Raises:
+        ValueError: an unknown guide or likelihood, an option that it has not, a size that is not positive, or widths that don't
+            match the layers.
+
+    Example:
+        >>> mlp_hierarchical_vae((1, 28, 28), latent_dims=(32, 16), hidden_dims=(400, 200)).generate(3).shape
+        torch.Size([3, 1, 28, 28])
+    """
+    _check_sizes(event_shape=event_shape, latent_dims=latent_dims, hidden_dims=hidden_dims)
+    widths = list(hidden_dims) * len(latent_dims) if len(hidden_dims) == 1 else list(hidden_dims)
+    if not latent_dims or len(widths) != len(latent_dims):
+        raise ValueError(
+            f"expected one layer or more, and a hidden width for each, got latent_dims={tuple(latent_dims)} and "
+            f"hidden_dims={tuple(hidden_dims)}."
+        )
+    family, shape, size = find_likelihood(likelihood, options), tuple(event_shape), prod(event_shape)
+    above = list(pairwise(latent_dims))
+    if guide == "bottom_up":
+        climbs = [(size, shape, latent_dims[0])] + [(low, (low,), high) for low, high in above]
+        steps = [
+            DiagonalNormal(mlp(inputs, [width], 2 * z), below)
+            for (inputs, below, z), width in zip(climbs, widths, strict=True)
+        ]
+        posterior: BottomUp | Ladder = BottomUp(steps)
+    elif guide == "ladder":
+        inputs = [size, *widths[:-1]]
+        encoders = [nn.Sequential(*mlp(n, [], width), nn.Tanh()) for n, width in zip(inputs, widths, strict=True)]
+        heads = [nn.Linear(width, 2 * z) for width, z in zip(widths, latent_dims, strict=True)]
+        posterior = Ladder(encoders, heads, shape)
+    else:
+        raise ValueError(f"expected guide to be 'ladder' or 'bottom_up', got {guide!r}.")
+    return HierarchicalVAE(
+        prior=StandardNormal(latent_dims[-1]),
+        layers=[
+            DiagonalNormal(mlp(high, [width], 2 * low), (high,))
+            for (low, high), width in zip(above, widths[1:], strict=True)
+        ],
+        likelihood=family(mlp(latent_dims[0], [widths[0]], family.features_for(**options) * size), shape, **options),
+        posterior=posterior,
+    )
+
+
+def mlp_autoencoder(
+    event_shape: Sequence[int],
+    *,
+    latent_dim: int,
+    hidden_dims: Sequence[int] = (400,),
+    likelihood: str | type[Likelihood] = "bernoulli",
+    **options: Any,
+) -> Autoencoder:
+    """An :class:`Autoencoder` with the networks of :func:`mlp_vae`, the baseline that it is compared with.
+
+    Arguments:
+        event_shape: the shape of one datum, (C, H, W) or (D,).
+        latent_dim: Z, the dimensions of the code.
+        hidden_dims: the widths of the encoder's hidden layers; the decoder has them in reverse.
+        likelihood: as in :func:`mlp_vae`.
+        options: the likelihood's own.
+
+    Raises:
+        ValueError: an unknown likelihood, an option that it has not, a size that is not positive.
+
+    Example:
+        >>> import torch
+        >>> mlp_autoencoder((1, 28, 28), latent_dim=20).embed(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5, 20])
+    """
+    _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], hidden_dims=hidden_dims)
+    family, size = find_likelihood(likelihood, options), prod(event_shape)
+    decoder = mlp(latent_dim, list(hidden_dims)[::-1], family.features_for(**options) * size)
+    return Autoencoder(
+        encoder=mlp(size, hidden_dims, latent_dim),
+        likelihood=family(decoder, tuple(event_shape), **options),
     )
 
 

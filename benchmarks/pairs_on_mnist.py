@@ -1,0 +1,98 @@
+"""Priors, posteriors and layers on MNIST, each trained alike: log p(x), what the guide leaves, active units.
+
+    python benchmarks/pairs_on_mnist.py --root data
+
+All have the same encoder and decoder (one hidden layer of 300, 40 latent dimensions; two layers have 40 and 20), Adam, number of
+epochs and seed. log p(x) is estimated by importance sampling on the first of the shuffled test images; differences to the first
+row are between the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import pyro
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pyro_vae as pv
+from pyro_vae.networks import mlp
+
+HIDDEN, LATENT = 300, 40
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--root", default="data", help="Folder of MNIST, as torchvision lays it out.")
+parser.add_argument("--epochs", type=int, default=30)
+parser.add_argument("--num-test", type=int, default=1000, help="Test images, drawn at random with a fixed seed.")
+parser.add_argument("--num-samples", type=int, default=5000)
+parser.add_argument("--only", action="append", help="A row's name; may be given several times.")
+options = parser.parse_args()
+
+torch.set_num_threads(1)
+mnist = pv.data.load("mnist", root=options.root, binarize="dynamic")
+shape = mnist.event_shape
+chosen = torch.randperm(len(mnist.test.x), generator=torch.Generator().manual_seed(0))[: options.num_test]
+test = mnist.test.x[chosen]
+
+
+def vae(prior=None, posterior=pv.DiagonalNormal, **settings) -> pv.VAE:
+    return pv.mlp_vae(shape, latent_dim=LATENT, hidden_dims=(HIDDEN,), prior=prior, posterior=posterior, **settings)
+
+
+def vamp() -> pv.VAE:
+    pair = vae()
+    pair.prior = pv.VampPrior(pair.posterior, mnist.train.x[:500])
+    return pair
+
+
+def flow(kind: str) -> pv.VAE:
+    pair = vae()
+    encoder = mlp(784, (HIDDEN,), pv.FlowPosterior.features_for(LATENT))
+    pair.posterior = pv.FlowPosterior(encoder, shape, LATENT, kind, hidden_dims=(128,))
+    return pair
+
+
+ROWS = {
+    "standard normal": vae,
+    "mixture prior, 100": lambda: vae(pv.MixturePrior(LATENT, 100)),
+    "VampPrior, 500": vamp,
+    "flow prior": lambda: vae(pv.FlowPrior(LATENT, hidden_dims=(128,))),
+    "full covariance": lambda: vae(posterior=pv.FullNormal),
+    "flow posterior, IAF": lambda: flow("iaf"),
+    "two layers, ladder": lambda: pv.mlp_hierarchical_vae(shape, latent_dims=(LATENT, 20), hidden_dims=(HIDDEN, 100)),
+}
+
+table = Table(title=f"MNIST, {options.epochs} epochs, {len(test)} test images; nats per datum")
+for column in (
+    "pair",
+    "minutes",
+    "ELBO",
+    "log p(x)",
+    "more than the first",
+    "log p(x) - ELBO",
+    "k-hat > 0.7",
+    "active",
+):
+    table.add_column(column, justify="left" if column == "pair" else "right", no_wrap=True)
+first = None
+for name, build in ROWS.items():
+    if options.only and name not in options.only:
+        continue
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    pair = build()
+    started = time.perf_counter()
+    pv.fit(
+        pair.model, pair.guide, mnist.train, pv.ELBO(kl="monte_carlo"), epochs=options.epochs, batch_size=128, compile=True, seed=0
+    )  # fmt: skip
+    minutes = (time.perf_counter() - started) / 60
+    found = pv.log_likelihood(pair.model, pair.guide, test, options.num_samples, compile=True, seed=0)
+    first = found.per_datum if first is None else first
+    active = pv.active_units(pair.model, pair.guide, test, seed=0)
+    table.add_row(
+        name, f"{minutes:.1f}", str(pv.Estimate.of(found.elbo)), str(found.estimate), str(pv.Estimate.of(found.per_datum - first)),
+        str(found.kl_to_posterior), f"{found.share_high_k:.1%}", f"{int(active.active.sum())} of {len(active)}",
+    )  # fmt: skip
+    Console(width=160).print(table)

@@ -1,0 +1,69 @@
+"""The baseline without a distribution over the code: a plain autoencoder."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.likelihoods import Likelihood
+from pyro_vae.networks import apply_batched
+from pyro_vae.pairs.base import Pair, register
+
+
+class Autoencoder(Pair):
+    r"""A deterministic autoencoder with a VAE's networks: the code is a function of x, without a prior.
+
+    .. math:: x_n \sim p\bigl(x \mid z = f(x_n)\bigr)
+
+    There is no latent site, so that every objective is the reconstruction term :math:`\log p(x_n \mid f(x_n))`: minus the squared
+    error for a Gaussian of fixed scale, minus the cross-entropy for a Bernoulli. It is **no bound** on :math:`\log p(x)`, and
+    nothing ties the codes to a distribution that could be drawn from: that is the difference from a VAE.
+
+    Arguments:
+        encoder: a network from (N, *event) to (N, Z).
+        likelihood: a module from z to the distribution of x; its `event_shape` is the shape of one datum.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> autoencoder = pv.mlp_autoencoder((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
+        >>> history = pv.fit(autoencoder.model, autoencoder.guide, torch.randn(100, 5), pv.ELBO(), epochs=1)
+        >>> autoencoder.reconstruct(torch.randn(3, 5)).shape
+        torch.Size([3, 5])
+
+    References:
+        Hinton and Salakhutdinov (2006), *Reducing the Dimensionality of Data with Neural Networks*, Science.
+    """
+
+    def __init__(self, *, encoder: nn.Module, likelihood: Likelihood) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.likelihood = likelihood
+
+    def model(self, x: Tensor, *, subsample_size: int | None = None) -> Tensor:
+        """x given its own code, as a Pyro function."""
+        register("encoder", self.encoder)
+        register("likelihood", self.likelihood)
+        with self._data(x, None, subsample_size) as (x,):
+            return pyro.sample("x", self.likelihood(self._code(x)), obs=x)
+
+    def guide(self, x: Tensor, *, subsample_size: int | None = None) -> None:
+        """No latent site, so nothing."""
+
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> Tensor:
+        """The code: (N, *event) to (N, Z)."""
+        self._check(x)
+        return self._code(x)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
+        return self.likelihood.decode(z)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The mean of p(x|z) at the code of x: (N, *event) to (N, *event)."""
+        return self.decode(self.embed(x))
+
+    def _code(self, x: Tensor) -> Tensor:
+        return apply_batched(self.encoder, x, len(self.event_shape))

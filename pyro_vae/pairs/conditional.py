@@ -1,0 +1,105 @@
+"""A pair given labels or other side information: p(z) p(x|z, y) and q(z|x, y)."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.likelihoods import Likelihood
+from pyro_vae.pairs.base import Pair, indicators, register
+from pyro_vae.pairs.imputation import impute
+from pyro_vae.pairs.vae import mean_of
+
+
+class ConditionalVAE(Pair):
+    r"""A VAE given y: labels, or a vector for each datum.
+
+    .. math::
+        \text{model:}\quad z_n \sim p(z),\ x_n \sim p(x \mid z_n, y_n) \qquad\qquad
+        \text{guide:}\quad z_n \sim q(z \mid x_n, y_n)
+
+    Its bounds are on :math:`\log p(x \mid y)`. Encoder and decoder take y's vector as their second argument
+    (:class:`pyro_vae.networks.Concatenated` makes one of a network of one tensor).
+
+    Arguments:
+        prior: a module that returns the distribution of one z.
+        likelihood: a module from z and y to the distribution of x.
+        posterior: a module from x and y to the distribution of z.
+        num_classes: how many, where y is integer labels; the networks see indicator vectors.
+
+    Raises:
+        ValueError: when it runs: x or y of another shape or type, or labels out of range.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_conditional_vae((5,), latent_dim=2, label_dim=3, hidden_dims=(16,), likelihood="gaussian")
+        >>> x, y = torch.randn(100, 5), torch.randint(3, (100,))
+        >>> history = pv.fit(vae.model, vae.guide, (x, y), pv.ELBO(), epochs=1)
+        >>> vae.generate(torch.tensor([0, 1, 2, 2])).shape
+        torch.Size([4, 5])
+
+    References:
+        Sohn, Lee and Yan (2015), *Learning Structured Output Representation using Deep Conditional Generative Models*, NeurIPS.
+    """
+
+    def __init__(
+        self, *, prior: nn.Module, likelihood: Likelihood, posterior: nn.Module, num_classes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.prior = prior
+        self.likelihood = likelihood
+        self.posterior = posterior
+        self.num_classes = num_classes
+
+    def model(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
+        """The generative model p(z) p(x|z, y), as a Pyro function.
+
+        Arguments:
+            x: data of shape (N, *event), observed at site ``x``.
+            y: labels (N,), or vectors (N, Y).
+            mask: booleans of x's shape, True where an element is observed; None is everywhere.
+            subsample_size: how many of the N data to use, drawn anew at each call; None uses all.
+
+        Returns:
+            The value at site ``x``.
+        """
+        register("prior", self.prior)
+        register("likelihood", self.likelihood)
+        with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, *kept):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z, y, mask=kept[0] if kept else None), obs=x)
+
+    def guide(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
+        """The approximate posterior q(z|x, y), as a Pyro function of the model's arguments; returns z."""
+        register("posterior", self.posterior)
+        with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, *_):
+            return pyro.sample("z", self.posterior(x, y))
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean of q(z|x, y): (N, *event) to (N, Z)."""
+        return mean_of(self.posterior, self._observed(x, mask), self._vectors(y, x))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """The mean of p(x|z, y): (N, Z) and labels or vectors of y to (N, *event)."""
+        return self.likelihood.decode(z, self._vectors(y, z))
+
+    def reconstruct(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean of p(x|z, y) at the mean of q(z|x, y): (N, *event) to (N, *event)."""
+        return self.decode(self.embed(x, y, mask), y)
+
+    @torch.no_grad()
+    def generate(self, y: Tensor) -> Tensor:
+        """The means of p(x|z, y) at a draw of z from the prior for each y: (n, *event)."""
+        return self.decode(self.prior().sample((len(y),)), y)
+
+    def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
+        """Fill missing elements in by their mean given those that are observed and y; see :func:`.imputation.impute`."""
+        observed, vectors = self._observed(x, mask), self._vectors(y, x)
+        q = self.posterior(observed, vectors)
+        return impute(self.prior(), self.likelihood, q, observed, mask, num_samples, vectors)
+
+    def _vectors(self, y: Tensor, like: Tensor) -> Tensor:
+        return indicators(y, self.num_classes, like)

@@ -1,0 +1,180 @@
+"""A pair with several layers of latents, each a site of its own, and two guides for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.likelihoods import Likelihood
+from pyro_vae.networks import apply_batched
+from pyro_vae.pairs.base import Pair, register
+
+Draw = Callable[[str, Any], Tensor]  # from a site's name and distribution to its value
+
+
+class BottomUp(nn.Module):
+    r"""The guide that climbs: each layer given the one below.
+
+    .. math:: q(z_1, \dots, z_L \mid x) = q(z_1 \mid x) \prod_{l=2}^L q(z_l \mid z_{l-1})
+
+    It samples in the opposite order to the model, so that a KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
+
+    Arguments:
+        posteriors: modules from x to the distribution of ``z1``, from ``z1`` to that of ``z2`` ..., such as :class:`DiagonalNormal`.
+
+    References:
+        Rezende, Mohamed and Wierstra (2014), *Stochastic Backpropagation and Approximate Inference in Deep Generative Models*, ICML.
+        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
+    """
+
+    def __init__(self, posteriors: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.posteriors = nn.ModuleList(posteriors)
+
+    def forward(self, x: Tensor, layers: nn.ModuleList, draw: Draw) -> list[Tensor]:
+        """The latents from ``z1`` to the top one, each as `draw` gives it."""
+        latents = [x]
+        for layer, posterior in enumerate(self.posteriors, 1):
+            latents.append(draw(f"z{layer}", posterior(latents[-1])))
+        return latents[1:]
+
+
+class Ladder(nn.Module):
+    r"""The guide that shares the generative model's way down: what x says about a layer, times what the layer above says.
+
+    .. math:: q(z_l \mid x, z_{l+1}) \propto \mathcal N\bigl(z_l; \hat\mu_l(x), \hat\sigma_l(x)^2\bigr) \, p(z_l \mid z_{l+1}),
+        \qquad q(z_L \mid x) = \mathcal N\bigl(z_L; \hat\mu_L(x), \hat\sigma_L(x)^2\bigr)
+
+    with features that a deterministic way up computes. Layers and guide sample in one order, so each layer's KL has a closed form.
+
+    Arguments:
+        encoders: networks from x (N, *event) to features, from these to the next ..., one for each layer.
+        heads: a network for each layer, from its encoder's features to (N, 2 Z_l): the means, then the logs of the scales.
+        event_shape: the shape of one datum.
+
+    References:
+        Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), *Ladder Variational Autoencoders*, NeurIPS.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module], heads: Sequence[nn.Module], event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        if len(encoders) != len(heads):
+            raise ValueError(f"expected a head for each encoder, got {len(encoders)} and {len(heads)}.")
+        self.encoders = nn.ModuleList(encoders)
+        self.heads = nn.ModuleList(heads)
+        self.event_shape = tuple(event_shape)
+
+    def forward(self, x: Tensor, layers: nn.ModuleList, draw: Draw) -> list[Tensor]:
+        """The latents from ``z1`` to the top one, each as `draw` gives it."""
+        features, event_dim, parameters = x, len(self.event_shape), []
+        for encoder, head in zip(self.encoders, self.heads, strict=True):
+            features, event_dim = apply_batched(encoder, features, event_dim), 1
+            loc, log_scale = apply_batched(head, features, 1).chunk(2, -1)
+            parameters.append((loc, log_scale.exp()))
+        top = len(parameters)
+        latents = [draw(f"z{top}", dist.Normal(*parameters[-1]).to_event(1))]
+        for layer in range(top - 1, 0, -1):
+            loc, scale = parameters[layer - 1]
+            down = layers[layer - 1](latents[0]).base_dist
+            precision, down_precision = scale**-2, down.scale**-2
+            variance = 1 / (precision + down_precision)
+            mean = variance * (precision * loc + down_precision * down.loc)
+            latents.insert(0, draw(f"z{layer}", dist.Normal(mean, variance.sqrt()).to_event(1)))
+        return latents
+
+
+class HierarchicalVAE(Pair):
+    r"""A VAE with L layers of latents, ``z1`` nearest to x, and ``zL`` at the top.
+
+    .. math:: p(x, z_1, \dots, z_L) = p(z_L) \prod_{l=1}^{L-1} p(z_l \mid z_{l+1}) \; p(x \mid z_1)
+
+    Arguments:
+        prior: a module that returns the distribution of one z at the top.
+        layers: modules from the layer above to the distribution of ``z1``, ``z2`` ... up to the last but one, such as
+            :class:`DiagonalNormal`.
+        likelihood: a module from ``z1`` to the distribution of x.
+        posterior: :class:`BottomUp` or :class:`Ladder`.
+
+    Raises:
+        ValueError: numbers of layers that differ between model and guide; when it runs: data of another shape or type.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_hierarchical_vae((5,), latent_dims=(4, 2), hidden_dims=(16, 8), likelihood="gaussian")
+        >>> history = pv.fit(vae.model, vae.guide, torch.randn(100, 5), pv.ELBO(), epochs=1)
+        >>> [z.shape[-1] for z in vae.embed(torch.randn(3, 5))]
+        [4, 2]
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
+        Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), *Ladder Variational Autoencoders*, NeurIPS.
+    """
+
+    def __init__(
+        self, *, prior: nn.Module, layers: Sequence[nn.Module], likelihood: Likelihood, posterior: BottomUp | Ladder
+    ) -> None:
+        super().__init__()
+        given = len(posterior.posteriors if isinstance(posterior, BottomUp) else posterior.encoders)
+        if given != len(layers) + 1:
+            raise ValueError(
+                f"expected a guide of {len(layers) + 1} layers, as the prior and {len(layers)} layers below it make, got {given}."
+            )
+        self.prior = prior
+        self.layers = nn.ModuleList(layers)
+        self.likelihood = likelihood
+        self.posterior = posterior
+
+    def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
+        """The generative model, as a Pyro function of the same arguments as :meth:`VAE.model`."""
+        for name in ("prior", "layers", "likelihood"):
+            register(name, getattr(self, name))
+        with self._data(x, mask, subsample_size) as (x, *kept):
+            z = self._down(pyro.sample)
+            return pyro.sample("x", self.likelihood(z, mask=kept[0] if kept else None), obs=x)
+
+    def guide(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> list[Tensor]:
+        """The approximate posterior, as a Pyro function of the model's arguments; returns the latents from ``z1`` up."""
+        register("posterior", self.posterior)
+        if isinstance(self.posterior, Ladder):
+            register("layers", self.layers)
+        with self._data(x, mask, subsample_size) as (x, *_):
+            latents: list[Tensor] = self.posterior(x, self.layers, pyro.sample)
+            return latents
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """The latents from ``z1`` up, each the guide's mean given the means of those before it: a list of (N, Z_l)."""
+        latents: list[Tensor] = self.posterior(self._observed(x, mask), self.layers, _mean)
+        return latents
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """The mean of p(x|z1): (*batch, Z_1) to (*batch, *event)."""
+        return self.likelihood.decode(z)
+
+    def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean of p(x|z1) at :meth:`embed`'s ``z1``: (N, *event) to (N, *event)."""
+        return self.decode(self.embed(x, mask)[0])
+
+    @torch.no_grad()
+    def generate(self, n: int) -> Tensor:
+        """The means of p(x|z1) at n draws from the prior, through all layers: (n, *event)."""
+        return self.decode(self._down(lambda _, distribution: distribution.sample(), (n,)))
+
+    def _down(self, draw: Draw, shape: tuple[int, ...] = ()) -> Tensor:
+        """``z1``, from the top down."""
+        prior = self.prior()
+        z = draw(f"z{len(self.layers) + 1}", prior.expand(shape) if shape else prior)
+        for layer in range(len(self.layers), 0, -1):
+            z = draw(f"z{layer}", self.layers[layer - 1](z))
+        return z
+
+
+def _mean(_: str, distribution: Any) -> Tensor:
+    mean: Tensor = distribution.mean
+    return mean

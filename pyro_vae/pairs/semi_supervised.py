@@ -1,0 +1,166 @@
+"""A pair whose labels are partly observed: p(y) p(z) p(x|z, y) and q(y|x) q(z|x, y)."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from pyro_vae.likelihoods import Likelihood
+from pyro_vae.networks import apply_batched
+from pyro_vae.pairs.base import Pair, register
+from pyro_vae.pairs.vae import mean_of
+
+UNOBSERVED = -1
+IMPOSSIBLE = -1e4  # a logit whose probability is zero in any precision, and whose product with zero is no NaN
+
+
+class SemiSupervisedVAE(Pair):
+    r"""A VAE with a label, observed for some data and latent for the others (Kingma's M2).
+
+    .. math::
+        \text{model:}\quad y_n \sim \mathrm{Uniform},\ z_n \sim p(z),\ x_n \sim p(x \mid z_n, y_n) \qquad\qquad
+        \text{guide:}\quad y_n \sim q(y \mid x_n),\ z_n \sim q(z \mid x_n, y_n)
+
+    Where the label is observed, the guide's q(y|x) is all on it, so that the bound is on :math:`\log p(x, y)`, and elsewhere on
+    :math:`\log p(x)`. The site ``y`` can't be reparameterised: **sampled**, take ``pv.ELBO(gradient="score")``,
+    ``pv.IWAE(K, "vimco")`` or another objective with these gradients; **enumerated**, Pyro's
+    ``TraceEnum_ELBO(max_plate_nesting=1)`` with ``pyro.infer.config_enumerate(vae.guide)``.
+
+    The bound alone never teaches q(y|x) the observed labels. With a `classifier_weight` :math:`\alpha`, in training mode, each
+    observed label adds :math:`\alpha \log q(y_n \mid x_n)` to its datum's term, which then bounds nothing; in evaluation mode (``vae.eval()``, and all
+    of this package's evaluations) it is left out.
+
+    Arguments:
+        prior: a module that returns the distribution of one z.
+        likelihood: a module from z and y's indicator vector to the distribution of x.
+        posterior: a module from x and y's indicator vector to the distribution of z.
+        classifier: a network from (N, *event) to (N, C), the logits of q(y|x).
+        num_classes: C.
+        classifier_weight: alpha, at least 0.
+
+    Raises:
+        ValueError: a weight below 0; when it runs: labels out of range or of another shape.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_semi_supervised_vae(
+        ...     (5,), latent_dim=2, num_classes=3, hidden_dims=(16,), likelihood="gaussian", classifier_weight=10.0
+        ... )
+        >>> x, y = torch.randn(100, 5), torch.randint(-1, 3, (100,))  # -1 is a label that is not observed
+        >>> history = pv.fit(vae.model, vae.guide, (x, y), pv.ELBO(gradient="score"), epochs=1)
+        >>> vae.classify(x).shape
+        torch.Size([100, 3])
+
+    References:
+        Kingma, Rezende, Mohamed and Welling (2014), *Semi-Supervised Learning with Deep Generative Models*, NeurIPS.
+    """
+
+    uniform: Tensor
+
+    def __init__(
+        self,
+        *,
+        prior: nn.Module,
+        likelihood: Likelihood,
+        posterior: nn.Module,
+        classifier: nn.Module,
+        num_classes: int,
+        classifier_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= classifier_weight < torch.inf:
+            raise ValueError(f"expected classifier_weight to be a number, at least 0, got {classifier_weight!r}.")
+        self.prior = prior
+        self.likelihood = likelihood
+        self.posterior = posterior
+        self.classifier = classifier
+        self.num_classes = num_classes
+        self.classifier_weight = classifier_weight
+        self.register_buffer("uniform", torch.zeros(num_classes), persistent=False)
+
+    def model(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
+        """The generative model p(y) p(z) p(x|z, y), as a Pyro function.
+
+        Arguments:
+            x: data of shape (N, *event), observed at site ``x``.
+            y: integer labels (N,), -1 where one is not observed; None where none is.
+            subsample_size: how many of the N data to use, drawn anew at each call; None uses all.
+
+        Returns:
+            The value at site ``x``.
+        """
+        register("prior", self.prior)
+        register("likelihood", self.likelihood)
+        with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed):
+            label = pyro.sample("y", dist.Categorical(logits=self.uniform))
+            if self.classifier_weight and self.training:
+                register("classifier", self.classifier)
+                column, is_observed = observed[..., 0], observed[..., 0] != UNOBSERVED
+                log_q = dist.Categorical(logits=self._logits(x)).log_prob(column.clamp(min=0))
+                pyro.factor("classifier", self.classifier_weight * torch.where(is_observed, log_q, 0.0))
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood(z, self._indicators(label, x)), obs=x)
+
+    def guide(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
+        """The approximate posterior q(y|x) q(z|x, y), as a Pyro function of the model's arguments; returns z."""
+        register("classifier", self.classifier)
+        register("posterior", self.posterior)
+        with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed):
+            on_label = torch.where(one_hot(observed[..., 0].clamp(min=0), self.num_classes) == 1, 0.0, IMPOSSIBLE)
+            logits = torch.where(observed == UNOBSERVED, self._logits(x), on_label.to(x.dtype))
+            label = pyro.sample("y", dist.Categorical(logits=logits))
+            return pyro.sample("z", self.posterior(x, self._indicators(label, x)))
+
+    @torch.no_grad()
+    def classify(self, x: Tensor) -> Tensor:
+        """q(y|x): (N, *event) to probabilities (N, C)."""
+        self._check(x)
+        return self._logits(x).softmax(-1)
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The mean of q(z|x, y) at the labels, or at the most probable ones where they are not observed: to (N, Z)."""
+        return mean_of(self.posterior, x, self._indicators(self._best(x, y), x))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """The mean of p(x|z, y): (N, Z) and labels (N,) to (N, *event)."""
+        return self.likelihood.decode(z, self._indicators(y, z))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The mean of p(x|z, y) at :meth:`embed`'s z and label: (N, *event) to (N, *event)."""
+        return self.decode(self.embed(x, y), self._best(x, y))
+
+    @torch.no_grad()
+    def generate(self, y: Tensor) -> Tensor:
+        """The means of p(x|z, y) at a draw of z from the prior for each label: (n, *event)."""
+        return self.decode(self.prior().sample((len(y),)), y)
+
+    def _best(self, x: Tensor, y: Tensor | None) -> Tensor:
+        observed = self._column(x, y)[..., 0]
+        return torch.where(observed == UNOBSERVED, self.classify(x).argmax(-1), observed)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return apply_batched(self.classifier, x, len(self.event_shape))
+
+    def _indicators(self, y: Tensor, like: Tensor) -> Tensor:
+        return one_hot(y, self.num_classes).to(like.dtype)
+
+    def _column(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """The labels as (N, 1), -1 where one is not observed."""
+        if y is None:
+            return torch.full((len(x), 1), UNOBSERVED, device=x.device)
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (len(x),):
+            got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"expected y to be integer labels of shape ({len(x)},), {UNOBSERVED} where one is not observed, got {got}."
+            )
+        if pyro.infer.util.is_validation_enabled() and not bool(((y >= UNOBSERVED) & (y < self.num_classes)).all()):
+            raise ValueError(
+                f"expected labels from 0 to {self.num_classes - 1}, or {UNOBSERVED}, got {int(y.min())} to {int(y.max())}."
+            )
+        return y.long().unsqueeze(-1)
