@@ -13,3 +13,9 @@ def fresh_pyro():
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     torch.set_num_threads(1)  # these tensors are small
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """Runs the traced graph as it is: all that this package does to a program, and no compiler's work."""
+    monkeypatch.setattr("pyro_vae.compilation._inductor", lambda graph, inputs: graph)

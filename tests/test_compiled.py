@@ -128,12 +128,6 @@ def default_dtype(dtype):
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture
-def without_inductor(monkeypatch):
-    """Runs the traced graph as it is: all that this package does to a program, and no compiler's work."""
-    monkeypatch.setattr("pyro_vae.compilation._inductor", lambda graph, inputs: graph)
-
-
 def check_all(objective, program, dtype):
     made, x = program(dtype)
     chosen = OBJECTIVES[objective]()

@@ -1,0 +1,33 @@
+"""Each pair on each kind of data with each objective: a step that moves every parameter, or the refusal that is documented."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+from matrix import CHECKS, NO_TRACE, OBJECTIVES, rows, take_step
+
+ROWS = [pytest.param(row, id=f"{row.name}, {row.kind}", marks=[] if row.common else pytest.mark.slow) for row in rows()]
+pytestmark = pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_step_with_each_objective_moves_every_parameter(row):
+    pyro.set_rng_seed(0)
+    for objective in OBJECTIVES:
+        refusal = row.refusal(objective)
+        if refusal:
+            with pytest.raises(ValueError, match=refusal):
+                take_step(row, objective)
+        else:
+            assert take_step(row, objective) == [], objective
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("row", ROWS)
+def test_what_else_a_pair_does(row, check, without_inductor):
+    pyro.set_rng_seed(0)
+    if check == "compiled" and row.traced:
+        with pytest.raises(ValueError, match=NO_TRACE):
+            CHECKS[check](row)
+    else:
+        CHECKS[check](row)
