@@ -282,3 +282,24 @@ def test_labels_passed_along_with_the_data():
         ValueError, match=r"mask to be booleans of x's shape \(10, 7\).*got torch.int64 of shape \(10,\).*labels"
     ):
         pv.fit(vae.model, vae.guide, (x, torch.arange(10)), pv.ELBO(), epochs=1)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+def test_impute_is_the_posterior_mean_or_mode(likelihood):
+    options = {"categories": 3} if likelihood == "categorical" else {}
+    vae = pv.mlp_vae((4,), latent_dim=1, hidden_dims=(8,), likelihood=likelihood, **options).double()
+    vae.likelihood.decoder[-1].weight.data *= 2
+    x = torch.randint(3, (6, 4)).double()
+    mask = torch.rand(6, 4) > 0.5
+    found = torch.stack([vae.impute(x.where(mask, torch.nan), mask, 3000) for _ in range(20)])  # several portions each
+    grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None, None]
+    log_joint = dist.Normal(0.0, 1.0).log_prob(grid[..., 0]) + vae.likelihood(grid, mask=mask).log_prob(x)
+    statistic = vae.likelihood.statistic(grid)
+    weights = log_joint.softmax(0).reshape(4001, 6, *[1] * (statistic.dim() - 2))
+    exact = vae.likelihood.from_statistic((weights * statistic).sum(0))
+    assert torch.equal(found[0][mask], x[mask])
+    if likelihood == "categorical":
+        assert (found == exact.where(~mask, x)).double().mean() > 0.97
+    else:
+        assert z_score(found, exact)[~mask].max() < 4
+        assert (found.mean(0) - exact)[~mask].abs().max() < 0.1

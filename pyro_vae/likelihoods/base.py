@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 from pyro_vae.networks import apply_batched
@@ -46,13 +47,14 @@ class Likelihood(nn.Module):
         """
         features = apply_batched(self.decoder, z, 1, *given)
         expected = self.num_features * math.prod(self.event_shape)
-        if features.numel() != expected * z[..., 0].numel():
+        batch = torch.broadcast_shapes(z.shape[:-1], *(y.shape[:-1] for y in given))
+        if features.numel() != expected * math.prod(batch):
             raise ValueError(
                 f"expected a decoder with {expected} outputs a datum ({self.num_features} for each element of "
                 f"{self.event_shape}), got features of shape {tuple(features.shape)} for z of shape {tuple(z.shape)}."
             )
-        features = features.reshape(*z.shape[:-1], self.num_features, *self.event_shape)
-        return self.event_distribution(*features.unbind(z.dim() - 1), mask=mask)
+        features = features.reshape(*batch, self.num_features, *self.event_shape)
+        return self.event_distribution(*features.unbind(len(batch)), mask=mask)
 
     def event_distribution(self, *features: Tensor, mask: Tensor | None) -> dist.TorchDistribution:
         """The distribution of x from `num_features` tensors of shape (*batch, *event): here, of independent elements."""
@@ -66,9 +68,17 @@ class Likelihood(nn.Module):
         )
 
     def decode(self, z: Tensor, *given: Tensor) -> Tensor:
-        """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
+        """The mean of p(x|z), or what stands for it: (*batch, Z) to (*batch, *event)."""
+        return self.from_statistic(self.statistic(z, *given))
+
+    def statistic(self, z: Tensor, *given: Tensor) -> Tensor:
+        """What of p(x|z) can be averaged over z, as :meth:`VAE.impute` does: its mean, (*batch, *event)."""
         mean: Tensor = self(z, *given).mean
         return mean
+
+    def from_statistic(self, statistic: Tensor) -> Tensor:
+        """x from a statistic or an average of it, (*batch, *event): the mean as it is."""
+        return statistic
 
     def check(self, x: Tensor) -> None:
         """Refuse data that the likelihood gives no density to; called while Pyro's validation is on."""

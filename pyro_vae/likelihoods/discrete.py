@@ -20,8 +20,7 @@ class Categorical(Likelihood):
 
     .. math:: p(x \mid z) = \prod_d \operatorname{softmax}\bigl(l_d(z)\bigr)_{x_d}
 
-    Codes have no mean: `decode` gives the most probable category of each element, and means of that, such as `impute`'s,
-    say nothing where C > 2.
+    Codes have no mean: `decode` and `impute` give the most probable category of each element.
 
     Arguments:
         decoder: a network from (N, Z) to C logits for each element of an event: features (N, C D), category by category.
@@ -56,10 +55,14 @@ class Categorical(Likelihood):
         """Categorical with the features as logits."""
         return Codes(logits=torch.stack(features, -1))
 
-    def decode(self, z: Tensor, *given: Tensor) -> Tensor:
-        """The most probable category of each element: (*batch, Z) to (*batch, *event)."""
-        mode: Tensor = self(z, *given).mode
-        return mode.to(z.dtype)
+    def statistic(self, z: Tensor, *given: Tensor) -> Tensor:
+        """The probabilities of the categories, (*batch, *event, C)."""
+        probs: Tensor = self(z, *given).base_dist.probs
+        return probs
+
+    def from_statistic(self, statistic: Tensor) -> Tensor:
+        """The most probable category of each element, (*batch, *event)."""
+        return statistic.argmax(-1).to(statistic.dtype)
 
     def check(self, x: Tensor) -> None:
         """Refuse x that holds other codes."""

@@ -16,7 +16,8 @@ SAMPLES_AT_ONCE = 4096  # data times samples, of which the decoder's outputs are
 def impute(
     prior: Any, likelihood: Likelihood, q: Any, x: Tensor, mask: Tensor, num_samples: int, *given: Tensor
 ) -> Tensor:
-    r"""The mean of what is missing given what is observed, by self-normalised importance weights.
+    r"""The mean of what is missing given what is observed, by self-normalised importance weights (of categories: the most
+    probable one).
 
     .. math:: \mathbb E[x_\text{mis} \mid x_\text{obs}] \approx \sum_k \frac{w_k}{\sum_j w_j}
         \mathbb E[x_\text{mis} \mid z_k], \qquad
@@ -24,7 +25,7 @@ def impute(
 
     Arguments:
         prior: the distribution of z.
-        likelihood: gives that of x; its `decode` gives the means.
+        likelihood: gives that of x; its `statistic` is what is averaged.
         q: the guide's distribution for each datum, batch shape (N,).
         x: data (N, *event).
         mask: booleans of x's shape, True where an element is observed.
@@ -43,16 +44,16 @@ def impute(
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"expected num_samples to be a positive integer, got {num_samples!r}.")
     at_once = max(1, SAMPLES_AT_ONCE // len(x))
-    by_datum = (-1, *[1] * (x.dim() - 1))
     highest = x.new_full((len(x),), -torch.inf)
-    total, mean = torch.zeros_like(highest), torch.zeros_like(x)
+    total, statistic = torch.zeros_like(highest), x.new_zeros(())
     for start in range(0, num_samples, at_once):
         z = q.sample((min(at_once, num_samples - start),))
         log_w = prior.log_prob(z) + likelihood(z, *given, mask=mask).log_prob(x) - q.log_prob(z)
         # Sums of exponentials, relative to the highest so far.
         before, highest = highest, torch.maximum(highest, log_w.amax(0))
         kept, weights = (before - highest).exp(), (log_w - highest).exp()
+        drawn = likelihood.statistic(z, *given)
+        by_datum = (-1, *[1] * (drawn.dim() - 2))
         total = total * kept + weights.sum(0)
-        decoded = likelihood.decode(z, *given) * weights.reshape(len(z), *by_datum)
-        mean = mean * kept.reshape(by_datum) + decoded.sum(0)
-    return torch.where(mask, x, mean / total.reshape(by_datum))
+        statistic = statistic * kept.reshape(by_datum) + (drawn * weights.reshape(len(z), *by_datum)).sum(0)
+    return torch.where(mask, x, likelihood.from_statistic(statistic / total.reshape(by_datum)))
