@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -34,11 +35,13 @@ class Minibatches:
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ValueError(f"expected batch_size to be a positive integer, got {batch_size!r}.")
         self.columns: Sequence[Any] = data if isinstance(data, tuple | list) else (data,)
-        usable = (hasattr(c, "__getitem__") and not isinstance(c, Dataset | np.ndarray | str) for c in self.columns)
+        others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str)
+        usable = (hasattr(column, "__getitem__") and not isinstance(column, others) for column in self.columns)
         if not self.columns or not all(usable):
             raise ValueError(
                 f"expected {name} to be a tensor, a split of pv.data, a tuple of tensors or a DataLoader, got "
-                f"{type(data).__name__}. Use torch.as_tensor for an array, and a DataLoader for another data set."
+                f"{type(data).__name__}. Use torch.as_tensor(x) for an array, torch.tensor(x.to_numpy(), dtype=torch.float32) for a "
+                "DataFrame, and a DataLoader for another data set."
             )
         sizes = {len(column) for column in self.columns}
         if len(sizes) > 1:
@@ -50,7 +53,10 @@ class Minibatches:
             raise ValueError("expected data to train on, got none.")
         for column in self.columns:
             if isinstance(column, Tensor) and not bool(torch.isfinite(column).all()):
-                raise ValueError(f"expected {name} to be finite, got NaN or infinity. Drop or impute those values.")
+                raise ValueError(
+                    f"expected {name} to be finite, got NaN or infinity. Drop those rows; or, where they are "
+                    "missing values, pass (x.nan_to_num(), ~x.isnan()) to a model with a mask, such as pv.VAE's."
+                )
         self.steps = math.ceil(self.size / self.batch_size)
 
     def has_data(self) -> bool:

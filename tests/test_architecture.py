@@ -16,7 +16,7 @@ ALLOWED = {
     "priors": {"flows"},
     "likelihoods": {"networks"},
     "posteriors": {"networks", "flows"},
-    "pairs": {"networks", "priors", "likelihoods", "posteriors"},
+    "pairs": {"networks", "priors", "likelihoods", "posteriors", "modules"},
     "rng": set(),
     "tracing": set(),
     "batch_plate": {"tracing"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -303,3 +304,73 @@ def test_impute_is_the_posterior_mean_or_mode(likelihood):
     else:
         assert z_score(found, exact)[~mask].max() < 4
         assert (found.mean(0) - exact)[~mask].abs().max() < 0.1
+
+
+def test_looking_at_a_trained_pair_changes_nothing_of_it():
+    encoder = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(), torch.nn.Linear(8, 4)
+    )
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 4))
+    vae = pv.VAE(
+        prior=pv.StandardNormal(2), likelihood=pv.Gaussian(decoder, (4,)), posterior=pv.DiagonalNormal(encoder, (4,))
+    )
+    x = torch.randn(10, 4)
+    pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=2, batch_size=5)
+    assert vae.training
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    torch.testing.assert_close(vae.reconstruct(x)[:1], vae.reconstruct(x[:1]))  # one row, and no dropout
+    vae.generate(5), vae.impute(x, torch.rand(10, 4) > 0.5, 10)
+    assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
+    assert vae.training
+
+
+class _Eventful(pv.Likelihood):
+    def pixel_distribution(self, loc):
+        return dist.Normal(loc, 1.0).to_event(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pv.Bernoulli(torch.nn.Linear, (4,)), r"decoder to be a torch.nn.Module, got <class"),
+        (
+            lambda: pv.Bernoulli(torch.nn.Linear(2, 4), 4),
+            r"event_shape to be the shape of one datum, got 4. Write \(4,\)",
+        ),
+        (
+            lambda: _Eventful(torch.nn.Linear(2, 4), (4,))(torch.zeros(5, 2)),
+            r"batch shape \(5, 4\) and no event.*Drop to_event",
+        ),
+        (
+            lambda: pv.VAE(prior=pv.StandardNormal(2), likelihood=pv.Bernoulli, posterior=pv.Unconditional(2, (4,))),
+            r"likelihood to be a pv.Likelihood, got <class",
+        ),
+        (
+            lambda: pv.VAE(
+                prior=pv.StandardNormal(2),
+                likelihood=pv.Bernoulli(torch.nn.Linear(2, 4), (4,)),
+                posterior=pv.Unconditional(2, (3,)),
+            ),
+            r"posterior of the likelihood's event_shape \(4,\), got \(3,\)",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_tables_and_missing_values_as_pandas_has_them():
+    vae = pv.mlp_vae((2,), latent_dim=2, hidden_dims=(8,), likelihood="poisson")
+    table = pd.DataFrame({"a": [1, 2, 0, 4], "b": [1, 0, 3, 5]})
+    for use in (vae.reconstruct, lambda x: pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=1)):
+        with pytest.raises(ValueError, match=r"torch.tensor\(x.to_numpy\(\), dtype=torch.float32\)"):
+            use(table)
+    x = torch.tensor(table.to_numpy(), dtype=torch.float32)
+    x[0, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"pass \(x.nan_to_num\(\), ~x.isnan\(\)\)"):
+        pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=1)
+    with pytest.raises(ValueError, match=r"got nan. Where a value is missing, pass a mask"):
+        pv.ELBO().bound(vae.model, vae.guide, x)
+    pv.fit(vae.model, vae.guide, (x.nan_to_num(), ~x.isnan()), pv.ELBO(), epochs=1)
+    assert vae.impute(x, ~x.isnan(), 10).isfinite().all()

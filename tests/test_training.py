@@ -341,7 +341,7 @@ def test_checkpoints_of_something_else_are_refused_untouched(tmp_path):
         ({"lr": math.nan}, "lr positive"),
         ({"batch_size": 0}, "batch_size to be a positive integer, got 0"),
         ({"epochs": 2.5}, "epochs to be a positive integer"),
-        ({"data": TensorDataset(X)}, "got TensorDataset. Use torch.as_tensor for an array, and a DataLoader"),
+        ({"data": TensorDataset(X)}, "got TensorDataset. Use .* a DataLoader"),
         ({"data": X.numpy()}, "got ndarray. Use torch.as_tensor"),
         ({"data": DataLoader([{"x": X[0]}, {"x": X[1]}])}, "expected a DataLoader of tensors.*got minibatches of dict"),
         ({"data": X[:0]}, "expected data to train on, got none"),

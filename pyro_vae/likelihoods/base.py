@@ -16,19 +16,25 @@ class Likelihood(nn.Module):
     """What every likelihood shares: the decoder, and the shape of its features.
 
     One of your own is a subclass with a `num_features` and a `pixel_distribution`, of elements that are independent given z,
-    or else an `event_distribution`.
+    or else an `event_distribution`; a `check` of its data, if it likes.
 
     Arguments:
         decoder: a network from (N, Z), and from what the likelihood is given besides, to (N, ...) with `num_features` numbers
-            for each element of an event.
+            for each element of an event: the first of all elements, then the second of all, as (N, num_features, *event) has them.
         event_shape: the shape of one datum.
     """
 
     #: How many numbers the decoder gives for each element of an event.
-    num_features = 1
+    num_features: int = 1
 
     def __init__(self, decoder: nn.Module, event_shape: tuple[int, ...]) -> None:
         super().__init__()
+        if not isinstance(decoder, nn.Module):
+            raise ValueError(f"expected decoder to be a torch.nn.Module, got {decoder!r}. Build it: Decoder(), say.")
+        if not isinstance(event_shape, tuple | list | torch.Size):
+            raise ValueError(
+                f"expected event_shape to be the shape of one datum, got {event_shape!r}. Write ({event_shape},)."
+            )
         self.decoder = decoder
         self.event_shape = tuple(event_shape)
 
@@ -59,6 +65,12 @@ class Likelihood(nn.Module):
     def event_distribution(self, *features: Tensor, mask: Tensor | None) -> dist.TorchDistribution:
         """The distribution of x from `num_features` tensors of shape (*batch, *event): here, of independent elements."""
         pixels = self.pixel_distribution(*features)
+        if pixels.event_shape or pixels.batch_shape != features[0].shape:
+            raise ValueError(
+                f"expected {type(self).__name__}.pixel_distribution to give a distribution of each element, of batch shape "
+                f"{tuple(features[0].shape)} and no event, got {tuple(pixels.batch_shape)} and {tuple(pixels.event_shape)}. Drop "
+                "to_event from it."
+            )
         return (pixels if mask is None else pixels.mask(mask)).to_event(len(self.event_shape))
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
@@ -86,4 +98,5 @@ class Likelihood(nn.Module):
     def _refuse_unless(self, valid: Tensor, x: Tensor, expected: str, fix: str) -> None:
         if not bool(valid.all()):
             got = f"{x[~valid].flatten()[0].item():.6g}"
+            fix = "Where a value is missing, pass a mask of those that are not." if got == "nan" else fix
             raise ValueError(f"a {type(self).__name__} likelihood expected x {expected}, got {got}. {fix}")

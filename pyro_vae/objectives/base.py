@@ -183,7 +183,8 @@ class Objective(pyro.infer.ELBO):
     def bound(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The bound on log p(x_n) for each datum, in nats, of shape (N,); differentiable.
 
-        A scale, such as the N / b of a subsampled plate, is left out: these are nats of one datum.
+        A scale, such as the N / b of a subsampled plate, is left out: these are nats of one datum. Modules are in the mode that
+        they are in, as in training: after it, ``vae.eval()`` turns dropout and batch norm's statistics off.
 
         Raises:
             ValueError: the program has no bound per datum; see :func:`pyro_vae.log_weights`.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pyro
-import torch
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, register
+from pyro_vae.pairs.base import Pair, evaluates, register
 
 
 class Autoencoder(Pair):
@@ -50,17 +49,18 @@ class Autoencoder(Pair):
     def guide(self, x: Tensor, *, subsample_size: int | None = None) -> None:
         """No latent site, so nothing."""
 
-    @torch.no_grad()
+    @evaluates
     def embed(self, x: Tensor) -> Tensor:
         """The code: (N, *event) to (N, Z)."""
         self._check(x)
         return self._code(x)
 
-    @torch.no_grad()
+    @evaluates
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
+    @evaluates
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x|z) at the code of x: (N, *event) to (N, *event)."""
         return self.decode(self.embed(x))

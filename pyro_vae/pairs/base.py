@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from math import prod
+from typing import Any, TypeVar, cast
 
 import pyro
 import torch
@@ -13,12 +15,35 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_vae.likelihoods import Likelihood
+from pyro_vae.modules import evaluating
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Pair(nn.Module):
     """A module with a likelihood, around one plate ``data``; a subclass has a `model` and a `guide`."""
 
     likelihood: Likelihood
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("likelihood", "posterior"):
+            self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Refuse parts that are of other data."""
+        likelihood, posterior = getattr(self, "likelihood", None), getattr(self, "posterior", None)
+        if likelihood is not None and not isinstance(likelihood, Likelihood):
+            raise ValueError(
+                f"expected likelihood to be a pv.Likelihood, got {likelihood!r}. Build one, pv.Bernoulli(decoder, event_shape), say, "
+                "or a subclass of your own."
+            )
+        theirs = getattr(posterior, "event_shape", None)
+        if likelihood is not None and theirs is not None and theirs != likelihood.event_shape:
+            raise ValueError(
+                f"expected a posterior of the likelihood's event_shape {likelihood.event_shape}, got {theirs}. Give both that of "
+                "one datum."
+            )
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -52,7 +77,12 @@ class Pair(nn.Module):
     def _check(self, x: Tensor, subsample_size: int | None = None) -> None:
         """Refuse data that are none of this pair's."""
         if not isinstance(x, Tensor):
-            raise ValueError(f"expected x to be a tensor, got {type(x).__name__}. Pass split.x, or torch.as_tensor(x).")
+            fix = (
+                "torch.tensor(x.to_numpy(), dtype=torch.float32)"
+                if hasattr(x, "to_numpy")
+                else "split.x, or torch.as_tensor(x)"
+            )
+            raise ValueError(f"expected x to be a tensor, got {type(x).__name__}. Pass {fix}.")
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
             if tuple(x.shape) == self.event_shape:
@@ -71,6 +101,17 @@ class Pair(nn.Module):
             raise ValueError(f"expected subsample_size to be an integer or None, got {type(subsample_size).__name__}.")
         if is_validation_enabled():
             self.likelihood.check(x)
+
+
+def evaluates(method: Method) -> Method:
+    """A pair's method without gradients and in evaluation mode: dropout is off, and batch norm takes no notice of its data."""
+
+    @wraps(method)
+    def evaluated(pair: Pair, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), evaluating([pair]):
+            return method(pair, *args, **kwargs)
+
+    return cast(Method, evaluated)
 
 
 def register(name: str, module: nn.Module) -> None:

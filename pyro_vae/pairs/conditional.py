@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pyro
-import torch
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, indicators, register
+from pyro_vae.pairs.base import Pair, evaluates, indicators, register
 from pyro_vae.pairs.imputation import impute
 from pyro_vae.pairs.vae import mean_of
 
@@ -76,25 +75,27 @@ class ConditionalVAE(Pair):
         with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, *_):
             return pyro.sample("z", self.posterior(x, y))
 
-    @torch.no_grad()
+    @evaluates
     def embed(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x, y): (N, *event) to (N, Z)."""
         return mean_of(self.posterior, self._observed(x, mask), self._vectors(y, x))
 
-    @torch.no_grad()
+    @evaluates
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean of p(x|z, y): (N, Z) and labels or vectors of y to (N, *event)."""
         return self.likelihood.decode(z, self._vectors(y, z))
 
+    @evaluates
     def reconstruct(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z, y) at the mean of q(z|x, y): (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, y, mask), y)
 
-    @torch.no_grad()
+    @evaluates
     def generate(self, y: Tensor) -> Tensor:
         """The means of p(x|z, y) at a draw of z from the prior for each y: (n, *event)."""
         return self.decode(self.prior().sample((len(y),)), y)
 
+    @evaluates
     def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
         """Fill missing elements in by their mean given those that are observed and y; see :func:`.imputation.impute`."""
         observed, vectors = self._observed(x, mask), self._vectors(y, x)

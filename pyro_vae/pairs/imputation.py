@@ -12,7 +12,6 @@ from pyro_vae.likelihoods import Likelihood
 SAMPLES_AT_ONCE = 4096  # data times samples, of which the decoder's outputs are in memory
 
 
-@torch.no_grad()
 def impute(
     prior: Any, likelihood: Likelihood, q: Any, x: Tensor, mask: Tensor, num_samples: int, *given: Tensor
 ) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, register
+from pyro_vae.pairs.base import Pair, evaluates, register
 from pyro_vae.pairs.vae import mean_of
 
 UNOBSERVED = -1
@@ -114,28 +114,29 @@ class SemiSupervisedVAE(Pair):
             label = pyro.sample("y", dist.Categorical(logits=logits))
             return pyro.sample("z", self.posterior(x, self._indicators(label, x)))
 
-    @torch.no_grad()
+    @evaluates
     def classify(self, x: Tensor) -> Tensor:
         """q(y|x): (N, *event) to probabilities (N, C)."""
         self._check(x)
         return self._logits(x).softmax(-1)
 
-    @torch.no_grad()
+    @evaluates
     def embed(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean of q(z|x, y) at the labels, or at the most probable ones where they are not observed: to (N, Z)."""
         return mean_of(self.posterior, x, self._indicators(self._best(x, y), x))
 
-    @torch.no_grad()
+    @evaluates
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean of p(x|z, y): (N, Z) and labels (N,) to (N, *event)."""
         return self.likelihood.decode(z, self._indicators(y, z))
 
-    @torch.no_grad()
+    @evaluates
+    @evaluates
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean of p(x|z, y) at :meth:`embed`'s z and label: (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, y), self._best(x, y))
 
-    @torch.no_grad()
+    @evaluates
     def generate(self, y: Tensor) -> Tensor:
         """The means of p(x|z, y) at a draw of z from the prior for each label: (n, *event)."""
         return self.decode(self.prior().sample((len(y),)), y)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pyro
-import torch
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, register
+from pyro_vae.pairs.base import Pair, evaluates, register
 from pyro_vae.pairs.imputation import impute
 
 
@@ -84,25 +83,27 @@ class VAE(Pair):
         with self._data(x, mask, subsample_size) as (x, *_):
             return pyro.sample("z", self.posterior(x))
 
-    @torch.no_grad()
+    @evaluates
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x): (N, *event) to (N, Z)."""
         return mean_of(self.posterior, self._observed(x, mask))
 
-    @torch.no_grad()
+    @evaluates
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
+    @evaluates
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z) at the mean of q(z|x): (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, mask))
 
-    @torch.no_grad()
+    @evaluates
     def generate(self, n: int) -> Tensor:
         """The means of p(x|z) at n draws of z from the prior: (n, *event)."""
         return self.decode(self.prior().sample((n,)))
 
+    @evaluates
     def impute(self, x: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
         """Fill missing elements in by their mean given those that are observed; see :func:`.imputation.impute`.
 
