@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from typing import Any, Literal
 
@@ -71,7 +72,8 @@ class Flow(nn.Module):
         row: list[Any] = []
         step: Any
         for step in self.steps:
-            row.append(step if context is None else step.condition(context))
+            # Each remembers the last value that it mapped, with the parameters of that time: a new one for each distribution.
+            row.append(copy(step) if context is None else step.condition(context))
             if self.flips:
                 row.append(Flip(cache_size=1))
         return row

@@ -166,6 +166,10 @@ class LowRankNormal(Posterior):
 
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], rank: int = 2) -> None:
         super().__init__(encoder, event_shape)
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(
+                f"expected rank to be a positive integer, got {rank!r}. Without directions, use DiagonalNormal."
+            )
         self.rank = rank
 
     @classmethod
@@ -189,8 +193,8 @@ class MixturePosterior(Posterior):
 
     .. math:: q(z \mid x) = \sum_{k=1}^K \pi_k(x)\, \mathcal N\bigl(z; \mu_k(x), \operatorname{diag} \sigma_k(x)^2\bigr)
 
-    Its samples have a pathwise derivative, the mixture's weights included (Pyro's). The KL has no closed form: use
-    ``pv.ELBO(kl="monte_carlo")``.
+    Its samples have a pathwise derivative, the mixture's weights included (implicit, since that of Pyro's
+    ``MixtureOfDiagNormals`` is biased in the logits). The KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
         encoder: a network from (N, *event) to (N, K (2 Z + 1)): the logits, then for each component its means and the logs of
@@ -199,10 +203,10 @@ class MixturePosterior(Posterior):
         components: K, at least 2.
 
     Returns:
-        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,), Z at least 2.
+        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
 
     Raises:
-        ValueError: the encoder's number of outputs is no K (2 Z + 1), or Z is 1.
+        ValueError: the encoder's number of outputs is no K (2 Z + 1).
 
     Example:
         >>> import torch
@@ -211,11 +215,13 @@ class MixturePosterior(Posterior):
         torch.Size([3])
 
     References:
-        Jankowiak and Karaletsos (2019), *Pathwise Derivatives for Multivariate Distributions*, AISTATS.
+        Figurnov, Mohamed and Mnih (2018), *Implicit Reparameterization Gradients*, NeurIPS.
     """
 
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], components: int = 5) -> None:
         super().__init__(encoder, event_shape)
+        if not isinstance(components, int) or components < 1:
+            raise ValueError(f"expected components to be a positive integer, got {components!r}.")
         self.components = components
 
     @classmethod
@@ -227,19 +233,50 @@ class MixturePosterior(Posterior):
         """Mixture with the features' parts as logits, means and logs of scales."""
         number, size = self.components, features.shape[-1]
         latent_dim = (size // number - 1) // 2
-        if self.features_for(latent_dim, number) != size or latent_dim < 2:
+        if self.features_for(latent_dim, number) != size or latent_dim < 1:
             raise ValueError(
-                f"expected an encoder with {number} (2 Z + 1) outputs, Z at least 2, got {size}. With one latent dimension, use "
-                "DiagonalNormal."
+                f"expected an encoder with {number} (2 Z + 1) outputs, a logit, Z means and Z log scales for each of {number} "
+                f"components, got {size}."
             )
         logits, rest = features.split([number, size - number], -1)
         loc, log_scale = rest.reshape(*rest.shape[:-1], number, 2 * latent_dim).chunk(2, -1)
-        return dist.MixtureOfDiagNormals(loc, log_scale.exp(), logits)
+        return NormalMixture(loc, log_scale.exp(), logits)
 
     def embed(self, x: Tensor, *given: Tensor) -> Tensor:
         """The mixture's mean."""
         q = self(x, *given)
         return (q.categorical.probs.unsqueeze(-1) * q.locs).sum(-2)
+
+
+class NormalMixture(dist.MixtureOfDiagNormals):
+    r"""Pyro's mixture of diagonal normals, with samples whose pathwise derivative is unbiased in the logits too.
+
+    Dimension by dimension, with :math:`F_d` the distribution function of :math:`z_d` given the dimensions before it,
+
+    .. math:: \mathrm d z_d = -\, \frac{\mathrm d F_d(z_d; \theta, z_{<d})}{p(z_d \mid z_{<d})}
+    """
+
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        """Samples of shape (*sample_shape, *batch, Z)."""
+        with torch.no_grad():
+            which = self.categorical.sample(sample_shape)[..., None, None]
+            shape = self._extended_shape(sample_shape)
+            loc, scale = (
+                tensor.expand(*shape[:-1], *tensor.shape[-2:]).gather(-2, which.expand(*shape[:-1], 1, shape[-1]))
+                for tensor in (self.locs, self.coord_scale)
+            )
+            z: Tensor = loc.squeeze(-2) + scale.squeeze(-2) * torch.randn_like(loc.squeeze(-2))
+        if not torch.is_grad_enabled():
+            return z
+        columns: list[Tensor] = []
+        logits = self.categorical.logits
+        for value, loc, scale in zip(z.unbind(-1), self.locs.unbind(-1), self.coord_scale.unbind(-1), strict=True):
+            components, probs = dist.Normal(loc, scale, validate_args=False), logits.softmax(-1)
+            below = (probs * components.cdf(value.unsqueeze(-1))).sum(-1)
+            density = (probs * components.log_prob(value.unsqueeze(-1)).exp()).sum(-1)
+            columns.append(value - (below - below.detach()) / density.detach())
+            logits = logits + components.log_prob(columns[-1].unsqueeze(-1))
+        return torch.stack(columns, -1)
 
 
 class FlowPosterior(Posterior):

@@ -7,12 +7,11 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, register
+from pyro_vae.pairs.base import Pair, evaluates, register
 
 Draw = Callable[[str, Any], Tensor]  # from a site's name and distribution to its value
 
@@ -50,12 +49,17 @@ class Ladder(nn.Module):
     .. math:: q(z_l \mid x, z_{l+1}) \propto \mathcal N\bigl(z_l; \hat\mu_l(x), \hat\sigma_l(x)^2\bigr) \, p(z_l \mid z_{l+1}),
         \qquad q(z_L \mid x) = \mathcal N\bigl(z_L; \hat\mu_L(x), \hat\sigma_L(x)^2\bigr)
 
-    with features that a deterministic way up computes. Layers and guide sample in one order, so each layer's KL has a closed form.
+    with features that a deterministic way up computes. The model's layers are independent normals (:class:`DiagonalNormal`).
+    Layers and guide sample in one order, so each layer's KL has a closed form.
 
     Arguments:
         encoders: networks from x (N, *event) to features, from these to the next ..., one for each layer.
         heads: a network for each layer, from its encoder's features to (N, 2 Z_l): the means, then the logs of the scales.
         event_shape: the shape of one datum.
+
+    Raises:
+        ValueError: numbers of encoders and heads that differ; when it runs: a layer of the model that is no independent normal, or
+            of another size than its head's.
 
     References:
         Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), *Ladder Variational Autoencoders*, NeurIPS.
@@ -80,7 +84,7 @@ class Ladder(nn.Module):
         latents = [draw(f"z{top}", dist.Normal(*parameters[-1]).to_event(1))]
         for layer in range(top - 1, 0, -1):
             loc, scale = parameters[layer - 1]
-            down = layers[layer - 1](latents[0]).base_dist
+            down = _independent_normal(layers[layer - 1](latents[0]), loc.shape[-1], layer)
             precision, down_precision = scale**-2, down.scale**-2
             variance = 1 / (precision + down_precision)
             mean = variance * (precision * loc + down_precision * down.loc)
@@ -146,22 +150,23 @@ class HierarchicalVAE(Pair):
             latents: list[Tensor] = self.posterior(x, self.layers, pyro.sample)
             return latents
 
-    @torch.no_grad()
+    @evaluates
     def embed(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """The latents from ``z1`` up, each the guide's mean given the means of those before it: a list of (N, Z_l)."""
         latents: list[Tensor] = self.posterior(self._observed(x, mask), self.layers, _mean)
         return latents
 
-    @torch.no_grad()
+    @evaluates
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z1): (*batch, Z_1) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
+    @evaluates
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z1) at :meth:`embed`'s ``z1``: (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, mask)[0])
 
-    @torch.no_grad()
+    @evaluates
     def generate(self, n: int) -> Tensor:
         """The means of p(x|z1) at n draws from the prior, through all layers: (n, *event)."""
         return self.decode(self._down(lambda _, distribution: distribution.sample(), (n,)))
@@ -173,6 +178,22 @@ class HierarchicalVAE(Pair):
         for layer in range(len(self.layers), 0, -1):
             z = draw(f"z{layer}", self.layers[layer - 1](z))
         return z
+
+
+def _independent_normal(distribution: Any, size: int, layer: int) -> Any:
+    """The normal of each dimension of a layer of the model, which a ladder multiplies with its own."""
+    normal = getattr(distribution, "base_dist", None)
+    if not isinstance(normal, dist.Normal):
+        raise ValueError(
+            f"a Ladder multiplies densities: expected layers of independent normals, such as pv.DiagonalNormal, at z{layer}, got "
+            f"{type(distribution).__name__}. Use such a layer, or pv.BottomUp as the guide."
+        )
+    if normal.loc.shape[-1] != size:
+        raise ValueError(
+            f"expected z{layer} to have one size in model and guide, got a layer of {normal.loc.shape[-1]} dimensions and a head "
+            f"for {size}. Give the head 2 outputs for each dimension of the layer."
+        )
+    return normal
 
 
 def _mean(_: str, distribution: Any) -> Tensor:
