@@ -95,13 +95,16 @@ class DiagonalNormal(Posterior):
 class FullNormal(Posterior):
     r"""A normal with any covariance, whose Cholesky factor an encoder computes.
 
-    .. math:: q(z \mid x) = \mathcal N\bigl(z; \mu(x), L(x) L(x)^\top\bigr)
+    .. math:: q(z \mid x) = \mathcal N\bigl(z; \mu(x), L(x) L(x)^\top\bigr), \qquad
+        L = \operatorname{diag} \sigma(x) \, \bigl(I + \tfrac1Z N(x)\bigr)
+
+    with N strictly lower triangular: scaled so that it starts near a diagonal normal, however many dimensions there are.
 
     Its KL to a standard normal has a closed form. The density costs Z^2 a datum.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, Z + Z (Z + 1) / 2): the means, then the rows of L, whose diagonal comes as
-            logs.
+        encoder: a network from (N, *event) to (N, Z + Z (Z + 1) / 2): the means, then the rows of a lower triangle, with the
+            logs of sigma on its diagonal and N below.
         event_shape: the shape of one datum.
 
     Returns:
@@ -132,7 +135,9 @@ class FullNormal(Posterior):
         below, across = torch.tril_indices(latent_dim, latent_dim, device=features.device)
         triangle = features.new_zeros(*features.shape[:-1], latent_dim, latent_dim)
         triangle[..., below, across] = rows
-        scale_tril = triangle.tril(-1) + torch.diag_embed(triangle.diagonal(dim1=-2, dim2=-1).exp())
+        scale = triangle.diagonal(dim1=-2, dim2=-1).exp()
+        unit = triangle.tril(-1) / latent_dim + torch.eye(latent_dim, dtype=features.dtype, device=features.device)
+        scale_tril = scale.unsqueeze(-1) * unit
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
 

@@ -154,7 +154,8 @@ def test_a_diagonal_normal_has_means_then_log_scales():
 def test_a_full_normal_has_the_rows_of_its_cholesky_factor():
     f = torch.randn(9, dtype=torch.float64)
     q = fixed(pv.FullNormal, f)(data(1))
-    factor = torch.tensor([[f[3].exp(), 0, 0], [f[4], f[5].exp(), 0], [f[6], f[7], f[8].exp()]], dtype=torch.float64)
+    unit = torch.tensor([[1, 0, 0], [f[4] / 3, 1, 0], [f[6] / 3, f[7] / 3, 1]], dtype=torch.float64)
+    factor = torch.stack([f[3], f[5], f[8]]).exp()[:, None] * unit
     torch.testing.assert_close(q.mean[0], f[:3])
     torch.testing.assert_close(q.covariance_matrix[0], factor @ factor.T)
     noise = torch.randn(50_000, 3, dtype=torch.float64)
