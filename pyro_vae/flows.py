@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import pyro.distributions.transforms as transforms
 import torch
+from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+BINS = 8  # of a spline
 Kind = Literal["iaf", "spline", "coupling"]
 
 
@@ -33,7 +35,7 @@ class Flow(nn.Module):
         latent_dim: Z, at least 2.
         kind: which transform.
         length: L, how many.
-        hidden_dims: the widths of each network's hidden layers, at least Z.
+        hidden_dims: the widths of each network's hidden layers, at least Z; None is one of 64, or of 2 Z if that is more.
         context_dim: how many numbers beside z the networks see; 0 is none.
 
     Raises:
@@ -50,21 +52,29 @@ class Flow(nn.Module):
         latent_dim: int,
         kind: Kind = "iaf",
         length: int = 2,
-        hidden_dims: Sequence[int] = (64,),
+        hidden_dims: Sequence[int] | None = None,
         context_dim: int = 0,
     ) -> None:
         super().__init__()
         if kind not in _MAKERS:
             raise ValueError(f"expected a flow of kind {', '.join(map(repr, _MAKERS))}, got {kind!r}.")
-        if latent_dim < 2 or length < 1 or not hidden_dims or min(hidden_dims) < latent_dim:
+        hidden_dims = (max(64, 2 * latent_dim),) if hidden_dims is None else hidden_dims
+        if latent_dim < 2 or length < 1:
             raise ValueError(
-                "expected at least 2 latent dimensions, 1 transform, and hidden layers no narrower than the latent, got "
-                f"latent_dim={latent_dim}, length={length}, hidden_dims={tuple(hidden_dims)}. With one dimension, use DiagonalNormal."
+                f"expected at least 2 latent dimensions and 1 transform, got latent_dim={latent_dim} and length={length}. With one "
+                "dimension, use DiagonalNormal."
             )
+        if not hidden_dims or min(hidden_dims) < latent_dim:
+            raise ValueError(
+                f"expected hidden layers no narrower than the latent, {latent_dim}, got hidden_dims={tuple(hidden_dims)}. Widen them."
+            )
+        # Every other transform goes through the dimensions the other way round.
+        order = torch.arange(latent_dim)
         make = _MAKERS[kind]
         self.context_dim = context_dim
-        self.steps = nn.ModuleList(make(latent_dim, context_dim, list(hidden_dims)) for _ in range(length))
-        # Autoregressive networks draw an order of the dimensions each; coupling always changes the second half.
+        self.steps = nn.ModuleList(
+            make(order.flip(0) if i % 2 else order, context_dim, list(hidden_dims)) for i in range(length)
+        )
         self.flips = kind == "coupling"
 
     def forward(self, context: Tensor | None = None) -> list[Any]:
@@ -118,22 +128,28 @@ class ConditionalAffine(transforms.ConditionalAffineAutoregressive):
         return Affine(network)
 
 
-def _iaf(latent_dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
+def _network(order: Any, context_dim: int, hidden_dims: list[int], numbers: list[int]) -> nn.Module:
+    """An autoregressive network, of the same order in every build, as a checkpoint of functions alone has no buffers."""
     if context_dim:
-        return ConditionalAffine(transforms.conditional_affine_autoregressive(latent_dim, context_dim, hidden_dims).nn)
-    return Affine(transforms.affine_autoregressive(latent_dim, hidden_dims).arn)
+        return ConditionalAutoRegressiveNN(len(order), context_dim, hidden_dims, numbers, permutation=order)
+    return AutoRegressiveNN(len(order), hidden_dims, numbers, permutation=order)
 
 
-def _spline(latent_dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
+def _iaf(order: Tensor, context_dim: int, hidden_dims: list[int]) -> nn.Module:
+    network = _network(order, context_dim, hidden_dims, [1, 1])
+    return ConditionalAffine(network) if context_dim else Affine(network)
+
+
+def _spline(order: Tensor, context_dim: int, hidden_dims: list[int]) -> nn.Module:
+    network = _network(order, context_dim, hidden_dims, [BINS, BINS, BINS - 1, BINS])
+    make = transforms.ConditionalSplineAutoregressive if context_dim else transforms.SplineAutoregressive
+    return make(len(order), network, count_bins=BINS)
+
+
+def _coupling(order: Tensor, context_dim: int, hidden_dims: list[int]) -> nn.Module:
     if context_dim:
-        return transforms.conditional_spline_autoregressive(latent_dim, context_dim, hidden_dims)
-    return transforms.spline_autoregressive(latent_dim, hidden_dims)
-
-
-def _coupling(latent_dim: int, context_dim: int, hidden_dims: list[int]) -> nn.Module:
-    if context_dim:
-        return transforms.conditional_affine_coupling(latent_dim, context_dim, hidden_dims)
-    return transforms.affine_coupling(latent_dim, hidden_dims)
+        return transforms.conditional_affine_coupling(len(order), context_dim, hidden_dims)
+    return transforms.affine_coupling(len(order), hidden_dims)
 
 
 _MAKERS = {"iaf": _iaf, "spline": _spline, "coupling": _coupling}

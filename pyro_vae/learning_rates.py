@@ -28,6 +28,11 @@ def make(
                 "ReduceLROnPlateau waits for the validation bound to stop rising: expected validation data with it, got none. "
                 "Pass validation=..., or another scheduler."
             )
+        if scheduler.threshold_mode != "abs":
+            raise ValueError(
+                "ReduceLROnPlateau compares by ratio, by which a worse loss below zero is a better one: expected threshold_mode='abs', "
+                f"got {scheduler.threshold_mode!r}. Pass threshold_mode='abs'; threshold is then in nats."
+            )
         if scheduler.mode != "min":
             raise ValueError(
                 "ReduceLROnPlateau is given minus the validation bound, a loss: expected mode='min', got "

@@ -247,11 +247,6 @@ class MixturePosterior(Posterior):
         loc, log_scale = rest.reshape(*rest.shape[:-1], number, 2 * latent_dim).chunk(2, -1)
         return NormalMixture(loc, log_scale.exp(), logits)
 
-    def embed(self, x: Tensor, *given: Tensor) -> Tensor:
-        """The mixture's mean."""
-        q = self(x, *given)
-        return (q.categorical.probs.unsqueeze(-1) * q.locs).sum(-2)
-
 
 class NormalMixture(dist.MixtureOfDiagNormals):
     r"""Pyro's mixture of diagonal normals, with samples whose pathwise derivative is unbiased in the logits too.
@@ -260,6 +255,12 @@ class NormalMixture(dist.MixtureOfDiagNormals):
 
     .. math:: \mathrm d z_d = -\, \frac{\mathrm d F_d(z_d; \theta, z_{<d})}{p(z_d \mid z_{<d})}
     """
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, (*batch, Z)."""
+        mean: Tensor = (self.categorical.probs.unsqueeze(-1) * self.locs).sum(-2)
+        return mean
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Samples of shape (*sample_shape, *batch, Z)."""
@@ -297,7 +298,7 @@ class FlowPosterior(Posterior):
         latent_dim: Z, at least 2.
         flow: which transform: ``"iaf"``, ``"spline"`` or ``"coupling"``; see :class:`~pyro_vae.flows.Flow`.
         length: how many transforms.
-        hidden_dims: the widths of each transform's network.
+        hidden_dims: the widths of each transform's network; None is one of 64, or of 2 Z if that is more.
 
     Returns:
         When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
@@ -324,7 +325,7 @@ class FlowPosterior(Posterior):
         latent_dim: int,
         flow: Kind = "iaf",
         length: int = 2,
-        hidden_dims: Sequence[int] = (64,),
+        hidden_dims: Sequence[int] | None = None,
         context_dim: int | None = None,
     ) -> None:
         super().__init__(encoder, event_shape)

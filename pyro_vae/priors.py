@@ -108,6 +108,10 @@ class VampPrior(nn.Module):
     def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor) -> None:
         super().__init__()
         event_shape = getattr(posterior, "event_shape", tuple(pseudo_inputs.shape[1:]))
+        if not pseudo_inputs.is_floating_point():
+            raise ValueError(
+                f"expected pseudo_inputs of floating point, got {pseudo_inputs.dtype}. Convert them: .float()."
+            )
         if pseudo_inputs.dim() < 2 or tuple(pseudo_inputs.shape[1:]) != event_shape:
             raise ValueError(f"expected pseudo_inputs of shape (K, *{event_shape}), got {tuple(pseudo_inputs.shape)}.")
         self.posterior = posterior
@@ -143,7 +147,7 @@ class FlowPrior(nn.Module):
         flow: ``"coupling"``, ``"iaf"`` or ``"spline"``. Autoregressive ones are run backwards here, as the density of a given
             value is what training asks for: that is one pass, and a sample costs Z.
         length: how many transforms.
-        hidden_dims: the widths of each transform's network.
+        hidden_dims: the widths of each transform's network; None is one of 64, or of 2 Z if that is more.
 
     Returns:
         When called: a distribution with event shape (Z,).
@@ -159,21 +163,17 @@ class FlowPrior(nn.Module):
         Chen et al. (2017), *Variational Lossy Autoencoder*, ICLR.
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(
-        self, latent_dim: int, flow: Kind = "coupling", length: int = 4, hidden_dims: Sequence[int] = (64,)
+        self, latent_dim: int, flow: Kind = "coupling", length: int = 4, hidden_dims: Sequence[int] | None = None
     ) -> None:
         super().__init__()
         self.backwards = flow != "coupling"
         self.flow = Flow(latent_dim, flow, length, hidden_dims)
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+        self.base = StandardNormal(latent_dim)
 
     def forward(self) -> dist.TorchDistribution:
         """The prior, with event shape (Z,)."""
         transforms = self.flow()
         if self.backwards:
             transforms = [transform.inv for transform in reversed(transforms)]
-        return dist.TransformedDistribution(dist.Normal(self.loc, self.scale).to_event(1), transforms)
+        return dist.TransformedDistribution(self.base(), transforms)

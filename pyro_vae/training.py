@@ -197,6 +197,7 @@ class _Training:
     best: dict[str, Any] | None = None
     epoch: int = 0
     step: int = 0
+    scheduled: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.modules = find_modules(self.model, self.guide)
@@ -210,10 +211,10 @@ class _Training:
 
     def train_epoch(self, gradients: Callable[..., Tensor], supports: Supports | None, bar: Any) -> None:
         """One pass over the data, its row in the history, and a checkpoint."""
-        self.epoch, started, scheduled = len(self.rows) + 1, time.perf_counter(), self._scheduled()
+        self.epoch, started, self.scheduled = len(self.rows) + 1, time.perf_counter(), []
         row = {"train_bound": self._take_steps(gradients, supports, bar), "validation_bound": self._validate()}
         row["seconds"] = time.perf_counter() - started
-        anew = self._scheduled() != scheduled
+        anew = any(settings != self._scheduled() for settings in self.scheduled)
         if self.scheduler is not None:
             row["lr"] = float(self.optimizer.param_groups[0]["lr"])
             learning_rates.step(self.scheduler, row["validation_bound"], anew)
@@ -228,6 +229,7 @@ class _Training:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for step, batch in enumerate(self.batches.shuffled(), 1):
             self.step = step
+            self.scheduled.append(self._scheduled())
             if supports is not None:
                 supports.check(batch)
             loss = gradients(*batch)

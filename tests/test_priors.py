@@ -53,7 +53,8 @@ def build(name, likelihood="gaussian", latent_dim=2, spread=0.3):
     vae.double()
     with torch.no_grad():
         for parameter in vae.parameters():
-            parameter += spread * torch.randn_like(parameter)
+            # A flow's tails grow as exponentials of its weights, and grids have ends.
+            parameter += spread / (3 if kind == "flow" else 1) * torch.randn_like(parameter)
     return vae, x
 
 
@@ -284,8 +285,7 @@ def test_a_checkpoint_goes_on_and_comes_back(name, tmp_path):
         seed=0,
         checkpoint=tmp_path / "b.pt",
     )
-    if "iaf" not in name:  # the orders of its autoregressive networks are drawn when it is built
-        assert torch.equal(parameters_of(whole), parameters_of(resumed))
+    assert torch.equal(parameters_of(whole), parameters_of(resumed))
     pyro.set_rng_seed(2)
     again, _ = build(name)
     pv.load_parameters(tmp_path / "a.pt", again.model, again.guide, x)

@@ -144,7 +144,9 @@ SCHEDULERS = {
     "chained": lambda optimizer: schedulers.ChainedScheduler(
         [schedulers.LinearLR(optimizer, 0.1, total_iters=2), schedulers.ExponentialLR(optimizer, 0.8)]
     ),
-    "plateau": lambda optimizer: schedulers.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.05),
+    "plateau": lambda optimizer: schedulers.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=0, threshold=2.0, threshold_mode="abs"
+    ),
 }
 
 
@@ -185,7 +187,7 @@ def test_a_run_with_a_scheduler_goes_on_bit_for_bit(tmp_path, name):
 
 def test_a_plateau_is_not_looked_for_while_beta_moves():
     """The bound falls as beta rises, which is no reason for smaller steps."""
-    plateau = functools.partial(schedulers.ReduceLROnPlateau, factor=0.5, patience=0)
+    plateau = functools.partial(schedulers.ReduceLROnPlateau, factor=0.5, patience=0, threshold_mode="abs")
     beta = pv.schedules.warm_up(24, stop=20.0)  # six epochs of four steps
     history = fit(make_vae(), pv.ELBO(beta=beta), validation=HELD_OUT, lr_scheduler=plateau, lr=1e-5, epochs=8)
     assert history.validation_bound.iloc[:6].is_monotonic_decreasing
@@ -344,7 +346,10 @@ ELSEWHERE = schedulers.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=1.0))
             "ReduceLROnPlateau waits.*expected validation data with it, got none",
         ),
         (
-            {"lr_scheduler": functools.partial(schedulers.ReduceLROnPlateau, mode="max"), "validation": HELD_OUT},
+            {
+                "lr_scheduler": functools.partial(schedulers.ReduceLROnPlateau, mode="max", threshold_mode="abs"),
+                "validation": HELD_OUT,
+            },
             "expected mode='min', got 'max'. Drop the mode",
         ),
         ({"lr_scheduler": "cosine"}, "expected lr_scheduler to be a function that makes.*, got str. Pass, say, lambda"),

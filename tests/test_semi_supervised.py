@@ -267,8 +267,8 @@ def test_embed_decode_reconstruct_generate():
         (Y[:4], r"integer labels of shape \(5,\).*got torch.int64 of shape \(4,\)"),
         (torch.eye(5)[:, :3].long(), r"got torch.int64 of shape \(5, 3\)"),
         (Y.tolist(), r"got list"),
-        (Y + 1, r"labels from 0 to 2, or -1, got 0 to 3"),
-        (Y - 1, r"labels from 0 to 2, or -1, got -2 to 1"),
+        (Y + 1, r"labels from -1 to 2, got 0 to 3"),
+        (Y - 1, r"labels from -1 to 2, got -2 to 1"),
     ],
 )
 def test_wrong_labels(y, message):

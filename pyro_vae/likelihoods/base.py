@@ -26,6 +26,8 @@ class Likelihood(nn.Module):
 
     #: How many numbers the decoder gives for each element of an event.
     num_features: int = 1
+    #: What stands for an element that is missing; it has to be in the support.
+    filler: float = 0.0
 
     def __init__(self, decoder: nn.Module, event_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Likelihood(nn.Module):
 
     @classmethod
     def features_for(cls, **options: Any) -> int:
-        """`num_features` of a likelihood with these options, to build its decoder by; refuses options that are none."""
+        """`num_features` of a likelihood with these options, to build its decoder by; it may refuse their values."""
         return cls.num_features
 
     def forward(self, z: Tensor, *given: Tensor, mask: Tensor | None = None) -> dist.TorchDistribution:
@@ -81,11 +83,16 @@ class Likelihood(nn.Module):
 
     def decode(self, z: Tensor, *given: Tensor) -> Tensor:
         """The mean of p(x|z), or what stands for it: (*batch, Z) to (*batch, *event)."""
-        return self.from_statistic(self.statistic(z, *given))
+        return self.from_statistic(self.statistic(self(z, *given)))
 
-    def statistic(self, z: Tensor, *given: Tensor) -> Tensor:
-        """What of p(x|z) can be averaged over z, as :meth:`VAE.impute` does: its mean, (*batch, *event)."""
-        mean: Tensor = self(z, *given).mean
+    def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
+        """What of p(x|z) can be averaged over z, as :meth:`VAE.impute` does: its mean, (*batch, *event).
+
+        Arguments:
+            distribution: what :meth:`forward` gives.
+            x: where the distribution has a mask, the data, given whose observed elements the mean is.
+        """
+        mean: Tensor = distribution.mean
         return mean
 
     def from_statistic(self, statistic: Tensor) -> Tensor:

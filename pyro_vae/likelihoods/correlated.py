@@ -88,6 +88,11 @@ class LowRankGaussian(Likelihood):
             factor = torch.stack(columns, -1)
         return LowRankEvent(loc, factor, softplus(raw_scale) + self.min_scale, len(self.event_shape), mask)
 
+    def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
+        """The mean; given the elements of x that are observed, where there are some."""
+        mean: Tensor = distribution.mean if x is None else distribution.conditional_mean(x)
+        return mean
+
 
 class LowRankEvent(dist.TorchDistribution):
     """A normal with covariance F F^T + diag(scale^2) over the elements of an event of any shape.
@@ -144,18 +149,30 @@ class LowRankEvent(dist.TorchDistribution):
         """Of shape (*batch,): with y = (x - loc) / scale, W = F / scale, the quadratic form is min_u |y - W u|^2 + |u|^2."""
         if self._validate_args:
             self._validate_sample(value)
-        y = (value.flatten(-len(self.event_shape)) - self.loc) / self.scale
-        W, log_scale, size = self.factor / self.scale[..., None], self.scale.log(), y.new_tensor(y.shape[-1])
+        y, W, u, cholesky = self._explained(value)
+        log_scale, size = self.scale.log(), y.new_tensor(y.shape[-1])
         if self.observed is not None:
-            y, log_scale = torch.where(self.observed, y, 0.0), torch.where(self.observed, log_scale, 0.0)
-            W, size = torch.where(self.observed[..., None], W, 0.0), self.observed.sum(-1)
+            log_scale, size = torch.where(self.observed, log_scale, 0.0), self.observed.sum(-1)
+        quadratic = (y - _rows(W, u)).square().sum(-1) + u.square().sum(-1)
+        half_log_det = log_scale.sum(-1) + cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype)
+        return -0.5 * (quadratic + size * math.log(2 * math.pi)) - half_log_det
+
+    def conditional_mean(self, value: Tensor) -> Tensor:
+        """The mean given the elements of `value` that the mask says are observed, (*batch, *event)."""
+        _, _, u, _ = self._explained(value)
+        return (self.loc + _rows(self.factor, u)).unflatten(-1, self.event_shape)
+
+    def _explained(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y and W of what is observed; u, the mean of what F multiplies given y; the Cholesky factor of its precision."""
+        y = (value.flatten(-len(self.event_shape)) - self.loc) / self.scale
+        W = self.factor / self.scale[..., None]
+        if self.observed is not None:
+            y, W = torch.where(self.observed, y, 0.0), torch.where(self.observed[..., None], W, 0.0)
         wide = W.double()
         cholesky = torch.linalg.cholesky(wide.mT @ wide + torch.eye(W.shape[-1], dtype=wide.dtype, device=W.device))
         projection = torch.einsum("...d,...dr->...r", y, W).double()
         u = torch.einsum("...r,...rs->...s", projection, torch.cholesky_inverse(cholesky)).to(y.dtype)
-        quadratic = (y - _rows(W, u)).square().sum(-1) + u.square().sum(-1)
-        half_log_det = log_scale.sum(-1) + cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype)
-        return -0.5 * (quadratic + size * math.log(2 * math.pi)) - half_log_det
+        return y, W, u, cholesky
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Events of shape (*sample_shape, *batch, *event)."""

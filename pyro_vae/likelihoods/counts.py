@@ -44,8 +44,8 @@ class Poisson(_Counts):
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """Poisson with the features as log rates."""
         (log_rate,) = features
-        # a rate that underflows to 0, or overflows, leaves no gradient to come back by
-        return dist.Poisson(log_rate.clamp(-30, 30).exp())
+        # a rate that underflows to 0, or overflows, leaves no gradient to come back by; nor would a clamp
+        return dist.Poisson((log_rate + (log_rate.clamp(-30, 30) - log_rate).detach()).exp())
 
 
 class NegativeBinomial(_Counts):

@@ -55,9 +55,11 @@ class Categorical(Likelihood):
         """Categorical with the features as logits."""
         return Codes(logits=torch.stack(features, -1))
 
-    def statistic(self, z: Tensor, *given: Tensor) -> Tensor:
+    def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
         """The probabilities of the categories, (*batch, *event, C)."""
-        probs: Tensor = self(z, *given).base_dist.probs
+        while not isinstance(distribution, Codes):
+            distribution = distribution.base_dist
+        probs: Tensor = distribution.probs
         return probs
 
     def from_statistic(self, statistic: Tensor) -> Tensor:

@@ -26,19 +26,28 @@ class Pair(nn.Module):
     likelihood: Likelihood
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("likelihood", "posterior", "prior", "classifier", "encoder"):
+            self._check_part(name, value)
         super().__setattr__(name, value)
-        if name in ("likelihood", "posterior"):
-            self._check_parts()
 
-    def _check_parts(self) -> None:
-        """Refuse parts that are of other data."""
-        likelihood, posterior = getattr(self, "likelihood", None), getattr(self, "posterior", None)
-        if likelihood is not None and not isinstance(likelihood, Likelihood):
+    def _check_part(self, name: str, part: Any) -> None:
+        """Refuse what is no such part, or one of other data."""
+        kind = Likelihood if name == "likelihood" else nn.Module
+        if not isinstance(part, kind):
+            example = {
+                "likelihood": "pv.Bernoulli(decoder, event_shape)",
+                "prior": "pv.StandardNormal(latent_dim)",
+            }.get(name)
             raise ValueError(
-                f"expected likelihood to be a pv.Likelihood, got {likelihood!r}. Build one, pv.Bernoulli(decoder, event_shape), say, "
-                "or a subclass of your own."
+                f"expected {name} to be a {'pv.Likelihood' if kind is Likelihood else 'torch.nn.Module'}, got {part!r}. Build it"
+                f"{f': {example}, say' if example else ''}."
             )
-        theirs = getattr(posterior, "event_shape", None)
+        parts = {
+            "likelihood": getattr(self, "likelihood", None),
+            "posterior": getattr(self, "posterior", None),
+            name: part,
+        }
+        likelihood, theirs = parts["likelihood"], getattr(parts["posterior"], "event_shape", None)
         if likelihood is not None and theirs is not None and theirs != likelihood.event_shape:
             raise ValueError(
                 f"expected a posterior of the likelihood's event_shape {likelihood.event_shape}, got {theirs}. Give both that of "
@@ -62,7 +71,7 @@ class Pair(nn.Module):
             yield (pyro.subsample(x, event_dim=dims), *(pyro.subsample(y, event_dim=1) for y in given), *kept)
 
     def _observed(self, x: Tensor, mask: Tensor | None, subsample_size: int | None = None) -> Tensor:
-        """The data, with zeros where they are missing."""
+        """The data, with zeros (or the likelihood's filler) where they are missing."""
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
                 got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -70,7 +79,7 @@ class Pair(nn.Module):
                     f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, got {got}. "
                     "If these are labels that a DataLoader gives, leave them out of it, or use pv.ConditionalVAE."
                 )
-            x = torch.where(mask, x, 0.0)
+            x = torch.where(mask, x, self.likelihood.filler)
         self._check(x, subsample_size)
         return x
 
@@ -122,27 +131,51 @@ def register(name: str, module: nn.Module) -> None:
     store = pyro.get_param_store()
     for suffix, parameter in module.named_parameters():
         key = f"{name}$$${suffix}"
-        if key in store and store[key] is not parameter:
+        # A parameter that is put into the store wants a gradient from then on; a frozen one stays out.
+        if parameter.requires_grad and key in store and store[key] is not parameter:
             store[key] = parameter
     pyro.module(name, module)
 
 
-def indicators(y: Tensor, classes: int | None, like: Tensor) -> Tensor:
+def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) -> Tensor:
     """What networks see of y: a vector for each datum as it is, or the indicator vector of a label.
+
+    Arguments:
+        y: vectors (N, Y), or integer labels (N,).
+        classes: how many labels there are; None where y is vectors.
+        size: N.
+        dtype: that of what networks see.
 
     Raises:
         ValueError: y is neither vectors of floating point nor labels, or labels without a number of classes.
     """
-    if not isinstance(y, Tensor) or len(y) != len(like):
+    if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"expected y to be a tensor with a row for each of {len(like)} data, got {got}.")
+        raise ValueError(f"expected y to be a tensor with a row for each of {size} data, got {got}.")
     if y.is_floating_point() and y.dim() == 2:
+        if y.dtype != dtype or not (classes is None or y.shape[1] == classes):
+            width = "Y" if classes is None else classes
+            raise ValueError(
+                f"expected y of {dtype} and shape ({size}, {width}), got {y.dtype} of shape {tuple(y.shape)}."
+            )
         return y
     if y.is_floating_point() or y.dim() != 1 or classes is None:
         raise ValueError(
             f"expected y to be vectors of floating point, (N, Y), or integer labels, (N,), of a pair with num_classes={classes}, got "
             f"{y.dtype} of shape {tuple(y.shape)}. Build the pair with num_classes, or pass one_hot(y).float()."
         )
-    if is_validation_enabled() and not bool(((y >= 0) & (y < classes)).all()):
-        raise ValueError(f"expected labels from 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}.")
-    return one_hot(y, classes).to(like.dtype)
+    check_labels(y, 0, classes)
+    return one_hot(y.long(), classes).to(dtype)
+
+
+def check_labels(y: Tensor, lowest: int, classes: int) -> None:
+    """Refuse labels that are none of these classes'; while Pyro's validation is on, as looking at values takes time."""
+    if is_validation_enabled() and not bool(((y >= lowest) & (y < classes)).all()):
+        raise ValueError(f"expected labels from {lowest} to {classes - 1}, got {int(y.min())} to {int(y.max())}.")
+
+
+def mean_of(posterior: nn.Module, x: Tensor, *given: Tensor) -> Tensor:
+    """The mean of q(z|x); or what a posterior that has none gives in its place."""
+    embed = getattr(posterior, "embed", None)
+    mean: Tensor = posterior(x, *given).mean if embed is None else embed(x, *given)
+    return mean

@@ -6,9 +6,8 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, evaluates, indicators, register
+from pyro_vae.pairs.base import Pair, evaluates, indicators, mean_of, register
 from pyro_vae.pairs.imputation import impute
-from pyro_vae.pairs.vae import mean_of
 
 
 class ConditionalVAE(Pair):
@@ -83,7 +82,7 @@ class ConditionalVAE(Pair):
     @evaluates
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean of p(x|z, y): (N, Z) and labels or vectors of y to (N, *event)."""
-        return self.likelihood.decode(z, self._vectors(y, z))
+        return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
 
     @evaluates
     def reconstruct(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -93,7 +92,7 @@ class ConditionalVAE(Pair):
     @evaluates
     def generate(self, y: Tensor) -> Tensor:
         """The means of p(x|z, y) at a draw of z from the prior for each y: (n, *event)."""
-        return self.decode(self.prior().sample((len(y),)), y)
+        return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
 
     @evaluates
     def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
@@ -102,5 +101,5 @@ class ConditionalVAE(Pair):
         q = self.posterior(observed, vectors)
         return impute(self.prior(), self.likelihood, q, observed, mask, num_samples, vectors)
 
-    def _vectors(self, y: Tensor, like: Tensor) -> Tensor:
-        return indicators(y, self.num_classes, like)
+    def _vectors(self, y: Tensor, x: Tensor) -> Tensor:
+        return indicators(y, self.num_classes, len(x), x.dtype)

@@ -35,24 +35,31 @@ def impute(
         x with its missing elements filled in, (N, *event).
 
     Raises:
-        ValueError: `num_samples` is no positive integer.
+        ValueError: `num_samples` is no positive integer, or all weights of a datum are zero.
 
     References:
         Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*, ICML.
     """
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"expected num_samples to be a positive integer, got {num_samples!r}.")
-    at_once = max(1, SAMPLES_AT_ONCE // len(x))
+    at_once = max(1, SAMPLES_AT_ONCE // max(1, len(x)))
     highest = x.new_full((len(x),), -torch.inf)
     total, statistic = torch.zeros_like(highest), x.new_zeros(())
     for start in range(0, num_samples, at_once):
         z = q.sample((min(at_once, num_samples - start),))
-        log_w = prior.log_prob(z) + likelihood(z, *given, mask=mask).log_prob(x) - q.log_prob(z)
-        # Sums of exponentials, relative to the highest so far.
+        decoded = likelihood(z, *given, mask=mask)
+        log_w = prior.log_prob(z) + decoded.log_prob(x) - q.log_prob(z)
+        # Sums of exponentials, relative to the highest so far; which is minus infinity where all weights are zero.
         before, highest = highest, torch.maximum(highest, log_w.amax(0))
-        kept, weights = (before - highest).exp(), (log_w - highest).exp()
-        drawn = likelihood.statistic(z, *given)
+        shift = highest.nan_to_num(neginf=0.0)
+        kept, weights = (before - shift).exp(), (log_w - shift).exp()
+        drawn = likelihood.statistic(decoded, x)
         by_datum = (-1, *[1] * (drawn.dim() - 2))
         total = total * kept + weights.sum(0)
         statistic = statistic * kept.reshape(by_datum) + (drawn * weights.reshape(len(z), *by_datum)).sum(0)
+    if bool((total == 0).any()):
+        raise ValueError(
+            f"all {num_samples} importance weights are zero at {int((total == 0).sum())} data: expected a guide whose samples "
+            "explain what is observed. Take more samples, or train it on."
+        )
     return torch.where(mask, x, likelihood.from_statistic(statistic / total.reshape(by_datum)))

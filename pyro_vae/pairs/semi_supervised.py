@@ -10,8 +10,7 @@ from torch.nn.functional import one_hot
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, evaluates, register
-from pyro_vae.pairs.vae import mean_of
+from pyro_vae.pairs.base import Pair, check_labels, evaluates, indicators, mean_of, register
 
 UNOBSERVED = -1
 IMPOSSIBLE = -1e4  # a logit whose probability is zero in any precision, and whose product with zero is no NaN
@@ -29,9 +28,9 @@ class SemiSupervisedVAE(Pair):
     ``pv.IWAE(K, "vimco")`` or another objective with these gradients; **enumerated**, Pyro's
     ``TraceEnum_ELBO(max_plate_nesting=1)`` with ``pyro.infer.config_enumerate(vae.guide)``.
 
-    The bound alone never teaches q(y|x) the observed labels. With a `classifier_weight` :math:`\alpha`, in training mode, each
-    observed label adds :math:`\alpha \log q(y_n \mid x_n)` to its datum's term, which then bounds nothing; in evaluation mode (``vae.eval()``, and all
-    of this package's evaluations) it is left out.
+    The bound alone never teaches q(y|x) the observed labels. With a `classifier_weight` :math:`\alpha`, while the classifier is
+    in training mode, each observed label adds :math:`\alpha \log q(y_n \mid x_n)` to its datum's term, which then bounds
+    nothing. Evaluations such as :func:`pyro_vae.log_likelihood` leave it out; before ``pv.ELBO().bound``, call ``vae.eval()``.
 
     Arguments:
         prior: a module that returns the distribution of one z.
@@ -96,11 +95,16 @@ class SemiSupervisedVAE(Pair):
         register("likelihood", self.likelihood)
         with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed):
             label = pyro.sample("y", dist.Categorical(logits=self.uniform))
-            if self.classifier_weight and self.training:
+            observed = observed[..., 0]
+            if y is not None:  # for whichever guide; this pair's own proposes nothing else
+                contradicts = (observed != UNOBSERVED) & (label != observed)
+                pyro.factor("label", torch.where(contradicts, IMPOSSIBLE, 0.0).to(x.dtype))
+            if (
+                self.classifier_weight and self.classifier.training
+            ):  # off in evaluations, even of a pair inside other functions
                 register("classifier", self.classifier)
-                column, is_observed = observed[..., 0], observed[..., 0] != UNOBSERVED
-                log_q = dist.Categorical(logits=self._logits(x)).log_prob(column.clamp(min=0))
-                pyro.factor("classifier", self.classifier_weight * torch.where(is_observed, log_q, 0.0))
+                log_q = dist.Categorical(logits=self._logits(x)).log_prob(observed.clamp(min=0))
+                pyro.factor("classifier", self.classifier_weight * torch.where(observed == UNOBSERVED, 0.0, log_q))
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(z, self._indicators(label, x)), obs=x)
 
@@ -123,23 +127,26 @@ class SemiSupervisedVAE(Pair):
     @evaluates
     def embed(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean of q(z|x, y) at the labels, or at the most probable ones where they are not observed: to (N, Z)."""
-        return mean_of(self.posterior, x, self._indicators(self._best(x, y), x))
+        return self._embed(x, self._best(x, y))
 
     @evaluates
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean of p(x|z, y): (N, Z) and labels (N,) to (N, *event)."""
-        return self.likelihood.decode(z, self._indicators(y, z))
+        return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
 
-    @evaluates
     @evaluates
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean of p(x|z, y) at :meth:`embed`'s z and label: (N, *event) to (N, *event)."""
-        return self.decode(self.embed(x, y), self._best(x, y))
+        best = self._best(x, y)
+        return self.decode(self._embed(x, best), best)
 
     @evaluates
     def generate(self, y: Tensor) -> Tensor:
         """The means of p(x|z, y) at a draw of z from the prior for each label: (n, *event)."""
-        return self.decode(self.prior().sample((len(y),)), y)
+        return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
+
+    def _embed(self, x: Tensor, y: Tensor) -> Tensor:
+        return mean_of(self.posterior, x, self._indicators(y, x))
 
     def _best(self, x: Tensor, y: Tensor | None) -> Tensor:
         observed = self._column(x, y)[..., 0]
@@ -160,8 +167,5 @@ class SemiSupervisedVAE(Pair):
             raise ValueError(
                 f"expected y to be integer labels of shape ({len(x)},), {UNOBSERVED} where one is not observed, got {got}."
             )
-        if pyro.infer.util.is_validation_enabled() and not bool(((y >= UNOBSERVED) & (y < self.num_classes)).all()):
-            raise ValueError(
-                f"expected labels from 0 to {self.num_classes - 1}, or {UNOBSERVED}, got {int(y.min())} to {int(y.max())}."
-            )
+        check_labels(y, UNOBSERVED, self.num_classes)
         return y.long().unsqueeze(-1)

@@ -6,7 +6,7 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, evaluates, register
+from pyro_vae.pairs.base import Pair, evaluates, mean_of, register
 from pyro_vae.pairs.imputation import impute
 
 
@@ -114,10 +114,3 @@ class VAE(Pair):
         """
         observed = self._observed(x, mask)
         return impute(self.prior(), self.likelihood, self.posterior(observed), observed, mask, num_samples)
-
-
-def mean_of(posterior: nn.Module, x: Tensor, *given: Tensor) -> Tensor:
-    """The mean of q(z|x); or what a posterior that has none gives in its place."""
-    embed = getattr(posterior, "embed", None)
-    mean: Tensor = posterior(x, *given).mean if embed is None else embed(x, *given)
-    return mean
