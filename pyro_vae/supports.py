@@ -4,38 +4,55 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_vae.agreement import interval, masks, plain, support_of, validates
 from pyro_vae.minibatches import Minibatches
+from pyro_vae.modules import Program, find_modules
 from pyro_vae.runs import sample_sites
 
 
 class Supports:
     """Refuses data that a site which observes them gives no density, in place of the checks that compiled code leaves out.
 
-    It looks at supports that are the same for all data, where validation is not turned off and nothing is masked: at
-    tensors whole, before training, at others as they come.
+    It looks at supports that are the same for all data, where validation is not turned off and nothing is masked; and asks
+    a module that the program is a method of and that has a `check_data`, as this package's pairs do. At tensors whole, before
+    training, at others as they come.
     """
 
-    def __init__(self, model_trace: Trace, batch: tuple[Any, ...], batches: Minibatches) -> None:
+    def __init__(self, model: Program, model_trace: Trace, batch: tuple[Any, ...], batches: Minibatches) -> None:
+        owners = [owner for owner in find_modules(model) if hasattr(owner, "check_data")]
+        self.unseen_by: list[Any] = [owner.check_data for owner in owners]
         self.unseen: list[tuple[int, str, Any]] = []
         for name, site in sample_sites(model_trace).items():
-            ends = interval(support_of(site["fn"])) if validates(site) and not masks(site) else None
-            if ends is None or any(isinstance(end, Tensor) for end in ends):
+            support = support_of(site["fn"])
+            moves = any(isinstance(end, Tensor) for end in interval(support) or ())
+            if not validates(site) or masks(site) or moves or constraints.is_dependent(support):
                 continue
             for column, argument in enumerate(batch):
                 if site["value"] is argument:
-                    self.unseen.append((column, name, plain(support_of(site["fn"]))))
+                    self.unseen.append((column, name, plain(support)))
         for seen in [entry for entry in self.unseen if batches.at_hand(entry[0]) is not None]:
             self._check(*seen[1:], batches.at_hand(seen[0]))
             self.unseen.remove(seen)
+        columns = [batches.at_hand(column) for column in range(len(batch))]
+        if all(column is not None for column in columns):
+            self._ask(tuple(columns))
+            self.unseen_by = []
 
     def check(self, batch: tuple[Any, ...]) -> None:
         """Look at a minibatch of what was not at hand."""
         for column, name, support in self.unseen:
             self._check(name, support, batch[column])
+        self._ask(batch)
+
+    def _ask(self, batch: tuple[Any, ...]) -> None:
+        with pyro.validation_enabled(True):
+            for check in self.unseen_by:
+                check(*batch)
 
     def _check(self, name: str, support: Any, data: Any) -> None:
         bad = ~support.check(data).reshape(len(data), -1).all(-1)

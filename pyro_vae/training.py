@@ -153,7 +153,7 @@ def fit(
     gradients: Callable[..., Tensor] = run.uncompiled
     supports = None
     if compile:
-        supports = Supports(model_trace, example, batches)
+        supports = Supports(model, model_trace, example, batches)
         gradients = CompiledStep(
             model, guide, objective, optimizer, mean=True, on_compile=_teller(bar, batches)
         ).compute

@@ -31,7 +31,7 @@ ALLOWED = {
     "checkpoint": {"runs", "modules"},
     "schedules": set(),
     "learning_rates": set(),
-    "supports": {"agreement", "minibatches", "runs"},
+    "supports": {"agreement", "minibatches", "runs", "modules"},
     "training": {"rng", "runs", "minibatches", "modules", "checkpoint", "compilation", "learning_rates", "supports"},
     "evaluation": {
         "rng",

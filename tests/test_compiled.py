@@ -369,11 +369,11 @@ def test_a_new_constant_at_each_step_is_refused(without_inductor, monkeypatch):
     monkeypatch.setattr("pyro_vae.compilation.MAX_KINDS", 2)
     program, x = mlp(torch.float64)
     step = compile_sgd(program, pv.ELBO())
-    step(x, 2)
-    step(x, 3)
-    step(x, 2)
+    step(x, subsample_size=2)
+    step(x, subsample_size=3)
+    step(x, subsample_size=2)
     with pytest.raises(ValueError, match=r"compiled for 2 kinds of arguments.*tensors for what changes.*torch.tensor"):
-        step(x, 4)
+        step(x, subsample_size=4)
 
 
 def test_pyros_optimiser_steps_as_in_svi(without_inductor):
@@ -833,3 +833,44 @@ def test_compare_compiled_measures_the_same(without_inductor):
     pd.testing.assert_frame_equal(*[table[columns] for table in tables], rtol=1e-9)
     with pytest.raises(ValueError, match="without chunk_size"):
         pv.compare(program.model, program.guide, x, pv.IWAE(4, chunk_size=2), compile=True)
+
+
+def _conditional(y):
+    vae = pv.mlp_conditional_vae((3,), latent_dim=2, label_dim=3, hidden_dims=(4,))
+    return vae, (torch.rand(20, 3).round(), y), r"labels from 0 to 2, got 0 to 7"
+
+
+def _semi_supervised(y):
+    vae = pv.mlp_semi_supervised_vae((3,), latent_dim=2, num_classes=3, hidden_dims=(4,))
+    return vae, (torch.rand(20, 3).round(), y), r"labels from -1 to 2, got 0 to 7"
+
+
+def _masked(_):
+    x, mask = torch.rand(20, 3).round(), torch.rand(20, 3) > 0.5
+    x[17], mask[17] = 0.5, True
+    return (
+        pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,)),
+        (x, mask),
+        r"a Bernoulli likelihood expected x of zeros and ones",
+    )
+
+
+def _off_grid(_):
+    x = torch.randint(16, (20, 3)) / 15
+    x[17] = 0.5
+    vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), likelihood="discretized_logistic", levels=16)
+    return vae, (x,), r"data in the support of model site 'x'.*row \d+|DiscretizedLogistic likelihood expected x"
+
+
+@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize("make", [_conditional, _semi_supervised, _masked, _off_grid])
+def test_compiled_fit_refuses_what_the_pair_refuses(make, loader, without_inductor):
+    y = torch.arange(20) % 3
+    y[17] = 7
+    vae, data, message = make(y)
+    options = {"batch_size": 5}
+    if loader:
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), **options)
+        options = {}
+    with pytest.raises(ValueError, match=message):
+        pv.fit(vae.model, vae.guide, data, pv.ELBO(gradient="score"), epochs=1, compile=True, **options)

@@ -456,3 +456,11 @@ def test_learned_parameters_start_where_they_say():
         pixel = pv.StudentT(nn.Identity(), (4,), df=df, scale=0.5).pixel_distribution(torch.zeros(4))
         torch.testing.assert_close(pixel.variance, torch.full((4,), 0.5**2 * expected / (expected - 2)))
     torch.testing.assert_close(pv.NegativeBinomial(nn.Identity(), (4,)).total_count, torch.ones(4))
+
+
+@pytest.mark.parametrize("log_rate", [-35.0, -20.0, 20.0])
+def test_a_poisson_has_a_gradient_wherever_its_rate_is(log_rate):
+    features = torch.full((1, 1), log_rate, dtype=torch.float64, requires_grad=True)
+    likelihood = pv.Poisson(torch.nn.Linear(1, 1), (1,))
+    likelihood.pixel_distribution(features).log_prob(torch.tensor([[3.0]], dtype=torch.float64)).sum().backward()
+    assert features.grad.item() == pytest.approx(3 - math.exp(max(log_rate, -30)), rel=1e-6)

@@ -374,3 +374,106 @@ def test_tables_and_missing_values_as_pandas_has_them():
         pv.ELBO().bound(vae.model, vae.guide, x)
     pv.fit(vae.model, vae.guide, (x.nan_to_num(), ~x.isnan()), pv.ELBO(), epochs=1)
     assert vae.impute(x, ~x.isnan(), 10).isfinite().all()
+
+
+def test_missing_elements_are_filled_in_given_correlated_ones():
+    vae = pv.mlp_vae((4,), latent_dim=1, hidden_dims=(8,), likelihood="low_rank_gaussian", rank=2).double()
+    with torch.no_grad():
+        vae.likelihood.factor.normal_()
+        vae.likelihood.decoder[-1].weight.zero_()  # z says nothing, so that one sample is as good as many
+    x, mask = torch.randn(5, 4).double(), torch.tensor([[True, False, True, False]] * 5)
+    loc, factor = vae.decode(torch.zeros(1, 1).double())[0], vae.likelihood.factor.detach()
+    scale = torch.nn.functional.softplus(vae.likelihood.raw_scale.detach()) + vae.likelihood.min_scale
+    covariance = factor @ factor.T + scale.square().diag()
+    on, off = [0, 2], [1, 3]
+    gain = covariance[off][:, on] @ torch.linalg.inv(covariance[on][:, on])
+    torch.testing.assert_close(vae.impute(x, mask, 3)[:, off], loc[off] + (x[:, on] - loc[on]) @ gain.T)
+
+
+def test_no_filling_in_where_all_weights_are_zero():
+    class Uniform(pv.Likelihood):
+        filler = 0.5
+
+        def pixel_distribution(self, loc):
+            return dist.Uniform(loc, loc + 1e-6, validate_args=False)
+
+    vae = pv.mlp_vae((2,), latent_dim=1, hidden_dims=(4,), likelihood=Uniform)
+    with pytest.raises(ValueError, match="all 10 importance weights are zero at 3 data"):
+        vae.impute(torch.full((3, 2), 9.0), torch.tensor([[True, False]] * 3), 10)
+
+
+def test_missing_elements_where_zero_is_no_value():
+    class LogNormal(pv.Likelihood):
+        filler = 1.0
+
+        def pixel_distribution(self, loc):
+            return dist.LogNormal(loc, 1.0)
+
+    vae = pv.mlp_vae((2,), latent_dim=1, hidden_dims=(4,), likelihood=LogNormal)
+    x, mask = torch.rand(6, 2).exp(), torch.rand(6, 2) > 0.4
+    pv.ELBO().loss_and_grads(vae.model, vae.guide, x, mask)
+    assert all(parameter.grad.isfinite().all() for parameter in vae.parameters())
+    full = pv.ELBO(kl="monte_carlo")
+    pyro.set_rng_seed(0)
+    one = full.bound(vae.model, vae.guide, x, mask)
+    pyro.set_rng_seed(0)
+    torch.testing.assert_close(one, full.bound(vae.model, vae.guide, x.where(mask, 7.0), mask))
+
+
+def test_a_frozen_part_stays_frozen_beside_an_earlier_pair():
+    x = torch.randn(10, 3)
+    first, second = (pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian") for _ in range(2))
+    pv.fit(first.model, first.guide, x, pv.ELBO(), epochs=1)
+    second.likelihood.requires_grad_(False)
+    before = [parameter.clone() for parameter in second.likelihood.parameters()]
+    pv.fit(second.model, second.guide, x, pv.ELBO(), epochs=2)
+    assert all(map(torch.equal, before, second.likelihood.parameters()))
+    assert not any(parameter.requires_grad for parameter in second.likelihood.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: pv.mlp_vae((4,), latent_dim=2, posterior="full"),
+            r"posterior to be a subclass of pv.Posterior.*got 'full'",
+        ),
+        (
+            lambda: pv.mlp_vae((4,), latent_dim=2, posterior=pv.Unconditional(2, (4,))),
+            r"goes in afterwards: vae.posterior =",
+        ),
+        (lambda: pv.mlp_vae((4,), latent_dim=2, prior=pv.MixturePrior), r"prior to be a torch.nn.Module, got <class"),
+        (
+            lambda: setattr(pv.mlp_vae((4,), latent_dim=2), "prior", dist.Normal(0, 1)),
+            r"prior to be a torch.nn.Module, got Normal",
+        ),
+        (
+            lambda: pv.VampPrior(pv.Unconditional(2, (4,)), torch.ones(3, 4, dtype=torch.long)),
+            r"floating point, got torch.int64",
+        ),
+        (lambda: pv.FlowPrior(100, hidden_dims=(64,)), r"no narrower than the latent, 100, got hidden_dims=\(64,\)"),
+        (
+            lambda: pv.mlp_conditional_vae((4,), latent_dim=2, label_dim=3).generate(3),
+            r"expected y to be a tensor.*got int",
+        ),
+        (
+            lambda: pv.mlp_conditional_vae((4,), latent_dim=2, label_dim=3).generate(torch.zeros(2, 1)),
+            r"expected y of torch.float32 and shape \(2, 3\), got torch.float32 of shape \(2, 1\)",
+        ),
+        (
+            lambda: pv.mlp_semi_supervised_vae((4,), latent_dim=2, num_classes=3).generate(torch.tensor([7])),
+            r"labels from 0 to 2, got 7 to 7",
+        ),
+    ],
+)
+def test_natural_mistakes(make, message):
+    with pyro.validation_enabled(True), pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_labels_of_any_integer_type_and_particles_to_decode():
+    vae = pv.mlp_conditional_vae((4,), latent_dim=2, label_dim=3)
+    y = torch.tensor([0, 1, 2])
+    z = torch.randn(5, 3, 2)
+    assert torch.equal(vae.decode(z, y.to(torch.uint8)), vae.decode(z, y))
+    torch.testing.assert_close(vae.decode(z, y)[4], vae.decode(z[4], y))

@@ -341,3 +341,19 @@ def test_pseudo_inputs_are_a_copy():
     prior.pseudo_inputs.data += 1
     assert (u == 0).all()
     assert isinstance(prior.pseudo_inputs, nn.Parameter)
+
+
+@pytest.mark.parametrize("kind", ["iaf", "spline"])
+def test_a_flow_of_plain_functions_comes_back_from_a_checkpoint(kind, tmp_path):
+    def build():
+        vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), prior=pv.FlowPrior(2, kind, length=3))
+        return vae, lambda x: vae.model(x), lambda x: vae.guide(x)
+
+    vae, model, guide = build()
+    x = torch.rand(10, 3).round()
+    pv.fit(model, guide, x, pv.ELBO(kl="monte_carlo"), epochs=2, checkpoint=tmp_path / "a.pt")
+    pyro.set_rng_seed(5)
+    other, model, guide = build()
+    pv.load_parameters(tmp_path / "a.pt", model, guide, x)
+    z = torch.randn(6, 2)
+    assert torch.equal(vae.prior().log_prob(z), other.prior().log_prob(z))

@@ -376,3 +376,19 @@ def test_a_step_size_of_numpy_goes_into_a_checkpoint_that_can_be_read(tmp_path):
     for epochs in (1, 2):
         history = fit(make_vae(), lr=np.float64(1e-2), epochs=epochs, checkpoint=tmp_path / "checkpoint.pt")
     assert len(history) == 2
+
+
+def test_patience_begins_anew_while_beta_cycles_within_an_epoch():
+    vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
+    x = torch.randn(20, 3)
+    cyclical = pv.ELBO(beta=pv.schedules.cyclical(period=4, cycles=5))  # both ends of each epoch are at beta = 0
+    history = pv.fit(vae.model, vae.guide, x, cyclical, epochs=5, batch_size=5, lr=1e-9, validation=x, patience=1)
+    assert len(history) == 5
+
+
+def test_a_plateau_by_ratio_is_refused():
+    vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
+    x = torch.randn(20, 3)
+    with pytest.raises(ValueError, match=r"expected threshold_mode='abs', got 'rel'"):
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+        pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=5, validation=x, lr_scheduler=plateau)

@@ -305,3 +305,29 @@ def test_labels_of_any_integer_type():
     torch.testing.assert_close(values[0], values[1])
     torch.testing.assert_close(values[0], values[2])
     assert torch.equal(vae.embed(x, Y), vae.embed(x, Y.int()))
+
+
+def test_labels_count_for_a_guide_that_does_not_know_them():
+    pyro.set_rng_seed(0)
+    vae = pv.mlp_semi_supervised_vae((3,), latent_dim=1, num_classes=3, hidden_dims=(6,)).double()
+    x, y = torch.rand(4, 3).double().round(), torch.tensor([0, 2, -1, 1])
+
+    def guide(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=torch.zeros(3)))
+            pyro.sample("z", dist.Normal(torch.zeros(1).double(), 1.0).to_event(1))
+
+    own = pv.log_likelihood(vae.model, vae.guide, (x, y), 20_000, progress=False)
+    other = pv.log_likelihood(vae.model, guide, (x, y), 20_000, progress=False)
+    error = (own.per_datum_error.square() + other.per_datum_error.square()).sqrt()
+    assert ((own.per_datum - other.per_datum).abs() < 4 * error).all()
+
+
+def test_the_classifiers_term_is_no_part_of_an_evaluation_of_wrapped_functions():
+    vae = pv.mlp_semi_supervised_vae((3,), latent_dim=1, num_classes=3, hidden_dims=(6,), classifier_weight=20.0)
+    x, y = torch.rand(4, 3).round(), torch.tensor([0, 2, -1, 1])
+    found = [
+        pv.log_likelihood(model, guide, (x, y), 50, seed=0, progress=False).mean
+        for model, guide in ((vae.model, vae.guide), (lambda *args: vae.model(*args), lambda *args: vae.guide(*args)))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -49,6 +49,10 @@ class Autoencoder(Pair):
     def guide(self, x: Tensor, *, subsample_size: int | None = None) -> None:
         """No latent site, so nothing."""
 
+    def check_data(self, x: Tensor) -> None:
+        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        self._check(x)
+
     @evaluates
     def embed(self, x: Tensor) -> Tensor:
         """The code: (N, *event) to (N, Z)."""

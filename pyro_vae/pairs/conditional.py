@@ -74,6 +74,11 @@ class ConditionalVAE(Pair):
         with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, *_):
             return pyro.sample("z", self.posterior(x, y))
 
+    def check_data(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        self._observed(x, mask)
+        self._vectors(y, x)
+
     @evaluates
     def embed(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x, y): (N, *event) to (N, Z)."""

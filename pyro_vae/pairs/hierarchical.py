@@ -150,6 +150,10 @@ class HierarchicalVAE(Pair):
             latents: list[Tensor] = self.posterior(x, self.layers, pyro.sample)
             return latents
 
+    def check_data(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        self._observed(x, mask)
+
     @evaluates
     def embed(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """The latents from ``z1`` up, each the guide's mean given the means of those before it: a list of (N, Z_l)."""

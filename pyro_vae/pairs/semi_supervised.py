@@ -118,6 +118,11 @@ class SemiSupervisedVAE(Pair):
             label = pyro.sample("y", dist.Categorical(logits=logits))
             return pyro.sample("z", self.posterior(x, self._indicators(label, x)))
 
+    def check_data(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        self._check(x)
+        self._column(x, y)
+
     @evaluates
     def classify(self, x: Tensor) -> Tensor:
         """q(y|x): (N, *event) to probabilities (N, C)."""

@@ -83,6 +83,10 @@ class VAE(Pair):
         with self._data(x, mask, subsample_size) as (x, *_):
             return pyro.sample("z", self.posterior(x))
 
+    def check_data(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        self._observed(x, mask)
+
     @evaluates
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x): (N, *event) to (N, Z)."""
