@@ -4,8 +4,8 @@
     python benchmarks/pairs_on_mnist.py --root data --warm-up 10
 
 All have the same encoder and decoder (one hidden layer of 300, 40 latent dimensions; two layers have 40 and 20), Adam, number of
-epochs and seed, and, where it is asked for, the same warm-up of beta. log p(x) is estimated by importance sampling on the first of the shuffled test images; differences to the first
-row are between the same images.
+epochs and seed, and, where it is asked for, the same warm-up of beta. log p(x) is estimated by
+importance sampling on the first of the shuffled test images; differences to the first row are between the same images.
 """
 
 from __future__ import annotations

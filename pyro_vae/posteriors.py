@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.distributions import NormalMixture
 from pyro_vae.flows import Flow, Kind
 from pyro_vae.networks import apply_batched
 
@@ -246,43 +247,6 @@ class MixturePosterior(Posterior):
         logits, rest = features.split([number, size - number], -1)
         loc, log_scale = rest.reshape(*rest.shape[:-1], number, 2 * latent_dim).chunk(2, -1)
         return NormalMixture(loc, log_scale.exp(), logits)
-
-
-class NormalMixture(dist.MixtureOfDiagNormals):
-    r"""Pyro's mixture of diagonal normals, with samples whose pathwise derivative is unbiased in the logits too.
-
-    Dimension by dimension, with :math:`F_d` the distribution function of :math:`z_d` given the dimensions before it,
-
-    .. math:: \mathrm d z_d = -\, \frac{\mathrm d F_d(z_d; \theta, z_{<d})}{p(z_d \mid z_{<d})}
-    """
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean, (*batch, Z)."""
-        mean: Tensor = (self.categorical.probs.unsqueeze(-1) * self.locs).sum(-2)
-        return mean
-
-    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Samples of shape (*sample_shape, *batch, Z)."""
-        with torch.no_grad():
-            which = self.categorical.sample(sample_shape)[..., None, None]
-            shape = self._extended_shape(sample_shape)
-            loc, scale = (
-                tensor.expand(*shape[:-1], *tensor.shape[-2:]).gather(-2, which.expand(*shape[:-1], 1, shape[-1]))
-                for tensor in (self.locs, self.coord_scale)
-            )
-            z: Tensor = loc.squeeze(-2) + scale.squeeze(-2) * torch.randn_like(loc.squeeze(-2))
-        if not torch.is_grad_enabled():
-            return z
-        columns: list[Tensor] = []
-        logits = self.categorical.logits
-        for value, loc, scale in zip(z.unbind(-1), self.locs.unbind(-1), self.coord_scale.unbind(-1), strict=True):
-            components, probs = dist.Normal(loc, scale, validate_args=False), logits.softmax(-1)
-            below = (probs * components.cdf(value.unsqueeze(-1))).sum(-1)
-            density = (probs * components.log_prob(value.unsqueeze(-1)).exp()).sum(-1)
-            columns.append(value - (below - below.detach()) / density.detach())
-            logits = logits + components.log_prob(columns[-1].unsqueeze(-1))
-        return torch.stack(columns, -1)
 
 
 class FlowPosterior(Posterior):

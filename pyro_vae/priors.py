@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.distributions import Mixture
 from pyro_vae.flows import Flow, Kind
 
 
@@ -120,19 +121,7 @@ class VampPrior(nn.Module):
     def forward(self) -> dist.TorchDistribution:
         """The prior, with event shape (Z,)."""
         uniform = dist.Categorical(logits=self.pseudo_inputs.new_zeros(len(self.pseudo_inputs)))
-        return _Mixture(uniform, self.posterior(self.pseudo_inputs))
-
-
-class _Mixture(dist.MixtureSameFamily):
-    """Pyro's, for components that don't broadcast, such as flows with a context for each."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Of shape (*batch,)."""
-        components = self.component_distribution
-        value = value.unsqueeze(-1 - len(self.event_shape))
-        value = value.expand(torch.broadcast_shapes(value.shape, components.batch_shape + components.event_shape))
-        logits = self.mixture_distribution.logits
-        return torch.logsumexp(components.log_prob(value) + logits, -1)
+        return Mixture(uniform, self.posterior(self.pseudo_inputs))
 
 
 class FlowPrior(nn.Module):

@@ -87,14 +87,15 @@ def fit(
 
     Returns:
         A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without such data), the
-        mean bound per datum in nats, times the program's own scale if it has one, and ``seconds``, compilation included; with a scheduler
-        also ``lr``, the step size in that epoch. Ctrl-C ends training with a warning and returns the epochs so far; the parameters
+        mean bound per datum in nats, times the program's own scale if it has one, and ``seconds``, compilation included; with a
+        scheduler also ``lr``, the step size in that epoch. Ctrl-C ends training with a warning and returns the epochs so far; the parameters
         keep what was learned up to then, with `patience` too.
 
     Raises:
         ValueError: an argument out of range, data of unequal lengths, empty or with NaN, no parameters to train, `patience` or
-            ``ReduceLROnPlateau`` without validation data, a scheduler of something else, or a checkpoint that can't be read or that belongs to another program or other settings; with `compile`, data outside
-            their support, or a program that can't be traced.
+            ``ReduceLROnPlateau`` without validation data, a scheduler of something else, or a checkpoint that can't be read or
+            that belongs to another program or other settings; with `compile`, data outside their support, or a program that
+            can't be traced.
         FloatingPointError: the loss or a parameter became NaN or infinite; the checkpoint is of the epoch before.
 
     Example:

@@ -13,9 +13,10 @@ PACKAGE = Path(pyro_vae.__file__).parent
 ALLOWED = {
     "networks": set(),
     "flows": set(),
-    "priors": {"flows"},
+    "distributions": set(),
+    "priors": {"flows", "distributions"},
     "likelihoods": {"networks"},
-    "posteriors": {"networks", "flows"},
+    "posteriors": {"networks", "flows", "distributions"},
     "pairs": {"networks", "priors", "likelihoods", "posteriors", "modules"},
     "rng": set(),
     "tracing": set(),

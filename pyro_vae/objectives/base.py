@@ -91,7 +91,8 @@ class Objective(pyro.infer.ELBO):
         posterior. For IWAE its signal-to-noise ratio rises with K. For the ELBO it is ``"stl"``.
     ``"score"``
         the score function (Williams 1992), with the other data's mean log-weight as baseline: unbiased as long as data don't
-        enter each other's weights (batch norm in training makes them), noisy, for any guide. At sites that can be reparameterised next to some that can't, the path is taken.
+        enter each other's weights (batch norm in training makes them), noisy, for any guide. At sites that can be reparameterised
+        next to some that can't, the path is taken.
     ``"vimco"``
         the score function with the other particles' mean log-weight as baseline (Mnih and Rezende 2016): unbiased, for any
         guide, K at least 2. For the ELBO it is REINFORCE with a leave-one-out baseline.

@@ -55,12 +55,7 @@ def mlp_vae(
     size, family = prod(event_shape), find_likelihood(likelihood, options)
     encoder = mlp(size, hidden_dims, posterior.features_for(latent_dim))
     decoder = mlp(latent_dim, list(hidden_dims)[::-1], family.features_for(**options) * size)
-    shape = tuple(event_shape)
-    return VAE(
-        prior=StandardNormal(latent_dim) if prior is None else prior,
-        likelihood=family(decoder, shape, **options),
-        posterior=posterior.build(encoder, shape, latent_dim),
-    )
+    return _assemble(encoder, decoder, family, posterior, prior, event_shape, latent_dim, options)
 
 
 def conv_vae(
@@ -104,6 +99,20 @@ def conv_vae(
     out_channels = family.features_for(**options) * event_shape[0]
     encoder = conv_encoder(shape, channels, posterior.features_for(latent_dim), residual_blocks)
     decoder = conv_decoder(latent_dim, list(channels)[::-1], out_channels, shape, residual_blocks)
+    return _assemble(encoder, decoder, family, posterior, prior, shape, latent_dim, options)
+
+
+def _assemble(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    family: type[Likelihood],
+    posterior: type[Posterior],
+    prior: nn.Module | None,
+    event_shape: Sequence[int],
+    latent_dim: int,
+    options: dict[str, Any],
+) -> VAE:
+    shape = tuple(event_shape)
     return VAE(
         prior=StandardNormal(latent_dim) if prior is None else prior,
         likelihood=family(decoder, shape, **options),
