@@ -27,7 +27,7 @@ class Flow(nn.Module):
         affine, autoregressive: to sample costs one pass; the density of a value that it did not sample costs Z.
     ``"spline"``
         monotonic rational splines of each dimension, autoregressive: as flexible as it gets, with the same costs; the identity
-        outside of (-3, 3).
+        outside of (-3, 3). Pyro's reads values, so that steps with it can't be compiled.
     ``"coupling"``
         affine, of half of the dimensions given the other half: one pass in both directions.
 
