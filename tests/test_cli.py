@@ -410,12 +410,13 @@ def test_ctrl_c_by_signal(tmp_path):
         "from pyro_vae.cli import main; main('train digits --epochs 100000 --hidden-dims 4 --out run'.split())"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.startswith("stopped by Ctrl-C: run holds ")
 
 

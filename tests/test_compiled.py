@@ -138,7 +138,8 @@ def check_all(objective, program, dtype):
     agree(made, chosen, x)
 
 
-QUICK = [(objective, mlp) for objective in OBJECTIVES]
+# Renyi, MIWAE and CIWAE differ from IWAE by a reduction alone.
+QUICK = [(name, mlp) for name in OBJECTIVES if name.split()[0] not in ("Renyi", "MIWAE", "CIWAE") or "dreg" in name]
 QUICK += [
     (name, program) for name in ("ELBO analytic 1", "ELBO stl", "IWAE dreg") for program in (conv, flow, two_sites)
 ]
@@ -151,7 +152,7 @@ def test_traced_steps_agree_with_uncompiled_ones(objective, program, dtype, defa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
-@pytest.mark.parametrize(("objective", "program"), [("ELBO schedule", mlp), ("IWAE dreg", two_sites)])
+@pytest.mark.parametrize(("objective", "program"), [("ELBO schedule", mlp)])
 def test_compiled_steps_agree_with_uncompiled_ones(objective, program, dtype, default_dtype):
     check_all(objective, program, dtype)
 

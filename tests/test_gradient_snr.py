@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import plot_gradient_snr as example
 
 
+@pytest.mark.slow
 def test_signal_to_noise_goes_as_theory_says():
     """Rainforth et al. (2018), Tucker et al. (2019): -1/2 pathwise, +1/2 DReG and for the model, sqrt(M / K) for MIWAE."""
     benchmark = example.Benchmark()

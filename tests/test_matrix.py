@@ -22,8 +22,18 @@ def test_a_step_with_each_objective_moves_every_parameter(row):
             assert take_step(row, objective) == [], objective
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("row", ROWS)
+def _rarely(row, check):
+    return not row.common or (check == "compiled" and row.kind != "binary")
+
+
+@pytest.mark.parametrize(
+    ("row", "check"),
+    [
+        pytest.param(row, check, id=f"{row.name}, {row.kind}-{check}", marks=[pytest.mark.slow] * _rarely(row, check))
+        for row in rows()
+        for check in CHECKS
+    ],
+)
 def test_what_else_a_pair_does(row, check, without_inductor):
     pyro.set_rng_seed(0)
     if check == "compiled" and row.traced:
