@@ -286,7 +286,7 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     pyro_vae.compilation._inductor = lambda graph, _: graph  # what is traced is what matters here
-    console = Console(width=260)
+    console = Console(width=300)
     table = Table(title="A step of SVI that moves every parameter, or why not; and what else works")
     for column in ("pair", "data", *OBJECTIVES, *CHECKS):
         table.add_column(column, no_wrap=True)
