@@ -9,6 +9,7 @@ import pytest
 import torch
 from programs import z_score
 from pyro import poutine
+from pyro.contrib.autoname import scope
 from pyro.infer import (
     SVI,
     JitTrace_ELBO,
@@ -477,3 +478,17 @@ def test_labels_of_any_integer_type_and_particles_to_decode():
     z = torch.randn(5, 3, 2)
     assert torch.equal(vae.decode(z, y.to(torch.uint8)), vae.decode(z, y))
     torch.testing.assert_close(vae.decode(z, y)[4], vae.decode(z[4], y))
+
+
+def test_two_pairs_in_one_program_are_refused():
+    pairs = [pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,)) for _ in range(2)]
+    scoped = [[scope(program, prefix=str(i)) for program in (p.model, p.guide)] for i, p in enumerate(pairs)]
+    x = torch.rand(5, 3).round()
+    svi = SVI(
+        lambda x: [model(x) for model, _ in scoped],
+        lambda x: [guide(x) for _, guide in scoped],
+        pyro.optim.Adam({"lr": 1e-3}),
+        loss=Trace_ELBO(),
+    )
+    with pytest.raises(ValueError, match="two pairs in one program have parameters of one name"):
+        svi.step(x)

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, cast
 import pyro
 import torch
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -129,8 +131,14 @@ def register(name: str, module: nn.Module) -> None:
     ``pyro.module`` alone would go on handing the earlier ones to the optimiser, and this pair would never learn.
     """
     store = pyro.get_param_store()
+    runs = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
     for suffix, parameter in module.named_parameters():
         key = f"{name}$$${suffix}"
+        if any(key in run.nodes and run.nodes[key]["value"] is not parameter for run in runs):
+            raise ValueError(
+                f"two pairs in one program have parameters of one name, '{key}', of which Pyro would train the last: expected one "
+                "pair. Put the parts of both into a program of your own, with pyro.module statements of different names."
+            )
         # A parameter that is put into the store wants a gradient from then on; a frozen one stays out.
         if parameter.requires_grad and key in store and store[key] is not parameter:
             store[key] = parameter
