@@ -94,6 +94,7 @@ def test_zero_variance_has_zero_deviation():
     assert table.bound.item() == pytest.approx(program.log_evidence().mean().item(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_gradient_signal_to_noise_is_that_of_many_gradients():
     """Against mean and covariance of the gradient, estimated apart from the package by plain autograd."""
     program = LinearGaussian(3, 2, 5, wrong=True)
