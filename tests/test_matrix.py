@@ -6,7 +6,10 @@ import pyro
 import pytest
 from matrix import CHECKS, NO_TRACE, OBJECTIVES, rows, take_step
 
-ROWS = [pytest.param(row, id=f"{row.name}, {row.kind}", marks=[] if row.common else pytest.mark.slow) for row in rows()]
+ROWS = [
+    pytest.param(row, id=f"{row.name}, {row.kind}", marks=[pytest.mark.slow] * (not row.common or row.kind != "binary"))
+    for row in rows()
+]
 pytestmark = pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
 
 
