@@ -51,7 +51,7 @@ def mlp_vae(
         torch.Size([3, 1, 28, 28])
     """
     _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], hidden_dims=hidden_dims)
-    _check_parts(posterior, prior)
+    _check_posterior(posterior)
     size, family = prod(event_shape), find_likelihood(likelihood, options)
     encoder = mlp(size, hidden_dims, posterior.features_for(latent_dim))
     decoder = mlp(latent_dim, list(hidden_dims)[::-1], family.features_for(**options) * size)
@@ -94,7 +94,7 @@ def conv_vae(
             f"expected an event_shape (C, H, W) and at least one entry in channels, got {tuple(event_shape)} and "
             f"{tuple(channels)}. For vectors, use mlp_vae."
         )
-    _check_parts(posterior, prior)
+    _check_posterior(posterior)
     family, shape = find_likelihood(likelihood, options), tuple(event_shape)
     out_channels = family.features_for(**options) * event_shape[0]
     encoder = conv_encoder(shape, channels, posterior.features_for(latent_dim), residual_blocks)
@@ -302,15 +302,11 @@ def mlp_autoencoder(
     )
 
 
-def _check_parts(posterior: Any, prior: Any) -> None:
+def _check_posterior(posterior: Any) -> None:
     if not (isinstance(posterior, type) and issubclass(posterior, Posterior)):
         raise ValueError(
             f"expected posterior to be a subclass of pv.Posterior, such as pv.FullNormal, got {posterior!r}. One with options, or none "
             "of these, goes in afterwards: vae.posterior = pv.LowRankNormal(encoder, event_shape, rank=4)."
-        )
-    if prior is not None and not isinstance(prior, nn.Module):
-        raise ValueError(
-            f"expected prior to be a torch.nn.Module, got {prior!r}. Build it: pv.MixturePrior(latent_dim), say."
         )
 
 

@@ -99,9 +99,8 @@ class SemiSupervisedVAE(Pair):
             if y is not None:  # for whichever guide; this pair's own proposes nothing else
                 contradicts = (observed != UNOBSERVED) & (label != observed)
                 pyro.factor("label", torch.where(contradicts, IMPOSSIBLE, 0.0).to(x.dtype))
-            if (
-                self.classifier_weight and self.classifier.training
-            ):  # off in evaluations, even of a pair inside other functions
+            # The classifier's own mode, which is off in evaluations even where this pair is inside other functions.
+            if self.classifier_weight and self.classifier.training:
                 register("classifier", self.classifier)
                 log_q = dist.Categorical(logits=self._logits(x)).log_prob(observed.clamp(min=0))
                 pyro.factor("classifier", self.classifier_weight * torch.where(observed == UNOBSERVED, 0.0, log_q))
