@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow arviz bench lint clean
+.PHONY: demo test slow docs arviz bench lint clean
 
 demo: $(VENV)/installed  ## train on the digits that ship offline, compare the bounds, draw the pictures
 	$(BIN)/pyro-vae train digits --out runs/digits
@@ -15,10 +15,16 @@ test: $(VENV)/installed-dev  ## the whole quick suite, doctests included
 slow: $(VENV)/installed-dev  ## the tests too long for the quick suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
+docs: $(VENV)/installed-docs  ## the pages' code and the gallery's scripts, run; then the site, in docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m docs tests/test_docs.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/check_site.py docs/_build/html
+
 arviz: $(VENV)/installed-dev  ## what depends on ArviZ's version: make arviz PYTHON=python3.13 VENV=.venv-3.13 has 1.x
 	$(BIN)/python -m pytest tests/test_arviz.py tests/test_log_likelihood.py
 
 bench: .venv-bench/installed  ## a step beside Pyro's, PyTorch's, NumPyro's and pythae's, in an environment of their own: tables, runs/bench
+	.venv-bench/bin/python -m pytest -q -m docs tests/test_docs.py -k coming-from
 	.venv-bench/bin/python tests/bench/run.py --out runs/bench
 
 lint: $(VENV)/installed-dev  ## what CI asks of the code
@@ -27,7 +33,7 @@ lint: $(VENV)/installed-dev  ## what CI asks of the code
 	$(BIN)/mypy
 
 clean:  ## everything that make made
-	rm -rf .venv .venv-* runs
+	rm -rf .venv .venv-* runs docs/_build docs/story docs/api/generated docs/api/backreferences
 
 $(VENV)/installed: pyproject.toml
 	@echo "Installing the packages into $(VENV) (some minutes the first time: torch is large) ..."
@@ -44,4 +50,9 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Installing what the tests need into $(VENV) ..."
 	@$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed-dev
+	@echo "Installing what the docs need into $(VENV) ..."
+	@$(BIN)/pip install --quiet --editable ".[dev,docs]"
 	@touch $@

@@ -25,8 +25,19 @@ Array: TypeAlias = torch.Tensor | np.ndarray
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 
-_FAMILIES = {"ELBO, closed-form KL": BLUE, "ELBO, Monte Carlo KL": VERMILLION, "IWAE": GREEN}
-_OTHERS = (PURPLE, ORANGE, SKY, BLACK)  # no yellow: a thin yellow line is lost on white
+_FAMILIES = {
+    "ELBO, closed-form KL": BLUE,
+    "ELBO": VERMILLION,
+    "IWAE": GREEN,
+    "Renyi": PURPLE,
+    "MIWAE": SKY,
+    "PIWAE": "#332288",
+    "CIWAE": ORANGE,
+    "TVO": "#882255",
+    "JVI": "#999933",
+    "RWS": "#666666",
+}
+_OTHERS = (BLACK, "#661100", "#999999")  # no yellow: a thin yellow line is lost on white
 # Ten classes need two colours more than the palette has; grey and wine stay distinct from the eight.
 _CLASSES = np.array([BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW, BLACK, "#999999", "#882255"])
 _MARKERS = "o^"
@@ -36,7 +47,7 @@ def objective_colour(objective: str) -> str:
     """Colour that stands for an objective in every plot, as a hex string.
 
     It depends on the name alone, never on what else is drawn. A name that starts like one of the known
-    estimators has that estimator's colour; any other name gets one of the four colours that remain.
+    estimators has that estimator's colour; any other name gets one of the three colours that remain.
 
     >>> objective_colour("IWAE")
     '#009E73'

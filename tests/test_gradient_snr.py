@@ -1,4 +1,4 @@
-"""The slopes of the literature's benchmark, by the functions of the example that draws them."""
+"""The slopes of the literature's benchmark, by the functions of the benchmark that draws them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import plot_gradient_snr as example
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import gradient_snr as example
 
 
 @pytest.mark.slow

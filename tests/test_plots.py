@@ -17,6 +17,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+import pyro_vae as pv
 from pyro_vae import plots
 
 CLOSED, MONTE_CARLO, IWAE = "ELBO, closed-form KL", "ELBO, Monte Carlo KL", "IWAE"
@@ -101,13 +102,14 @@ def test_importing_is_cheap_and_drawing_needs_no_display(tmp_path):
 # Colours
 
 
-def test_colours_are_by_family_and_apart():
-    known = [plots.objective_colour(name) for name in (CLOSED, MONTE_CARLO, IWAE)]
-    assert len(set(known)) == 3
-    assert plots.objective_colour("IWAE, doubly reparameterised") == plots.objective_colour(IWAE)
-    for name in ("Renyi", "VR-max", "ELBO", "CUBO"):
-        assert plots.objective_colour(name) in set(plots._OTHERS) - set(known)
-    assert plots.objective_colour("Renyi") == "#56B4E9"  # by name alone: the same in every process
+def test_every_estimator_has_a_colour_of_its_own():
+    families = [pv.ELBO(kl="analytic"), pv.ELBO(kl="monte_carlo"), pv.IWAE(2), pv.Renyi(0.5, 2), pv.MIWAE(2, 2)]
+    families += [pv.PIWAE(2, 2), pv.CIWAE(0.5, 2), pv.TVO(2, 2), pv.JVI(2, 1), pv.RWS(2)]
+    assert len({plots.objective_colour(objective.name) for objective in families}) == len(families)
+    assert plots.objective_colour(pv.IWAE(2, "dreg").name) == plots.objective_colour(IWAE)
+    known = set(plots._FAMILIES.values())
+    assert not known & {plots.objective_colour(name) for name in ("VR-max", "CUBO", "mine")}
+    assert plots.objective_colour("VR-max") == "#000000"  # by name alone: the same in every process
 
 
 def test_colour_does_not_depend_on_the_other_rows():

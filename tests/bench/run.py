@@ -28,6 +28,7 @@ from typing import Any
 
 import floor
 import numpyro_jit
+import objectives
 import ours
 import pyro
 import pyro_svi
@@ -59,7 +60,7 @@ console = Console(width=170)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and shorter ones")
-    choices = [*(c.key for c in CONFIGURATIONS), "log-likelihood", "cost-particles", "cost-batch"]
+    choices = [*(c.key for c in CONFIGURATIONS), "log-likelihood", "objectives", "cost-particles", "cost-batch"]
     parser.add_argument("--only", action="append", choices=choices, help="may be given several times")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and the figures")
     options = parser.parse_args()
@@ -81,6 +82,11 @@ def main() -> None:
     if "log-likelihood" in chosen:
         results["log_likelihood"] = estimate(options.quick)
         report.print_likelihood(console, results["log_likelihood"])
+    if "objectives" in chosen:
+        console.print("[dim]each objective: compiling ...[/dim]")
+        fresh()
+        results["objectives"] = objectives.measure(5 if options.quick else 21, 0.05)
+        objectives.show(console, results["objectives"])
     results["claims"] = claims(results)
     if results["claims"]:
         report.print_claims(console, results["claims"])

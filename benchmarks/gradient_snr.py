@@ -1,6 +1,6 @@
 r"""How much signal is left in the gradient of a tight bound?
 
-    python examples/plot_gradient_snr.py         (under a minute; --out FOLDER for the figure)
+    python benchmarks/gradient_snr.py         (under a minute; --out FOLDER for the figure)
 
 More particles make the importance-weighted bound tighter, and the gradient of the guide worse: its signal falls as
 1/K, its noise only as 1/sqrt(K) (Rainforth et al. 2018). Two ways out: average M bounds of K particles (MIWAE), or

@@ -1,0 +1,71 @@
+"""Sphinx's settings: pages in Markdown, a gallery of scripts that are run, API pages from docstrings."""
+
+import os
+import sys
+from importlib.metadata import version as installed
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_extensions"))
+# The gallery's scripts run in processes of their own, which inherit this: one thread each, and no search for modules.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE / "_extensions"), os.environ.get("PYTHONPATH")]))
+
+project = "pyro_vae"
+author = "The pyro_vae developers"
+copyright = author
+version = release = installed("pyro_vae")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+    "plain_docstrings",
+    "thumbnails",
+]
+exclude_patterns = ["_build", "_templates", "**/sg_execution_times.rst", "sg_execution_times.rst"]
+templates_path = ["_templates"]
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "fieldlist"]
+myst_heading_anchors = 3
+
+autosummary_generate = True
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_use_rtype = False
+
+nitpicky = True
+# Only names of this package have a page here: a page for another package's would need the network.
+nitpick_ignore_regex = [("py:.*", r"(?!pyro_vae\b).*")]
+
+html_theme = "furo"
+html_title = "pyro_vae"
+html_static_path = ["_static"]
+html_css_files = ["pyro_vae.css"]
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "story",
+    "ignore_pattern": r"svi_digits\.py",
+    "within_subsection_order": "FileNameSortKey",
+    "doc_module": ("pyro_vae",),
+    "backreferences_dir": "api/backreferences",
+    "reset_modules": ("matplotlib", "fresh_start.reset"),
+    "capture_repr": (),
+    "image_srcset": ["2x"],
+    "parallel": 2,
+    "show_memory": False,
+    "min_reported_time": 0,
+    "remove_config_comments": True,
+    "download_all_examples": False,
+}
