@@ -57,6 +57,9 @@ class Concatenated(nn.Module):
 def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.Sequential:
     """Fully connected layers with tanh between them, from (N, *event) to (N, out_features).
 
+    They begin by flattening all but the first dimension, so in a model of your own, which particles reach with a dimension more,
+    call them by :func:`apply_batched`.
+
     Arguments:
         in_features: the number of elements in an event.
         hidden_dims: the width of each hidden layer.

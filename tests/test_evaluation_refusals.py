@@ -34,7 +34,7 @@ def binary():
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda x: x / 2, "zeros and ones, got values from 0 to 0.5. Binarise it"),
+        (lambda x: x / 2, "zeros and ones, got values from 0 to 0.5, such as 0.5. Binarise it"),
         (lambda x: torch.where(x > 0, math.nan, x), "x to be finite, got NaN or infinity"),
         (lambda x: torch.where(x > 0, math.inf, x), "x to be finite, got NaN or infinity"),
         (lambda x: x[:, 0], r"x of shape \(N, 1, 4, 4\), got \(6, 4, 4\). Reshape it"),

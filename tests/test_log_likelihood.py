@@ -147,6 +147,12 @@ def test_pareto_k_is_the_same_on_both_lines_of_arviz():
     assert shapes[2] < 0
 
 
+def test_pareto_k_takes_weights_as_log_weights_gives_them():
+    """With their gradients."""
+    log_w = torch.randn(100, 2, requires_grad=True)
+    torch.testing.assert_close(pv.pareto_k(log_w), pv.pareto_k(log_w.detach()))
+
+
 def test_pareto_k_that_cannot_be_computed_is_nan():
     log_w = torch.randn(100, 4, dtype=torch.float64)
     log_w[:, 0] = 1.5

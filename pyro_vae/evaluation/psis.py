@@ -40,7 +40,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         raise ValueError(
             f"expected log_weights of shape (K, N), got {tuple(log_weights.shape)}. For one datum, pass log_weights[:, None]."
         )
-    rows = log_weights.double().T.cpu().numpy()
+    rows = log_weights.detach().double().T.cpu().numpy()
     number = rows.shape[1]
     usable = np.isfinite(rows.max(1)) & ~np.isnan(rows).any(1) & (number >= FEWEST)
     if usable.any():

@@ -38,11 +38,12 @@ class Bernoulli(Likelihood):
 
     def check(self, x: Tensor) -> None:
         """Refuse x that is not binary."""
-        if not bool(((x == 0) | (x == 1)).all()):
+        others = x[(x != 0) & (x != 1)]
+        if len(others):
             raise ValueError(
-                f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min():.3g} to {x.max():.3g}. "
-                "Binarise it (pv.data.load(..., binarize='dynamic')), or, since Bernoulli gives grey no density, take the "
-                "likelihood ContinuousBernoulli for grey in [0, 1], or Gaussian for any real values."
+                f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min():.3g} to {x.max():.3g}, such as "
+                f"{others[0]:.3g}. Binarise it (pv.data.load(..., binarize='dynamic')), or, since Bernoulli gives grey no "
+                "density, take the likelihood ContinuousBernoulli for grey in [0, 1], or Gaussian for any real values."
             )
 
 
