@@ -39,6 +39,7 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 
+default_role = "code"  # `name` in a docstring
 nitpicky = True
 # Only names of this package have a page here: a page for another package's would need the network.
 nitpick_ignore_regex = [("py:.*", r"(?!pyro_vae\b).*")]

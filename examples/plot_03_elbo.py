@@ -64,9 +64,9 @@ print(f"log p(x) = {log_p.mean():.4f} nats per datum, exact")
 # At t = 0 the guide is the prior, at t = 1 the posterior; between them, mean and covariance are interpolated.
 # The ELBO of a Gaussian guide with mean m and covariance C is a closed form here:
 #
-# .. math:: \mathbb E_q \log p(x \mid z) = -\tfrac32 \log(2 \pi \sigma^2)
-#     - \frac{\|x - W m\|^2 + \operatorname{tr}(W C W^\top)}{2 \sigma^2} , \qquad
-#     \mathrm{ELBO} = \mathbb E_q \log p(x \mid z) - \mathrm{KL}(q(z \mid x) \,\|\, p(z))
+# .. math:: \mathrm{ELBO} &= \mathbb E_q \log p(x \mid z) - \mathrm{KL}(q(z \mid x) \,\|\, p(z)) , \\
+#     \mathbb E_q \log p(x \mid z) &= -\tfrac32 \log(2 \pi \sigma^2)
+#     - \frac{\|x - W m\|^2 + \operatorname{tr}(W C W^\top)}{2 \sigma^2}
 #
 # Neither of its terms knows the posterior. Still, adding the KL to the posterior makes :math:`\log p(x)`, for
 # each of the 200 data and all along the path. The guide at t = 0 has the KL to its prior zero and is the

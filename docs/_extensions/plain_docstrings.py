@@ -9,6 +9,7 @@ BARE = re.compile(r"(``.*?``|`[^`]*`|\*\*.*?\*\*)|(\w*\([^()`]*\*\w[^()`]*\)|\w+
 
 def mark(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Put what reStructuredText would read as emphasis or a substitution into code, outside of examples and formulas."""
+    _list_references(lines)
     indent = None  # of the block that is left as it is
     for i, line in enumerate(lines):
         start = len(line) - len(line.lstrip())
@@ -18,6 +19,21 @@ def mark(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str
             indent = start
         elif indent is None and not line.lstrip().startswith(">>>"):
             lines[i] = BARE.sub(lambda found: found[1] or f"``{found[2]}``", line)
+
+
+def _list_references(lines: list[str]) -> None:
+    """Make each paper a point of a list: they stand on lines of their own, and go on indented."""
+    inside, started = None, None
+    for i, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if line.strip() == "References:":
+            inside, started = indent, None
+        elif inside is not None and line.strip():
+            if indent <= inside:
+                inside = None
+                continue
+            started = indent if started is None else started
+            lines[i] = " " * started + ("- " if indent == started else "  ") + line.strip()
 
 
 def setup(app: Any) -> dict[str, bool]:

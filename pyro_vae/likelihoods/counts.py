@@ -94,5 +94,5 @@ class NegativeBinomial(_Counts):
         return math.log(MOST) + logsigmoid(self.raw_total_count)
 
 
-#: The greatest dispersion: beyond it, float32 loses the difference of two lgammas, and a Poisson is what is meant.
+#: The greatest dispersion; beyond it, float32 loses the difference of two lgammas, and a Poisson is what is meant.
 MOST = 1000.0

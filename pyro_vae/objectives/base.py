@@ -155,7 +155,7 @@ class Objective(pyro.infer.ELBO):
         self.gradient = gradient
         self.max_plate_nesting = max_plate_nesting
         self.chunk_size = chunk_size
-        self.step = 0  #: how many differentiable losses it has given: what a schedule is a function of
+        self.step = 0  #: how many differentiable losses it has given, which is what a schedule is a function of
         self._found_nesting: tuple[Program, Program, int] | None = None
 
     @property
