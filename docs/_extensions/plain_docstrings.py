@@ -22,18 +22,18 @@ def mark(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str
 
 
 def _list_references(lines: list[str]) -> None:
-    """Make each paper a point of a list: they stand on lines of their own, and go on indented."""
-    inside, started = None, None
+    """Make each paper a point of a list; it ends where a line ends with a full stop."""
+    inside, ended = None, True
     for i, line in enumerate(lines):
-        indent = len(line) - len(line.lstrip())
-        if line.strip() == "References:":
-            inside, started = indent, None
-        elif inside is not None and line.strip():
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if text == "References:":
+            inside, ended = indent, True
+        elif inside is not None and text:
             if indent <= inside:
                 inside = None
                 continue
-            started = indent if started is None else started
-            lines[i] = " " * started + ("- " if indent == started else "  ") + line.strip()
+            lines[i] = " " * (inside + 4) + ("- " if ended else "  ") + text
+            ended = text.endswith(".")
 
 
 def setup(app: Any) -> dict[str, bool]:
