@@ -42,7 +42,7 @@ napoleon_use_rtype = False
 default_role = "code"  # `name` in a docstring
 nitpicky = True
 # Only names of this package have a page here: a page for another package's would need the network.
-nitpick_ignore_regex = [("py:.*", r"(?!pyro_vae\b).*")]
+nitpick_ignore_regex = [("py:.*", r"(torch|pyro|pandas|numpy|matplotlib|arviz|xarray)\..*")]
 
 html_theme = "furo"
 html_title = "pyro_vae"

@@ -6,13 +6,14 @@ from pyro_vae.evaluation.decomposition import Decomposition, decompose_elbo
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.gaps import Gaps, inference_gaps
 from pyro_vae.evaluation.latents import active_units
-from pyro_vae.evaluation.likelihood import LogLikelihood, log_likelihood
+from pyro_vae.evaluation.likelihood import Evidence, LogLikelihood, log_likelihood
 from pyro_vae.evaluation.psis import pareto_k
 
 __all__ = [
     "AnnealedLikelihood",
     "Decomposition",
     "Estimate",
+    "Evidence",
     "Gaps",
     "LogLikelihood",
     "Sandwich",

@@ -44,7 +44,7 @@ Schedule = Literal["sigmoid", "linear"]
 
 @dataclass(frozen=True)
 class AnnealedLikelihood(Evidence):
-    """What :func:`ais` returns; see :class:`Evidence` for the other attributes.
+    """What :func:`pyro_vae.ais` returns; see :class:`pyro_vae.evaluation.Evidence` for the other attributes.
 
     Attributes:
         log_weights: of each chain and datum, (C, N); `num_samples` is C.
@@ -64,7 +64,7 @@ class AnnealedLikelihood(Evidence):
 
 @dataclass(frozen=True)
 class Sandwich:
-    r"""What :func:`bdmc` returns: two sides of log p(x) on data simulated from the model.
+    r"""What :func:`pyro_vae.bdmc` returns: two sides of log p(x) on data simulated from the model.
 
     Attributes:
         lower: the forward chains' estimate, whose mean is at most log p(x).
@@ -78,12 +78,12 @@ class Sandwich:
 
     @property
     def upper(self) -> Estimate:
-        """The upper side: its mean over data, with its standard error."""
+        """The upper side, its mean over data with its standard error."""
         return Estimate.of(self.upper_per_datum)
 
     @property
     def gap(self) -> Estimate:
-        """Upper less lower side, with the standard error of the paired difference: AIS is off by no more, on average."""
+        """Upper less lower side, with the standard error of the paired difference; AIS is off by no more, on average."""
         return Estimate.of(self.upper_per_datum - self.lower.per_datum)
 
     def __str__(self) -> str:
@@ -185,16 +185,16 @@ def bdmc(
         \mathbb E \Bigl[ -\log \tfrac1C \sum_c w^{-1}_{cn} \Bigr], \qquad x, z \sim p(x, z)
 
     A simulated datum comes with one exact posterior sample, its z, and reverse chains from there give weights
-    :math:`w^{-1}` that are unbiased for 1 / p(x). The gap says how far off :func:`ais` with these settings can be, on data
+    :math:`w^{-1}` that are unbiased for 1 / p(x). The gap says how far off :func:`pyro_vae.ais` with these settings can be, on data
     like the model's own; on real data it is evidence, not proof.
 
     Arguments:
-        model, guide, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress: see :func:`ais`.
+        model, guide, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress: see :func:`pyro_vae.ais`.
         x: data of which as many are simulated, in the same shapes. Arguments that the model observes are replaced by
             simulated ones; the others, such as labels, stay.
 
     Raises:
-        ValueError: as :func:`ais`; or the model can't be simulated: it has factors, or observes something that is not
+        ValueError: as :func:`pyro_vae.ais`; or the model can't be simulated: it has factors, or observes something that is not
             an argument.
 
     Example:

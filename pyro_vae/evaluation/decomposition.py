@@ -23,7 +23,7 @@ DATA_AT_ONCE = 512  # whose guide is run for a block of samples
 
 @dataclass(frozen=True)
 class Decomposition:
-    r"""What :func:`decompose_elbo` returns; all in nats per datum, each with its Monte Carlo standard error.
+    r"""What :func:`pyro_vae.decompose_elbo` returns; all in nats per datum, each with its Monte Carlo standard error.
 
     Attributes:
         elbo: reconstruction - mutual information - marginal KL.

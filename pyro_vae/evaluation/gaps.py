@@ -33,7 +33,7 @@ AVERAGED = 0.5  # the last half of the iterates is averaged, which takes the gra
 
 @dataclass(frozen=True)
 class Gaps:
-    r"""What :func:`inference_gaps` returns; all in nats per datum.
+    r"""What :func:`pyro_vae.inference_gaps` returns; all in nats per datum.
 
     Attributes:
         log_likelihood: log p(x_n), (N,).
@@ -47,12 +47,12 @@ class Gaps:
 
     @property
     def approximation(self) -> Estimate:
-        """log p(x) less the best member's ELBO: what the family costs. A more flexible family closes it."""
+        """log p(x) less the best member's ELBO, which is what the family costs. A more flexible family closes it."""
         return Estimate.of(self.log_likelihood - self.best_elbo)
 
     @property
     def amortisation(self) -> Estimate:
-        """The best member's ELBO less the guide's own: what the encoder costs. A larger or longer trained encoder closes it."""
+        """The best member's ELBO less the guide's own, which is what the encoder costs. A larger or longer trained encoder closes it."""
         return Estimate.of(self.best_elbo - self.elbo)
 
     @property

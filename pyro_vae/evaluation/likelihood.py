@@ -57,12 +57,12 @@ class Evidence:
 
     @property
     def standard_error(self) -> float:
-        r"""Of the mean, over data: :math:`\operatorname{std}_n / \sqrt N`, in nats."""
+        r"""Of the mean, over data, :math:`\operatorname{std}_n / \sqrt N`, in nats."""
         return self.estimate.standard_error
 
     @property
     def monte_carlo_error(self) -> float:
-        r"""Of the mean, for these data: :math:`\frac1N \sqrt{\sum_n \mathrm{se}_n^2}`, in nats."""
+        r"""Of the mean, for these data, :math:`\frac1N \sqrt{\sum_n \mathrm{se}_n^2}`, in nats."""
         return self.per_datum_error.square().sum().sqrt().item() / len(self.per_datum_error)
 
     def _zeros(self) -> str:
@@ -77,7 +77,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class LogLikelihood(Evidence):
-    r"""What :func:`log_likelihood` returns; see :class:`Evidence` for the other attributes.
+    r"""What :func:`pyro_vae.log_likelihood` returns; see :class:`pyro_vae.evaluation.Evidence` for the other attributes.
 
     Attributes:
         elbo: the mean log-weight :math:`\frac1K \sum_k \log w_{kn}`, (N,): an estimate of the ELBO.
@@ -104,7 +104,7 @@ class LogLikelihood(Evidence):
 
     @property
     def kl_to_posterior(self) -> Estimate:
-        """KL(q(z|x) || p(z|x)) = log p(x) - ELBO, averaged over data: how much of the ELBO's value is the guide's fault."""
+        """KL(q(z|x) || p(z|x)) = log p(x) - ELBO, averaged over data; as much of the ELBO's value is the guide's fault."""
         return Estimate.of(self.per_datum - self.elbo)
 
     def __str__(self) -> str:
@@ -203,7 +203,7 @@ def estimate_evidence(
     progress: bool,
     compile: bool = False,
 ) -> LogLikelihood:
-    """The estimates for all data, a minibatch after another; see :func:`log_likelihood`."""
+    """The estimates for all data, a minibatch after another; see :func:`pyro_vae.log_likelihood`."""
     rows, nesting = rows_at_once(data.args), None
     batch_size = max(1, rows // num_samples if vectorize else min(rows, WEIGHTS_AT_ONCE // num_samples))
     batches = data.of(batch_size)

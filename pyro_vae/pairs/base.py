@@ -65,7 +65,7 @@ class Pair(nn.Module):
     def _data(
         self, x: Tensor, mask: Tensor | None, subsample_size: int | None, *given: Tensor
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The plate around the sites: x with zeros where it is missing, and what else there is, subsampled alike."""
+        """The plate around the sites: x with the likelihood's `filler` where it is missing, and what else there is, subsampled alike."""
         x = self._observed(x, mask, subsample_size)
         dims = len(self.event_shape)
         with pyro.plate("data", len(x), subsample_size=subsample_size):

@@ -101,7 +101,7 @@ class ConditionalVAE(Pair):
 
     @evaluates
     def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
-        """Fill missing elements in by their mean given those that are observed and y; see :func:`.imputation.impute`."""
+        """Fill missing elements in by their mean given those that are observed and y, as :meth:`pyro_vae.VAE.impute` does."""
         observed, vectors = self._observed(x, mask), self._vectors(y, x)
         q = self.posterior(observed, vectors)
         return impute(self.prior(), self.likelihood, q, observed, mask, num_samples, vectors)

@@ -15,12 +15,7 @@ SAMPLES_AT_ONCE = 4096  # data times samples, of which the decoder's outputs are
 def impute(
     prior: Any, likelihood: Likelihood, q: Any, x: Tensor, mask: Tensor, num_samples: int, *given: Tensor
 ) -> Tensor:
-    r"""The mean of what is missing given what is observed, by self-normalised importance weights (of categories: the most
-    probable one).
-
-    .. math:: \mathbb E[x_\text{mis} \mid x_\text{obs}] \approx \sum_k \frac{w_k}{\sum_j w_j}
-        \mathbb E[x_\text{mis} \mid z_k], \qquad
-        w_k = \frac{p(x_\text{obs} \mid z_k)\, p(z_k)}{q(z_k \mid x_\text{obs})}, \quad z_k \sim q(z \mid x_\text{obs})
+    """The mean of what is missing given what is observed, as :meth:`pyro_vae.VAE.impute` says.
 
     Arguments:
         prior: the distribution of z.
@@ -36,9 +31,6 @@ def impute(
 
     Raises:
         ValueError: `num_samples` is no positive integer, or all weights of a datum are zero.
-
-    References:
-        Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*, ICML.
     """
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"expected num_samples to be a positive integer, got {num_samples!r}.")

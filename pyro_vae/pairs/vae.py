@@ -77,7 +77,7 @@ class VAE(Pair):
     def guide(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The approximate posterior q(z|x), as a Pyro function of the model's arguments; returns z.
 
-        The encoder sees zeros where an element is missing.
+        The encoder sees the likelihood's `filler`, zero for most, where an element is missing.
         """
         register("posterior", self.posterior)
         with self._data(x, mask, subsample_size) as (x, *_):
@@ -109,12 +109,25 @@ class VAE(Pair):
 
     @evaluates
     def impute(self, x: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
-        """Fill missing elements in by their mean given those that are observed; see :func:`.imputation.impute`.
+        r"""Fill missing elements in by their mean given those that are observed (of categories: the most probable one).
+
+        .. math:: \mathbb E[x_\text{mis} \mid x_\text{obs}] \approx \sum_k \frac{w_k}{\sum_j w_j}
+            \mathbb E[x_\text{mis} \mid z_k], \qquad
+            w_k = \frac{p(x_\text{obs} \mid z_k)\, p(z_k)}{q(z_k \mid x_\text{obs})}, \quad z_k \sim q(z \mid x_\text{obs})
 
         Arguments:
             x: data (N, *event).
             mask: booleans of x's shape, True where an element is observed.
-            num_samples: importance samples for each datum.
+            num_samples: K, the importance samples for each datum.
+
+        Returns:
+            x with its missing elements filled in, (N, *event).
+
+        Raises:
+            ValueError: `num_samples` is no positive integer, or all weights of a datum are zero.
+
+        References:
+            Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*, ICML.
         """
         observed = self._observed(x, mask)
         return impute(self.prior(), self.likelihood, self.posterior(observed), observed, mask, num_samples)
