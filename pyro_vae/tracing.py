@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+GENERATED = ("<frozen", "<eval_with_key", "<__array_function__")  # files that no user wrote; "<stdin>" and "<string>" are theirs
 FIX = "Keep it in tensors (torch.where, masks), or run it uncompiled (compile=False in pv.fit)."
 
 
@@ -268,8 +269,11 @@ def users_line(error: BaseException) -> str:
     standard = Path(contextlib.__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if torch_itself not in Path(f.filename).parents]
     frames = [
-        f for f in frames if Path(f.filename).parent != standard and f.filename[0] != "<" and f.filename != __file__
+        f
+        for f in frames
+        if Path(f.filename).parent != standard and not f.filename.startswith(GENERATED) and f.filename != __file__
     ]
     own = [f for f in frames if not {pyro_itself, ours} & set(Path(f.filename).parents)]
     frame = (own or frames)[-1]
-    return f"{frame.filename}:{frame.lineno}, in {frame.name}: `{frame.line}`"
+    where = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+    return f"{where}: `{frame.line}`" if frame.line else where  # what was pasted or exec'd has no lines to quote

@@ -467,6 +467,14 @@ def test_reading_a_value_is_refused_by_its_line(read):
     assert "compile=False" in message
 
 
+def test_code_without_a_file_is_named_by_its_line():
+    names: dict = {}
+    exec("def pasted(z, x):\n    return z * x.mean().item()\n", names)
+    step = pv.compile_step(reading(names["pasted"]), normal_guide, pv.ELBO(), pyro.optim.Adam({"lr": 0.1}))
+    with pytest.raises(ValueError, match="at <string>:2, in pasted: expected"):
+        step(torch.randn(4))
+
+
 @pytest.mark.parametrize(
     ("read", "words"),
     [

@@ -46,8 +46,8 @@ class ELBO(Objective):
     is 1. With several latent sites, each has its own KL, given the sites sampled before it. All gradients are unbiased,
     but that of free bits with a sampled KL, which takes the maximum of a noisy mean.
 
-    With :math:`\beta > 1` it is a lower bound still, of a beta-VAE; with :math:`\beta < 1`, or free bits, it bounds nothing:
-    report ``pv.ELBO().bound``.
+    With :math:`\beta > 1` it is a lower bound still, of a beta-VAE; with free bits it is one in the mean over a batch, not for
+    each datum; with :math:`\beta < 1` it bounds nothing. Report ``pv.ELBO().bound``.
 
     The pathwise and STL losses are linear in the log-densities, so, unlike :meth:`bound`, they need no batch plate: global
     latents, factors, subsampled nested plates and different scales are all served.
