@@ -36,7 +36,7 @@ import torch
 from pyro import poutine
 
 import pyro_vae as pv
-from pyro_vae.plots import BLACK, BLUE, objective_colour
+from pyro_vae.plots import BLACK, BLUE, GREEN, objective_colour
 
 digits = pv.data.load("digits", binarize="dynamic")
 x = digits.test.x
@@ -57,9 +57,13 @@ print("two layers, test digits, nats per datum:")
 print(f"reconstruction {reconstruction:.2f} - KL of z1 {per_site['z1']:.2f} - KL of z2 {per_site['z2']:.2f} = "
       f"{reconstruction - per_site.sum():.2f}; the ELBO by pyro_vae: {elbo.value:.2f}")  # fmt: skip
 
-figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
-pv.plots.active_units(table, ax=ax)
-ax.set_title("KL of each latent dimension in the two layers")
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True, width_ratios=(10, 5))
+figure.suptitle("KL of each latent dimension in the two layers, largest first")
+for ax, site, colour, where in zip(axes, ("z1", "z2"), (BLUE, GREEN), ("below", "on top"), strict=True):
+    of_layer = table.loc[site].sort_values("kl", ascending=False)
+    ax.bar(of_layer.index.astype(str), of_layer.kl, yerr=of_layer.kl_se, color=colour, error_kw={"linewidth": 0.8})
+    ax.set(title=f"{site}, the layer {where}: {of_layer.kl.sum():.2f} nats", xlabel=f"dimension of {site}")
+axes[0].set_ylabel("KL (nats per datum)")
 
 # %%
 # One layer or two?
@@ -130,15 +134,23 @@ def diffusion(betas, exact):
 # %%
 # The ELBO as a sum of KLs
 # ------------------------
-# Ho et al. and Kingma et al. regroup the terms, by the guide's own reverse given x,
-# :math:`q(z_{t-1} \mid z_t, x) = \mathcal N(\tilde\mu_t, \tilde\beta_t)`:
+# Ho et al. and Kingma et al. regroup the terms in two steps. First, turn the guide round. Its steps know x only through
+# :math:`z_{t-1}`, so Bayes' rule given x holds for each of them, and in their product all but one of the fractions cancel:
+#
+# .. math:: q(z_t \mid z_{t-1}) = q(z_{t-1} \mid z_t, x)\, \frac{q(z_t \mid x)}{q(z_{t-1} \mid x)} \text{ for } t \ge 2,
+#     \qquad q(z \mid x) = q(z_T \mid x) \prod_{t=2}^{T} q(z_{t-1} \mid z_t, x)
+#
+# Now model and guide both run from :math:`z_T` down. Second, put this into
+# :math:`-\mathrm{ELBO} = \mathbb{E}_q \log q(z \mid x) - \mathbb{E}_q \log p(x, z)` and pair the factors. Each pair is a
+# KL; :math:`p(x \mid z_1)` is left over:
 #
 # .. math:: -\mathrm{ELBO} = \mathrm{KL}\bigl(q(z_T \mid x) \,\|\, p(z_T)\bigr) + \sum_{t=2}^{T} \mathbb{E}_q
 #     \mathrm{KL}\bigl(q(z_{t-1} \mid z_t, x) \,\|\, p(z_{t-1} \mid z_t)\bigr) - \mathbb{E}_q \log p(x \mid z_1)
 #
-# All are Gaussian: with :math:`q(z_t \mid x) = \mathcal N(\sqrt{\bar\alpha_t}\,x, 1 - \bar\alpha_t)`, the means'
-# difference is linear in :math:`z_t`, and its expected square is known. :class:`pyro_vae.ELBO` knows none of that: it
-# samples the chain, with a Monte Carlo KL, since model and guide go in opposite orders.
+# All are Gaussian, :math:`q(z_{t-1} \mid z_t, x) = \mathcal N(\tilde\mu_t, \tilde\beta_t)` too: with
+# :math:`q(z_t \mid x) = \mathcal N(\sqrt{\bar\alpha_t}\,x, 1 - \bar\alpha_t)`, the means' difference is linear
+# in :math:`z_t`, and its expected square is known. :class:`pyro_vae.ELBO` knows none of that: it samples the
+# chain, with a Monte Carlo KL, since model and guide go in opposite orders.
 
 
 def normal_kl(square, own, other):
@@ -223,6 +235,5 @@ assert off < 1e-9, f"the gap differs from the top KL by {off:.1e} nats"
 assert exact["gap to log q(x)"][32] < 1e-5, f"gap at 32 steps: {exact['gap to log q(x)'][32]:.1e} nats"
 ratio = fixed["gap to log q(x)"][32] / fixed["gap to log q(x)"][2]
 assert 0 < ratio < 0.1, f"the gap at 32 steps is {ratio:.2f} of that at 2"
-print(
-    f"checked: largest |z| {worst:.1f}; gap less top KL at most {off:.0e} nats; finer steps leave {ratio:.3f} of the gap"
-)
+print(f"checked: largest |z| {worst:.1f}; gap less top KL at most {off:.0e} nats;")
+print(f"finer steps leave {ratio:.3f} of the gap")
