@@ -33,7 +33,7 @@ lint: $(VENV)/installed-dev  ## what CI asks of the code
 	$(BIN)/mypy
 
 clean:  ## everything that make made
-	rm -rf .venv .venv-* runs docs/_build docs/story docs/api/generated docs/api/backreferences
+	rm -rf .venv .venv-* runs docs/_build docs/story docs/api/generated docs/api/backreferences docs/sg_execution_times.rst
 
 $(VENV)/installed: pyproject.toml
 	@echo "Installing the packages into $(VENV) (some minutes the first time: torch is large) ..."

@@ -30,12 +30,16 @@ def find_faults(site: Path) -> list[str]:
                     faults.append(f"{where}: loads {target} from elsewhere")
                 continue
             file = (path.parent / unquote(url.path)).resolve() if url.path else path
-            if not file.exists():
+            if not (file.exists() and file.is_relative_to(site)):
                 faults.append(f"{where}: {target} leads nowhere")
             elif url.fragment and file in anchors and unquote(url.fragment) not in anchors[file]:
                 faults.append(f"{where}: {target} has no such anchor")
         for image in page.find_all("img"):
-            if not (image.get("alt") or "").strip():
+            for entry in filter(None, (image.get("srcset") or "").split(",")):
+                if not (path.parent / unquote(entry.split()[0])).exists():
+                    faults.append(f"{where}: srcset {entry.strip()} leads nowhere")
+            # Sphinx writes the path of an image that nobody has described.
+            if (image.get("alt") or "").strip() in ("", image.get("src")):
                 faults.append(f"{where}: {image.get('src')} has no alternative text")
     if not pages:
         faults.append(f"{site} has no pages")

@@ -102,7 +102,7 @@ ax.bar(labels, table["V_z / (M L)"], width=0.6, label="predicted: samples of z, 
 values = [estimate.value for estimate in measured.values()]
 errors = [estimate.standard_error for estimate in measured.values()]
 ax.errorbar(labels, values, errors, color=pv.plots.BLACK, fmt="o", capsize=4, label="measured")
-ax.set(ylabel="variance of the gradient", title="ELBO gradient, 100 decoder passes per step")
+ax.set(ylabel="variance of the gradient (nats²)", title="ELBO gradient, 100 decoder passes per step")
 ax.legend(loc="upper left", frameon=False)
 
 # %%
@@ -170,7 +170,7 @@ print("   ".join(f"L = {L}: {value / product[1]:.2f}" for L, value in product.it
 # The claim, checked
 # ------------------
 # Each measured variance agrees with its prediction (\|z\| < 4), and L = 1 has the least, by more than 4
-# standard errors.
+# standard errors. In training it ends highest, by more than 3 paired ones.
 for L in (1, 2, 5, 10):
     z = measured[L].value - predicted[L].value
     z /= (measured[L].standard_error ** 2 + predicted[L].standard_error ** 2) ** 0.5
@@ -181,3 +181,6 @@ for L in (2, 5, 10):
     z /= (measured[L].standard_error ** 2 + measured[1].standard_error ** 2) ** 0.5
     assert z > 4, f"L = {L} has variance {measured[L]}, L = 1 has {measured[1]}, z = {z:.1f}"
     print(f"L = {L:2d} above L = 1 by {z:.1f} standard errors")
+for L in (5, 10):
+    lead = pv.Estimate.of(best[1] - best[L])
+    assert lead.value > 3 * lead.standard_error, f"trained with L = 1 above L = {L} by {lead} nats"

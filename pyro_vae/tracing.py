@@ -21,7 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-GENERATED = ("<frozen", "<eval_with_key", "<__array_function__")  # files that no user wrote; "<stdin>" and "<string>" are theirs
+GENERATED = (
+    "<frozen",
+    "<eval_with_key",
+    "<__array_function__",
+)  # files that no user wrote; "<stdin>" and "<string>" are theirs
 FIX = "Keep it in tensors (torch.where, masks), or run it uncompiled (compile=False in pv.fit)."
 
 

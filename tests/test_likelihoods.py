@@ -307,7 +307,11 @@ def test_logistic_far_from_its_cell_keeps_its_slope():
 @pytest.mark.parametrize(
     ("case", "value", "message"),
     [
-        ("bernoulli", 0.5, r"zeros and ones, got values from 0.5 to 0.5, such as 0.5. Binarise .* ContinuousBernoulli .* Gaussian"),
+        (
+            "bernoulli",
+            0.5,
+            r"zeros and ones, got values from 0.5 to 0.5, such as 0.5. Binarise .* ContinuousBernoulli .* Gaussian",
+        ),
         ("continuous bernoulli", 255.0, r"ContinuousBernoulli likelihood expected x in \[0, 1\], got 255. Rescale it"),
         ("continuous bernoulli", -0.1, r"in \[0, 1\], got -0.1"),
         ("categorical", 5.0, r"Categorical likelihood expected x of codes 0, \.\.\., 4, got 5. Number"),

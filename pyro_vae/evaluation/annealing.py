@@ -44,7 +44,7 @@ Schedule = Literal["sigmoid", "linear"]
 
 @dataclass(frozen=True)
 class AnnealedLikelihood(Evidence):
-    """What :func:`pyro_vae.ais` returns; see :class:`pyro_vae.evaluation.Evidence` for the other attributes.
+    """What :func:`pyro_vae.ais` returns; see :class:`pyro_vae.Evidence` for the other attributes.
 
     Attributes:
         log_weights: of each chain and datum, (C, N); `num_samples` is C.

@@ -77,7 +77,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class LogLikelihood(Evidence):
-    r"""What :func:`pyro_vae.log_likelihood` returns; see :class:`pyro_vae.evaluation.Evidence` for the other attributes.
+    r"""What :func:`pyro_vae.log_likelihood` returns; see :class:`pyro_vae.Evidence` for the other attributes.
 
     Attributes:
         elbo: the mean log-weight :math:`\frac1K \sum_k \log w_{kn}`, (N,): an estimate of the ELBO.
