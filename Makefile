@@ -17,6 +17,7 @@ slow: $(VENV)/installed-dev  ## the tests too long for the quick suite
 
 docs: $(VENV)/installed-docs  ## the pages' code and the gallery's scripts, run; then the site, in docs/_build/html
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m docs tests/test_docs.py
+	rm -rf docs/story docs/api/generated docs/api/backreferences docs/_build  # pages of names that are gone would stay
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 	$(BIN)/python docs/check_site.py docs/_build/html
 
