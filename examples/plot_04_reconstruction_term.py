@@ -75,7 +75,8 @@ for name, density, loss in (("Gaussian", gaussian, from_error), ("Bernoulli", be
 # It follows that a mean over pixels, in place of a sum, is :math:`\sigma^2 = D / 2`: here :math:`\sigma =
 # 5.7`. Both objectives below see the same samples of :math:`z`.
 vae = pv.mlp_vae(shape, latent_dim=16, hidden_dims=(128,), likelihood="gaussian", scale=sigma).double()
-unit = pv.VAE(prior=vae.prior, likelihood=pv.Gaussian(vae.likelihood.decoder, shape), posterior=vae.posterior).double()
+unit_likelihood = pv.Gaussian(vae.likelihood.decoder, shape)
+unit = pv.VAE(prior=vae.prior, likelihood=unit_likelihood, posterior=vae.posterior).double()
 
 pyro.set_rng_seed(1)
 of_sigma = pv.ELBO().bound(vae.model, vae.guide, grey).detach()
@@ -102,7 +103,7 @@ held_out, vaes, bounds, rows = digits.test.x, {}, {}, []
 
 
 def squared_residuals(vae, x):
-    """Squared errors of 64 samples of z from q(z|x), per datum: the mean over samples, the sum over pixels."""
+    """Squared errors of 64 samples of q(z|x), per datum: the mean over samples, the sum over pixels."""
     with torch.no_grad():
         samples = vae.posterior(x).sample((64,))
     return (vae.decode(samples) - x).square().flatten(2).sum(2).mean(0)
@@ -147,8 +148,10 @@ print(pd.DataFrame(rows).round(3).to_string(index=False))
 originals = held_out[:12]
 figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
 pyro.set_rng_seed(3)
-pv.plots.images(torch.cat([originals, *(vae.reconstruct(originals) for vae in vaes.values())]), columns=12, ax=ax)
-ax.set_yticks([9 * i + 3.5 for i in range(5)], labels=["original"] + [f"sigma {row['sigma'].strip()}" for row in rows])
+reconstructions = [vae.reconstruct(originals) for vae in vaes.values()]
+pv.plots.images(torch.cat([originals, *reconstructions]), columns=12, ax=ax)
+labels = ["original"] + [f"sigma {row['sigma'].strip()}" for row in rows]
+ax.set_yticks([9 * i + 3.5 for i in range(5)], labels=labels)
 ax.set_title("Held-out digits and their reconstructions at four sigma")
 
 # %%
@@ -156,8 +159,8 @@ ax.set_title("Held-out digits and their reconstructions at four sigma")
 # --------------
 # With everything else fixed, the ELBO averaged over data has one maximum in :math:`\sigma`:
 #
-# .. math:: \frac{\partial\, \mathrm{ELBO}}{\partial \log \sigma} = \frac{\mathbb E_q \lVert x - \mu(z) \rVert^2}{\sigma^2}
-#    - D = 0
+# .. math:: \frac{\partial\, \mathrm{ELBO}}{\partial \log \sigma}
+#    = \frac{\mathbb E_q \lVert x - \mu(z) \rVert^2}{\sigma^2} - D = 0
 #    \quad\Longleftrightarrow\quad \sigma^2 = \frac1D\, \mathbb E_q \lVert x - \mu(z) \rVert^2,
 #
 # averaged over the training data: the mean squared residual, the noise of :math:`z` included. Put back, it
@@ -179,7 +182,8 @@ print(f"mean squared residual, training data     {residual_variance:.5f}")
 
 sigmas = torch.logspace(math.log10(0.08), math.log10(1.4), 200)
 kl = rows[2]["KL"]
-curve = -squared_residuals(best, held_out).mean() / (2 * sigmas**2) - D / 2 * (2 * math.pi * sigmas**2).log() - kl
+error_term = squared_residuals(best, held_out).mean() / (2 * sigmas**2)
+curve = -error_term - D / 2 * (2 * math.pi * sigmas**2).log() - kl
 figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
 ax.plot(sigmas, curve, color=pv.plots.BLUE, label="networks of the learned sigma,\nwith sigma moved")
 ax.plot(learned_variance**0.5, settled_bound, "o", color=pv.plots.BLUE, markersize=9, label="learned sigma")
@@ -201,7 +205,7 @@ ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 # the VAE that learned :math:`\sigma` is above that of each fixed one, by paired differences of more than 5
 # standard errors.
 assert (gaussian - from_error).abs().max() < 1e-9, "a Gaussian's log-density is not its squared error"
-assert (bernoulli + cross_entropy).abs().max() < 1e-9, "a Bernoulli's log-density is not minus the cross-entropy"
+assert (bernoulli + cross_entropy).abs().max() < 1e-9, "a Bernoulli's is not minus the cross-entropy"
 assert (left - right).abs().max() < 1e-9, "sigma^2 is not beta"
 ratio = learned_variance / residual_variance
 assert abs(ratio - 1) < 0.01, f"learned sigma^2 is {ratio:.3f} of the mean squared residual"

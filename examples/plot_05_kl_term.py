@@ -40,9 +40,8 @@ for row, (true, believed) in enumerate((("q", "p"), ("p", "q"))):
     t, b = probabilities[true], probabilities[believed]
     entropy, cross_entropy = -(t * t.log()).sum().item(), -(t * b.log()).sum().item()
     kl = kl_divergence(dist.Categorical(t), dist.Categorical(b)).item()
-    print(
-        f"{true} is true, {believed} believed: cross-entropy {cross_entropy:.3f} - entropy {entropy:.3f} = KL {kl:.3f} nats"
-    )
+    parts = f"cross-entropy {cross_entropy:.3f} - entropy {entropy:.3f} = KL {kl:.3f} nats"
+    print(f"{true} is true, {believed} believed: {parts}")
     ax.barh(row, entropy, color=pv.plots.SKY, label="entropy of the truth" if row == 0 else None)
     ax.barh(row, kl, left=entropy, color=pv.plots.ORANGE, hatch="//", label="KL" if row == 0 else None)
 ax.set_yticks([0, 1], labels=["q true, p believed", "p true, q believed"])
@@ -84,17 +83,15 @@ seeking = min(
 ).x
 for name, v in (("KL(q || p)", seeking), ("KL(p || q)", covering)):
     log_q = normal(v)
-    print(
-        f"least {name}: mean {v[0]:5.2f}, scale {math.exp(v[1]):.2f}"
-        f"   KL(q || p) {kl_on_grid(log_q, log_p):.2f} nats, KL(p || q) {kl_on_grid(log_p, log_q):.2f} nats"
-    )
+    forward, backward = kl_on_grid(log_q, log_p), kl_on_grid(log_p, log_q)
+    print(f"least {name}: mean {v[0]:5.2f}, scale {math.exp(v[1]):.2f}", end="   ")
+    print(f"KL(q || p) {forward:.2f} nats, KL(p || q) {backward:.2f} nats")
 figure, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
 ax.fill_between(grid, log_p.exp(), color=pv.plots.SKY, alpha=0.6, label="p, two modes")
 ax.plot(grid, normal(seeking).exp(), color=pv.plots.ORANGE, label="q of least KL(q || p)")
 ax.plot(grid, normal(covering).exp(), "--", color=pv.plots.PURPLE, label="q of least KL(p || q)")
-ax.set(
-    xlim=(-6, 6), ylim=(0, None), xlabel="z", ylabel="density", title="KL(q || p) seeks a mode, KL(p || q) covers both"
-)
+ax.set(xlim=(-6, 6), ylim=(0, None), xlabel="z", ylabel="density")
+ax.set_title("KL(q || p) seeks a mode, KL(p || q) covers both")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 # %%
@@ -105,8 +102,10 @@ ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 # guide :math:`\mathcal N(m, \sigma^2 I)`, with :math:`z = m + \sigma \epsilon`, each estimate of the ELBO is
 # a quadratic in :math:`\epsilon`, and per dimension
 #
-# .. math:: \operatorname{var}\bigl[\log p(x \mid z)\bigr] = \tfrac12 \lambda^2 \sigma^4 + \lambda^2 \sigma^2 (m - x)^2, \qquad
-#    \operatorname{var}\bigl[\log p(x, z) - \log q(z)\bigr] = \tfrac12 (1 - P \sigma^2)^2 + P^2 \sigma^2 (m - m^*)^2.
+# .. math:: \operatorname{var}\bigl[\log p(x \mid z)\bigr]
+#    = \tfrac12 \lambda^2 \sigma^4 + \lambda^2 \sigma^2 (m - x)^2, \qquad
+#    \operatorname{var}\bigl[\log p(x, z) - \log q(z)\bigr]
+#    = \tfrac12 (1 - P \sigma^2)^2 + P^2 \sigma^2 (m - m^*)^2.
 #
 # The first is all the noise that a closed-form KL leaves. The second is that of a Monte Carlo KL: zero at the
 # posterior, and 1/2 per dimension for a narrow guide, wherever that is. We walk from a guide of a tenth of
@@ -156,7 +155,8 @@ for t, ((closed, _), (sampled, _), _) in found.items():
     a, b = pv.Estimate.of(closed), pv.Estimate.of(sampled)
     z_scores.append((a.value - b.value) / math.hypot(a.standard_error, b.standard_error))
     row = {"t": t, "closed form": a.value, "Monte Carlo": b.value, "z": z_scores[-1]}
-    rows.append(row | {"variance, closed form": closed.var().item(), "variance, Monte Carlo": sampled.var().item()})
+    row |= {"variance, closed form": closed.var().item(), "variance, Monte Carlo": sampled.var().item()}
+    rows.append(row)
 print(pd.DataFrame(rows).round(3).to_string(index=False))
 print(f"the exact variances cross at t = {crossing:.3f}")
 
@@ -183,9 +183,10 @@ stl_crossing = ((P / (P + lam)) ** 0.5 - 0.1) / 0.9
 exact_gradients = [(lam * scales) ** 2, (P * scales) ** 2, (P * scales - 1 / scales) ** 2]
 figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
 for i, (objective, marker, style) in enumerate(zip(objectives, "os^", ("-", "--", ":"), strict=True)):
-    colour = pv.plots.PURPLE if i == 2 else pv.plots.objective_colour(objective.name)  # STL's is that of Monte Carlo
-    variances = [[results[i][0].var().item(), results[i][1].var(0).sum().item()] for results in found.values()]
-    values, gradients = zip(*variances, strict=True)
+    # the package gives STL the colour of the Monte Carlo ELBO
+    colour = pv.plots.PURPLE if i == 2 else pv.plots.objective_colour(objective.name)
+    values = [results[i][0].var().item() for results in found.values()]
+    gradients = [results[i][1].var(0).sum().item() for results in found.values()]
     if i < 2:
         axes[0].plot(path, [exact_variances(t)[i] for t in path], style, color=colour)
         axes[0].plot(places, values, marker, color=colour)
@@ -194,10 +195,10 @@ for i, (objective, marker, style) in enumerate(zip(objectives, "os^", ("-", "--"
     axes[1].plot([], [], style, marker=marker, color=colour, label=objective.name)
 axes[0].axvline(crossing, color="0.6", linewidth=0.8)
 axes[1].axvline(stl_crossing, color="0.6", linewidth=0.8)
-axes[0].set(title="of the value", ylabel="variance (nats squared)")
+axes[0].set(title="of the value", ylabel="variance (nats²)")
 axes[1].set(
     title="of the gradient in the guide's mean",
-    ylabel="variance, all dimensions (nats squared)",
+    ylabel="total variance (nats² per unit² of z)",
     yscale="log",
     ylim=(0.1, None),
 )
@@ -220,7 +221,8 @@ for dimension in (1, 4, 16, 64):
     a, b = pv.Estimate.of(pathwise.mean(1)), pv.Estimate.of(score.mean(1))
     score_z.append((a.value - b.value) / math.hypot(a.standard_error, b.standard_error))
     ratio = (score.var(0).mean() / pathwise.var(0).mean()).item()
-    rows.append({"d": dimension, "pathwise": str(a), "score": str(b), "z": score_z[-1], "variance ratio": ratio})
+    row = {"d": dimension, "pathwise": str(a), "score": str(b), "z": score_z[-1]}
+    rows.append(row | {"variance ratio": ratio})
 print(pd.DataFrame(rows).round(2).to_string(index=False))
 
 # %%
@@ -230,12 +232,11 @@ print(pd.DataFrame(rows).round(2).to_string(index=False))
 # The claim, checked
 # ------------------
 # Closed form and Monte Carlo have one mean, and which has the smaller variance turns over along the path.
-# Each estimate of a variance is a mean of squared deviations, which has a standard error: it agrees with its formula, for the
-# value and for the gradient, at every t where there is noise.
-assert max(map(abs, z_scores)) < 4, (
-    f"closed form and Monte Carlo differ by {max(map(abs, z_scores)):.1f} standard errors"
-)
-assert max(map(abs, score_z)) < 4, f"pathwise and score differ by {max(map(abs, score_z)):.1f} standard errors"
+# Each estimate of a variance is a mean of squared deviations, which has a standard error: it agrees with its
+# formula, for the value and for the gradient, at every t where there is noise.
+worst_mean, worst_score = max(map(abs, z_scores)), max(map(abs, score_z))
+assert worst_mean < 4, f"closed form and Monte Carlo differ by {worst_mean:.1f} standard errors"
+assert worst_score < 4, f"pathwise and score differ by {worst_score:.1f} standard errors"
 
 
 def off_formula(draws, exact):
@@ -251,7 +252,8 @@ for t, results in found.items():
     pairs = [(results[i][1], d * formulas[i]) for i in range(3)]
     pairs += [(results[i][0][:, None], exact_variances(t)[i]) for i in range(2)]
     variance_z += [off_formula(draws, exact) for draws, exact in pairs if exact > 1e-9]
-assert max(map(abs, variance_z)) < 4, f"a variance is {max(map(abs, variance_z)):.1f} standard errors off its formula"
+worst_variance = max(map(abs, variance_z))
+assert worst_variance < 4, f"a variance is {worst_variance:.1f} standard errors off its formula"
 excess = {}
 for t in (0.0, 1.0):
     squares = [(bound - bound.mean()).square() for bound, _ in found[t][:2]]
@@ -259,7 +261,5 @@ for t in (0.0, 1.0):
 narrow, posterior = (excess[t].value / excess[t].standard_error for t in (0.0, 1.0))
 assert narrow > 5, f"Monte Carlo is not noisier for the narrow guide: {excess[0.0]} nats squared"
 assert posterior < -5, f"Monte Carlo is not quieter at the posterior: {excess[1.0]} nats squared"
-print(
-    f"largest |z| of the means {max(map(abs, z_scores)):.2f}, of {len(variance_z)} variances {max(map(abs, variance_z)):.2f};"
-)
+print(f"largest |z| of the means {worst_mean:.2f}, of {len(variance_z)} variances {worst_variance:.2f};")
 print(f"Monte Carlo minus closed form, nats squared: {excess[0.0]} at t = 0, {excess[1.0]} at t = 1")

@@ -102,7 +102,8 @@ ax.bar(labels, table["V_z / (M L)"], width=0.6, label="predicted: samples of z, 
 values = [estimate.value for estimate in measured.values()]
 errors = [estimate.standard_error for estimate in measured.values()]
 ax.errorbar(labels, values, errors, color=pv.plots.BLACK, fmt="o", capsize=4, label="measured")
-ax.set(ylabel="variance of the gradient (nats²)", title="ELBO gradient, 100 decoder passes per step")
+ax.set(ylabel="total variance (nats² per unit² of parameter)")
+ax.set(title="ELBO gradient, 100 decoder passes per step")
 ax.legend(loc="upper left", frameon=False)
 
 # %%
