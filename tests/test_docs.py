@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,15 @@ def test_each_block_runs(page, tmp_path, monkeypatch):
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", PAGES[page].read_text(), re.S):
         exec(block, names)
+
+
+@pytest.mark.docs
+def test_the_example_on_one_screen_runs():
+    """The gallery runs the others."""
+    script = DOCS.parent / "examples" / "svi_digits.py"
+    done = subprocess.run([sys.executable, script, "--epochs", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nats below log p(x)" in done.stdout
 
 
 def test_every_public_name_has_a_page():
