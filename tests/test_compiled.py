@@ -240,7 +240,7 @@ class Noisy(nn.Module):
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
 
-@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dropout_and_batch_norm(inductor, monkeypatch):
     if not inductor:
         monkeypatch.setattr("pyro_vae.compilation._inductor", lambda graph, inputs: graph)
@@ -810,7 +810,7 @@ def test_fit_compiled_stops_at_a_loss_that_is_not_finite(without_inductor):
         pv.fit(vae.model, vae.guide, 1e18 * torch.randn(64, 6), pv.ELBO(), epochs=30, lr=10.0, compile=True)
 
 
-@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_log_likelihood_is_exact_within_its_error(inductor, monkeypatch):
     if not inductor:
         monkeypatch.setattr("pyro_vae.compilation._inductor", lambda graph, inputs: graph)
