@@ -13,19 +13,25 @@ import pyro_vae as pv
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md")) if "```python\n" in page.read_text()}
+PRINTED = {"evaluation.md": ("log p(x) = -", "log p(x) >= -", "log p(x) - ELBO = ", "ELBO -")}  # how a line begins
 PEERS = {"coming-from/numpyro.md": "numpyro", "coming-from/pythae.md": "pythae"}  # make bench runs these two
 
 
 @pytest.mark.docs
 @pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
 @pytest.mark.parametrize("page", PAGES)
-def test_each_block_runs(page, tmp_path, monkeypatch):
+def test_each_block_runs(page, tmp_path, monkeypatch, capsys):
     if page in PEERS:
         pytest.importorskip(PEERS[page], reason="run by make bench, which installs it")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", PAGES[page].read_text(), re.S):
         exec(block, names)
+    lines = capsys.readouterr().out.splitlines()
+    for start in PRINTED.get(page, ()):
+        assert any(line.startswith(start) for line in lines), start
+    if page == "evaluation.md":
+        assert names["groups"]["posterior"]["z"].shape == (1, 500, 20, 2)
 
 
 @pytest.mark.docs

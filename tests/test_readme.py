@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import pyro_vae as pv
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -25,6 +27,8 @@ def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
     assert names["log_w"].shape == (1000, len(names["x"]))
     assert names["svi"].step(names["x"]) > 0
     assert names["step"](names["x"]).item() > 0
+    bound = pv.IWAE(1000).reduce(names["log_w"]).mean().item()
+    assert bound == pytest.approx(names["svi"].evaluate_loss(names["x"]) / -len(names["x"]), abs=1.0)
 
 
 def test_links_lead_somewhere():
