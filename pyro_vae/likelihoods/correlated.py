@@ -170,7 +170,8 @@ class LowRankEvent(dist.TorchDistribution):
             y, W = torch.where(self.observed, y, 0.0), torch.where(self.observed[..., None], W, 0.0)
         wide = W.double()
         cholesky = torch.linalg.cholesky(wide.mT @ wide + torch.eye(W.shape[-1], dtype=wide.dtype, device=W.device))
-        projection = torch.einsum("...d,...dr->...r", y, W).double()
+        # The residual y - W u is small beside both: what a sum of D terms in float32 loses here would be left in it.
+        projection = torch.einsum("...d,...dr->...r", y.double(), wide)
         u = torch.einsum("...r,...rs->...s", projection, torch.cholesky_inverse(cholesky)).to(y.dtype)
         return y, W, u, cholesky
 
