@@ -18,8 +18,9 @@ In six lines::
 
 from pyro_vae import data, networks, plots, schedules
 from pyro_vae.arviz_io import to_arviz
-from pyro_vae.checkpoint import load_parameters
-from pyro_vae.compilation import compile_step
+from pyro_vae.compiled.step import compile_step
+from pyro_vae.engine.weights import log_weights
+from pyro_vae.errors import MissingCompilerError, NotFiniteError, PyroVAEError
 from pyro_vae.evaluation import (
     AnnealedLikelihood,
     Decomposition,
@@ -76,7 +77,7 @@ from pyro_vae.posteriors import (
 )
 from pyro_vae.priors import FlowPrior, MixturePrior, StandardNormal, VampPrior
 from pyro_vae.training import fit
-from pyro_vae.weights import log_weights
+from pyro_vae.training.checkpoint import load_parameters
 
 __all__ = [
     "CIWAE",
@@ -111,13 +112,16 @@ __all__ = [
     "LogLikelihood",
     "LowRankGaussian",
     "LowRankNormal",
+    "MissingCompilerError",
     "MixturePosterior",
     "MixturePrior",
     "NegativeBinomial",
     "NoClosedFormError",
+    "NotFiniteError",
     "Objective",
     "Poisson",
     "Posterior",
+    "PyroVAEError",
     "Renyi",
     "Sandwich",
     "SemiSupervisedVAE",

@@ -10,12 +10,13 @@ import torch
 from pyro.distributions import Unit
 from torch import Tensor
 
-from pyro_vae import rng
-from pyro_vae.batch_plate import Site
-from pyro_vae.minibatches import Minibatches
-from pyro_vae.modules import Program, evaluating, find_modules
-from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles, simulate
-from pyro_vae.weights import log_density, per_datum, terms
+from pyro_vae.engine import rng
+from pyro_vae.engine.batch_plate import Site
+from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.modules import Program, evaluating, find_modules
+from pyro_vae.engine.program import Flow, Particles, Run, find_max_plate_nesting, run_particles, simulate
+from pyro_vae.engine.weights import log_density, per_datum, terms
+from pyro_vae.errors import PyroVAEError
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
 Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
@@ -78,16 +79,18 @@ def to_arviz(
         in Python*, JOSS.
     """
     if not isinstance(num_samples, int) or num_samples < 2:
-        raise ValueError(f"expected num_samples to be an integer, at least 2, got {num_samples!r}.")
+        raise PyroVAEError(f"expected num_samples to be an integer, at least 2, got {num_samples!r}.")
     model, guide = getattr(vae, "model", None), getattr(vae, "guide", None)
     if not callable(model) or not callable(guide):
-        raise ValueError(
+        raise PyroVAEError(
             f"expected something with a model and a guide, got {type(vae).__name__}. Pass a pv.VAE, or "
             "types.SimpleNamespace(model=my_model, guide=my_guide)."
         )
     data = Minibatches(x, None, "x")
     if not data.size:
-        raise ValueError(f"expected x to be tensors of one datum or more, got {type(x).__name__} of {data.size} data.")
+        raise PyroVAEError(
+            f"expected x to be tensors of one datum or more, got {type(x).__name__} of {data.size} data."
+        )
     (args,) = Minibatches(x, data.size, "x").in_order()
     with evaluating(find_modules(model, guide)), torch.no_grad(), rng.seeded(seed):
         groups = _groups(model, guide, args, num_samples)
@@ -101,7 +104,7 @@ def _groups(model: Program, guide: Program, args: tuple[Any, ...], number: int) 
 
     def read(run: Run) -> list[tuple[str, str, Variable]]:
         if run.batch_plate.size != len(args[0]):
-            raise ValueError(
+            raise PyroVAEError(
                 f"the batch plate '{run.batch_plate.name}' has {run.batch_plate.size} rows and x has {len(args[0])}: expected "
                 "a plate over the rows of x, all of them. Pass data in the first dimension of x, and no subsample_size."
             )
@@ -154,7 +157,7 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
     names: list[str | None] = [plates.get(dim) for dim in range(-depth, 0)]
     for dim, plate in plates.items():
         if plate in ("chain", "draw", "data") and dim not in (run.particle_dim, run.batch_plate.dim):
-            raise ValueError(
+            raise PyroVAEError(
                 f"plate '{plate}' inside the batch plate has the name of a dimension of ArviZ's: expected another. Rename it."
             )
     names += event_names if len(event_names) == event_dim else [f"{name}_dim_{i}" for i in range(event_dim)]
@@ -184,7 +187,7 @@ def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -
     }
     for dim, values in coords.items():
         if dim not in sizes or len(values) != sizes[dim]:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected coords of dimensions {sizes}, one for each position, got {len(values)} of '{dim}'. Rename or "
                 "resize them."
             )

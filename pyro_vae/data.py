@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import PyroVAEError
+
 _TORCHVISION = {
     "mnist": "MNIST",
     "fashion_mnist": "FashionMNIST",
@@ -133,19 +135,19 @@ def load(
     _check_choice("name", name, NAMES)
     _check_choice("binarize", binarize, BINARIZE)
     if validation is not None and (not isinstance(validation, int) or validation < 0):
-        raise ValueError(f"validation must be a whole number of images, 0 or more, got {validation!r}")
+        raise PyroVAEError(f"validation must be a whole number of images, 0 or more, got {validation!r}")
     if name == "binarized_mnist" and binarize in ("dynamic", "threshold"):
-        raise ValueError(
+        raise PyroVAEError(
             f"binarized_mnist is already binary: leave out binarize={binarize!r}, "
             'or use name="mnist" for dynamic binarisation of the grey images'
         )
     if name == "binarized_mnist" and validation is not None:
-        raise ValueError(f"binarized_mnist has its own validation split: leave out validation={validation}")
+        raise PyroVAEError(f"binarized_mnist has its own validation split: leave out validation={validation}")
 
     if name == "digits":
         parts = _read_digits()
     elif root is None:
-        raise ValueError(f'{name} needs the folder its files are in: load("{name}", root="data")')
+        raise PyroVAEError(f'{name} needs the folder its files are in: load("{name}", root="data")')
     elif name == "binarized_mnist":
         parts = _read_binarized_mnist(Path(root).expanduser())
     else:
@@ -157,7 +159,7 @@ def load(
     if not held_out:
         n = validation if validation is not None else 250 if name == "digits" else len(train) // 6
         if n >= len(train):
-            raise ValueError(f"validation must be below {name}'s {len(train)} training images, got {n}")
+            raise PyroVAEError(f"validation must be below {name}'s {len(train)} training images, got {n}")
         held_out, train = [_take(train, slice(n))], _take(train, slice(n, None))
 
     # Train is drawn last, so that "fixed" and "dynamic" evaluate on the same binary images.
@@ -170,7 +172,7 @@ def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         close = difflib.get_close_matches(str(value).lower(), choices, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{argument} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        raise PyroVAEError(f"{argument} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def _take(split: Split, index: slice | Tensor) -> Split:
@@ -215,7 +217,7 @@ def _read_torchvision(name: str, root: Path) -> list[Split]:
         except Exception as error:
             # torchvision tells absent files from damaged ones by this text only.
             if "Dataset not found" not in str(error):
-                raise ValueError(
+                raise PyroVAEError(
                     f"cannot read the {name} files in {folder} ({error!r}): move them away and load again"
                 ) from error
         try:
@@ -255,7 +257,7 @@ def _read_binarized_mnist(root: Path) -> list[Split]:
             packed = [arrays[key] for key in ("train", "valid", "test")]
         bits = [np.unpackbits(part, axis=1).reshape(len(part), 1, 28, 28) for part in packed]
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise PyroVAEError(
             f"{path} must hold uint8 arrays train, valid and test of shape (N, 98), the 784 pixels of each image "
             f"packed by np.packbits, but: {error}. help(pyro_vae.data.load) says how to make the file"
         ) from error

@@ -13,6 +13,8 @@ from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from pyro_vae.errors import PyroVAEError
+
 BINS = 8  # of a spline
 Kind = Literal["iaf", "spline", "coupling"]
 
@@ -57,15 +59,15 @@ class Flow(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in _MAKERS:
-            raise ValueError(f"expected a flow of kind {', '.join(map(repr, _MAKERS))}, got {kind!r}.")
+            raise PyroVAEError(f"expected a flow of kind {', '.join(map(repr, _MAKERS))}, got {kind!r}.")
         hidden_dims = (max(64, 2 * latent_dim),) if hidden_dims is None else hidden_dims
         if latent_dim < 2 or length < 1:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected at least 2 latent dimensions and 1 transform, got latent_dim={latent_dim} and length={length}. With one "
                 "dimension, use DiagonalNormal."
             )
         if not hidden_dims or min(hidden_dims) < latent_dim:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected hidden layers no narrower than the latent, {latent_dim}, got hidden_dims={tuple(hidden_dims)}. Widen them."
             )
         # Every other transform goes through the dimensions the other way round.

@@ -14,6 +14,8 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from pyro_vae.errors import PyroVAEError
+
 if TYPE_CHECKING:  # matplotlib and pandas are slow to import, and no plot is drawn at import
     import pandas as pd
     from matplotlib.axes import Axes
@@ -124,7 +126,7 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
     values = _numpy(shapes).ravel()
     finite = values[np.isfinite(values)]
     if not len(finite):
-        raise ValueError(
+        raise PyroVAEError(
             f"expected at least one finite k-hat, got {len(values)} values of NaN: take 25 samples or more."
         )
     ax = ax or _figure().add_subplot()
@@ -197,7 +199,7 @@ def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     columns = history.reindex(columns=["train_bound", "validation_bound"]).astype(float)
     columns = columns.where(np.isfinite(columns)).dropna(axis="columns", how="all")
     if columns.empty:
-        raise ValueError("history has no finite bound to draw: training diverged, try a lower learning rate.")
+        raise PyroVAEError("history has no finite bound to draw: training diverged, try a lower learning rate.")
     ax = ax or _figure().add_subplot()
     for name, colour in {"train": SKY, "validation": BLACK}.items():
         if f"{name}_bound" in columns:
@@ -234,7 +236,7 @@ def reconstructions(x: Array, x_mean: Array, *, columns: int = 10, figure: Figur
     ['original', 'reconstruction']
     """
     if x.shape != x_mean.shape:
-        raise ValueError(
+        raise PyroVAEError(
             f"x and x_mean must have one shape, got {tuple(x.shape)} and {tuple(x_mean.shape)}: "
             "pass the reconstruction of each original, in the same order."
         )
@@ -293,7 +295,7 @@ def latent_space(z: Array, labels: Array | None = None, *, ax: Axes | None = Non
     """
     points = _numpy(z)
     if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(
+        raise PyroVAEError(
             f"z must have shape (N, 2), got {points.shape}: train with latent_dim=2, or project z first, "
             "with sklearn.decomposition.PCA(2).fit_transform(z)."
         )
@@ -335,13 +337,13 @@ def latent_grid(x: Array, *, extent: tuple[float, float, float, float], ax: Axes
     """
     grid = _numpy(x)
     if grid.ndim not in (4, 5):
-        raise ValueError(
+        raise PyroVAEError(
             f"x must have shape (rows, columns, C, H, W) or (rows, columns, H, W), got {grid.shape}: "
             "reshape the decoded images with x.reshape(rows, columns, *x.shape[1:])."
         )
     z1_min, z1_max, z2_min, z2_max = extent
     if not (z1_min < z1_max and z2_min < z2_max):
-        raise ValueError(f"extent must be (z1_min, z1_max, z2_min, z2_max), each min below its max, got {extent}.")
+        raise PyroVAEError(f"extent must be (z1_min, z1_max, z2_min, z2_max), each min below its max, got {extent}.")
     rows, columns, *image = grid.shape
     tiles = _images(grid[::-1].reshape(rows * columns, *image), "each row of x")  # imshow starts at the top
     ax = ax or _figure().add_subplot()
@@ -372,7 +374,7 @@ def _legend_below(ax: Axes) -> None:
 
 def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:
     if table.empty or list(table.index.names) != index or not set(columns) <= set(table.columns):
-        raise ValueError(
+        raise PyroVAEError(
             f"expected a table of one row or more with index {index} and columns {columns}, got {len(table)} "
             f"rows with index {list(table.index.names)} and columns {list(table.columns)}: "
             f"pass what {source} returns."
@@ -390,11 +392,11 @@ def _classes(labels: Array | None, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sorted classes, and which of them each point is of."""
     array = np.zeros(count) if labels is None else _numpy(labels)
     if array.shape != (count,):
-        raise ValueError(f"labels must have shape ({count},), one for each row of z, got {array.shape}.")
+        raise PyroVAEError(f"labels must have shape ({count},), one for each row of z, got {array.shape}.")
     names, codes = np.unique(array, return_inverse=True)
     most = len(_CLASSES) * len(_MARKERS)
     if len(names) > most:
-        raise ValueError(
+        raise PyroVAEError(
             f"labels have {len(names)} classes, and at most {most} can be told apart: merge some, or leave labels out."
         )
     return names, codes
@@ -406,13 +408,13 @@ def _images(x: Array, name: str) -> np.ndarray:
     if array.ndim == 3:
         array = array[:, None]
     if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
-        raise ValueError(
+        raise PyroVAEError(
             f"{name} must hold one image or more, (N, C, H, W) with C 1 or 3, or (N, H, W), got shape "
             f"{tuple(x.shape)}: reshape flat images with x.reshape(-1, 1, 28, 28), and move channels that "
             "come last with x.permute(0, 3, 1, 2)."
         )
     if array.dtype.kind in "iu" and array.max() > 1:
-        raise ValueError(
+        raise PyroVAEError(
             f"{name} must be in [0, 1], got {array.dtype} up to {array.max()}: divide 8-bit images by 255."
         )
     return np.clip(array.transpose(0, 2, 3, 1).astype(float), 0, 1)
@@ -425,7 +427,7 @@ def _gap(size: int) -> int:
 def _mosaic(tiles: np.ndarray, columns: int, gap: int) -> np.ndarray:
     """Lay tiles (N, H, W, C) out in rows on white, in reading order."""
     if columns < 1:
-        raise ValueError(f"columns must be 1 or more, got {columns}.")
+        raise PyroVAEError(f"columns must be 1 or more, got {columns}.")
     count, height, width, channels = tiles.shape
     columns = min(columns, count)
     rows = -(-count // columns)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.distributions import NormalMixture
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.flows import Flow, Kind
 from pyro_vae.networks import apply_batched
 
@@ -86,7 +87,7 @@ class DiagonalNormal(Posterior):
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
         """Normal with the first half of the features as means, and the second as logs of the scales."""
         if features.shape[-1] % 2:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected an encoder with 2 Z outputs, a mean and a log scale each, got {features.shape[-1]}."
             )
         loc, log_scale = features.chunk(2, -1)
@@ -131,7 +132,9 @@ class FullNormal(Posterior):
         size = features.shape[-1]
         latent_dim = (math.isqrt(9 + 8 * size) - 3) // 2
         if self.features_for(latent_dim) != size:
-            raise ValueError(f"expected an encoder with Z (Z + 3) / 2 outputs, got {size}. With Z = 2, say, give it 5.")
+            raise PyroVAEError(
+                f"expected an encoder with Z (Z + 3) / 2 outputs, got {size}. With Z = 2, say, give it 5."
+            )
         loc, rows = features.split([latent_dim, size - latent_dim], -1)
         below, across = torch.tril_indices(latent_dim, latent_dim, device=features.device)
         triangle = features.new_zeros(*features.shape[:-1], latent_dim, latent_dim)
@@ -173,7 +176,7 @@ class LowRankNormal(Posterior):
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], rank: int = 2) -> None:
         super().__init__(encoder, event_shape)
         if not isinstance(rank, int) or rank < 1:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected rank to be a positive integer, got {rank!r}. Without directions, use DiagonalNormal."
             )
         self.rank = rank
@@ -186,7 +189,7 @@ class LowRankNormal(Posterior):
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
         """Low-rank normal with the features' parts as means, logs of scales, and directions."""
         if features.shape[-1] % (2 + self.rank):
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected an encoder with {2 + self.rank} Z outputs, a mean, a log scale and {self.rank} directions, got "
                 f"{features.shape[-1]}."
             )
@@ -227,7 +230,7 @@ class MixturePosterior(Posterior):
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], components: int = 5) -> None:
         super().__init__(encoder, event_shape)
         if not isinstance(components, int) or components < 1:
-            raise ValueError(f"expected components to be a positive integer, got {components!r}.")
+            raise PyroVAEError(f"expected components to be a positive integer, got {components!r}.")
         self.components = components
 
     @classmethod
@@ -240,7 +243,7 @@ class MixturePosterior(Posterior):
         number, size = self.components, features.shape[-1]
         latent_dim = (size // number - 1) // 2
         if self.features_for(latent_dim, number) != size or latent_dim < 1:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected an encoder with {number} (2 Z + 1) outputs, a logit, Z means and Z log scales for each of {number} "
                 f"components, got {size}."
             )
@@ -322,7 +325,7 @@ class FlowPosterior(Posterior):
     def _base(self, features: Tensor) -> tuple[Any, Tensor | None]:
         sizes = [self.latent_dim, self.latent_dim, self.flow.context_dim]
         if features.shape[-1] != sum(sizes):
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected an encoder with {sum(sizes)} outputs, {self.latent_dim} means, as many log scales and a context of "
                 f"{sizes[2]}, got {features.shape[-1]}."
             )

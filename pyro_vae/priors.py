@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.distributions import Mixture
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.flows import Flow, Kind
 
 
@@ -110,11 +111,13 @@ class VampPrior(nn.Module):
         super().__init__()
         event_shape = getattr(posterior, "event_shape", tuple(pseudo_inputs.shape[1:]))
         if not pseudo_inputs.is_floating_point():
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected pseudo_inputs of floating point, got {pseudo_inputs.dtype}. Convert them: .float()."
             )
         if pseudo_inputs.dim() < 2 or tuple(pseudo_inputs.shape[1:]) != event_shape:
-            raise ValueError(f"expected pseudo_inputs of shape (K, *{event_shape}), got {tuple(pseudo_inputs.shape)}.")
+            raise PyroVAEError(
+                f"expected pseudo_inputs of shape (K, *{event_shape}), got {tuple(pseudo_inputs.shape)}."
+            )
         self.posterior = posterior
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pyro_vae.errors import PyroVAEError
+
 
 # Named as the functions that they are used as, so that their repr, which checkpoints record, is what was typed.
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class cyclical:
     def __post_init__(self) -> None:
         _check_counts(period=self.period, cycles=self.cycles)
         if not 0 < self.ramp <= 1:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected ramp to be a share of the cycle, above 0 and at most 1, got {self.ramp!r}. Divide steps by period."
             )
         _check_values(stop=self.stop)
@@ -103,12 +105,12 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             epochs = "" if name == "cycles" else " Of epochs, pass their number times the minibatches of one."
-            raise ValueError(f"expected {name} to be a positive integer, got {value!r}.{epochs}")
+            raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}.{epochs}")
 
 
 def _check_values(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < math.inf:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected {name} to be a finite number, at least 0, got {value!r}. Beta is never negative."
             )

@@ -14,7 +14,7 @@ import pyro
 import torch
 
 import pyro_vae as pv
-from pyro_vae import checkpoint as checkpoints
+from pyro_vae.training import checkpoint as checkpoints
 
 torch_save, move = torch.save, checkpoints.Path.replace
 

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch.distributions import constraints
 
 import pyro_vae as pv
-from pyro_vae.sequential import DrawAsOneOf
+from pyro_vae.engine.particles import DrawAsOneOf
 
 X = torch.tensor([-1.0, 0.3, 2.0, 0.5, -0.2, 1.1])
 KEEP = torch.tensor([True, True, False, True, False, True])

@@ -16,8 +16,8 @@ from programs import LinearGaussian
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
-from pyro_vae import checkpoint as checkpoints
-from pyro_vae.minibatches import Minibatches
+from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.training import checkpoint as checkpoints
 
 
 def linear_program():

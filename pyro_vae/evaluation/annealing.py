@@ -23,15 +23,16 @@ from torch import Tensor
 from torch.distributions import biject_to
 from tqdm.auto import tqdm
 
-from pyro_vae import rng
-from pyro_vae.agreement import equal, family, same_masks, unwrapped
-from pyro_vae.batch_plate import Sites
+from pyro_vae.engine import rng
+from pyro_vae.engine.agreement import equal, family, same_masks, unwrapped
+from pyro_vae.engine.batch_plate import Sites
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, prior, run_at, sample_sites, shape_beside
+from pyro_vae.engine.weights import log_density, per_datum, terms
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.likelihood import Evidence, summarise
 from pyro_vae.evaluation.supports import same_support
-from pyro_vae.modules import Program
-from pyro_vae.runs import Run, draw, find_max_plate_nesting, prior, run_at, sample_sites, shape_beside
-from pyro_vae.weights import log_density, per_datum, terms
 
 ACCEPTANCE = 0.65  # what the step size is adapted to, as Neal's analysis of HMC advises
 GAIN = 0.3  # on the logarithm of the step size, for each transition of the trial run
@@ -410,9 +411,9 @@ def sum_from(value: Tensor, dim: int) -> Tensor:
 
 def _base(guide: Program | None, start: str) -> Program | None:
     if start not in ("prior", "guide"):
-        raise ValueError(f"expected start to be 'prior' or 'guide', got {start!r}.")
+        raise PyroVAEError(f"expected start to be 'prior' or 'guide', got {start!r}.")
     if start == "guide" and guide is None:
-        raise ValueError("expected a guide to start from, got None. Pass it, or start='prior'.")
+        raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
     return guide if start == "guide" else None
 
 
@@ -421,18 +422,18 @@ def _settings(num_steps: int, num_chains: int, schedule: Any, num_leapfrog: int,
     check_count("num_chains", num_chains, 2, ", to have an error bar")
     check_count("num_leapfrog", num_leapfrog, 1)
     if not step_size > 0:
-        raise ValueError(f"expected a positive step_size, got {step_size!r}. Try 0.3.")
+        raise PyroVAEError(f"expected a positive step_size, got {step_size!r}. Try 0.3.")
     even = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     if isinstance(schedule, str):
         if schedule not in ("sigmoid", "linear"):
-            raise ValueError(f"expected schedule to be 'sigmoid', 'linear' or temperatures, got {schedule!r}.")
+            raise PyroVAEError(f"expected schedule to be 'sigmoid', 'linear' or temperatures, got {schedule!r}.")
         curve = (8 * even - 4).sigmoid()
         temperatures = even if schedule == "linear" else (curve - curve[0]) / (curve[-1] - curve[0])
     else:
         temperatures = torch.as_tensor(schedule, dtype=torch.float64).cpu()
         rising = temperatures.dim() == 1 and bool((temperatures.diff() > 0).all())
         if not rising or len(temperatures) != num_steps + 1 or temperatures[0] != 0 or temperatures[-1] != 1:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected a schedule of num_steps + 1 = {num_steps + 1} increasing temperatures from 0 to 1, got shape "
                 f"{tuple(temperatures.shape)} and values {temperatures.flatten()[:3].tolist()} ... . Pass "
                 "torch.linspace(0, 1, num_steps + 1), say."
@@ -457,28 +458,28 @@ def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
     """Every latent moves in one continuous space, the same for model and guide and whatever the other latents."""
     for name, site in guide.items():
         if name not in model or isinstance(unwrapped(site["fn"]), Delta):
-            raise ValueError(
+            raise PyroVAEError(
                 f"guide site '{name}' is auxiliary, or a point: expected a guide with a density at each latent site of the "
                 "model alone, since annealing moves the latents themselves. Pass start='prior'."
             )
         own, base, kind = model[name]["fn"].support, site["fn"].support, family(model[name]["fn"])
         if own.is_discrete:
-            raise ValueError(
+            raise PyroVAEError(
                 f"model site '{name}' is discrete ({kind}): expected continuous latents, which "
                 "Hamiltonian transitions can move. Sum it out of the model, or use pv.log_likelihood."
             )
         if kind in CIRCULAR or not _has_flat_space(own):
-            raise ValueError(
+            raise PyroVAEError(
                 f"model site '{name}' is on a curved or periodic space ({kind}): expected latents that a transform takes to "
                 "as many unconstrained numbers, dimension by dimension. Use pv.log_likelihood."
             )
         if not same_support(own, again[name]["fn"].support):
-            raise ValueError(
+            raise PyroVAEError(
                 f"model site '{name}' has a support that depends on another latent: expected bounds that stay. Sample it on "
                 "fixed bounds and transform it."
             )
         if not same_support(own, base):
-            raise ValueError(
+            raise PyroVAEError(
                 f"model and guide disagree on the support of site '{name}': expected one, got {own} in the model and "
                 f"{base} in the guide. Choose a guide on {own}, or pass start='prior'."
             )
@@ -504,12 +505,12 @@ def _simulate(model: Program, args: Args) -> tuple[Args, dict[str, Tensor]]:
             latents[name] = drawn[name]["value"]
             continue
         if isinstance(unwrapped(site["fn"]), Unit):
-            raise ValueError(
+            raise PyroVAEError(
                 f"model site '{name}' is a factor: expected a model that can be simulated. Use pv.ais, on data."
             )
         places = [i for i, a in enumerate(args) if a.numel() == value.numel() and equal(a.reshape(value.shape), value)]
         if not places:
-            raise ValueError(
+            raise PyroVAEError(
                 f"model site '{name}' observes something that is not an argument of the model: expected obs= to be given "
                 "an argument as it is, so that simulated data can take its place. Preprocess x before it is passed."
             )
@@ -520,7 +521,7 @@ def _simulate(model: Program, args: Args) -> tuple[Args, dict[str, Tensor]]:
         pair = drawn[name]["unscaled_log_prob"], again[name]["unscaled_log_prob"]
         alike = torch.allclose(*pair, rtol=1e-3, atol=1e-2, equal_nan=True)
         if not alike or not same_masks(drawn[name], again[name]):
-            raise ValueError(
+            raise PyroVAEError(
                 f"model site '{name}' has another density, or mask, when the model is called with the data that it simulated: "
                 "expected a model that reads x only to observe it, since another can't be simulated in one run. Use "
                 "pv.ais, on data."

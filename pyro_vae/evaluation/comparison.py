@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae import rng
-from pyro_vae.compilation import CompiledFunction, check_compiled
+from pyro_vae.compiled.step import CompiledFunction, check_compiled
+from pyro_vae.engine import rng
+from pyro_vae.engine.modules import Program, evaluating, find_modules
+from pyro_vae.engine.program import find_parameters, sample_sites, trace_once
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.estimate import (
     Estimate,
     Pieces,
@@ -27,9 +30,7 @@ from pyro_vae.evaluation.estimate import (
     supports_alike,
 )
 from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
-from pyro_vae.modules import Program, evaluating, find_modules
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
-from pyro_vae.runs import find_parameters, sample_sites, trace_once
 
 SAMPLES = 1000  # for log p(x)
 ROWS_AT_ONCE = 2**15  # data times particles: 100 MB for each float32 tensor of 784 pixels
@@ -134,16 +135,16 @@ def _compare(
     chosen = [chosen] if isinstance(chosen, Objective) else chosen
     for objective in chosen.values() if isinstance(chosen, Mapping) else chosen:
         if not isinstance(objective, Objective):
-            raise ValueError(f"expected objectives of pyro_vae, which have a bound per datum, got {objective!r}.")
+            raise PyroVAEError(f"expected objectives of pyro_vae, which have a bound per datum, got {objective!r}.")
         if compile:
             check_compiled(objective)
     named = list(chosen.items()) if isinstance(chosen, Mapping) else [(o.name, o) for o in chosen]
     keys = [(name, objective.num_particles) for name, objective in named]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
+        raise PyroVAEError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
     parameters = find_parameters(model, guide, *args)
     if not parameters[0] and not parameters[1]:
-        raise ValueError(
+        raise PyroVAEError(
             "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide has a "
             "pyro.param or pyro.module statement."
         )

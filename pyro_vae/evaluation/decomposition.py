@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae import rng
+from pyro_vae.engine import rng
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, run_at
+from pyro_vae.engine.weights import log_density, terms
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
-from pyro_vae.modules import Program
-from pyro_vae.runs import Run, draw, find_max_plate_nesting, run_at
-from pyro_vae.weights import log_density, terms
 
 PAIRS_AT_ONCE = 2**21  # of samples, data and dimensions, whose log-densities are in memory
 DATA_AT_ONCE = 512  # whose guide is run for a block of samples
@@ -152,7 +153,7 @@ class _Samples:
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}
         for name in run.guide:
             if name not in latent:
-                raise ValueError(
+                raise PyroVAEError(
                     f"guide site '{name}' is auxiliary: expected a guide with a density at the model's latents alone, since "
                     "the aggregate posterior of another is not known."
                 )

@@ -14,11 +14,12 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.batch_plate import Sites, find_batch_plate
+from pyro_vae.engine.batch_plate import Sites, find_batch_plate
+from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.modules import Program, evaluating, find_modules
+from pyro_vae.engine.program import labelled, prior, sample_sites, trace_once
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.supports import check_covers
-from pyro_vae.minibatches import Minibatches
-from pyro_vae.modules import Program, evaluating, find_modules
-from pyro_vae.runs import labelled, prior, sample_sites, trace_once
 
 ELEMENTS_AT_ONCE = 2**21  # of data times particles in one run: 8 MB of float32, against Python's share of a run
 
@@ -50,7 +51,7 @@ class Estimate:
             ValueError: values are not a vector of two or more.
         """
         if values.dim() != 1 or len(values) < 2:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected at least 2 values in a vector, to have an error bar, got shape {tuple(values.shape)}. "
                 "Pass one value for each datum."
             )
@@ -60,7 +61,7 @@ class Estimate:
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The normal confidence interval: the value, plus and minus 1.96 standard errors at level 0.95."""
         if not 0 < level < 1:
-            raise ValueError(f"expected a level between 0 and 1, got {level!r}. For 95%, pass 0.95.")
+            raise PyroVAEError(f"expected a level between 0 and 1, got {level!r}. For 95%, pass 0.95.")
         reach = dist.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
         return self.value - reach * self.standard_error, self.value + reach * self.standard_error
 
@@ -77,9 +78,9 @@ def arguments(x: Any) -> Args:
     """The tensors that a program is called with; at least 2 data, all finite, since an error bar is over data."""
     data = Minibatches(x, None, "x")
     if data.size is None:
-        raise ValueError("expected x to be tensors, got a DataLoader. Pass a split of pv.data, or its tensors.")
+        raise PyroVAEError("expected x to be tensors, got a DataLoader. Pass a split of pv.data, or its tensors.")
     if data.size < 2:
-        raise ValueError(
+        raise PyroVAEError(
             f"expected at least 2 data, whose spread is the error bar, got {data.size}. Pass more rows; pv.log_weights takes one."
         )
     (args,) = Minibatches(x, data.size, "x").in_order()
@@ -89,7 +90,7 @@ def arguments(x: Any) -> Args:
 def check_count(name: str, value: Any, at_least: int, why: str = "") -> None:
     """Refuse what is not an integer of that size."""
     if not isinstance(value, int) or value < at_least:
-        raise ValueError(f"expected {name} to be an integer, at least {at_least}{why}, got {value!r}.")
+        raise PyroVAEError(f"expected {name} to be an integer, at least {at_least}{why}, got {value!r}.")
 
 
 def rows_at_once(args: Args) -> int:
@@ -192,7 +193,7 @@ def check_plate(model: Sites, guide: Sites, number: int) -> None:
     """Refuse a program whose data are not the rows of x."""
     plate = find_batch_plate(labelled(model, guide))
     if plate.size != number:
-        raise ValueError(
+        raise PyroVAEError(
             f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over the rows of x, "
             "all of them. Pass data in the first dimension of x, and no subsample_size to an evaluation; of two plates "
             "around every site, the outer one is over the data."

@@ -7,9 +7,10 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_vae.agreement import masks, unwrapped
-from pyro_vae.batch_plate import Site
-from pyro_vae.runs import Run
+from pyro_vae.engine.agreement import masks, unwrapped
+from pyro_vae.engine.batch_plate import Site
+from pyro_vae.engine.program import Run
+from pyro_vae.errors import PyroVAEError
 
 # Of constructor arguments that say the same thing twice, those to drop.
 REDUNDANT = {"covariance_matrix", "precision_matrix", "probs"}
@@ -35,7 +36,7 @@ def refuse_masks(run: Run) -> None:
     """Refuse latents that are masked for some data: these have no posterior to speak of."""
     for name, site in run.model.items():
         if not site["is_observed"] and (masks(site) or masks(run.guide[name])):
-            raise ValueError(
+            raise PyroVAEError(
                 f"site '{name}' is masked: expected latents that count for every datum, since a masked one has no posterior. "
                 "Pass the data that are not masked, without the mask."
             )

@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.distributions import transform_to
 from tqdm.auto import tqdm
 
-from pyro_vae import rng
-from pyro_vae.agreement import family, not_reparameterised, unwrapped
+from pyro_vae.engine import rng
+from pyro_vae.engine.agreement import family, not_reparameterised, unwrapped
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Run, draw, find_max_plate_nesting
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
 from pyro_vae.evaluation.likelihood import Evidence, Summary, check_same_data, draw_weights, summarise, warn_of_high_k
-from pyro_vae.modules import Program
 from pyro_vae.objectives import ELBO
-from pyro_vae.runs import Run, draw, find_max_plate_nesting
 
 PARTICLES = 8  # of the ELBO that is maximised for each datum
 ADVICE = (
@@ -131,7 +132,7 @@ def inference_gaps(
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     check_count("num_steps", num_steps, 1)
     if not 0 < lr < math.inf:
-        raise ValueError(f"expected a positive lr, got {lr!r}. Try 0.02.")
+        raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try 0.02.")
     args = arguments(x)
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)
@@ -259,19 +260,19 @@ def _check(run: Run) -> None:
     """Every site of the guide has a family of its own, whose parameters can be freed."""
     for name, site in run.guide.items():
         if name not in run.model or not _has_family(site["fn"]):
-            raise ValueError(
+            raise PyroVAEError(
                 f"guide site '{name}' has a distribution whose parameters are not known ({family(site['fn'])}): expected a "
                 "parametric family at each latent site, such as a normal, whose best member can be searched for. Pass a "
                 "guide of such sites."
             )
         if not same_for_all_particles(site):
-            raise ValueError(
+            raise PyroVAEError(
                 f"guide site '{name}' depends on another site's sample: expected a guide whose distributions depend on the "
                 "data alone, since a conditional family has no parameters of its own for each datum. Sample the latents "
                 "from one joint distribution, such as a multivariate normal."
             )
     for name in not_reparameterised(run.guide):
-        raise ValueError(
+        raise PyroVAEError(
             f"guide site '{name}' can't be reparameterised ({family(run.guide[name]['fn'])}): expected a distribution with "
             "rsample, to maximise the ELBO by its pathwise gradient."
         )

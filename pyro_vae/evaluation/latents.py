@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae import rng
+from pyro_vae.engine import rng
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Flow, Particles, Run, find_max_plate_nesting, run_particles
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
-from pyro_vae.modules import Program
-from pyro_vae.runs import Flow, Particles, Run, find_max_plate_nesting, run_particles
 
 THRESHOLD = 0.01  # Burda, Grosse and Salakhutdinov's
 
@@ -69,7 +70,7 @@ def active_units(
     """
     check_count("num_samples", num_samples, 2)
     if not threshold >= 0:
-        raise ValueError(f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took 0.01.")
+        raise PyroVAEError(f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took 0.01.")
     args = arguments(x)
     parts: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
     with checked(model, guide, args) as data, rng.seeded(seed):

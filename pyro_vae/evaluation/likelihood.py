@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae import rng
-from pyro_vae.compilation import CompiledFunction
+from pyro_vae.compiled.step import CompiledFunction
+from pyro_vae.engine import rng
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import find_max_plate_nesting
+from pyro_vae.engine.weights import log_weights
+from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.evaluation.estimate import Args, Estimate, Pieces, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.psis import HIGH, pareto_k
-from pyro_vae.modules import Program
-from pyro_vae.runs import find_max_plate_nesting
-from pyro_vae.weights import log_weights
 
 ADVICE = "Train a more flexible guide, take more samples, or check the number with pv.ais, which needs no guide."
 Draw = Callable[[Args], Tensor]  # from a minibatch to its log-weights (K, N)
@@ -182,7 +183,7 @@ def log_likelihood(
     """
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     if compile and not vectorize_particles:
-        raise ValueError(
+        raise PyroVAEError(
             "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got False. Drop one "
             "of the two."
         )
@@ -256,7 +257,7 @@ def draw_weights(
 def _compiled_draw(model: Program, guide: Program, data: Pieces, num_samples: int, nesting: int | None) -> Draw:
     """Draws log-weights (K, N) of minibatches, as :func:`draw_weights` does, by compiled code."""
     if not data.alike:
-        raise ValueError(
+        raise PyroVAEError(
             "compiled code looks at no sample: expected a guide on the support of the model's latents, got one that reaches "
             "beyond, where each sample must be looked at. Use a guide on that support, or compile=False."
         )
@@ -300,7 +301,7 @@ def summarise(log_w: Tensor) -> Summary:
         FloatingPointError: one is NaN or plus infinity.
     """
     if bool((log_w.isnan() | (log_w == math.inf)).any()):
-        raise FloatingPointError(
+        raise NotFiniteError(
             "expected finite log-weights, or minus infinity for a weight of zero, got NaN or plus infinity. Look for scales "
             "of zero, or densities that overflow: pv.log_weights(...).isfinite() says at which data."
         )
@@ -317,7 +318,7 @@ def summarise(log_w: Tensor) -> Summary:
 def check_same_data(evidence: Evidence, args: Args) -> None:
     """Refuse an estimate of other data."""
     if len(evidence.per_datum) != len(args[0]):
-        raise ValueError(
+        raise PyroVAEError(
             f"expected log_likelihood to be of the same data, got {len(evidence.per_datum)} of them for {len(args[0])} "
             "data. Estimate it on x."
         )

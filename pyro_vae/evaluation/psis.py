@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import PyroVAEError
+
 HIGH = 0.7  # above it, the error of an average of the weights can't be relied on, whatever their number
 FEWEST = 25  # samples, a fifth of which are the tail: ArviZ fits no fewer than 5
 
@@ -37,7 +39,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
     """
     if log_weights.dim() != 2:
-        raise ValueError(
+        raise PyroVAEError(
             f"expected log_weights of shape (K, N), got {tuple(log_weights.shape)}. For one datum, pass log_weights[:, None]."
         )
     rows = log_weights.detach().double().T.cpu().numpy()

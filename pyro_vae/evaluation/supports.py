@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import IndependentTransform, Transform, biject_to
 
-from pyro_vae.agreement import interval, plain
+from pyro_vae.engine.agreement import interval, plain
+from pyro_vae.errors import PyroVAEError
 
 
 def check_covers(name: str, model: Any, guide: Any) -> bool:
@@ -28,7 +29,7 @@ def check_covers(name: str, model: Any, guide: Any) -> bool:
         )
         same = whole and bool((there[0] == here[0]).all() and (there[1] == here[1]).all())
     if not whole:
-        raise ValueError(
+        raise PyroVAEError(
             f"the guide does not reach the model's whole support at site '{name}': expected one that covers {own}, got "
             f"{base}. What p(x, z) has elsewhere would be missing from log p(x). Choose a guide on {own}."
         )

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.networks import apply_batched
 
 
@@ -32,9 +33,9 @@ class Likelihood(nn.Module):
     def __init__(self, decoder: nn.Module, event_shape: tuple[int, ...]) -> None:
         super().__init__()
         if not isinstance(decoder, nn.Module):
-            raise ValueError(f"expected decoder to be a torch.nn.Module, got {decoder!r}. Build it: Decoder(), say.")
+            raise PyroVAEError(f"expected decoder to be a torch.nn.Module, got {decoder!r}. Build it: Decoder(), say.")
         if not isinstance(event_shape, tuple | list | torch.Size):
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected event_shape to be the shape of one datum, got {event_shape!r}. Write ({event_shape},)."
             )
         self.decoder = decoder
@@ -57,7 +58,7 @@ class Likelihood(nn.Module):
         expected = self.num_features * math.prod(self.event_shape)
         batch = torch.broadcast_shapes(z.shape[:-1], *(y.shape[:-1] for y in given))
         if features.numel() != expected * math.prod(batch):
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected a decoder with {expected} outputs a datum ({self.num_features} for each element of "
                 f"{self.event_shape}), got features of shape {tuple(features.shape)} for z of shape {tuple(z.shape)}."
             )
@@ -68,7 +69,7 @@ class Likelihood(nn.Module):
         """The distribution of x from `num_features` tensors of shape (*batch, *event): here, of independent elements."""
         pixels = self.pixel_distribution(*features)
         if pixels.event_shape or pixels.batch_shape != features[0].shape:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected {type(self).__name__}.pixel_distribution to give a distribution of each element, of batch shape "
                 f"{tuple(features[0].shape)} and no event, got {tuple(pixels.batch_shape)} and {tuple(pixels.event_shape)}. Drop "
                 "to_event from it."
@@ -106,4 +107,4 @@ class Likelihood(nn.Module):
         if not bool(valid.all()):
             got = f"{x[~valid].flatten()[0].item():.6g}"
             fix = "Where a value is missing, pass a mask of those that are not." if got == "nan" else fix
-            raise ValueError(f"a {type(self).__name__} likelihood expected x {expected}, got {got}. {fix}")
+            raise PyroVAEError(f"a {type(self).__name__} likelihood expected x {expected}, got {got}. {fix}")

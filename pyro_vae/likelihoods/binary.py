@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
 
@@ -40,7 +41,7 @@ class Bernoulli(Likelihood):
         """Refuse x that is not binary."""
         others = x[(x != 0) & (x != 1)]
         if len(others):
-            raise ValueError(
+            raise PyroVAEError(
                 f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min():.3g} to {x.max():.3g}, such as "
                 f"{others[0]:.3g}. Binarise it (pv.data.load(..., binarize='dynamic')), or, since Bernoulli gives grey no "
                 "density, take the likelihood ContinuousBernoulli for grey in [0, 1], or Gaussian for any real values."

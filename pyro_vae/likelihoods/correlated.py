@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from torch.nn.functional import softplus
 from torch.types import _size
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.likelihoods.real import refuse_min_scale
 
@@ -69,11 +70,11 @@ class LowRankGaussian(Likelihood):
     def features_for(cls, rank: int = 5, shared: bool = True, min_scale: float = 0.01, **options: Any) -> int:
         """1 where the covariance is shared, else rank + 2; refuses what is no rank."""
         if not isinstance(rank, int) or rank < 1:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected rank to be a positive integer, got {rank!r}. For rank 0, use a Gaussian likelihood."
             )
         if not isinstance(shared, bool):
-            raise ValueError(f"expected shared to be True or False, got {shared!r}.")
+            raise PyroVAEError(f"expected shared to be True or False, got {shared!r}.")
         refuse_min_scale(min_scale)
         return 1 if shared else rank + 2
 

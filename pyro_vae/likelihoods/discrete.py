@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 from torch.types import _size
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
 
@@ -46,7 +47,7 @@ class Categorical(Likelihood):
     def features_for(cls, categories: int | None = None, **options: Any) -> int:
         """C; refuses what is no number of categories."""
         if not isinstance(categories, int) or categories < 2:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected categories to be an integer of at least 2, got {categories!r}. Pass categories=int(x.max()) + 1."
             )
         return categories
@@ -126,7 +127,7 @@ class DiscretizedLogistic(Likelihood):
         """2, or 3 for each of several components; refuses what is no number of levels or components."""
         for name, value, least in (("levels", levels, 2), ("components", components, 1)):
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}.")
+                raise PyroVAEError(f"expected {name} to be an integer of at least {least}, got {value!r}.")
         return 2 if components == 1 else 3 * components
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:

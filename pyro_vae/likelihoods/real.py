@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
 
@@ -38,7 +39,7 @@ class _Scaled(Likelihood):
             return 2
         if scale == "learned" or (isinstance(scale, int | float) and 0 < scale < math.inf):
             return 1
-        raise ValueError(f"expected scale to be a positive number, 'learned' or 'per_pixel', got {scale!r}.")
+        raise PyroVAEError(f"expected scale to be a positive number, 'learned' or 'per_pixel', got {scale!r}.")
 
     def _loc_and_scale(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         if self.scale == "per_pixel":
@@ -51,7 +52,7 @@ class _Scaled(Likelihood):
 def refuse_min_scale(min_scale: float) -> None:
     """Refuse a least scale that is none."""
     if not (isinstance(min_scale, int | float) and 0 <= min_scale < math.inf):
-        raise ValueError(f"expected min_scale to be a number of at least 0, got {min_scale!r}. Try 0.01.")
+        raise PyroVAEError(f"expected min_scale to be a number of at least 0, got {min_scale!r}. Try 0.01.")
 
 
 class Gaussian(_Scaled):
@@ -148,7 +149,7 @@ class StudentT(_Scaled):
     ) -> int:
         """How many features an element takes under a choice of `scale`; refuses a `df` or `scale` that is no choice."""
         if df != "learned" and not (isinstance(df, int | float) and 1 < df < math.inf):
-            raise ValueError(f"expected df to be a number above 1, or 'learned', got {df!r}. Try 4.0.")
+            raise PyroVAEError(f"expected df to be a number above 1, or 'learned', got {df!r}. Try 4.0.")
         return super().features_for(scale, min_scale)
 
     @property

@@ -11,10 +11,11 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.modules import Program
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Flow, Particles, PathScale, Run, find_max_plate_nesting, run_particles
+from pyro_vae.engine.weights import Terms, datum_scale, log_density, terms
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import gradients
-from pyro_vae.runs import Flow, Particles, PathScale, Run, find_max_plate_nesting, run_particles
-from pyro_vae.weights import Terms, datum_scale, log_density, terms
 
 T = TypeVar("T")
 Gradient = Literal["pathwise", "stl", "dreg", "score", "vimco"]
@@ -146,9 +147,9 @@ class Objective(pyro.infer.ELBO):
         Particles(num_particles, vectorize_particles, max_plate_nesting, chunk_size)  # refuses what can't be run
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         if gradient not in self.gradients:
-            raise ValueError(f"expected gradient to be one of {', '.join(self.gradients)}, got {gradient!r}.")
+            raise PyroVAEError(f"expected gradient to be one of {', '.join(self.gradients)}, got {gradient!r}.")
         if gradient == "vimco" and self.num_samples == 1:
-            raise ValueError(
+            raise PyroVAEError(
                 "gradient='vimco' compares each particle with the others: expected num_particles to be at least 2, got "
                 "1. Take more, or gradient='score'."
             )

@@ -22,15 +22,16 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from pyro_vae.agreement import equal, family, masks, same_masks, unwrapped
-from pyro_vae.batch_plate import Site, Sites
-from pyro_vae.modules import Program
+from pyro_vae.engine.agreement import equal, family, masks, same_masks, unwrapped
+from pyro_vae.engine.batch_plate import Site, Sites
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Flow, Run
+from pyro_vae.engine.weights import Terms
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import NAMES, Gradient, Objective, Options, with_gradient
-from pyro_vae.runs import Flow, Run
-from pyro_vae.weights import Terms
 
 
-class NoClosedFormError(ValueError):
+class NoClosedFormError(PyroVAEError):
     """A program has no closed form for the KL of one of its latent sites."""
 
 
@@ -99,31 +100,31 @@ class ELBO(Objective):
     ) -> None:
         super().__init__(num_particles, gradient, **options)
         if kl not in (None, "analytic", "monte_carlo"):
-            raise ValueError(f"expected kl to be 'analytic' or 'monte_carlo', got {kl!r}.")
+            raise PyroVAEError(f"expected kl to be 'analytic' or 'monte_carlo', got {kl!r}.")
         of_the_noise = gradient in ("stl", "dreg")
         if kl == "analytic" and of_the_noise:
-            raise ValueError(
+            raise PyroVAEError(
                 f"gradient={gradient!r} takes noise out of a sampled KL: expected kl='monte_carlo' with it, got 'analytic'. "
                 "Drop one of the two."
             )
         self.kl = kl or ("monte_carlo" if of_the_noise else "analytic")
         if self.kl == "analytic" and self.chunk_size is not None:
-            raise ValueError(
+            raise PyroVAEError(
                 "a KL in closed form needs the whole run: expected kl='monte_carlo' with chunk_size, got 'analytic'. Pass "
                 "kl='monte_carlo', or drop chunk_size."
             )
         if not callable(beta):
             _check_beta(beta)
         if not 0 <= free_bits < math.inf:
-            raise ValueError(f"expected free_bits to be a number of nats, at least 0, got {free_bits!r}.")
+            raise PyroVAEError(f"expected free_bits to be a number of nats, at least 0, got {free_bits!r}.")
         if free_bits and gradient != "pathwise":
-            raise ValueError(
+            raise PyroVAEError(
                 f"free bits are a maximum over means, whose gradient is the pathwise one: expected gradient='pathwise' "
                 f"with free_bits, got {gradient!r}."
             )
         apart = self.chunk_size is not None or (num_particles > 1 and not self.vectorize_particles)
         if free_bits and apart:
-            raise ValueError(
+            raise PyroVAEError(
                 "free bits average the KL over all particles: expected vectorize_particles=True and no chunk_size with "
                 "free_bits, got particles that are run apart. Drop free_bits, or run them together."
             )
@@ -203,7 +204,7 @@ class ELBO(Objective):
         guide, model = _pair(run, name)
         q, p = (_by_dimension(site["fn"], name) for site in (guide, model))
         if masks(guide):
-            raise ValueError(
+            raise PyroVAEError(
                 f"free_bits averages the KL over whole batches: expected no mask at site '{name}', got one. Drop the mask, "
                 "or use free_bits=0."
             )
@@ -224,7 +225,7 @@ def _sum(terms: Terms) -> Tensor:
 
 def _check_beta(beta: float) -> float:
     if not 0 <= beta < math.inf:
-        raise ValueError(
+        raise PyroVAEError(
             f"expected beta to be a finite number, at least 0, or a function that gives one, got {beta!r}."
         )
     return beta
@@ -310,7 +311,7 @@ def _by_dimension(distribution: Any, name: str) -> Any:
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
     if distribution.event_dim:
-        raise ValueError(
+        raise PyroVAEError(
             f"free_bits needs a KL for each latent dimension: expected independent dimensions at site '{name}', as in "
             f"Normal(loc, scale).to_event(1), got {family(whole)}. Use free_bits=0."
         )

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import NAMES, Gradient, Objective, Options
 
 
@@ -106,7 +107,9 @@ class Renyi(Objective):
         self, alpha: float, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
         if alpha == 1 or not math.isfinite(alpha):
-            raise ValueError(f"expected alpha to be a finite number other than 1, got {alpha!r}. Alpha = 1 is pv.ELBO.")
+            raise PyroVAEError(
+                f"expected alpha to be a finite number other than 1, got {alpha!r}. Alpha = 1 is pv.ELBO."
+            )
         self.alpha = alpha
         super().__init__(num_particles, gradient, **options)
 
@@ -161,7 +164,7 @@ class MIWAE(Objective):
         self, num_outer: int, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
         if not isinstance(num_outer, int) or num_outer < 1:
-            raise ValueError(f"expected num_outer to be a positive integer, got {num_outer!r}.")
+            raise PyroVAEError(f"expected num_outer to be a positive integer, got {num_outer!r}.")
         self.num_outer = num_outer
         super().__init__(num_particles, gradient, **options)
 
@@ -265,7 +268,7 @@ class CIWAE(Objective):
         self, beta: float, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
         if not 0 <= beta <= 1:
-            raise ValueError(f"expected beta to be a number from 0 (IWAE) to 1 (ELBO), got {beta!r}.")
+            raise PyroVAEError(f"expected beta to be a number from 0 (IWAE) to 1 (ELBO), got {beta!r}.")
         self.beta = beta
         super().__init__(num_particles, gradient, **options)
 
@@ -329,7 +332,7 @@ class JVI(Objective):
         super().__init__(num_particles, gradient, **options)
         valid = isinstance(order, int) and 0 <= order < num_particles
         if not valid or max(math.comb(num_particles, j) for j in range(order + 1)) > 10_000:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected order to be an integer from 0 to num_particles - 1 with at most 10,000 subsets of K - order "
                 f"particles, got {order!r} and {num_particles} particles. Take a lower order or fewer particles."
             )

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
+from pyro_vae.engine.program import Flow
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import NAMES, Gradient, Objective, Options
-from pyro_vae.runs import Flow
 
 
 class TVO(Objective):
@@ -63,7 +64,7 @@ class TVO(Objective):
         points = _log_uniform(partitions) if isinstance(partitions, int) else given
         rising = all(low < high for low, high in pairwise(points))
         if len(points) < 2 or (points[0], points[-1]) != (0.0, 1.0) or not rising:
-            raise ValueError(
+            raise PyroVAEError(
                 "expected partitions to be a positive number of intervals, or points that rise from 0 to 1, such as "
                 f"[0, 0.1, 1], got {partitions!r}."
             )

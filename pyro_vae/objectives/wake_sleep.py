@@ -11,12 +11,13 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.batch_plate import Site
-from pyro_vae.modules import Program
+from pyro_vae.engine.batch_plate import Site
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Flow, sample_sites, trace_once
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import gradients
 from pyro_vae.objectives.base import Densities, Objective, Options, weighted, with_gradient
 from pyro_vae.objectives.importance import log_mean_exp
-from pyro_vae.runs import Flow, sample_sites, trace_once
 
 
 class RWS(Objective):
@@ -59,7 +60,7 @@ class RWS(Objective):
 
     def __init__(self, num_particles: int, sleep: float = 0.0, **options: Unpack[Options]) -> None:
         if not 0 <= sleep <= 1:
-            raise ValueError(f"expected sleep to be a share from 0 to 1, got {sleep!r}.")
+            raise PyroVAEError(f"expected sleep to be a share from 0 to 1, got {sleep!r}.")
         self.sleep = sleep
         super().__init__(num_particles, **options)
 
@@ -97,7 +98,7 @@ def _dreamt(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
     dreamt = [site for site in sample_sites(dream).values() if site["infer"].get("was_observed")]
     for site in dreamt:
         if not any(_observes(site, argument) for argument in (*args, *kwargs.values())):
-            raise ValueError(
+            raise PyroVAEError(
                 f"RWS(sleep) calls the guide with dreamt data: expected model site '{site['name']}' to observe an argument as "
                 "it is, or reshaped, got other data. Observe the argument itself, or use sleep=0."
             )
@@ -108,7 +109,7 @@ def _dreamt(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
     sites = sample_sites(poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*replaced, **named))
     for name, site in sites.items():
         if site["infer"].get("is_auxiliary"):
-            raise ValueError(
+            raise PyroVAEError(
                 f"RWS(sleep) takes the guide's density of a dreamt latent: expected a guide without auxiliary sites, got "
                 f"'{name}', which no dream has. Use sleep=0, or sample the latents themselves."
             )
@@ -127,7 +128,7 @@ def _check_dream(model: Program, dream: Trace, awake: tuple[Any, Any], asleep: t
     for name in given:
         same = name in dreamt and given[name].shape == dreamt[name].shape
         if not same or not torch.allclose(given[name], dreamt[name], rtol=1e-3, atol=1e-2, equal_nan=True):
-            raise ValueError(
+            raise PyroVAEError(
                 f"RWS(sleep) dreams data that model site '{name}' depends on: expected a model that only observes them, got "
                 "another density once dreams take their place (teacher forcing, as in an autoregressive likelihood). Use "
                 "sleep=0, or pass what the model conditions on as an argument of its own."

@@ -16,8 +16,9 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from pyro_vae.engine.modules import evaluating
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.modules import evaluating
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -40,7 +41,7 @@ class Pair(nn.Module):
                 "likelihood": "pv.Bernoulli(decoder, event_shape)",
                 "prior": "pv.StandardNormal(latent_dim)",
             }.get(name)
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected {name} to be a {'pv.Likelihood' if kind is Likelihood else 'torch.nn.Module'}, got {part!r}. Build it"
                 f"{f': {example}, say' if example else ''}."
             )
@@ -51,7 +52,7 @@ class Pair(nn.Module):
         }
         likelihood, theirs = parts["likelihood"], getattr(parts["posterior"], "event_shape", None)
         if likelihood is not None and theirs is not None and theirs != likelihood.event_shape:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected a posterior of the likelihood's event_shape {likelihood.event_shape}, got {theirs}. Give both that of "
                 "one datum."
             )
@@ -77,7 +78,7 @@ class Pair(nn.Module):
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
                 got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(
+                raise PyroVAEError(
                     f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, got {got}. "
                     "If these are labels that a DataLoader gives, leave them out of it, or use pv.ConditionalVAE."
                 )
@@ -93,7 +94,7 @@ class Pair(nn.Module):
                 if hasattr(x, "to_numpy")
                 else "split.x, or torch.as_tensor(x)"
             )
-            raise ValueError(f"expected x to be a tensor, got {type(x).__name__}. Pass {fix}.")
+            raise PyroVAEError(f"expected x to be a tensor, got {type(x).__name__}. Pass {fix}.")
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
             if tuple(x.shape) == self.event_shape:
@@ -102,14 +103,16 @@ class Pair(nn.Module):
                 fix = f"Reshape it: x.reshape(-1, {shape})."
             else:
                 fix = "Build the VAE with the event_shape of your data, or pass data of that shape."
-            raise ValueError(f"expected x of shape (N, {shape}), got {tuple(x.shape)}. {fix}")
+            raise PyroVAEError(f"expected x of shape (N, {shape}), got {tuple(x.shape)}. {fix}")
         if not x.is_floating_point():
-            raise ValueError(f"expected x of floating point, got {x.dtype}. Convert it: x.float().")
+            raise PyroVAEError(f"expected x of floating point, got {x.dtype}. Convert it: x.float().")
         own = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != own:
-            raise ValueError(f"expected x of {own}, as the networks are, got {x.dtype}. Convert it: x.to({own}).")
+            raise PyroVAEError(f"expected x of {own}, as the networks are, got {x.dtype}. Convert it: x.to({own}).")
         if subsample_size is not None and not isinstance(subsample_size, int):
-            raise ValueError(f"expected subsample_size to be an integer or None, got {type(subsample_size).__name__}.")
+            raise PyroVAEError(
+                f"expected subsample_size to be an integer or None, got {type(subsample_size).__name__}."
+            )
         if is_validation_enabled():
             self.likelihood.check(x)
 
@@ -135,7 +138,7 @@ def register(name: str, module: nn.Module) -> None:
     for suffix, parameter in module.named_parameters():
         key = f"{name}$$${suffix}"
         if any(key in run.nodes and run.nodes[key]["value"] is not parameter for run in runs):
-            raise ValueError(
+            raise PyroVAEError(
                 f"two pairs in one program have parameters of one name, '{key}', of which Pyro would train the last: expected one "
                 "pair. Put the parts of both into a program of your own, with pyro.module statements of different names."
             )
@@ -159,16 +162,16 @@ def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) ->
     """
     if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"expected y to be a tensor with a row for each of {size} data, got {got}.")
+        raise PyroVAEError(f"expected y to be a tensor with a row for each of {size} data, got {got}.")
     if y.is_floating_point() and y.dim() == 2:
         if y.dtype != dtype or not (classes is None or y.shape[1] == classes):
             width = "Y" if classes is None else classes
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected y of {dtype} and shape ({size}, {width}), got {y.dtype} of shape {tuple(y.shape)}."
             )
         return y
     if y.is_floating_point() or y.dim() != 1 or classes is None:
-        raise ValueError(
+        raise PyroVAEError(
             f"expected y to be vectors of floating point, (N, Y), or integer labels, (N,), of a pair with num_classes={classes}, got "
             f"{y.dtype} of shape {tuple(y.shape)}. Build the pair with num_classes, or pass one_hot(y).float()."
         )
@@ -179,7 +182,7 @@ def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) ->
 def check_labels(y: Tensor, lowest: int, classes: int) -> None:
     """Refuse labels that are none of these classes'; while Pyro's validation is on, as looking at values takes time."""
     if is_validation_enabled() and not bool(((y >= lowest) & (y < classes)).all()):
-        raise ValueError(f"expected labels from {lowest} to {classes - 1}, got {int(y.min())} to {int(y.max())}.")
+        raise PyroVAEError(f"expected labels from {lowest} to {classes - 1}, got {int(y.min())} to {int(y.max())}.")
 
 
 def mean_of(posterior: nn.Module, x: Tensor, *given: Tensor) -> Tensor:

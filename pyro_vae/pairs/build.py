@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import BY_NAME, Likelihood
 from pyro_vae.networks import Concatenated, conv_decoder, conv_encoder, mlp
 from pyro_vae.pairs.autoencoder import Autoencoder
@@ -90,7 +91,7 @@ def conv_vae(
     """
     _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], channels=channels)
     if len(event_shape) != 3 or len(channels) == 0:
-        raise ValueError(
+        raise PyroVAEError(
             f"expected an event_shape (C, H, W) and at least one entry in channels, got {tuple(event_shape)} and "
             f"{tuple(channels)}. For vectors, use mlp_vae."
         )
@@ -237,7 +238,7 @@ def mlp_hierarchical_vae(
     _check_sizes(event_shape=event_shape, latent_dims=latent_dims, hidden_dims=hidden_dims)
     widths = list(hidden_dims) * len(latent_dims) if len(hidden_dims) == 1 else list(hidden_dims)
     if not latent_dims or len(widths) != len(latent_dims):
-        raise ValueError(
+        raise PyroVAEError(
             f"expected one layer or more, and a hidden width for each, got latent_dims={tuple(latent_dims)} and "
             f"hidden_dims={tuple(hidden_dims)}."
         )
@@ -256,7 +257,7 @@ def mlp_hierarchical_vae(
         heads = [nn.Linear(width, 2 * z) for width, z in zip(widths, latent_dims, strict=True)]
         posterior = Ladder(encoders, heads, shape)
     else:
-        raise ValueError(f"expected guide to be 'ladder' or 'bottom_up', got {guide!r}.")
+        raise PyroVAEError(f"expected guide to be 'ladder' or 'bottom_up', got {guide!r}.")
     return HierarchicalVAE(
         prior=StandardNormal(latent_dims[-1]),
         layers=[
@@ -304,7 +305,7 @@ def mlp_autoencoder(
 
 def _check_posterior(posterior: Any) -> None:
     if not (isinstance(posterior, type) and issubclass(posterior, Posterior)):
-        raise ValueError(
+        raise PyroVAEError(
             f"expected posterior to be a subclass of pv.Posterior, such as pv.FullNormal, got {posterior!r}. One with options, or none "
             "of these, goes in afterwards: vae.posterior = pv.LowRankNormal(encoder, event_shape, rank=4)."
         )
@@ -315,14 +316,14 @@ def find_likelihood(likelihood: str | type[Likelihood], options: dict[str, Any])
     family = BY_NAME.get(likelihood) if isinstance(likelihood, str) else likelihood
     if not (isinstance(family, type) and issubclass(family, Likelihood)):
         names = ", ".join(map(repr, BY_NAME))
-        raise ValueError(
+        raise PyroVAEError(
             f"expected likelihood to be one of {names}, or a subclass of pv.Likelihood, got {likelihood!r}."
         )
     known = [name for name in inspect.signature(family).parameters if name not in ("decoder", "event_shape")]
     for name, value in options.items():
         if name not in known:
             has = ", ".join(known) if known else "none"
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected options of {family.__name__} (it has {has}), got {name}={value!r}. Drop it, or pass another likelihood."
             )
     return family
@@ -332,4 +333,4 @@ def _check_sizes(**sizes: Sequence[int]) -> None:
     for name, values in sizes.items():
         empty = isinstance(values, Sequence) and len(values) == 0 and name == "event_shape"
         if empty or not isinstance(values, Sequence) or not all(isinstance(v, int) and v > 0 for v in values):
-            raise ValueError(f"expected {name} of positive integers, got {values!r}.")
+            raise PyroVAEError(f"expected {name} of positive integers, got {values!r}.")

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
 from pyro_vae.pairs.base import Pair, evaluates, register
@@ -68,7 +69,7 @@ class Ladder(nn.Module):
     def __init__(self, encoders: Sequence[nn.Module], heads: Sequence[nn.Module], event_shape: tuple[int, ...]) -> None:
         super().__init__()
         if len(encoders) != len(heads):
-            raise ValueError(f"expected a head for each encoder, got {len(encoders)} and {len(heads)}.")
+            raise PyroVAEError(f"expected a head for each encoder, got {len(encoders)} and {len(heads)}.")
         self.encoders = nn.ModuleList(encoders)
         self.heads = nn.ModuleList(heads)
         self.event_shape = tuple(event_shape)
@@ -125,7 +126,7 @@ class HierarchicalVAE(Pair):
         super().__init__()
         given = len(posterior.posteriors if isinstance(posterior, BottomUp) else posterior.encoders)
         if given != len(layers) + 1:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected a guide of {len(layers) + 1} layers, as the prior and {len(layers)} layers below it make, got {given}."
             )
         self.prior = prior
@@ -188,12 +189,12 @@ def _independent_normal(distribution: Any, size: int, layer: int) -> Any:
     """The normal of each dimension of a layer of the model, which a ladder multiplies with its own."""
     normal = getattr(distribution, "base_dist", None)
     if not isinstance(normal, dist.Normal):
-        raise ValueError(
+        raise PyroVAEError(
             f"a Ladder multiplies densities: expected layers of independent normals, such as pv.DiagonalNormal, at z{layer}, got "
             f"{type(distribution).__name__}. Use such a layer, or pv.BottomUp as the guide."
         )
     if normal.loc.shape[-1] != size:
-        raise ValueError(
+        raise PyroVAEError(
             f"expected z{layer} to have one size in model and guide, got a layer of {normal.loc.shape[-1]} dimensions and a head "
             f"for {size}. Give the head 2 outputs for each dimension of the layer."
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 
 SAMPLES_AT_ONCE = 4096  # data times samples, of which the decoder's outputs are in memory
@@ -33,7 +34,7 @@ def impute(
         ValueError: `num_samples` is no positive integer, or all weights of a datum are zero.
     """
     if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"expected num_samples to be a positive integer, got {num_samples!r}.")
+        raise PyroVAEError(f"expected num_samples to be a positive integer, got {num_samples!r}.")
     at_once = max(1, SAMPLES_AT_ONCE // max(1, len(x)))
     highest = x.new_full((len(x),), -torch.inf)
     total, statistic = torch.zeros_like(highest), x.new_zeros(())
@@ -50,7 +51,7 @@ def impute(
         total = total * kept + weights.sum(0)
         statistic = statistic * kept.reshape(by_datum) + (drawn * weights.reshape(len(z), *by_datum)).sum(0)
     if bool((total == 0).any()):
-        raise ValueError(
+        raise PyroVAEError(
             f"all {num_samples} importance weights are zero at {int((total == 0).sum())} data: expected a guide whose samples "
             "explain what is observed. Take more samples, or train it on."
         )

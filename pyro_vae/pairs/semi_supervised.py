@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
 from pyro_vae.pairs.base import Pair, check_labels, evaluates, indicators, mean_of, register
@@ -71,7 +72,7 @@ class SemiSupervisedVAE(Pair):
     ) -> None:
         super().__init__()
         if not 0 <= classifier_weight < torch.inf:
-            raise ValueError(f"expected classifier_weight to be a number, at least 0, got {classifier_weight!r}.")
+            raise PyroVAEError(f"expected classifier_weight to be a number, at least 0, got {classifier_weight!r}.")
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = posterior
@@ -168,7 +169,7 @@ class SemiSupervisedVAE(Pair):
             return torch.full((len(x), 1), UNOBSERVED, device=x.device)
         if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (len(x),):
             got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected y to be integer labels of shape ({len(x)},), {UNOBSERVED} where one is not observed, got {got}."
             )
         check_labels(y, UNOBSERVED, self.num_classes)

@@ -22,8 +22,9 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_vae.batch_plate import Plate, Site, Sites, plates
-from pyro_vae.tracing import being_traced
+from pyro_vae.compiled.tracing import being_traced
+from pyro_vae.engine.batch_plate import Plate, Site, Sites, plates
+from pyro_vae.errors import PyroVAEError
 
 
 def check_sites(model: Sites, guide: Sites) -> None:
@@ -31,25 +32,25 @@ def check_sites(model: Sites, guide: Sites) -> None:
     latent = sorted(name for name, site in model.items() if not site["is_observed"])
     for name, site in guide.items():
         if site["is_observed"] and not _is_factor(site):
-            raise ValueError(
+            raise PyroVAEError(
                 f"guide site '{name}' is observed in the guide: expected a latent site, since the density of data under "
                 "the guide belongs to no bound. Drop it from the guide."
             )
         if site["is_observed"] or site["infer"].get("is_auxiliary"):
             continue
         if name not in model:
-            raise ValueError(
+            raise PyroVAEError(
                 f"guide site '{name}' is missing in the model: expected every latent site of the guide to be one of the "
                 f"model's, {latent}. Rename it, or drop it."
             )
         if model[name]["is_observed"]:
-            raise ValueError(
+            raise PyroVAEError(
                 f"guide site '{name}' is observed in the model: expected a latent site. Drop it from the guide, or drop "
                 "obs= from the model."
             )
     for name in latent:
         if name not in guide:
-            raise ValueError(
+            raise PyroVAEError(
                 f"model site '{name}' is latent and missing in the guide: expected a guide site for every latent site of "
                 f"the model, got {sorted(guide)}. Sample '{name}' in the guide too, or observe it."
             )
@@ -64,7 +65,7 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
             plated = ((1,) * (-particle_dim - 1) + batch)[len(batch) :]
             shapes.append((plated, tuple(site["fn"].event_shape)))
         if shapes[0] != shapes[1]:
-            raise ValueError(
+            raise PyroVAEError(
                 f"model and guide disagree on the shape of site '{name}': expected one batch shape and one event shape, "
                 f"got {shapes[0][0]} and {shapes[0][1]} in the model, {shapes[1][0]} and {shapes[1][1]} in the guide. "
                 "Put it in the same plates in both, with the same to_event."
@@ -76,7 +77,7 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
                     continue
                 shape = site["unscaled_log_prob"].shape if "unscaled_log_prob" in site else site["fn"].batch_shape
                 if torch.broadcast_shapes(site[what].shape, shape) != shape:
-                    raise ValueError(
+                    raise PyroVAEError(
                         f"the {what} at {where} site '{name}' does not fit it: expected one that broadcasts to the site's "
                         f"batch shape {tuple(shape)}, got {tuple(site[what].shape)}. Put it around the sites it is meant "
                         "for alone."
@@ -96,7 +97,7 @@ def not_reparameterised(guide: Sites) -> list[str]:
 def check_reparameterised(guide: Sites) -> None:
     """A pathwise gradient flows through every site of the guide."""
     for name in not_reparameterised(guide):
-        raise ValueError(
+        raise PyroVAEError(
             f"guide site '{name}' can't be reparameterised: expected a distribution with rsample, got "
             f"{family(guide[name]['fn'])}, through which no whole pathwise gradient flows. Use an objective with "
             "gradient='score', or, with two particles or more, gradient='vimco'; or a reparameterised family; or, for "
@@ -109,7 +110,7 @@ def check_supports(guide: Sites) -> None:
     for name, site in guide.items():
         ends = _ends(site["fn"], site["unscaled_log_prob"])
         if any(end.requires_grad and bool(end.isfinite().any()) for end in ends):
-            raise ValueError(
+            raise PyroVAEError(
                 f"guide site '{name}' ({family(site['fn'])}) has a support that depends on parameters: expected one that is "
                 "the same for all of them, since the score leaves out what bounds that move add to a gradient. Use "
                 "gradient='pathwise', or a family whose support is fixed."
@@ -181,26 +182,26 @@ def check_densities(model: Sites, guide: Sites) -> None:
     latent = [name for name in guide if name in model]
     points = [name for name in latent if isinstance(unwrapped(guide[name]["fn"]), Delta)]
     if auxiliary and len(points) < len(latent):
-        raise ValueError(
+        raise PyroVAEError(
             f"guide site '{auxiliary[0]}' is auxiliary beside sampled latent sites: expected auxiliary sites only where "
             "every latent is a function of them (a Delta, as in Pyro's autoguides), since the model has no density for "
             "them. Drop it, or use pv.ELBO's pathwise loss."
         )
     if points and not auxiliary:
-        raise ValueError(
+        raise PyroVAEError(
             f"guide site '{points[0]}' is a point (Delta): expected a density, since log p(x, z) - log q(z|x) at a point "
             "bounds nothing. Use a guide with a spread, or pv.ELBO(kl='monte_carlo')'s loss for a maximum a posteriori fit."
         )
     sizes = [sum(_size(guide[n], guide[n]) for n in auxiliary), sum(_size(guide[n], model[n]) for n in points)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise PyroVAEError(
             f"auxiliary guide sites {auxiliary} and the points (Delta) {points} differ in size: expected as many "
             f"dimensions in both, got {sizes[0]} and {sizes[1]}, since a density over more or fewer is none of the latents. "
             "Sample the latents themselves, or use pv.ELBO's pathwise loss."
         )
     for name in latent:
         if not same_masks(model[name], guide[name]):
-            raise ValueError(
+            raise PyroVAEError(
                 f"masks differ at site '{name}': expected model and guide to mask the same data, since elsewhere only "
                 "one of two densities counts. Put one mask around both programs, or use pv.ELBO's pathwise loss."
             )
@@ -241,7 +242,7 @@ def _find_unmasked(name: str, latent: Site, kept: Tensor, after: Sites) -> None:
         if alike or _in_other_turn(latent, site):
             continue
         if _counts_outside(kept, plates(latent), tuple(plates(site)), _kept(site, in_part=True)):
-            raise ValueError(
+            raise PyroVAEError(
                 f"model site '{name}' is masked where the later site '{later}' is not: expected all that may depend on a "
                 f"masked latent to be masked with it, since its sample has no density there. Mask '{later}' too, sample it "
                 f"before '{name}' if it does not depend on it, or use pv.ELBO's pathwise loss."

@@ -17,10 +17,11 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.agreement import equal
-from pyro_vae.batch_plate import Site, Sites
-from pyro_vae.modules import Program
-from pyro_vae.runs import Flow, Particles, Run, run_particles
+from pyro_vae.engine.agreement import equal
+from pyro_vae.engine.batch_plate import Site, Sites
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Flow, Particles, Run, run_particles
+from pyro_vae.errors import PyroVAEError
 
 Terms = Iterable[tuple[Site, Tensor]]  # summands of a log-density, each with the site whose scale and mask it takes
 
@@ -134,7 +135,7 @@ def datum_scale(run: Run) -> Tensor | float:
     scale = site["scale"]
     for words, other in others:
         if not equal(scale, other["scale"]):
-            raise ValueError(
+            raise PyroVAEError(
                 f"scales differ between sites: expected one scale for the whole datum, got {scale} at {first} and "
                 f"{other['scale']} at {words}. Scale model and guide alike, to anneal a KL use pv.ELBO(beta=...), or use "
                 "pv.ELBO's pathwise or STL loss, in which each term may have its own scale."
@@ -142,7 +143,7 @@ def datum_scale(run: Run) -> Tensor | float:
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale
     if scale.dim() < -plate.dim or scale.numel() != scale.shape[plate.dim]:
-        raise ValueError(
+        raise PyroVAEError(
             f"a scale varies inside a datum: expected a number or one value for each row of plate '{plate.name}', "
             f"got shape {tuple(scale.shape)}. Scale whole data, or use pv.ELBO's pathwise loss."
         )

@@ -22,8 +22,9 @@ from pyro.util import check_site_shape
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyro_vae import rng
-from pyro_vae.agreement import (
+from pyro_vae.compiled.tracing import being_traced
+from pyro_vae.engine import rng
+from pyro_vae.engine.agreement import (
     check_densities,
     check_reparameterised,
     check_shapes,
@@ -32,10 +33,10 @@ from pyro_vae.agreement import (
     not_reparameterised,
     unwrapped,
 )
-from pyro_vae.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
-from pyro_vae.modules import Program, evaluating, find_modules
-from pyro_vae.sequential import DrawAsOneOf
-from pyro_vae.tracing import being_traced
+from pyro_vae.engine.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
+from pyro_vae.engine.modules import Program, evaluating, find_modules
+from pyro_vae.engine.particles import DrawAsOneOf
+from pyro_vae.errors import PyroVAEError
 
 T = TypeVar("T")
 
@@ -60,9 +61,9 @@ class Particles:
     def __post_init__(self) -> None:
         for name, value in (("num_particles", self.number), ("chunk_size", self.chunk_size)):
             if not (name == "chunk_size" and value is None) and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"expected {name} to be a positive integer, got {value!r}.")
+                raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}.")
         if self.chunk_size is not None and not self.vectorize:
-            raise ValueError(
+            raise PyroVAEError(
                 "chunk_size splits the particles of a vectorised run: expected vectorize_particles=True with it, got "
                 "False, which runs them one at a time. Drop one of the two."
             )
@@ -369,7 +370,7 @@ class _Program:
                 stopped = poutine.trace(poutine.replay(guide, trace=stopped)).get_trace(*self.args, **self.kwargs)
             stopped.compute_log_prob()
         except (NotImplementedError, KeyError) as error:
-            raise ValueError(
+            raise PyroVAEError(
                 "the density of a guide site at a given value, without the sample's history, failed: expected "
                 "distributions that can evaluate it, got one that can't (a flow without an inverse, most likely). Use "
                 "gradient='pathwise', or a flow with an inverse."
@@ -380,7 +381,7 @@ class _Program:
                 continue
             # A loss that is linear in the densities has the path through the point; its log-density it would lose.
             if torch.as_tensor(fn.log_density).requires_grad or (self.in_plate and fn.v.requires_grad):
-                raise ValueError(
+                raise PyroVAEError(
                     f"guide site '{name}' is a point (Delta) that depends on parameters besides auxiliary samples: expected a "
                     "fixed function of them, since its density is no score. Use gradient='pathwise', or sample "
                     f"'{name}' itself from a distribution."
@@ -389,7 +390,7 @@ class _Program:
             for name in names:
                 again: Any = stopped.nodes[name]
                 if not torch.allclose(sites[name]["log_prob"], again["log_prob"], rtol=1e-3, atol=1e-2, equal_nan=True):
-                    raise ValueError(
+                    raise PyroVAEError(
                         f"guide site '{name}' has another density when the guide runs again at the same values: expected "
                         "a guide that is a function of its samples. Turn dropout off (eval()), or use "
                         "gradient='pathwise'."
@@ -491,7 +492,7 @@ def require_parameters(*traces: Trace) -> dict[str, Tensor]:
     """The parameters in these traces, by name; refuse a program without any."""
     found = {name: value for trace in traces for name, value in parameters_of(trace).items()}
     if not found:
-        raise ValueError(
+        raise PyroVAEError(
             "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
             "pyro.module statement."
         )

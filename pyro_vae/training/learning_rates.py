@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_vae.errors import PyroVAEError
+
 
 def make(
     function: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer, validates: bool
@@ -17,24 +19,24 @@ def make(
     scheduler = function(optimizer) if callable(function) else function
     if not callable(function) or not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
         another = " of another optimizer" if isinstance(scheduler, LRScheduler) else ""
-        raise ValueError(
+        raise PyroVAEError(
             "expected lr_scheduler to be a function that makes a scheduler of torch.optim.lr_scheduler of the optimizer it is "
             f"called with, got {'one that makes ' if callable(function) else ''}{type(scheduler).__name__}{another}. Pass, say, "
             "lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.95)."
         )
     if isinstance(scheduler, ReduceLROnPlateau):
         if not validates:
-            raise ValueError(
+            raise PyroVAEError(
                 "ReduceLROnPlateau waits for the validation bound to stop rising: expected validation data with it, got none. "
                 "Pass validation=..., or another scheduler."
             )
         if scheduler.threshold_mode != "abs":
-            raise ValueError(
+            raise PyroVAEError(
                 "ReduceLROnPlateau compares by ratio, by which a worse loss below zero is a better one: expected threshold_mode='abs', "
                 f"got {scheduler.threshold_mode!r}. Pass threshold_mode='abs'; threshold is then in nats."
             )
         if scheduler.mode != "min":
-            raise ValueError(
+            raise PyroVAEError(
                 "ReduceLROnPlateau is given minus the validation bound, a loss: expected mode='min', got "
                 f"{scheduler.mode!r}. Drop the mode."
             )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_vae.tracing import being_traced
+from pyro_vae.compiled.tracing import being_traced
+from pyro_vae.errors import PyroVAEError
 
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
 
@@ -31,14 +32,14 @@ def find_batch_plate(sites: Sites) -> Plate:
             site or a factor outside it), or a plate inside it is subsampled.
     """
     if not sites:
-        raise ValueError(
+        raise PyroVAEError(
             "no sample sites: expected a program whose log-density has terms, got none in model and guide. Was it called "
             "without the data that it observes?"
         )
     stacks = {words: plates(site) for words, site in sites.items()}
     common = set.intersection(*map(set, stacks.values()))
     if not common:
-        raise ValueError(_why_none(sites, stacks))
+        raise PyroVAEError(_why_none(sites, stacks))
     batch = next(plate for plate in next(iter(stacks.values())) if plate in common)
     if batch.size < 0:  # pyro.plate("data"), of any size: the sites' own
         shapes = [site["unscaled_log_prob"].shape for site in sites.values()]
@@ -46,17 +47,17 @@ def find_batch_plate(sites: Sites) -> Plate:
         batch = batch._replace(size=size, full_size=size)
         for words, shape in zip(sites, shapes, strict=True):
             if size > 1 and (len(shape) < -batch.dim or shape[batch.dim] != size):
-                raise ValueError(
+                raise PyroVAEError(
                     f"{words} has no value for each row of the batch plate '{batch.name}', which was made without a size: "
                     f"expected a batch shape with {size} at dim {batch.dim}, got {tuple(shape)}, so that all data share "
                     f"one. Give the plate its size, pyro.plate('{batch.name}', {size}), or expand the distribution to it."
                 )
     for words, site in sites.items():
         if _swallows(site, batch):
-            raise ValueError(_to_event(words, site, f"the batch plate '{batch.name}'"))
+            raise PyroVAEError(_to_event(words, site, f"the batch plate '{batch.name}'"))
         for frame in site["cond_indep_stack"]:
             if frame.name not in (batch.name, PARTICLE_PLATE) and frame.full_size != frame.size:
-                raise ValueError(
+                raise PyroVAEError(
                     f"plate '{frame.name}', inside the batch plate '{batch.name}', is subsampled ({frame.size} of "
                     f"{frame.full_size}): expected whole data, since the log-weight of a part of a datum bounds "
                     f"nothing. Subsample '{batch.name}' alone, or use pv.ELBO's pathwise loss, which is linear and stays "

@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from pyro_vae import checkpoint as checkpoints
-from pyro_vae import learning_rates, rng
-from pyro_vae.compilation import Compiled, CompiledStep, OnCompile
-from pyro_vae.minibatches import Minibatches
-from pyro_vae.modules import Program, buffers, evaluating, find_modules
-from pyro_vae.runs import require_parameters, sample_sites, trace_once
-from pyro_vae.supports import Supports
+from pyro_vae.compiled.step import Compiled, CompiledStep, OnCompile
+from pyro_vae.compiled.supports import Supports
+from pyro_vae.engine import rng
+from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.modules import Program, buffers, evaluating, find_modules
+from pyro_vae.engine.program import require_parameters, sample_sites, trace_once
+from pyro_vae.errors import NotFiniteError, PyroVAEError
+from pyro_vae.training import checkpoint as checkpoints
+from pyro_vae.training import learning_rates
 
 
 def fit(
@@ -113,7 +115,7 @@ def fit(
         Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, ICLR.
     """
     if not isinstance(epochs, int) or epochs < 1 or not (0 < lr < math.inf):
-        raise ValueError(f"expected epochs to be a positive integer and lr positive, got {epochs!r} and {lr!r}.")
+        raise PyroVAEError(f"expected epochs to be a positive integer and lr positive, got {epochs!r} and {lr!r}.")
     lr = float(lr)  # NumPy's numbers could not be read back from a checkpoint
     batches = Minibatches(data, batch_size, "data")
     held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
@@ -124,7 +126,7 @@ def fit(
         pyro.set_rng_seed(seed)
 
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
-        raise ValueError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
+        raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     example = batches.example()
     parameters, model_trace = _prepare(model, guide, objective, batches, example)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
@@ -296,19 +298,19 @@ class _Training:
         saved = {"compile": False, "lr_scheduler": None} | state["settings"]
         for name, value in self.settings.items():
             if saved[name] != value:
-                raise ValueError(
+                raise PyroVAEError(
                     f"the checkpoint {path} was written with {name}={saved[name]!r}, and {name}={value!r} is "
                     "asked for: expected the same, to end where an unbroken run ends. Pass the same, or a new path."
                 )
         best = state.get("best")
         if (best is None) != (self.patience is None):
-            raise ValueError(
+            raise PyroVAEError(
                 f"the checkpoint {path} was written {'without' if best is None else 'with'} patience, and "
                 f"patience={self.patience!r} is asked for: expected a number if it began with one, which may be another, since the "
                 "best epoch's parameters are kept from the first on. Pass that, or a new path."
             )
         if len(state["history"]) > epochs:
-            raise ValueError(
+            raise PyroVAEError(
                 f"the checkpoint {path} holds {len(state['history'])} epochs, and {epochs} in all are asked for. Ask for "
                 "at least as many, or pass a new path."
             )
@@ -322,7 +324,7 @@ class _Training:
             self.objective.step = state["step"]
         self.rows, self.best = list(state["history"]), best
 
-    def _not_finite(self, what: str) -> FloatingPointError:
+    def _not_finite(self, what: str) -> NotFiniteError:
         before = self.epoch - 1
         kept = (
             f" The checkpoint {self.checkpoint} is as it was after epoch {before}."
@@ -330,7 +332,7 @@ class _Training:
             else ""
         )
         lr = self.optimizer.param_groups[0]["lr"]
-        return FloatingPointError(
+        return NotFiniteError(
             f"{what} in epoch {self.epoch}, step {self.step}. Likely causes: a learning rate too high (lr={lr:g}), a scale that "
             "went to zero (a Gaussian's, where pixels are constant), or data outside the likelihood's support." + kept
         )
@@ -401,7 +403,7 @@ def _check_minibatches(model_trace: Trace, size: int) -> None:
         return  # scaled to all data: each minibatch's loss estimates the whole
     for name, stack in frames.items():
         if all(frame.size != size for frame in stack):
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected a program whose minibatches add up to the data, got model site '{name}' outside the data's "
                 f"plate of size {size}: its term would count once for each minibatch. Move it inside; or give the "
                 "plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass batch_size=N."
@@ -412,11 +414,11 @@ def _check_patience(patience: int | None, held_out: Minibatches | None) -> None:
     if patience is None:
         return
     if not isinstance(patience, int) or patience < 1:
-        raise ValueError(
+        raise PyroVAEError(
             f"expected patience to be a positive integer, of epochs, got {patience!r}. None never stops early."
         )
     if held_out is None:
-        raise ValueError(
+        raise PyroVAEError(
             "patience counts epochs in which the validation bound has not risen: expected validation data with it, got none. "
             "Pass validation=..., or drop patience."
         )

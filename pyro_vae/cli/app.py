@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # commands import what they need, so that --help does not wai
     import pandas as pd
 
     from pyro_vae import VAE
+    from pyro_vae.cli.report import Report
     from pyro_vae.data import Dataset, Split
-    from pyro_vae.report import Report
 
 # What a run may go on with a new value of, as no epoch depends on it; what runs were before there was a choice.
 MAY_CHANGE = {"pyro_vae", "root", "epochs"}
@@ -143,7 +143,7 @@ def train(
         raise UsageError("--patience needs images for validation, got none. Pass --validation 100, say, or drop it.")
 
     import pyro_vae as pv
-    from pyro_vae import checkpoint as checkpoints
+    from pyro_vae.training import checkpoint as checkpoints
 
     with _explained():
         bound: pv.Objective
@@ -246,7 +246,7 @@ def evaluate(
     dataset, vae = _load(run)
 
     import pyro_vae as pv
-    from pyro_vae import report as reports
+    from pyro_vae.cli import report as reports
 
     x = dataset.test.x[:num_images]
     with _explained(), warnings.catch_warnings():

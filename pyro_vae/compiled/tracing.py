@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from pyro_vae.errors import PyroVAEError
+
 GENERATED = (
     "<frozen",
     "<eval_with_key",
@@ -81,12 +83,12 @@ def _trace(function: Callable[..., Any], args: Sequence[Tensor]) -> Traced:
         with pyro.validation_enabled(False):
             graph = make_fx(refusing)(*args)
     except _ReadsValues as error:
-        raise ValueError(
+        raise PyroVAEError(
             f"the program can't be traced, since it reads a tensor's value ({error}), at {users_line(error)}: expected "
             f"operations that depend on shapes alone, as a compiled step does the same whatever its data are. {FIX}"
         ) from error
     if _other_generators() != elsewhere:
-        raise ValueError(
+        raise PyroVAEError(
             "the program can't be traced, since it draws from Python's or NumPy's random numbers, which would be frozen as they "
             f"were: expected draws from torch or Pyro alone. Use torch.rand, say. {FIX}"
         )
@@ -127,7 +129,7 @@ def _check_same(first: Traced, second: Traced) -> None:
         what = "a constant that is another tensor each time"
     else:
         return
-    raise ValueError(
+    raise PyroVAEError(
         f"the program can't be traced, since it does something else when run again: expected the same operations for any "
         f"data, got {what}. A Python counter, or values that left a tensor, would be frozen as they were. Pass what changes as a tensor "
         "argument, or run it uncompiled (compile=False in pv.fit)."

@@ -9,10 +9,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.agreement import interval, masks, plain, support_of, validates
-from pyro_vae.minibatches import Minibatches
-from pyro_vae.modules import Program, find_modules
-from pyro_vae.runs import sample_sites
+from pyro_vae.engine.agreement import interval, masks, plain, support_of, validates
+from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.modules import Program, find_modules
+from pyro_vae.engine.program import sample_sites
+from pyro_vae.errors import PyroVAEError
 
 
 class Supports:
@@ -58,7 +59,7 @@ class Supports:
         bad = ~support.check(data).reshape(len(data), -1).all(-1)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected data in the support of model site '{name}', {support}, got {int(bad.sum())} of {len(data)} outside, "
                 f"row {row} with values from {data[row].min():.3g} to {data[row].max():.3g}. Convert those data, drop them, or "
                 "choose another distribution."

@@ -22,7 +22,7 @@ from torch.distributions import (
     Uniform,
 )
 
-from pyro_vae import rng
+from pyro_vae.engine import rng
 
 
 class DrawAsOneOf(Messenger):

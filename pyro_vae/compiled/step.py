@@ -16,11 +16,12 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pyro_vae import rng
-from pyro_vae.modules import Program, evaluating, find_modules
+from pyro_vae.compiled.tracing import trace, unchanged, writes_undone
+from pyro_vae.engine import rng
+from pyro_vae.engine.modules import Program, evaluating, find_modules
+from pyro_vae.engine.program import require_parameters, trace_once
+from pyro_vae.errors import MissingCompilerError, PyroVAEError
 from pyro_vae.objectives import Objective
-from pyro_vae.runs import require_parameters, trace_once
-from pyro_vae.tracing import trace, unchanged, writes_undone
 
 MAX_KINDS = 8  # of arguments that one function is compiled for
 
@@ -75,7 +76,7 @@ class CompiledFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns, without gradients."""
         if am_i_wrapped():
-            raise ValueError(
+            raise PyroVAEError(
                 "compiled code runs no Pyro handlers: expected it to be called outside of all of them, got one around the call "
                 "(poutine.scale or mask, a plate, say). Put the handler inside the model and the guide."
             )
@@ -91,7 +92,7 @@ class CompiledFunction:
             compiled = self._compile(leaves, structure, tensors)
             self.compiled[(*kind, *_modes(self.modules))] = compiled  # it may have found more modules
         if any(tensor._version != version for tensor, version in compiled.read):
-            raise ValueError(
+            raise PyroVAEError(
                 "a tensor of integers that the program read when it was compiled has changed since: expected a constant, such as "
                 "a permutation. Pass what changes as an argument, and keep it in tensors, or run the program uncompiled."
             )
@@ -104,7 +105,7 @@ class CompiledFunction:
 
     def _compile(self, leaves: list[Any], structure: Any, tensors: list[Tensor]) -> Compiled:
         if len(self.compiled) == MAX_KINDS:
-            raise ValueError(
+            raise PyroVAEError(
                 f"compiled for {MAX_KINDS} kinds of arguments, and another came: expected arguments of few shapes, and tensors for "
                 "what changes from call to call, since anything else is a constant of the code. Pass torch.tensor(value), "
                 "or pad the data to one shape."
@@ -159,7 +160,7 @@ def _kind(leaf: Any) -> Any:
     try:
         hash(leaf)
     except TypeError:
-        raise ValueError(
+        raise PyroVAEError(
             "compiled code takes tensors, and constants such as numbers and strings, also in tuples, lists and dictionaries: got "
             f"{type(leaf).__name__}. Pass torch.as_tensor(...)."
         ) from None
@@ -184,7 +185,7 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
     except Exception as error:
         if "InvalidCxxCompiler" not in str(error):
             raise
-        raise RuntimeError(
+        raise MissingCompilerError(
             f"compiled code needs a C++ compiler: expected one that works, got none ({error}). Install one (g++, say; the "
             "variable CXX names another), or run the program uncompiled."
         ) from error
@@ -237,7 +238,7 @@ class CompiledStep:
         check_compiled(objective)
         stepping = isinstance(optimizer, torch.optim.Optimizer | PyroOptim)
         if not stepping or isinstance(optimizer, torch.optim.LBFGS):  # which runs the loss several times
-            raise ValueError(
+            raise PyroVAEError(
                 "expected an optimizer that steps on one gradient, such as torch.optim.Adam(vae.parameters(), lr=1e-3) or "
                 f"pyro.optim.Adam({{'lr': 1e-3}}), got {_shown(optimizer)}."
             )
@@ -301,7 +302,7 @@ class CompiledStep:
             whole = loss / len(args[0]) if self.mean else loss
             gradients = torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
             if all(gradient is None for gradient in gradients):
-                raise ValueError(
+                raise PyroVAEError(
                     f"expected an optimizer of parameters that the loss depends on, got one of {len(self.parameters)} others. Build "
                     "it on the program's, torch.optim.Adam(vae.parameters()), say, after the last change of the networks."
                 )
@@ -316,7 +317,7 @@ class CompiledStep:
         if not isinstance(self.optimizer, PyroOptim):
             parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
             if not parameters:
-                raise ValueError(
+                raise PyroVAEError(
                     "expected an optimizer of parameters that require a gradient, got one without any. Unfreeze some."
                 )
             return parameters
@@ -376,20 +377,20 @@ def compile_step(
 def check_compiled(objective: Any) -> None:
     """Refuse an objective whose runs can't be one graph."""
     if isinstance(objective, pyro.infer.ELBO) and not isinstance(objective, Objective):
-        raise ValueError(
+        raise PyroVAEError(
             f"compiled code expected an objective of pyro_vae, got Pyro's {_shown(objective)}: those read a value back at every "
             "step, and TraceEnum_ELBO's enumeration is no part of this package. Use pv.ELBO or pv.IWAE, or run it uncompiled."
         )
     if not isinstance(objective, Objective):
         order = " The objective comes before the optimizer." if isinstance(objective, torch.optim.Optimizer) else ""
-        raise ValueError(f"expected an objective such as pv.ELBO(), got {_shown(objective)}.{order}")
+        raise PyroVAEError(f"expected an objective such as pv.ELBO(), got {_shown(objective)}.{order}")
     if objective.chunk_size is not None:
-        raise ValueError(
+        raise PyroVAEError(
             f"compiled code holds the whole run: expected an objective without chunk_size, got {objective.chunk_size}. "
             "Drop it, or run it uncompiled."
         )
     if objective.num_samples > 1 and not objective.vectorize_particles:
-        raise ValueError(
+        raise PyroVAEError(
             "compiled code runs all particles at once: expected vectorize_particles=True, got False. Let the program take a "
             "leading dimension (pyro_vae.networks.apply_batched), or run it uncompiled."
         )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.modules import Program, buffers, find_modules
-from pyro_vae.runs import find_parameters
+from pyro_vae.engine.modules import Program, buffers, find_modules
+from pyro_vae.engine.program import find_parameters
+from pyro_vae.errors import PyroVAEError
 
 FORMAT = "pyro_vae checkpoint 1"
 
@@ -38,19 +39,19 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"expected {path} to be a checkpoint, got a folder. Pass the file in it.")
+        raise PyroVAEError(f"expected {path} to be a checkpoint, got a folder. Pass the file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Train first, or check the path.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise PyroVAEError(
             f"{path} can't be read as a checkpoint: it is truncated, or another kind of file. Delete it and train "
             "again, or pass another path."
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"expected {path} to be a '{FORMAT}', got {found!r}. Pass the path that pv.fit wrote.")
+        raise PyroVAEError(f"expected {path} to be a '{FORMAT}', got {found!r}. Pass the path that pv.fit wrote.")
     return state
 
 
@@ -66,7 +67,7 @@ def check_readable(name: str, value: Any) -> None:
         file.seek(0)
         torch.load(file, weights_only=True)
     except (AttributeError, TypeError, pickle.PickleError) as error:
-        raise ValueError(
+        raise PyroVAEError(
             f"a checkpoint is read without running code: expected {name} of tensors and plain Python values, got {value!r}. "
             "Pass float(...) or int(...) of NumPy's numbers, or no checkpoint."
         ) from error
@@ -118,7 +119,7 @@ def restore(
         here = {name: (tuple(value.shape), value.dtype) for name, value in own.items()}
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
-                raise ValueError(
+                raise PyroVAEError(
                     f"the checkpoint {path} is of another program: expected its {what} '{name}' to be as in this one, "
                     f"{_describe(here.get(name))}, got {_describe(there.get(name))}. Build the program that was trained, "
                     "or pass another path."

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_vae import rng
+from pyro_vae.engine import rng
+from pyro_vae.errors import PyroVAEError
 
 Batch = tuple[Any, ...]  # what a program is called with
 
@@ -24,7 +25,7 @@ class Minibatches:
         self.loader = data if isinstance(data, DataLoader) else None
         if self.loader is not None:
             if batch_size is not None and name == "data":
-                raise ValueError("expected no batch_size with a DataLoader, which has its own. Set it there.")
+                raise PyroVAEError("expected no batch_size with a DataLoader, which has its own. Set it there.")
             self.batch_size, self.size = self.loader.batch_size, None
             try:
                 self.steps: int | None = len(self.loader)
@@ -33,27 +34,27 @@ class Minibatches:
             return
         self.batch_size = 128 if batch_size is None else batch_size
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(f"expected batch_size to be a positive integer, got {batch_size!r}.")
+            raise PyroVAEError(f"expected batch_size to be a positive integer, got {batch_size!r}.")
         self.columns: Sequence[Any] = data if isinstance(data, tuple | list) else (data,)
         others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str)
         usable = (hasattr(column, "__getitem__") and not isinstance(column, others) for column in self.columns)
         if not self.columns or not all(usable):
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected {name} to be a tensor, a split of pv.data, a tuple of tensors or a DataLoader, got "
                 f"{type(data).__name__}. Use torch.as_tensor(x) for an array, torch.tensor(x.to_numpy(), dtype=torch.float32) for a "
                 "DataFrame, and a DataLoader for another data set."
             )
         sizes = {len(column) for column in self.columns}
         if len(sizes) > 1:
-            raise ValueError(
+            raise PyroVAEError(
                 f"expected {name} to be tensors of one length, got lengths {[len(c) for c in self.columns]}."
             )
         self.size = sizes.pop()
         if self.size == 0 and name == "data":
-            raise ValueError("expected data to train on, got none.")
+            raise PyroVAEError("expected data to train on, got none.")
         for column in self.columns:
             if isinstance(column, Tensor) and not bool(torch.isfinite(column).all()):
-                raise ValueError(
+                raise PyroVAEError(
                     f"expected {name} to be finite, got NaN or infinity. Drop those rows; or, where they are "
                     "missing values, pass (x.nan_to_num(), ~x.isnan()) to a model with a mask, such as pv.VAE's."
                 )
@@ -92,7 +93,7 @@ class Minibatches:
             for batch in self.loader:
                 columns = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
                 if not isinstance(columns[0], Tensor):
-                    raise ValueError(
+                    raise PyroVAEError(
                         "expected a DataLoader of tensors, or of tuples that begin with one, got minibatches of "
                         f"{type(batch).__name__}. Set its collate_fn."
                     )

@@ -1,0 +1,1 @@
+"""A Pyro program as compiled code."""

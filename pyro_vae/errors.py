@@ -1,0 +1,22 @@
+"""What this package raises when it refuses: each message says what was expected, what came, and the fix."""
+
+
+class PyroVAEError(ValueError):
+    """The base class of every refusal of this package.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> try:
+        ...     pv.IWAE(0)
+        ... except pv.PyroVAEError as error:
+        ...     print(error)
+        expected num_particles to be a positive integer, got 0.
+    """
+
+
+class NotFiniteError(PyroVAEError, FloatingPointError):
+    """A loss, a parameter or a log-weight is NaN or infinite."""
+
+
+class MissingCompilerError(PyroVAEError, RuntimeError):
+    """Compiled code needs a C++ compiler, and none works."""
