@@ -22,11 +22,11 @@ docs: $(VENV)/installed-docs  ## the pages' code and the gallery's scripts, run;
 	$(BIN)/python docs/check_site.py docs/_build/html
 
 arviz: $(VENV)/installed-dev  ## what depends on ArviZ's version: make arviz PYTHON=python3.13 VENV=.venv-3.13 has 1.x
-	$(BIN)/python -m pytest tests/test_arviz.py tests/test_log_likelihood.py
+	$(BIN)/python -m pytest tests/test_arviz_io.py tests/evaluation/test_log_likelihood.py
 
 bench: .venv-bench/installed  ## a step beside Pyro's, PyTorch's, NumPyro's and pythae's, in an environment of their own: tables, runs/bench
 	.venv-bench/bin/python -m pytest -q -m docs tests/test_docs.py -k coming-from
-	.venv-bench/bin/python tests/bench/run.py --out runs/bench
+	.venv-bench/bin/python benchmarks/peers/run.py --out runs/bench
 
 lint: $(VENV)/installed-dev  ## what CI asks of the code
 	$(BIN)/ruff check .
@@ -42,10 +42,10 @@ $(VENV)/installed: pyproject.toml
 	@$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-.venv-bench/installed: pyproject.toml tests/bench/requirements.txt
+.venv-bench/installed: pyproject.toml benchmarks/peers/requirements.txt
 	@echo "Installing the peers into .venv-bench (some minutes the first time) ..."
 	@$(PYTHON) -m venv .venv-bench
-	@.venv-bench/bin/pip install --quiet --editable . --requirement tests/bench/requirements.txt
+	@.venv-bench/bin/pip install --quiet --editable . --requirement benchmarks/peers/requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import z_score
+from helpers.programs import z_score
 from torch import nn
 
 import pyro_vae as pv

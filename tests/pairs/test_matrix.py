@@ -1,0 +1,46 @@
+"""Each pair on each kind of data with each objective: a step that moves every parameter, or the refusal that is documented."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+from helpers.matrix import CHECKS, NO_TRACE, OBJECTIVES, rows, take_step
+
+ROWS = [
+    pytest.param(row, id=f"{row.name}, {row.kind}", marks=[pytest.mark.slow] * (not row.common or row.kind != "binary"))
+    for row in rows()
+]
+pytestmark = pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_step_with_each_objective_moves_every_parameter(row):
+    pyro.set_rng_seed(0)
+    for objective in OBJECTIVES:
+        refusal = row.refusal(objective)
+        if refusal:
+            with pytest.raises(ValueError, match=refusal):
+                take_step(row, objective)
+        else:
+            assert take_step(row, objective) == [], objective
+
+
+def _rarely(row, check):
+    return not row.common or (check == "compiled" and row.kind != "binary")
+
+
+@pytest.mark.parametrize(
+    ("row", "check"),
+    [
+        pytest.param(row, check, id=f"{row.name}, {row.kind}-{check}", marks=[pytest.mark.slow] * _rarely(row, check))
+        for row in rows()
+        for check in CHECKS
+    ],
+)
+def test_what_else_a_pair_does(row, check, without_inductor):
+    pyro.set_rng_seed(0)
+    if check == "compiled" and row.traced:
+        with pytest.raises(ValueError, match=NO_TRACE):
+            CHECKS[check](row)
+    else:
+        CHECKS[check](row)

@@ -1,0 +1,181 @@
+"""pv.to_arviz: what the groups hold, against exact moments; and that ArviZ's own functions take them, on both its lines."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from helpers.programs import LinearGaussian
+
+import pyro_vae as pv
+
+GROUPS = {
+    "posterior",
+    "prior",
+    "posterior_predictive",
+    "prior_predictive",
+    "log_likelihood",
+    "sample_stats",
+    "observed_data",
+}
+ARVIZ_1 = int(version("arviz").split(".")[0]) > 0
+arviz_warnings = pytest.mark.filterwarnings("ignore::FutureWarning:arviz", "ignore::UserWarning")
+
+
+def datasets(groups):
+    """The groups as xarray data sets, from either kind of container."""
+    names = groups.children if ARVIZ_1 else groups.groups()
+    return {name: groups[name].to_dataset() if ARVIZ_1 else groups[name] for name in names}
+
+
+@pytest.fixture(scope="module")
+def program():
+    return LinearGaussian(3, 2, 4, wrong=True)
+
+
+@pytest.fixture(scope="module")
+def groups(program):
+    pyro.set_rng_seed(0)
+    return pv.to_arviz(program, program.x, 4000)
+
+
+@arviz_warnings
+def test_groups_and_dimensions(groups):
+    found = datasets(groups)
+    assert found.keys() == GROUPS
+    assert type(groups).__name__ == ("DataTree" if ARVIZ_1 else "InferenceData")
+    draws = {"chain": 1, "draw": 4000, "data": 4}
+    for group in ("posterior", "prior"):
+        assert dict(found[group]["z"].sizes) == draws | {"latent": 2}
+    for group in ("posterior_predictive", "prior_predictive"):
+        assert dict(found[group]["x"].sizes) == draws | {"x_dim_0": 3}
+    assert dict(found["log_likelihood"]["x"].sizes) == draws
+    assert {name: dict(v.sizes) for name, v in found["sample_stats"].items()} == {"log_weight": draws, "lp": draws}
+    assert dict(found["observed_data"]["x"].sizes) == {"data": 4, "x_dim_0": 3}
+    for dataset in found.values():
+        assert set(dataset.coords) == set(dataset.sizes)
+        assert dataset.attrs["inference_library"] == "pyro_vae"
+
+
+@arviz_warnings
+def test_values_are_those_of_the_distributions(groups, program):
+    found = datasets(groups)
+    z = found["posterior"]["z"].values[0]
+    loc = (program.x @ program.A.T + program.c).numpy()
+    covariance = (program.L.tril() @ program.L.tril().T).numpy()
+    error = np.sqrt(covariance.diagonal() / 4000)
+    assert (np.abs(z.mean(0) - loc) < 4 * error).all()
+    np.testing.assert_allclose(np.cov(z[:, 0].T), covariance, atol=0.1 * covariance.max())
+    prior = found["prior"]["z"].values[0]
+    assert (np.abs(prior.mean(0)) < 4 / math.sqrt(4000)).all()
+    np.testing.assert_allclose(prior.var(0), 1, atol=4 * math.sqrt(2 / 4000))
+    np.testing.assert_array_equal(found["observed_data"]["x"].values, program.x.numpy())
+    # densities at the draws that stand beside them
+    draws = torch.from_numpy(z)
+    likelihood = dist.Normal(draws @ program.W.T + program.b, program.sigma).log_prob(program.x).sum(-1)
+    np.testing.assert_allclose(found["log_likelihood"]["x"].values[0], likelihood.numpy())
+    joint = likelihood + program.prior.log_prob(draws)
+    q = dist.MultivariateNormal(torch.from_numpy(loc), scale_tril=program.L.tril()).log_prob(draws)
+    np.testing.assert_allclose(found["sample_stats"]["lp"].values[0], joint.numpy())
+    np.testing.assert_allclose(found["sample_stats"]["log_weight"].values[0], (joint - q).numpy())
+    W, b = program.W.numpy(), program.b.numpy()
+    for group, mean, spread in (
+        ("posterior_predictive", loc @ W.T + b, covariance),
+        ("prior_predictive", b, np.eye(2)),
+    ):
+        x = found[group]["x"].values[0]
+        deviation = np.sqrt((W @ spread @ W.T).diagonal() + program.sigma**2)
+        assert (np.abs(x.mean(0) - mean) < 4 * deviation / math.sqrt(4000)).all()
+        np.testing.assert_allclose(x.std(0), np.broadcast_to(deviation, (4, 3)), rtol=4 / math.sqrt(2 * 4000))
+
+
+@arviz_warnings
+def test_saved_and_read_back_equal(groups, tmp_path):
+    import arviz
+
+    groups.to_netcdf(tmp_path / "groups.nc")
+    again = datasets(arviz.from_netcdf(tmp_path / "groups.nc"))
+    for name, dataset in datasets(groups).items():
+        xr.testing.assert_identical(again[name], dataset)
+
+
+@arviz_warnings
+def test_arviz_works_on_it(groups):
+    import arviz
+    import matplotlib.pyplot as plt
+
+    elpd = arviz.loo(groups)
+    assert math.isfinite(elpd.elpd if ARVIZ_1 else elpd.elpd_loo)
+    assert len(arviz.summary(groups, var_names=["z"])) == 8
+    if ARVIZ_1:
+        arviz.plot_dist(groups, var_names=["z"], backend="matplotlib")
+        arviz.plot_ppc_dist(groups, num_samples=20, backend="matplotlib")
+    else:
+        arviz.plot_posterior(groups, var_names=["z"])
+        arviz.plot_ppc(groups, num_pp_samples=20)
+    plt.close("all")
+
+
+@arviz_warnings
+def test_images_have_named_dimensions_and_coordinates():
+    vae = pv.mlp_vae((1, 4, 6), latent_dim=3, hidden_dims=(8,))
+    x = (torch.rand(5, 1, 4, 6) > 0.5).float()
+    names = [f"z{i}" for i in range(3)]
+    found = datasets(pv.to_arviz(vae, x, 70, coords={"latent": names, "data": list("abcde")}, seed=0))
+    assert dict(found["posterior_predictive"]["x"].sizes) == {
+        "chain": 1, "draw": 70, "data": 5, "channel": 1, "height": 4, "width": 6,
+    }  # fmt: skip
+    assert found["posterior"]["latent"].values.tolist() == names
+    assert found["observed_data"]["data"].values.tolist() == list("abcde")
+    assert set(np.unique(found["posterior_predictive"]["x"])) == {0.0, 1.0}
+    again = datasets(pv.to_arviz(vae, x, 70, seed=0))
+    np.testing.assert_array_equal(again["posterior"]["z"], found["posterior"]["z"])
+
+
+@arviz_warnings
+def test_several_sites_and_nested_plates():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            b = pyro.sample("b", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+            pyro.factor("nothing", 0.0 * a)
+            with pyro.plate("pixels", 3):
+                pyro.sample("x", dist.Normal(a + b.sum(-1), 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x.mean(1), 1.0))
+            pyro.sample("b", dist.Normal(x[:, :2], 1.0).to_event(1))
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    found = datasets(pv.to_arviz(SimpleNamespace(model=model, guide=guide), x, 65))
+    assert found.keys() == GROUPS
+    draws = {"chain": 1, "draw": 65, "data": 4}
+    assert dict(found["posterior"]["a"].sizes) == draws
+    assert dict(found["posterior"]["b"].sizes) == draws | {"b_dim_0": 2}
+    assert dict(found["prior_predictive"]["x"].sizes) == draws | {"pixels": 3}
+    np.testing.assert_array_equal(found["observed_data"]["x"].values, x.numpy())
+    z = torch.from_numpy(found["posterior"]["a"].values[0] + found["posterior"]["b"].values[0].sum(-1))
+    likelihood = dist.Normal(z[..., None], 1.0).log_prob(x).sum(-1)
+    np.testing.assert_allclose(found["log_likelihood"]["x"].values[0], likelihood.numpy())
+
+
+def test_refusals(program):
+    for settings, match in (
+        ({"num_samples": 1}, "num_samples to be an integer, at least 2, got 1"),
+        ({"coords": {"letter": ["a"]}}, "coords of dimensions .* got 1 of 'letter'"),
+        ({"coords": {"latent": ["a"]}}, "got 1 of 'latent'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pv.to_arviz(program, program.x, **{"num_samples": 5} | settings)
+    with pytest.raises(ValueError, match="something with a model and a guide, got function"):
+        pv.to_arviz(program.model.__func__, program.x)
+    with pytest.raises(ValueError, match="x to be finite"):
+        pv.to_arviz(program, torch.full((2, 3), math.nan, dtype=torch.float64))
