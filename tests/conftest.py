@@ -4,7 +4,6 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-collect_ignore = ["bench"]
 
 
 @pytest.fixture(autouse=True)
