@@ -1,4 +1,4 @@
-"""Draws, densities and log-weights of a model/guide pair as ArviZ groups, for ArviZ 0.2x and 1.x."""
+"""Draws, densities and log-weights of a program as ArviZ groups, for ArviZ 0.2x and 1.x."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_vae.engine import rng
-from pyro_vae.engine.batch_plate import Site
+from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.minibatches import Minibatches
-from pyro_vae.engine.modules import Program, evaluating, find_modules
-from pyro_vae.engine.program import Flow, Particles, Run, find_max_plate_nesting, run_particles, simulate
+from pyro_vae.engine.modules import PyroFunction, eval_mode
+from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.sites import Site, is_factor
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError
 
@@ -25,15 +25,17 @@ LATENT = ("latent",)
 IMAGE = ("channel", "height", "width")
 
 
+@takes_program
 def to_arviz(
-    vae: Any,
+    model: PyroFunction,
+    guide: PyroFunction,
     x: Any,
     num_samples: int = 1000,
     *,
     coords: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> Any:
-    r"""Everything that ArviZ works on, drawn from a model/guide pair: one chain of `num_samples` independent draws.
+    r"""Draws, densities and log-weights of a model and its guide for ArviZ: one chain of `num_samples` independent draws.
 
     =========================  ===============================================================================
     ``posterior``              z ~ q(z|x), dimensions (chain, draw, data, latent): the guide's, not the exact one
@@ -45,26 +47,29 @@ def to_arviz(
     ``observed_data``          x
     =========================  ===============================================================================
 
-    The event of one latent site is the dimension ``latent``; that of an image of shape (C, H, W) is ``channel``, ``height``,
-    ``width``; any other is ``NAME_dim_0`` and so on, and so are plates inside the batch plate.
+    If there is one latent site, its event dimension is ``latent``. The dimensions of an image of shape (C, H, W) are
+    ``channel``, ``height``, ``width``. Other event dimensions are ``NAME_dim_0`` and so on; plates inside the batch
+    plate keep their names.
 
-    ``arviz.loo`` runs on it, but each datum has a latent of its own, so that leaving it out leaves nothing to predict it from:
-    its estimate is that of log p(x) by the reciprocal weights of 1 / p(x|z), a poor one. For log p(x) use
+    ``arviz.loo`` runs on it, but it estimates log p(x) by the mean of 1 / p(x|z) over the posterior, which is a poor
+    estimate: each datum has its own latent, which no other datum informs. For log p(x) use
     :func:`pyro_vae.log_likelihood`.
 
     Arguments:
-        vae: a :class:`pyro_vae.VAE`, or anything with a `model` and a `guide`.
+        model: a Pyro model with a batch plate. A model/guide pair, or a tuple ``(model, guide)``, may stand in place of
+            `model` and `guide`.
+        guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-        num_samples: draws for each datum, at least 2. All are in memory, N times as many as numbers in x.
+        num_samples: draws for each datum, at least 2. All of them are in memory.
         coords: coordinates by dimension, as in ArviZ; whole numbers from 0 by default.
-        seed: where the random numbers start; None goes on from the generators' state.
+        seed: seeds the random number generators; None leaves their state.
 
     Returns:
         An ``arviz.InferenceData`` under ArviZ 0.2x, an ``xarray.DataTree`` under ArviZ 1.x. Both have ``to_netcdf``.
 
     Raises:
-        ValueError: fewer than 2 samples, `vae` has no model and guide, data that aren't finite, coordinates of a dimension
-            that is not there, or a program without a log-weight per datum (see :func:`pyro_vae.log_weights`).
+        ValueError: there are fewer than 2 samples; data are not finite; coordinates are of a dimension that does not
+            exist; or the program has no log-weight per datum (see :func:`pyro_vae.log_weights`).
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -80,61 +85,24 @@ def to_arviz(
     """
     if not isinstance(num_samples, int) or num_samples < 2:
         raise PyroVAEError(f"expected num_samples to be an integer, at least 2, got {num_samples!r}.")
-    model, guide = getattr(vae, "model", None), getattr(vae, "guide", None)
-    if not callable(model) or not callable(guide):
-        raise PyroVAEError(
-            f"expected something with a model and a guide, got {type(vae).__name__}. Pass a pv.VAE, or "
-            "types.SimpleNamespace(model=my_model, guide=my_guide)."
-        )
     data = Minibatches(x, None, "x")
     if not data.size:
         raise PyroVAEError(
             f"expected x to be tensors of one datum or more, got {type(x).__name__} of {data.size} data."
         )
     (args,) = Minibatches(x, data.size, "x").in_order()
-    with evaluating(find_modules(model, guide)), torch.no_grad(), rng.seeded(seed):
-        groups = _groups(model, guide, args, num_samples)
+    program = Program(model, guide, args)
+    with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
+        groups = _groups(program.with_nesting(), num_samples)
     return _container(groups, coords or {})
 
 
-def _groups(model: Program, guide: Program, args: tuple[Any, ...], number: int) -> dict[str, dict[str, Variable]]:
-    """Every group's variables, each with the names of its dimensions."""
-    nesting = find_max_plate_nesting(model, guide, args, {}, in_plate=True)
+def _groups(program: Program, number: int) -> dict[str, dict[str, Variable]]:
+    """The variables of every group, each with the names of its dimensions."""
     groups: dict[str, dict[str, Variable]] = {}
-
-    def read(run: Run) -> list[tuple[str, str, Variable]]:
-        if run.batch_plate.size != len(args[0]):
-            raise PyroVAEError(
-                f"the batch plate '{run.batch_plate.name}' has {run.batch_plate.size} rows and x has {len(args[0])}: expected "
-                "a plate over the rows of x, all of them. Pass data in the first dimension of x, and no subsample_size."
-            )
-        latents = [name for name, site in run.model.items() if not site["is_observed"]]
-        event_names = LATENT if len(latents) == 1 else ()
-        log_p = log_density(run, terms(run.model))
-        log_w = log_p - log_density(run, terms(run.guide))
-        found = [("sample_stats", "log_weight", _per_datum(log_w)), ("sample_stats", "lp", _per_datum(log_p))]
-        values = {}
-        for name, site in run.model.items():
-            if not site["is_observed"]:
-                values[name] = site["value"]
-                found.append(("posterior", name, _variable(run, name, site, event_names)))
-            elif not isinstance(site["fn"], Unit):
-                density = per_datum(run, site, site["unscaled_log_prob"])
-                found.append(("log_likelihood", name, _per_datum(density)))
-                found.append(("observed_data", name, _variable(run, name, site, IMAGE)))
-        for kind, given in (("posterior", values), ("prior", None)):
-            simulated = simulate(model, args, given, run.num_particles, nesting)
-            for name, site in simulated.items():
-                if name in values and kind == "prior":
-                    found.append(("prior", name, _variable(run, name, site, event_names)))
-                elif name not in values and not isinstance(site["fn"], Unit):
-                    found.append((f"{kind}_predictive", name, _variable(run, name, site, IMAGE)))
-        return found
-
     for start in range(0, number, PARTICLES_AT_ONCE):
-        particles = Particles(max(2, min(PARTICLES_AT_ONCE, number - start)), True, nesting)
-        (found,) = run_particles(model, guide, args, {}, particles, Flow(), in_plate=True, read=read)
-        for group, name, (dims, array) in found:
+        run = program.run(max(2, min(PARTICLES_AT_ONCE, number - start)))
+        for group, name, (dims, array) in _variables(program, run):
             earlier = groups.setdefault(group, {}).get(name)
             groups[group][name] = (dims, array if earlier is None else np.concatenate([earlier[1], array], 1))
     for variables in groups.values():
@@ -144,8 +112,38 @@ def _groups(model: Program, guide: Program, args: tuple[Any, ...], number: int) 
     return groups
 
 
+def _variables(program: Program, run: Run) -> list[tuple[str, str, Variable]]:
+    """The variables of one run, each with its group and its name."""
+    size, rows = run.batch_plate.size, len(program.args[0])
+    if size != rows:
+        raise PyroVAEError(
+            f"the batch plate '{run.batch_plate.name}' has {size} rows and x has {rows}: expected a plate over all rows of "
+            "x. Pass data in the first dimension of x, and no subsample_size."
+        )
+    latents = [name for name, site in run.model.items() if not site["is_observed"]]
+    event_names = LATENT if len(latents) == 1 else ()
+    log_p = log_density(run, terms(run.model))
+    log_w = log_p - log_density(run, terms(run.guide))
+    found = [("sample_stats", "log_weight", _per_datum(log_w)), ("sample_stats", "lp", _per_datum(log_p))]
+    for name, site in run.model.items():
+        if name in latents:
+            found.append(("posterior", name, _variable(run, name, site, event_names)))
+        elif not is_factor(site):
+            density = per_datum(run, site, site["unscaled_log_prob"])
+            found.append(("log_likelihood", name, _per_datum(density)))
+            found.append(("observed_data", name, _variable(run, name, site, IMAGE)))
+    values = {name: run.model[name]["value"] for name in latents}
+    for kind, given in (("posterior", values), ("prior", None)):
+        for name, site in program.simulate(given, run.num_particles).items():
+            if name in latents and kind == "prior":
+                found.append(("prior", name, _variable(run, name, site, event_names)))
+            elif name not in latents and not is_factor(site):
+                found.append((f"{kind}_predictive", name, _variable(run, name, site, IMAGE)))
+    return found
+
+
 def _per_datum(value: Tensor) -> Variable:
-    """Of a matrix (K, N)."""
+    """The variable of a matrix (K, N)."""
     return ["chain", "draw", "data"], value.cpu().numpy()[None]
 
 
@@ -158,7 +156,7 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
     for dim, plate in plates.items():
         if plate in ("chain", "draw", "data") and dim not in (run.particle_dim, run.batch_plate.dim):
             raise PyroVAEError(
-                f"plate '{plate}' inside the batch plate has the name of a dimension of ArviZ's: expected another. Rename it."
+                f"plate '{plate}' inside the batch plate has the name of a dimension of ArviZ: expected another name. Rename it."
             )
     names += event_names if len(event_names) == event_dim else [f"{name}_dim_{i}" for i in range(event_dim)]
     batch_dim = depth + run.batch_plate.dim
@@ -176,7 +174,7 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
 
 
 def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -> Any:
-    """The groups as this ArviZ holds them."""
+    """The groups in the container of the installed ArviZ."""
     import xarray as xr
 
     sizes = {
@@ -188,8 +186,8 @@ def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -
     for dim, values in coords.items():
         if dim not in sizes or len(values) != sizes[dim]:
             raise PyroVAEError(
-                f"expected coords of dimensions {sizes}, one for each position, got {len(values)} of '{dim}'. Rename or "
-                "resize them."
+                f"expected coords of dimensions {sizes}, one value for each position, got {len(values)} values of '{dim}'. "
+                "Rename or resize them."
             )
     attributes = {"inference_library": "pyro_vae", "inference_library_version": version("pyro_vae")}
     datasets = {}

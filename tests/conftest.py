@@ -17,4 +17,4 @@ def fresh_pyro():
 @pytest.fixture
 def without_inductor(monkeypatch):
     """Runs the traced graph as it is: all that this package does to a program, and no compiler's work."""
-    monkeypatch.setattr("pyro_vae.compiled.step._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: graph)

@@ -1,4 +1,4 @@
-"""Whether data lie where the sites that observe them have a density: what compiled code no longer asks."""
+"""Checks that data are in the support of the sites that observe them, since compiled code has no such check."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.engine.agreement import interval, masks, plain, support_of, validates
 from pyro_vae.engine.minibatches import Minibatches
-from pyro_vae.engine.modules import Program, find_modules
+from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.program import sample_sites
+from pyro_vae.engine.sites import masks, validates
+from pyro_vae.engine.supports import interval, plain, support_of
 from pyro_vae.errors import PyroVAEError
 
 
 class Supports:
-    """Refuses data that a site which observes them gives no density, in place of the checks that compiled code leaves out.
+    """Refuses data outside the support of the site that observes them.
 
-    It looks at supports that are the same for all data, where validation is not turned off and nothing is masked; and asks
-    a module that the program is a method of and that has a `check_data`, as this package's pairs do. At tensors whole, before
-    training, at others as they come.
+    It checks supports that are the same for all data, at sites with validation and without masks. It also calls the
+    `check_data` of a module that the program is a method of, as this package's model/guide pairs have. It checks tensors
+    at once, before training, and other data minibatch by minibatch.
     """
 
-    def __init__(self, model: Program, model_trace: Trace, batch: tuple[Any, ...], batches: Minibatches) -> None:
+    def __init__(self, model: PyroFunction, model_trace: Trace, batch: tuple[Any, ...], batches: Minibatches) -> None:
         owners = [owner for owner in find_modules(model) if hasattr(owner, "check_data")]
         self.unseen_by: list[Any] = [owner.check_data for owner in owners]
         self.unseen: list[tuple[int, str, Any]] = []
@@ -45,7 +46,7 @@ class Supports:
             self.unseen_by = []
 
     def check(self, batch: tuple[Any, ...]) -> None:
-        """Look at a minibatch of what was not at hand."""
+        """Check a minibatch of data that were not checked at once."""
         for column, name, support in self.unseen:
             self._check(name, support, batch[column])
         self._ask(batch)
@@ -60,7 +61,7 @@ class Supports:
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise PyroVAEError(
-                f"expected data in the support of model site '{name}', {support}, got {int(bad.sum())} of {len(data)} outside, "
-                f"row {row} with values from {data[row].min():.3g} to {data[row].max():.3g}. Convert those data, drop them, or "
-                "choose another distribution."
+                f"expected data in the support of model site '{name}', {support}, got {int(bad.sum())} of {len(data)} "
+                f"outside, row {row} with values from {data[row].min():.3g} to {data[row].max():.3g}. Convert those data, "
+                "drop them, or choose another distribution."
             )

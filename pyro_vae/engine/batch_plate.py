@@ -1,56 +1,42 @@
-"""Finds the batch plate: the one :class:`pyro.plate` around every sample site, whose rows are the data.
+"""Finds the batch plate: the :class:`pyro.plate` around every sample site, whose rows are the data.
 
-A bound per datum means something only if each term of the log-density belongs to one row of one plate. Where
-that fails, Pyro's own multi-particle objectives silently bound something else; here each way to fail has a
-message of its own, which says what was expected, what came, and the fix.
+A bound per datum exists only if each term of the log-density belongs to one row of one plate. Pyro's own
+multi-particle objectives bound another quantity where that fails, without a word. Here each failure has its own message.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from pyro_vae.compiled.tracing import being_traced
+from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, plates
 from pyro_vae.errors import PyroVAEError
-
-PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
-
-Site = Any  # a message of Pyro's, as a trace holds it
-Sites = dict[str, Site]  # by name; in this file by the words that an error uses, such as "model site 'x'"
-Plate = Any  # Pyro's frame of a vectorised plate, with its name, dim, size and full_size
-
-
-def plates(site: Site) -> list[Plate]:
-    """The vectorised plates around a site, outermost first, without the one over particles."""
-    return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
 
 
 def find_batch_plate(sites: Sites) -> Plate:
-    """The outermost plate that holds every site.
+    """The outermost plate that holds every site; `sites` has them under their labels, such as "model site 'x'".
 
     Raises:
-        ValueError: the sites have no batch plate (none at all, ``to_event`` in its place, two plates, a latent
+        ValueError: the sites have no common plate (no plate at all, ``to_event`` in its place, two plates, a latent
             site or a factor outside it), or a plate inside it is subsampled.
     """
     if not sites:
         raise PyroVAEError(
-            "no sample sites: expected a program whose log-density has terms, got none in model and guide. Was it called "
-            "without the data that it observes?"
+            "no sample sites: expected a program whose log-density has terms, got none in model and guide. Call it with "
+            "the data that it observes."
         )
     stacks = {words: plates(site) for words, site in sites.items()}
     common = set.intersection(*map(set, stacks.values()))
     if not common:
         raise PyroVAEError(_why_none(sites, stacks))
     batch = next(plate for plate in next(iter(stacks.values())) if plate in common)
-    if batch.size < 0:  # pyro.plate("data"), of any size: the sites' own
+    if batch.size < 0:  # pyro.plate("data") has no size: the sites have one
         shapes = [site["unscaled_log_prob"].shape for site in sites.values()]
         size = max((shape[batch.dim] for shape in shapes if len(shape) >= -batch.dim), default=1)
         batch = batch._replace(size=size, full_size=size)
         for words, shape in zip(sites, shapes, strict=True):
             if size > 1 and (len(shape) < -batch.dim or shape[batch.dim] != size):
                 raise PyroVAEError(
-                    f"{words} has no value for each row of the batch plate '{batch.name}', which was made without a size: "
-                    f"expected a batch shape with {size} at dim {batch.dim}, got {tuple(shape)}, so that all data share "
-                    f"one. Give the plate its size, pyro.plate('{batch.name}', {size}), or expand the distribution to it."
+                    f"{words} has no value for each row of the batch plate '{batch.name}', which was made without a "
+                    f"size: expected a batch shape with {size} at dim {batch.dim}, got {tuple(shape)}, so that all data "
+                    f"share one value. Give the plate its size, pyro.plate('{batch.name}', {size}), or expand the distribution to it."
                 )
     for words, site in sites.items():
         if _swallows(site, batch):
@@ -59,8 +45,8 @@ def find_batch_plate(sites: Sites) -> Plate:
             if frame.name not in (batch.name, PARTICLE_PLATE) and frame.full_size != frame.size:
                 raise PyroVAEError(
                     f"plate '{frame.name}', inside the batch plate '{batch.name}', is subsampled ({frame.size} of "
-                    f"{frame.full_size}): expected whole data, since the log-weight of a part of a datum bounds "
-                    f"nothing. Subsample '{batch.name}' alone, or use pv.ELBO's pathwise loss, which is linear and stays "
+                    f"{frame.full_size}): expected whole data, since a log-weight of a part of a datum gives no "
+                    f"bound. Subsample '{batch.name}' alone, or use pv.ELBO's pathwise loss, which is linear and stays "
                     "unbiased."
                 )
     return batch
@@ -90,7 +76,7 @@ def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
         )
     return (
         f"{words} is a factor or observation outside the batch plate '{main.name}': expected every term of the "
-        "log-density inside, since one outside belongs to no datum. Move it into the plate (a factor there has "
+        "log-density inside, since a term outside belongs to no datum. Move it into the plate (a factor there has "
         f"shape ({main.size},)), or use pv.ELBO's pathwise loss."
     )
 
@@ -109,18 +95,18 @@ def _why_no_plate_at_all(sites: Sites) -> str:
 
 
 def _own_batch_shape(site: Site) -> list[int]:
-    """The batch shape without the dimensions that plates (of particles, here) take."""
+    """The batch shape without the dimensions that plates take."""
     taken = {f.dim for f in site["cond_indep_stack"]}
     shape = site["fn"].batch_shape
     return [size for i, size in enumerate(shape) if i - len(shape) not in taken]
 
 
 def _swallows(site: Site, plate: Plate) -> bool:
-    """Whether an observation's event holds the plate's rows, so that each row counts them all, and all rows agree."""
+    """Whether an observation's event holds the rows of the plate, so that every row counts all of them."""
     event = site["fn"].event_shape
     if not (site["is_observed"] and event and event[0] in (plate.size, plate.full_size) and plate.size > 1):
         return False
-    if being_traced():
+    if being_recorded():
         return False
     log_prob = site["unscaled_log_prob"]
     return site["value"].dim() == len(event) and bool((log_prob == log_prob.narrow(plate.dim, 0, 1)).all())
@@ -129,7 +115,7 @@ def _swallows(site: Site, plate: Plate) -> bool:
 def _to_event(words: str, site: Site, plate: str) -> str:
     shape = tuple(site["fn"].event_shape)
     return (
-        f"{words} has to_event in place of {plate}: expected the data to be rows of a plate, got all of them, of shape "
+        f"{words} has to_event in place of {plate}: expected the data to be rows of a plate, got all data, of shape "
         f"{shape}, as one event with a single log-density. Use `with pyro.plate('data', {shape[0]}):` around it and "
         f".to_event({len(shape) - 1})."
     )

@@ -1,4 +1,4 @@
-"""The torch modules behind a program: what has buffers, and modes for training and evaluation."""
+"""The torch modules behind a program: their buffers, and their training and evaluation modes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-Program = Callable[..., Any]  # a Pyro model or guide
+PyroFunction = Callable[..., Any]  # a Pyro model, or a guide
 
 
-def find_modules(*programs: Program) -> list[nn.Module]:
-    """The modules that the programs are, or are methods of, through any of Pyro's handlers."""
-    plain = [inspect.unwrap(program) for program in programs]
-    owners = [getattr(program, "__self__", program) for program in plain]
+def find_modules(*functions: PyroFunction) -> list[nn.Module]:
+    """The modules that the functions are, or are methods of, inside any of Pyro's handlers."""
+    plain = [inspect.unwrap(function) for function in functions]
+    owners = [getattr(function, "__self__", function) for function in plain]
     return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
 
 
@@ -29,10 +29,10 @@ def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def evaluating(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Inside, dropout is off and batch norm frozen where they were on, in these modules and in any that is called.
+def eval_mode(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Put these modules, and every module that is called meanwhile, into evaluation mode: no dropout, fixed batch norm.
 
-    It yields a list of the modules that are called, each time.
+    It yields the list of the modules that are called, one entry a call.
     """
     found: list[nn.Module] = []
     training = [part for module in modules for part in module.modules() if part.training]
@@ -41,7 +41,7 @@ def evaluating(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
 
     def switch_off(called: nn.Module, _: Any) -> None:
         found.append(called)
-        if called.training:  # a module that a program found in its closure
+        if called.training:  # a module that a function found in its closure
             training.append(called)
             called.training = False
 
@@ -52,3 +52,7 @@ def evaluating(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
         hook.remove()
         for part in training:
             part.training = True
+
+
+evaluating = eval_mode
+Program = PyroFunction

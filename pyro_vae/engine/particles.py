@@ -1,9 +1,10 @@
-"""Runs particles one after another with the random numbers of a vectorised run."""
+"""Runs a program for K particles: all at once, in chunks, or one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -21,36 +22,104 @@ from torch.distributions import (
     TransformedDistribution,
     Uniform,
 )
+from torch.utils.checkpoint import checkpoint
 
 from pyro_vae.engine import rng
+from pyro_vae.engine.program import Program, Run
+from pyro_vae.errors import PyroVAEError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Particles:
+    """How many particles, and how the program runs for them.
+
+    Attributes:
+        number: K, how many samples are drawn from the guide for each datum.
+        vectorize: whether the program runs once for all of them.
+        chunk_size: for how many the model runs at a time; None is all. Where gradients are recorded, each chunk runs
+            again in the backward pass, so that memory holds one chunk.
+    """
+
+    number: int
+    vectorize: bool = True
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_particles", self.number), ("chunk_size", self.chunk_size)):
+            if not (name == "chunk_size" and value is None) and (not isinstance(value, int) or value < 1):
+                raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}.")
+        if self.chunk_size is not None and not self.vectorize:
+            raise PyroVAEError(
+                "chunk_size splits the particles of a vectorised run: expected vectorize_particles=True with it, got "
+                "False, which runs them one at a time. Drop one of the two."
+            )
+
+    def read(self, program: Program, read: Callable[[Run], T]) -> list[T]:
+        """Run the program, and return the result of `read` for each run.
+
+        There is one run with all K particles; or K runs of one particle; or a run for each chunk. A chunk's run is read
+        inside its own checkpoint, so that memory never holds all of them.
+        """
+        if self.number == 1:
+            return [read(program.run_model(program.run_guide()))]
+        if not self.vectorize:
+            draws = DrawAsOneOf(self.number)
+            results = []
+            for particle in range(self.number):
+                with draws.of(particle):
+                    results.append(read(program.run()))
+            draws.finish()
+            return results
+        program = program.with_nesting()
+        try:
+            drawn = program.run_guide(self.number)
+            if self.chunk_size is None or self.chunk_size >= self.number:
+                return [read(program.run_model(drawn))]
+
+            def read_chunk(start: int, size: int) -> T:
+                return read(program.run_model(drawn.rows(start, size)))
+
+            chunks = [(i, min(self.chunk_size, self.number - i)) for i in range(0, self.number, self.chunk_size)]
+            if not torch.is_grad_enabled():
+                return [read_chunk(*chunk) for chunk in chunks]
+            return [checkpoint(read_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        except (RuntimeError, IndexError) as error:
+            error.add_note(
+                f"pyro_vae ran the program for {self.number} particles at once, so latent values have a leading dimension "
+                f"of {self.number}. Expand x to it, x.expand(*z.shape[:-1], -1), say. Or pass vectorize_particles=False, "
+                "if the function has that argument."
+            )
+            raise
 
 
 class DrawAsOneOf(Messenger):
-    """Makes the k-th of K runs draw what the k-th of K vectorised particles would draw from the same seed.
+    """Makes the k-th of K runs draw the values that the k-th of K vectorised particles draws from the same seed.
 
-    Each site draws for all K particles, from the state of the generators that it had in the first run, and keeps
-    row k: K times as many draws as needed are the price of equal values. That takes noise that depends on no
-    parameter, at sites that are those of the first run; everything else (a rejection sampler, dropout, the sites after
-    a branch that the first run did not take) draws on from a seed of its own, which no two runs share.
+    Each site draws for all K particles, from the generators' state in the first run, and keeps row k. The price of
+    equal values is K times as many draws. It needs noise that depends on no parameter, at the sites of the first run.
+    Everything else (a rejection sampler, dropout, the sites after a branch that the first run did not take) draws from
+    a seed of its own, which no two runs share.
     """
 
     def __init__(self, num_particles: int) -> None:
         super().__init__()
         self.num_particles = num_particles
         self.states = [rng.get_state()]
-        self.first: list[tuple[Any, ...]] = []  # what the first run drew: name, family and shape
+        self.first: list[tuple[Any, ...]] = []  # the sites of the first run: name, family and shape
         self.subsamples: dict[str, Tensor] = {}
         self.particle = self.next_site = 0
         self.as_first = True
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
 
     def finish(self) -> None:
-        """Leave the generators as the vectorised run would; where no site drew from them, with new numbers all the same."""
+        """Leave the generators as the vectorised run does; if no site drew from them, their next numbers are new anyway."""
         if not torch.equal(self.states[0]["torch"], self.states[-1]["torch"]):
             rng.set_state(self.states[-1])
 
     def of(self, particle: int) -> DrawAsOneOf:
-        """Around the run of one particle."""
+        """The handler for the run of one particle."""
         self.particle, self.next_site = particle, 0
         self.as_first = True
         return self
@@ -70,7 +139,7 @@ class DrawAsOneOf(Messenger):
         site = (name, type(noise), noise.batch_shape, noise.event_shape)
         if self.particle == 0:
             self.first.append(site)
-        # Other sites would need other stretches of the generators' numbers, and so would all that follow.
+        # Another site needs another number of draws, and so the states of all later sites are unknown.
         self.as_first = self.as_first and self.first[self.next_site : self.next_site + 1] == [site]
         if not self.as_first:
             return
@@ -85,7 +154,7 @@ class DrawAsOneOf(Messenger):
             return self._draw(fn.base_dist)
         if isinstance(fn, TransformedDistribution):
             value = self._draw(fn.base_dist)
-            for transform in fn.transforms:  # after the choice of row k: some transforms remember what they gave
+            for transform in fn.transforms:  # after the choice of row k: some transforms cache their last value
                 value = transform(value)
             return value
         return fn.expand((self.num_particles, *fn.batch_shape)).rsample()[self.particle]
@@ -96,14 +165,14 @@ _FIXED_NOISE = (Normal, MultivariateNormal, LowRankMultivariateNormal, Laplace, 
 
 
 def _noise(fn: Any) -> Any:
-    """The distribution that draws, inside those that only transform what it drew."""
+    """The distribution that draws the noise, inside those that transform it."""
     while isinstance(fn, (*_WRAPPERS, TransformedDistribution)):
         fn = fn.base_dist
     return fn
 
 
 def _drawn_from(state: rng.State, draw: Callable[[], Tensor]) -> tuple[Tensor, rng.State]:
-    """What is drawn from that state of the generators, and their state after; they themselves are left as they were."""
+    """A draw from that state of the generators, and the state after it; the generators keep their own state."""
     with rng.preserved():
         rng.set_state(state)
         return draw(), rng.get_state()

@@ -1,135 +1,114 @@
-"""Runs a Pyro guide, and a model against it: the one place that does, for every bound and every gradient.
+"""Runs a Pyro guide, and a model against its samples: the one place that does, for every bound and every evaluation.
 
-A run holds the sample sites of both with their log-densities. Which gradients can be taken from it depends on where
-it lets them flow, and that is what a :class:`Flow` says. This file knows no objective.
+A :class:`Program` is a model and a guide with their arguments. A :class:`Run` holds the sample sites of both with their
+log-densities. :class:`Needs` says through which samples gradients flow. This file knows no objective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_site_shape
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from pyro_vae.compiled.tracing import being_traced
-from pyro_vae.engine import rng
-from pyro_vae.engine.agreement import (
-    check_densities,
-    check_reparameterised,
-    check_shapes,
-    check_sites,
-    check_supports,
+from pyro_vae.engine import agreement, rng
+from pyro_vae.engine.batch_plate import find_batch_plate
+from pyro_vae.engine.modules import PyroFunction, eval_mode, find_modules
+from pyro_vae.engine.sites import (
+    PARTICLE_PLATE,
+    Plate,
+    Site,
+    Sites,
+    being_recorded,
+    is_factor,
+    labelled,
     not_reparameterised,
+    particle_dim_of,
     unwrapped,
 )
-from pyro_vae.engine.batch_plate import PARTICLE_PLATE, Plate, Site, Sites, find_batch_plate
-from pyro_vae.engine.modules import Program, evaluating, find_modules
-from pyro_vae.engine.particles import DrawAsOneOf
+from pyro_vae.engine.supports import check_fixed_supports
 from pyro_vae.errors import PyroVAEError
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class Particles:
-    """How many particles, and how they are run.
+class Needs:
+    """What an estimator needs of a run; where gradients are recorded, through which samples they flow.
 
     Attributes:
-        number: K, how many samples are drawn from the guide for each datum.
-        vectorize: whether to run the program once for all of them.
-        max_plate_nesting: how many dimensions the program's plates take; None finds it by one more run.
-        chunk_size: how many the model is run with at a time; None is all. Where gradients are recorded, a chunk is
-            run again in the backward pass, so that no more than one has to be in memory.
+        per_datum: whether each datum needs a log-weight of its own, and so the program a batch plate.
+        path: through which samples gradients flow. ``"all"`` refuses a site that can't be reparameterised; ``"none"``
+            stops all of them. ``"some"`` serves the score function: if some sites can be reparameterised and others
+            can't, gradients flow through the former; else through none.
+        stopped: whether :attr:`Run.stopped` is needed.
+        scaled: whether :attr:`Run.samples` is needed.
+        of_mean: whether the gradient is that of a mean over the guide's samples. Its score then misses what a support
+            that moves with the parameters adds, so such a support is refused.
+        densities: whether the latent sites of the guide need log-densities, if `per_datum` is False. A KL in closed
+            form needs none.
+        sampler: makes a handler around the guide that draws its samples, given the number of particles and their
+            dimension; None draws them independently.
     """
 
-    number: int
-    vectorize: bool = True
-    max_plate_nesting: int | None = None
-    chunk_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("num_particles", self.number), ("chunk_size", self.chunk_size)):
-            if not (name == "chunk_size" and value is None) and (not isinstance(value, int) or value < 1):
-                raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}.")
-        if self.chunk_size is not None and not self.vectorize:
-            raise PyroVAEError(
-                "chunk_size splits the particles of a vectorised run: expected vectorize_particles=True with it, got "
-                "False, which runs them one at a time. Drop one of the two."
-            )
-
-
-@dataclass(frozen=True)
-class Flow:
-    """Where gradients flow in a run, where they are recorded at all.
-
-    Attributes:
-        path: through the samples of which sites: ``"all"`` (one that can't be reparameterised is refused),
-            ``"none"``, or ``"some"``: of those that can be reparameterised if any can't, else of none, as the score
-            function wants it; ``"given"`` where the values come from outside, with whatever gradients they have.
-        stopped: whether :attr:`Run.stopped` is wanted.
-        scaled: whether the gradient that comes back from the model into the samples is to be scaled, by
-            :attr:`Run.path_scale`.
-        of_mean: whether the gradient is that of a mean over the guide's samples, to which a support that moves with the
-            parameters adds what no score has.
-        densities: whether the guide's latent sites need their log-densities, where no bound per datum is asked for: a KL in
-            closed form is without.
-    """
-
-    path: Literal["all", "some", "none", "given"] = "all"
+    per_datum: bool = True
+    path: Literal["all", "some", "none"] = "all"
     stopped: bool = False
     scaled: bool = False
     of_mean: bool = True
     densities: bool = True
+    sampler: Callable[[int, int], Messenger] | None = None
 
 
-@dataclass
-class PathScale:
-    """What multiplies the gradient that the model sends back into the samples; known only once the weights are.
+class Drawn(NamedTuple):
+    """The guide's part of a run.
 
     Attributes:
-        num_particles: K, of the run.
-        value: the factor for each particle and datum, (K, N).
+        trace: what the model is replayed against.
+        sites: the guide's sample sites by name, each with its ``unscaled_log_prob``.
+        stopped: see :attr:`Run.stopped`.
+        scored: see :attr:`Run.scored`.
+        number: K, how many particles.
+        particle_dim: the dimension of the particles, counted from the right; None if the guide ran for one particle.
     """
 
-    num_particles: int
-    value: Tensor | None = None
+    trace: Trace
+    sites: Sites
+    stopped: Sites | None
+    scored: tuple[str, ...]
+    number: int
+    particle_dim: int | None
 
-    def hook(self, shape: list[int]) -> Callable[[Tensor], Tensor]:
-        """What to do to the gradient of a sample, against which `shape` broadcasts."""
-
-        def scaled(gradient: Tensor) -> Tensor:
-            if self.value is None:
-                raise RuntimeError("the gradient came back before the factor on its path was known.")
-            return gradient * self.value.reshape(shape)
-
-        return scaled
+    def rows(self, start: int, size: int) -> Drawn:
+        """Some of the particles."""
+        sites = _rows(self.sites, start, size, self.particle_dim)
+        stopped = None if self.stopped is None else _rows(self.stopped, start, size, self.particle_dim)
+        return self._replace(sites=sites, stopped=stopped, number=size)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One run of a guide, and of the model against it.
 
     Attributes:
         model: the model's sample sites by name, in order, each with its ``unscaled_log_prob``.
-        guide: the guide's sample sites, likewise.
-        stopped: the guide's sites again, at the same values, through which no gradient flows: their log-densities
-            differentiate to the score. None where the flow asks for none.
-        scored: the guide's sites through whose samples no gradient flows.
+        guide: the guide's sample sites, in the same form.
+        stopped: the guide's sites at the same values, through which no gradient flows: their log-densities
+            differentiate to the score. None if it is not needed.
+        scored: the names of the guide's sites through whose samples no gradient flows.
         num_particles: K, how many particles this run holds.
-        particle_dim: the dimension that holds them, counted from the right, left of every plate.
-        batch_plate: the plate whose rows are the data; None where the run was not asked to have one.
-        path_scale: where to put the factor on the path, if the flow asks for one.
+        particle_dim: the dimension of the particles, counted from the right; it lies left of every plate.
+        batch_plate: the plate whose rows are the data; None if no log-weight per datum is needed.
+        samples: the guide's samples as the model sees them, each with the shape in which a matrix (K, N) broadcasts to
+            it. A hook on them scales the gradient that comes back from the model.
     """
 
     model: Sites
@@ -139,263 +118,238 @@ class Run:
     num_particles: int
     particle_dim: int
     batch_plate: Plate
-    path_scale: PathScale
+    samples: list[tuple[Tensor, list[int]]]
 
-    @property
-    def sites(self) -> Sites:
-        """All sites, by the words that an error names them by."""
-        return labelled(self.model, self.guide)
-
-
-def run_particles(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    particles: Particles,
-    flow: Flow,
-    *,
-    in_plate: bool,
-    read: Callable[[Run], T],
-) -> list[T]:
-    """Run the guide, and the model against it, and return what `read` reads off each run.
-
-    There is one run with all K particles; or, not vectorised, K runs of one; or a run for each chunk. What has no
-    meaning per datum is refused only if `in_plate`, since the ELBO, linear in the log-densities, needs no batch plate.
-    """
-    program = _Program(model, guide, args, kwargs, flow, in_plate)
-    number = particles.number
-    if number == 1:
-        return program.run(read)
-    if not particles.vectorize:
-        results = []
-        draws = DrawAsOneOf(number)
-        for particle in range(number):
-            with draws.of(particle):
-                results += program.run(read)
-        draws.finish()
-        return results
-    nesting = particles.max_plate_nesting
-    if nesting is None:
-        nesting = find_max_plate_nesting(model, guide, args, kwargs, in_plate=in_plate)
-    try:
-        return program.run(read, number, -nesting - 1, particles.chunk_size)
-    except (RuntimeError, IndexError) as error:
-        error.add_note(
-            f"pyro_vae ran the program for {number} particles at once, so latent values have a leading dimension of "
-            f"{number}. Expand x to it (x.expand(*z.shape[:-1], -1), say), or, where there is that option, pass vectorize_particles=False."
-        )
-        raise
-
-
-def draw(model: Program, guide: Program, args: tuple[Any, ...], num_particles: int, max_plate_nesting: int) -> Run:
-    """One vectorised run of both, to be read at leisure."""
-    particles = Particles(num_particles, True, max_plate_nesting)
-    (run,) = run_particles(model, guide, args, {}, particles, Flow(), in_plate=True, read=lambda run: run)
-    return run
-
-
-def run_at(
-    model: Program,
-    guide: Program | None,
-    args: tuple[Any, ...],
-    values: dict[str, Tensor],
-    num_particles: int,
-    max_plate_nesting: int,
-    *,
-    read: Callable[[Run], T],
-) -> T:
-    """Run guide and model at given values of all latent sites, and return what `read` reads off the run.
-
-    The values have the particles in a leading dimension, left of every plate's. Without a guide the model's own latent
-    sites stand in for one, so that the run's guide is the prior, at the cost of the model alone.
-    """
-    program = _Program(model, guide or model, args, {}, Flow("given"), in_plate=True)
-    return program.run_at(values, num_particles, -max_plate_nesting - 1, read, prior=guide is None)
-
-
-def simulate(
-    model: Program, args: tuple[Any, ...], values: dict[str, Tensor] | None, num_particles: int, max_plate_nesting: int
-) -> Sites:
-    """The model's sites with what it observes drawn anew: at given values of the latents, or at draws from the prior."""
-    program = poutine.uncondition(_in_particles(model, num_particles, -max_plate_nesting - 1))
-    trace = poutine.trace(poutine.replay(program, trace=_given(values or {}))).get_trace(*args)
-    return sample_sites(trace)
-
-
-def prior(model: Program) -> Program:
-    """The model's own latent sites, as a guide."""
-    hidden: Program = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
-    return hidden
-
-
-def find_max_plate_nesting(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_plate: bool
-) -> int:
-    """How many dimensions the program's plates take, found by one run that leaves no trace of itself."""
-    with _untraced(model, guide):
-        program = _Program(model, guide, args, kwargs, Flow(), in_plate)
-        return -program.run(lambda run: run.particle_dim)[0] - 1
+    def shape_beside(self, site: Site) -> list[int]:
+        """The shape in which a matrix (K, N) broadcasts to the site's value."""
+        shape = [1] * -self.particle_dim
+        shape[self.particle_dim], shape[self.batch_plate.dim] = self.num_particles, self.batch_plate.size
+        event_dim = site["fn"].event_dim
+        return shape[len(shape) + event_dim - site["value"].dim() :] + [1] * event_dim
 
 
 @dataclass(frozen=True)
-class _Program:
-    """A model and a guide with what they are called with, and how gradients flow between them."""
+class Program:
+    """A Pyro model and its guide, with the arguments of both.
 
-    model: Program
-    guide: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    flow: Flow
-    in_plate: bool
+    Attributes:
+        model: the model.
+        guide: the guide; None for programs that are only run at given values, or traced: the model's own latent sites
+            stand in for a guide then, which is the prior.
+        args: the arguments of both.
+        kwargs: the keyword arguments of both.
+        needs: what is needed of the runs.
+        nesting: how many dimensions the plates take; None finds it by one more run.
+    """
 
-    def run(
-        self,
-        read: Callable[[Run], T],
-        number: int = 1,
-        particle_dim: int | None = None,
-        chunk_size: int | None = None,
-    ) -> list[T]:
-        """Run the guide once, and the model once for each chunk of the guide's particles."""
-        guide = _in_particles(self.guide, number, particle_dim)
-        trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
-        drawn = sample_sites(trace, latent=self.in_plate or self.flow.densities)
-        stopped: Sites | None = None
-        scored: tuple[str, ...] = ()
-        if torch.is_grad_enabled():
-            scored = tuple(not_reparameterised(drawn))
-            stop_all = self.flow.path == "none" or (self.flow.path == "some" and not _differs_in_path(drawn))
-            if stop_all or self.flow.stopped:
-                at_values = self._stopped(guide, trace)
-                if stop_all:
-                    trace, drawn = at_values, sample_sites(at_values)
-                    scored = tuple(drawn)
-                else:
-                    stopped = sample_sites(at_values)
-            if self.flow.of_mean and (self.flow.stopped or self.flow.path != "all") and not being_traced():
-                check_supports({name: drawn[name] for name in scored} if stopped is None else stopped)
-        if chunk_size is None or chunk_size >= number:
-            return [read(self._run_model(trace, drawn, stopped, scored, number, particle_dim))]
+    model: PyroFunction
+    guide: PyroFunction | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    needs: Needs = Needs()
+    nesting: int | None = None
 
-        def run_chunk(start: int) -> T:
-            size = min(chunk_size, number - start)
-            part = _rows(drawn, start, size, particle_dim)
-            again = None if stopped is None else _rows(stopped, start, size, particle_dim)
-            return read(self._run_model(trace, part, again, scored, size, particle_dim))
+    def on(self, args: tuple[Any, ...]) -> Program:
+        """The same program with other arguments, and no keyword arguments."""
+        return replace(self, args=args, kwargs={})
 
-        starts = range(0, number, chunk_size)
+    def with_nesting(self) -> Program:
+        """The same program, with the number of its plates' dimensions."""
+        if self.nesting is not None:
+            return self
+        with self.unnoticed():
+            run = replace(self, needs=Needs(self.needs.per_datum, densities=self.needs.densities)).run()
+        return replace(self, nesting=-run.particle_dim - 1)
+
+    def run(self, number: int = 1) -> Run:
+        """Run the guide, and the model against it, once for all particles; one particle needs no `nesting`."""
+        return self.run_model(self.run_guide(number))
+
+    def run_guide(self, number: int = 1) -> Drawn:
+        """Draw particles from the guide."""
+        particle_dim = None if number == 1 else -self._known_nesting() - 1
+        guide = _in_particles(self.guide or prior(self.model), number, particle_dim)
+        drawing = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
+        with drawing:
+            trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+        sites = sample_sites(trace, latent=self.needs.per_datum or self.needs.densities)
         if not torch.is_grad_enabled():
-            return [run_chunk(start) for start in starts]
-        return [checkpoint(run_chunk, start, use_reentrant=False) for start in starts]
+            return Drawn(trace, sites, None, (), number, particle_dim)
+        stopped, scored = None, tuple(not_reparameterised(sites))
+        if self.needs.path == "none" or (self.needs.path == "some" and not _differs_in_path(sites, scored)):
+            trace = self._stopped(guide, trace)
+            sites = sample_sites(trace)
+            # A factor that arose from reparameterised samples has a derivative, and no score.
+            scored = tuple(
+                n for n, s in sites.items() if not (self.needs.of_mean and is_factor(s) and s["fn"].has_rsample)
+            )
+        elif self.needs.stopped:
+            stopped = sample_sites(self._stopped(guide, trace))
+        if self.needs.of_mean and (self.needs.stopped or self.needs.path != "all") and not being_recorded():
+            check_fixed_supports({name: sites[name] for name in scored} if stopped is None else stopped)
+        return Drawn(trace, sites, stopped, scored, number, particle_dim)
 
-    def _run_model(
-        self,
-        trace: Trace,
-        guide: Sites,
-        stopped: Sites | None,
-        scored: tuple[str, ...],
-        number: int,
-        particle_dim: int | None,
-    ) -> Run:
-        entering, hooked = trace.copy(), {}
-        for name, site in guide.items():
+    def run_model(self, drawn: Drawn) -> Run:
+        """Run the model at the guide's samples."""
+        entering, views = drawn.trace.copy(), {}
+        for name, site in drawn.sites.items():
             value = site["value"]
-            if self.flow.scaled and isinstance(value, Tensor) and value.requires_grad:
-                value = hooked[name] = value.view_as(value)
+            if self.needs.scaled and isinstance(value, Tensor) and value.requires_grad:
+                value = views[name] = value.view_as(value)
             entering.nodes[name] = site | {"value": value}
-        program = poutine.replay(_in_particles(self.model, number, particle_dim), trace=entering)
-        model = sample_sites(poutine.trace(program).get_trace(*self.args, **self.kwargs))
-        run = self._as_run(model, guide, stopped, scored, number, particle_dim)
-        for name, value in hooked.items():
-            value.register_hook(run.path_scale.hook(shape_beside(run, guide[name])))
+        model = poutine.replay(_in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)
+        sites = sample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
+        run = self._as_run(sites, drawn)
+        for name, value in views.items():
+            run.samples.append((value, run.shape_beside(drawn.sites[name])))
         return run
 
-    def run_at(
-        self, values: dict[str, Tensor], number: int, particle_dim: int, read: Callable[[Run], T], *, prior: bool
-    ) -> T:
-        """Run both at given values; `prior` says that the guide is the model's own latent sites."""
-        given = _given(values)
-        program = poutine.replay(_in_particles(self.guide, number, particle_dim), trace=given)
-        sites = sample_sites(poutine.trace(program).get_trace(*self.args, **self.kwargs))
-        if prior:
+    def run_at(self, values: dict[str, Tensor], number: int) -> Run:
+        """Run guide and model at given values of all latent sites, with the particles in a dimension left of the plates.
+
+        Without a guide the model runs once, and its own latent sites are the run's guide.
+        """
+        given, particle_dim = _given(values), -self._known_nesting() - 1
+        first = _in_particles(self.guide or self.model, number, particle_dim)
+        sites = sample_sites(poutine.trace(poutine.replay(first, trace=given)).get_trace(*self.args, **self.kwargs))
+        program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
+        if self.guide is None:
             latent = {name: site for name, site in sites.items() if not site["is_observed"]}
-            return read(self._as_run(sites, latent, None, (), number, particle_dim))
-        return read(self._run_model(given, sites, None, (), number, particle_dim))
+            return program._as_run(sites, Drawn(given, latent, None, (), number, particle_dim))
+        return program.run_model(Drawn(given, sites, None, (), number, particle_dim))
 
-    def _as_run(
-        self,
-        model: Sites,
-        guide: Sites,
-        stopped: Sites | None,
-        scored: tuple[str, ...],
-        number: int,
-        particle_dim: int | None,
-    ) -> Run:
-        if particle_dim is None:
-            frames = [f for s in (*model.values(), *guide.values()) for f in s["cond_indep_stack"]]
-            particle_dim = min((f.dim for f in frames if f.vectorized), default=0) - 1
-        batch_plate = self._check(model, guide, particle_dim)
-        return Run(model, guide, stopped, scored, number, particle_dim, batch_plate, PathScale(number))
+    def simulate(self, values: dict[str, Tensor] | None, number: int) -> Sites:
+        """The model's sites with new data: at given values of the latents, or at draws from the prior."""
+        model = poutine.uncondition(_in_particles(self.model, number, -self._known_nesting() - 1))
+        trace = poutine.trace(poutine.replay(model, trace=_given(values or {}))).get_trace(*self.args)
+        return sample_sites(trace)
 
-    def _check(self, model: Sites, guide: Sites, particle_dim: int) -> Plate:
-        """Refuse what would give a wrong number; return the batch plate."""
-        check_sites(model, guide)
-        if torch.is_grad_enabled() and self.flow.path == "all":
-            check_reparameterised(guide)
+    def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
+        """Pyro's traces of one run of the model and of the guide, at given values if any; nothing else notices the run."""
+        guide = self.guide or prior(self.model)
+        if values is not None:
+            guide = poutine.replay(guide, trace=_given(values))
+        with self.unnoticed():
+            guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            model = poutine.replay(self.model, trace=guide_trace)
+            return poutine.trace(model).get_trace(*self.args, **self.kwargs), guide_trace
+
+    @contextmanager
+    def unnoticed(self) -> Iterator[None]:
+        """Around a run that Pyro's handlers, gradients, random number generators and batch norm must not notice."""
+        with torch.no_grad(), poutine.block(), rng.preserved(), eval_mode(self.modules()):
+            pyro.set_rng_seed(int(torch.randint(2**31, ())))  # initial values drawn here must not come again as noise
+            yield
+
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules that model and guide are, or are methods of."""
+        return find_modules(self.model, *([] if self.guide is None else [self.guide]))
+
+    def check(self, model: Sites, guide: Sites, particle_dim: int) -> Plate:
+        """Refuse a program whose number would be wrong; return the batch plate."""
+        agreement.check_sites(model, guide)
+        if torch.is_grad_enabled() and self.needs.path == "all":
+            agreement.check_reparameterised(guide)
         sites, batch_plate = labelled(model, guide), None
-        if self.in_plate:
-            batch_plate = find_batch_plate(sites)  # before shapes are looked at: its messages say more
-            if not being_traced():
-                check_densities(model, guide)
-        check_shapes(model, guide, particle_dim)
+        if self.needs.per_datum:
+            batch_plate = find_batch_plate(sites)  # before the shapes, since its messages are more specific
+            if not being_recorded():
+                agreement.check_densities(model, guide)
+        agreement.check_shapes(model, guide, particle_dim)
         for site in sites.values():
             unmasked: Any = dict(site, log_prob=site.get("unscaled_log_prob", _Shaped(site["fn"].batch_shape)))
             check_site_shape(unmasked, max_plate_nesting=-particle_dim)
         return batch_plate
 
-    def _stopped(self, guide: Program, trace: Trace) -> Trace:
+    def _as_run(self, model: Sites, drawn: Drawn) -> Run:
+        particle_dim = drawn.particle_dim
+        if particle_dim is None:
+            particle_dim = particle_dim_of(model, drawn.sites)
+        batch_plate = self.check(model, drawn.sites, particle_dim)
+        return Run(model, drawn.sites, drawn.stopped, drawn.scored, drawn.number, particle_dim, batch_plate, [])
+
+    def _known_nesting(self) -> int:
+        if self.nesting is None:
+            raise RuntimeError("a run of many particles needs the nesting: call with_nesting first.")
+        return self.nesting
+
+    def _stopped(self, guide: PyroFunction, trace: Trace) -> Trace:
         """The guide's trace at the same values, through which no gradient flows.
 
-        Where there is one site its distribution can't depend on a sample, so it serves again; where there are several,
-        the guide runs again.
+        The distribution of a single site can't depend on a sample, so it serves again. With several sites, the guide
+        runs again.
         """
         sites = sample_sites(trace)
-        names = list(sites)
         stopped = trace.copy()
         for name, site in sites.items():
-            kept: Any = {key: value for key, value in site.items() if "log_prob" not in key}
-            stopped.nodes[name] = kept | {"value": site["value"].detach()}
+            cleared: Any = {key: value for key, value in site.items() if "log_prob" not in key}
+            stopped.nodes[name] = cleared | {"value": site["value"].detach()}
         try:
-            if len(names) > 1:
+            if len(sites) > 1:
                 stopped = poutine.trace(poutine.replay(guide, trace=stopped)).get_trace(*self.args, **self.kwargs)
             stopped.compute_log_prob()
         except (NotImplementedError, KeyError) as error:
             raise PyroVAEError(
-                "the density of a guide site at a given value, without the sample's history, failed: expected "
-                "distributions that can evaluate it, got one that can't (a flow without an inverse, most likely). Use "
-                "gradient='pathwise', or a flow with an inverse."
+                "the density of a guide site at a given value can't be computed: expected distributions that can evaluate "
+                "it without the sample's history, got a distribution that can't, most likely a flow without an inverse. "
+                "Use gradient='pathwise', or a flow with an inverse."
             ) from error
-        for name in names:
-            fn = unwrapped(stopped.nodes[name]["fn"])
-            if not isinstance(fn, Delta):
+        for name, site in sites.items():
+            again: Any = stopped.nodes[name]
+            self._check_point(name, unwrapped(again["fn"]))
+            if not is_validation_enabled():
                 continue
-            # A loss that is linear in the densities has the path through the point; its log-density it would lose.
-            if torch.as_tensor(fn.log_density).requires_grad or (self.in_plate and fn.v.requires_grad):
+            if not torch.allclose(site["log_prob"], again["log_prob"], rtol=1e-3, atol=1e-2, equal_nan=True):
                 raise PyroVAEError(
-                    f"guide site '{name}' is a point (Delta) that depends on parameters besides auxiliary samples: expected a "
-                    "fixed function of them, since its density is no score. Use gradient='pathwise', or sample "
-                    f"'{name}' itself from a distribution."
+                    f"guide site '{name}' has another density when the guide runs again at the same values: expected "
+                    "a guide that is a function of its samples. Turn dropout off (eval()), or use "
+                    "gradient='pathwise'."
                 )
-        if is_validation_enabled():
-            for name in names:
-                again: Any = stopped.nodes[name]
-                if not torch.allclose(sites[name]["log_prob"], again["log_prob"], rtol=1e-3, atol=1e-2, equal_nan=True):
-                    raise PyroVAEError(
-                        f"guide site '{name}' has another density when the guide runs again at the same values: expected "
-                        "a guide that is a function of its samples. Turn dropout off (eval()), or use "
-                        "gradient='pathwise'."
-                    )
         return stopped
+
+    def _check_point(self, name: str, fn: Any) -> None:
+        """Refuse a Delta of the guide whose place depends on parameters."""
+        if not isinstance(fn, Delta):
+            return
+        # A loss that is linear in the densities keeps the path through the point; it would lose the log-density.
+        if torch.as_tensor(fn.log_density).requires_grad or (self.needs.per_datum and fn.v.requires_grad):
+            raise PyroVAEError(
+                f"guide site '{name}' is a point (Delta) that depends on parameters besides auxiliary samples: expected a "
+                "fixed function of them, since its density has no score. Use gradient='pathwise', or sample "
+                f"'{name}' itself from a distribution."
+            )
+
+
+class _Shaped(NamedTuple):
+    """Stands for a log-density that was not computed."""
+
+    shape: torch.Size
+
+
+def prior(model: PyroFunction) -> PyroFunction:
+    """The model's own latent sites, as a guide."""
+    hidden: PyroFunction = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+    return hidden
+
+
+def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
+    """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``.
+
+    Where `latent` is False, sites that are not observed get no log-density.
+
+    Raises:
+        ValueError: a value is outside the support of its distribution.
+    """
+    trace = prune_subsample_sites(trace)
+    try:
+        trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
+    except ValueError as error:
+        raise PyroVAEError(
+            f"{error}\nexpected values in the support of the distribution at that site. Convert those data, drop them, "
+            "or choose another distribution."
+        ) from error
+    sites: Sites = dict(trace.nodes)
+    return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
 
 
 def _given(values: dict[str, Tensor]) -> Trace:
@@ -406,16 +360,15 @@ def _given(values: dict[str, Tensor]) -> Trace:
     return trace
 
 
-def _in_particles(program: Program, number: int, particle_dim: int | None) -> Program:
+def _in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> PyroFunction:
     if particle_dim is None:
-        return program
-    in_plate: Program = pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(program)
+        return function
+    in_plate: PyroFunction = pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
     return in_plate
 
 
-def _differs_in_path(guide: Sites) -> bool:
-    """Whether some sites draw with a whole pathwise gradient, and the others with none at all."""
-    without = not_reparameterised(guide)
+def _differs_in_path(guide: Sites, without: tuple[str, ...]) -> bool:
+    """Whether some sites draw with a complete pathwise gradient, and the others with none at all."""
     return 0 < len(without) < len(guide) and not any(guide[name]["fn"].has_rsample for name in without)
 
 
@@ -433,82 +386,40 @@ def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
     return rows
 
 
-def shape_beside(run: Run, site: Site) -> list[int]:
-    """The shape in which a matrix (K, N) broadcasts to the site's value."""
-    shape = [1] * -run.particle_dim
-    shape[run.particle_dim], shape[run.batch_plate.dim] = run.num_particles, run.batch_plate.size
-    event_dim = site["fn"].event_dim
-    return shape[len(shape) + event_dim - site["value"].dim() :] + [1] * event_dim
+# Until the evaluations are merged.
+def draw(model, guide, args, num_particles, max_plate_nesting):  # type: ignore
+    return Program(model, guide, args, nesting=max_plate_nesting).run(num_particles)
 
 
-def labelled(model: Sites, guide: Sites) -> Sites:
-    """All sites, by the words that an error names them by."""
-    labelled = {f"model site '{name}'": site for name, site in model.items()}
-    return labelled | {f"guide site '{name}'": site for name, site in guide.items()}
+def run_at(model, guide, args, values, num_particles, max_plate_nesting, *, read):  # type: ignore
+    return read(Program(model, guide, args, nesting=max_plate_nesting).run_at(values, num_particles))
 
 
-class _Shaped(NamedTuple):
-    """What stands for a log-density that nobody computed."""
-
-    shape: torch.Size
+def simulate(model, args, values, num_particles, max_plate_nesting):  # type: ignore
+    return Program(model, None, args, nesting=max_plate_nesting).simulate(values, num_particles)
 
 
-def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
-    """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``.
-
-    Those that are not observed come without it where `latent` says so.
-    """
-    trace = prune_subsample_sites(trace)
-    trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
-    sites: Sites = dict(trace.nodes)
-    return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
+def find_max_plate_nesting(model, guide, args, kwargs, *, in_plate):  # type: ignore
+    return Program(model, guide, args, kwargs, Needs(in_plate)).with_nesting().nesting
 
 
-def trace_once(
-    model: Program, guide: Program, *args: Any, values: dict[str, Tensor] | None = None, **kwargs: Any
-) -> tuple[Trace, Trace]:
-    """The traces of one run of the model and of the guide, at given values if any, which leaves nothing of itself behind."""
-    if values is not None:
-        guide = poutine.replay(guide, trace=_given(values))
-    with _untraced(model, guide):
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
+def trace_once(model, guide, *args, values=None, **kwargs):  # type: ignore
+    return Program(model, guide, args, kwargs).trace(values)
 
 
-def find_parameters(
-    model: Program, guide: Program, *args: Any, **kwargs: Any
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters that the model uses, and those that the guide uses, found by running each once.
-
-    Returns:
-        Two dictionaries from a parameter's name in Pyro to its unconstrained value, the leaf that an optimiser
-        steps. A parameter that both use is in both.
-    """
-    model_trace, guide_trace = trace_once(model, guide, *args, **kwargs)
-    return parameters_of(model_trace), parameters_of(guide_trace)
+def shape_beside(run, site):  # type: ignore
+    return run.shape_beside(site)
 
 
-def require_parameters(*traces: Trace) -> dict[str, Tensor]:
-    """The parameters in these traces, by name; refuse a program without any."""
-    found = {name: value for trace in traces for name, value in parameters_of(trace).items()}
-    if not found:
-        raise PyroVAEError(
-            "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
-            "pyro.module statement."
-        )
-    return found
+Flow = Needs
+Particles = None
 
 
-def parameters_of(trace: Trace) -> dict[str, Tensor]:
-    """The parameters in a trace, by name: unconstrained, as an optimiser steps them."""
-    values: dict[str, Any] = {n: site["value"] for n, site in trace.nodes.items() if site["type"] == "param"}
-    # Under Pyro's module_local_params, a module's parameters are unconstrained as they are.
-    return {n: v.unconstrained() if hasattr(v, "unconstrained") else v for n, v in values.items()}
+def run_particles(*a, **k):  # type: ignore
+    raise NotImplementedError
 
 
-@contextmanager
-def _untraced(model: Program, guide: Program) -> Iterator[None]:
-    """Around a run that only looks at a program: handlers, gradients, random generators, batch norm don't see it."""
-    with torch.no_grad(), poutine.block(), rng.preserved(), evaluating(find_modules(model, guide)):
-        pyro.set_rng_seed(int(torch.randint(2**31, ())))  # initial values drawn here must not come again as noise
-        yield
+def find_parameters(model, guide, *args):  # type: ignore
+    from pyro_vae.engine.parameters import find_parameters
+
+    return find_parameters(Program(model, guide, args))

@@ -1,6 +1,6 @@
 r"""Log-weights per datum, from runs of any Pyro model and guide.
 
-Everything that a variational bound needs is in one matrix,
+Every variational bound is a function of one matrix,
 
     log w[k, n] = log p(x_n, z_kn) - log q(z_kn | x_n),    z_kn ~ q(z | x_n),    shape (K particles, N data),
 
@@ -17,18 +17,20 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.engine.agreement import equal
-from pyro_vae.engine.batch_plate import Site, Sites
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Flow, Particles, Run, run_particles
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.particles import Particles
+from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.sites import Site, Sites, equal, labelled
 from pyro_vae.errors import PyroVAEError
 
 Terms = Iterable[tuple[Site, Tensor]]  # summands of a log-density, each with the site whose scale and mask it takes
 
 
+@takes_program
 def log_weights(
-    model: Program,
-    guide: Program,
+    model: PyroFunction,
+    guide: PyroFunction,
     *args: Any,
     num_particles: int,
     vectorize_particles: bool = True,
@@ -40,35 +42,37 @@ def log_weights(
 
     .. math:: \log w_{kn} = \log p(x_n, z_{kn}) - \log q(z_{kn} \mid x_n), \qquad z_{kn} \sim q(z \mid x_n)
 
-    Every density inside the batch plate counts: all latent sites, and plates nested in it (pixels, time steps)
-    summed. What a mask hides counts zero. A scale, such as the N / b of a subsampled plate, is no part of a
-    datum's weight and is left out: objectives apply it to each datum's finished bound. Where two plates hold every
-    site, the data are the rows of the outer one.
+    Each weight contains every density inside the batch plate: all latent sites, summed over nested plates such as
+    pixels or time steps. A masked element adds zero. A scale, such as the N / b of a subsampled plate, is left out:
+    objectives multiply each datum's finished bound by it. If two plates hold every site, the data are the rows of the
+    outer one.
 
     Arguments:
-        model: a Pyro model with one batch plate, of any name, around every sample site.
-        guide: a Pyro guide for its latent sites.
-        *args: what both are called with.
+        model: a Pyro model with one batch plate, of any name, around every sample site. A model/guide pair, or a tuple
+            ``(model, guide)``, may stand in place of `model` and `guide`.
+        guide: its guide.
+        *args: the arguments of both.
         num_particles: K, the number of samples drawn from the guide for each datum.
-        vectorize_particles: run the program once, with a leading dimension for the particles; False runs it K
-            times, for programs whose networks take no leading dimension. From one seed both draw the same values
-            at sites whose noise is of a fixed kind: normal, Laplace, Cauchy, uniform, and transforms of them.
+        vectorize_particles: whether the program runs once, with a leading dimension for the particles. False runs it K
+            times, for networks that take no leading dimension. From one seed both draw the same values at sites whose
+            noise is normal, Laplace, Cauchy or uniform, or a transform of these.
         max_plate_nesting: how many dimensions the program's plates take; None finds it, by one more run.
-        chunk_size: run the model with so many particles at a time, to need less memory; the guide draws all at once,
-            so the result is the same. Where gradients are recorded, each chunk is run again in the backward pass.
-        **kwargs: what both are called with.
+        chunk_size: run the model for so many particles at a time, which needs less memory. The guide draws all
+            particles at once, so the result is the same. Where gradients are recorded, each chunk runs again in the
+            backward pass.
+        **kwargs: the keyword arguments of both.
 
     Returns:
         The log-weights in nats, of shape (K, N), differentiable in the parameters through the samples.
 
     Raises:
-        ValueError: the program has no log-weight per datum (no batch plate, a site outside it, two plates,
-            ``to_event`` in place of a plate, a subsampled plate inside it), model and guide disagree on sites,
-            shapes or masks, the guide is no density of the latents, or, while gradients are recorded, a site of the
-            guide can't be reparameterised.
+        ValueError: the program has no log-weight per datum: no batch plate, a site outside it, two plates,
+            ``to_event`` in place of a plate, a subsampled plate inside it. Or model and guide disagree on sites,
+            shapes or masks; or the guide is not a density of the latents; or, while gradients are recorded, a site of
+            the guide can't be reparameterised.
 
     Example:
-        With the posterior as guide, each weight is p(x), whatever the sample.
+        If the guide is the posterior, each weight is p(x), for every sample.
 
         >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
         >>> def model(x):
@@ -88,19 +92,14 @@ def log_weights(
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
-    particles = Particles(num_particles, vectorize_particles, max_plate_nesting, chunk_size)
-    return torch.cat(
-        run_particles(
-            model,
-            guide,
-            args,
-            kwargs,
-            particles,
-            Flow(),
-            in_plate=True,
-            read=lambda run: log_density(run, terms(run.model)) - log_density(run, terms(run.guide)),
-        )
-    )
+    particles = Particles(num_particles, vectorize_particles, chunk_size)
+    program = Program(model, guide, args, kwargs, nesting=max_plate_nesting)
+    return torch.cat(particles.read(program, log_weights_of))
+
+
+def log_weights_of(run: Run) -> Tensor:
+    """The log-weights of a run, (K, N)."""
+    return log_density(run, terms(run.model)) - log_density(run, terms(run.guide))
 
 
 def terms(sites: Sites) -> Terms:
@@ -110,13 +109,15 @@ def terms(sites: Sites) -> Terms:
 
 def log_density(run: Run, terms: Terms) -> Tensor:
     """The sum of terms for each particle and datum, (K, N)."""
-    site = next(iter(run.sites.values()))
-    zeros = site["unscaled_log_prob"].new_zeros(run.num_particles, run.batch_plate.size)
-    return sum((per_datum(run, site, value) for site, value in terms), zeros)
+    site = next(iter((run.model or run.guide).values()))
+    total: Tensor = site["unscaled_log_prob"].new_zeros(run.num_particles, run.batch_plate.size)
+    for site, value in terms:
+        total = total + per_datum(run, site, value)
+    return total
 
 
 def per_datum(run: Run, site: Site, value: Tensor) -> Tensor:
-    """A site's term, masked as the site is and summed over the plates nested in the batch plate: (K, N)."""
+    """A site's term (K, N), with the site's mask, summed over the plates nested in the batch plate."""
     value = scale_and_mask(value, mask=site["mask"])
     value = value.reshape((1,) * (-run.particle_dim - value.dim()) + tuple(value.shape))
     keep = {value.dim() + run.particle_dim, value.dim() + run.batch_plate.dim}
@@ -128,17 +129,20 @@ def datum_scale(run: Run) -> Tensor | float:
     """The scale that all sites share, such as N / b of a subsampled plate: a number, or a tensor (N,).
 
     Raises:
-        ValueError: sites are scaled differently, so that no single number scales a datum's bound.
+        ValueError: sites have different scales, so that no single number scales a datum's bound.
     """
-    plate = run.batch_plate
-    (first, site), *others = run.sites.items()
-    scale = site["scale"]
-    for words, other in others:
+    plate, sites = run.batch_plate, (*run.model.values(), *run.guide.values())
+    scale = sites[0]["scale"]
+    for other in sites[1:]:
         if not equal(scale, other["scale"]):
+            first, second = (
+                next(label for label, site in labelled(run.model, run.guide).items() if site is one)
+                for one in (sites[0], other)
+            )
             raise PyroVAEError(
                 f"scales differ between sites: expected one scale for the whole datum, got {scale} at {first} and "
-                f"{other['scale']} at {words}. Scale model and guide alike, to anneal a KL use pv.ELBO(beta=...), or use "
-                "pv.ELBO's pathwise or STL loss, in which each term may have its own scale."
+                f"{other['scale']} at {second}. Scale model and guide alike; or, to anneal a KL, use pv.ELBO(beta=...); "
+                "or use pv.ELBO's pathwise or STL loss, in which each term may have its own scale."
             )
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale

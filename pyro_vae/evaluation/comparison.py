@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.compiled.step import CompiledFunction, check_compiled
+from pyro_vae.compiled.function import CompiledFunction
+from pyro_vae.compiled.step import check_compiled
 from pyro_vae.engine import rng
 from pyro_vae.engine.modules import Program, evaluating, find_modules
 from pyro_vae.engine.program import find_parameters, sample_sites, trace_once

@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Flow, Particles, Run, find_max_plate_nesting, run_particles
+from pyro_vae.engine.program import Run, draw, find_max_plate_nesting
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
@@ -72,13 +72,10 @@ def active_units(
     if not threshold >= 0:
         raise PyroVAEError(f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took 0.01.")
     args = arguments(x)
-    parts: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
     with checked(model, guide, args) as data, rng.seeded(seed):
         batches = data.of(rows_at_once(args) // num_samples)
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
-        particles = Particles(num_samples, True, nesting)
-        for batch in batches:
-            parts += run_particles(model, guide, batch, {}, particles, Flow(), in_plate=True, read=_read)
+        parts = [_read(draw(model, guide, batch, num_samples, nesting)) for batch in batches]
     rows, keys = [], []
     for name in parts[0]:
         means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.compiled.step import CompiledFunction
+from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.engine import rng
 from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import find_max_plate_nesting

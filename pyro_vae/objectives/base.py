@@ -1,39 +1,35 @@
-"""What every objective shares: how to run the program, and where gradients flow."""
+"""The base class of every objective: its loss, its gradients, its bound per datum."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypedDict, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypedDict
 
 import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Flow, Particles, PathScale, Run, find_max_plate_nesting, run_particles
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.particles import Particles
+from pyro_vae.engine.program import Needs, Program, Run
+from pyro_vae.engine.sites import Sites
 from pyro_vae.engine.weights import Terms, datum_scale, log_density, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import gradients
+from pyro_vae.objectives.gradients import ESTIMATORS, Estimator
+from pyro_vae.objectives.module import ObjectiveModule
 
-T = TypeVar("T")
 Gradient = Literal["pathwise", "stl", "dreg", "score", "vimco"]
 SMALLEST = 1e-20  # a factor on the model's density that may be divided by; far below float32's rounding of the largest
 
 
-NAMES = {  # of the gradients, after the objective's own
-    "pathwise": "",
-    "stl": ", STL",
-    "dreg": ", DReG",
-    "score": ", score function",
-    "vimco": ", VIMCO",
-    "covariance": ", covariance",
-}
-
-
 class Options(TypedDict, total=False):
-    """What every objective takes by name besides its own arguments; see :class:`Objective`."""
+    """The keyword arguments of every objective; see :class:`Objective`."""
 
     vectorize_particles: bool
     max_plate_nesting: int | None
@@ -42,15 +38,16 @@ class Options(TypedDict, total=False):
 
 @dataclass
 class Densities:
-    """What an objective reads off runs of the program, each (K, N).
+    """The log-densities of a run, each (K, N).
 
     Attributes:
         log_p: log p(x, z).
-        log_q: log q(z | x).
-        stopped: log q(z | x) at the same samples, through which no gradient flows, if the gradient asks for it.
-        score: the part of log q(z | x) whose samples are not reparameterised.
-        scale: that of a datum's bound, such as N / b of a subsampled plate.
-        paths: where to put each run's factors on the path.
+        log_q: log q(z | x). Sites with a learning signal add no gradient here, but in `score`.
+        stopped: log q(z | x) at the same samples, through which no gradient flows, if the estimator needs it.
+        score: the sum over sites without a path of the function whose derivative is the score.
+        scale: the scale of a datum's bound, such as N / b of a subsampled plate.
+        samples: the samples of each run, with the shapes in which a matrix (K, N) broadcasts to them.
+        sizes: the number of particles of each run.
     """
 
     log_p: Tensor
@@ -58,11 +55,14 @@ class Densities:
     stopped: Tensor | None
     score: Tensor
     scale: Tensor | float
-    paths: list[PathScale]
+    samples: list[list[tuple[Tensor, list[int]]]]
+    sizes: list[int]
 
     @classmethod
     def joined(cls, parts: list[Densities]) -> Densities:
-        """Those of all runs, one after another."""
+        """The densities of all runs, one after another."""
+        if len(parts) == 1:
+            return parts[0]
         stopped = [part.stopped for part in parts if part.stopped is not None]
         return cls(
             torch.cat([part.log_p for part in parts]),
@@ -70,51 +70,69 @@ class Densities:
             torch.cat(stopped) if stopped else None,
             torch.cat([part.score for part in parts]),
             parts[0].scale,
-            [path for part in parts for path in part.paths],
+            [samples for part in parts for samples in part.samples],
+            [size for part in parts for size in part.sizes],
         )
 
 
 class Objective(pyro.infer.ELBO):
-    r"""What every bound shares: how to run the program, and losses and gradients made from the bound.
+    r"""A variational bound: the base class. It turns a reduction of log-weights into a loss and its gradients.
 
-    Use it wherever Pyro takes a loss: ``SVI(model, guide, optim, loss=objective)``, or
-    ``objective(model, guide)``, a :class:`torch.nn.Module` that returns the differentiable loss.
+    Use it wherever Pyro takes a loss: ``SVI(model, guide, optim, loss=objective)``. ``objective(vae)`` and
+    ``objective(model, guide)`` are a :class:`torch.nn.Module` with the program's parameters, whose call returns the
+    differentiable loss.
 
-    A bound of your own is a subclass with a `reduce`: its gradients come with it. With K particles, `gradient` is
+    To define a bound, write a subclass with a `reduce`; it inherits the gradients. With K particles, `gradient` is
 
     ``"pathwise"``
         the derivative through the reparameterised samples (Kingma and Welling 2014): unbiased.
     ``"stl"``
-        sticking the landing (Roeder et al. 2017): pathwise without the score, whose mean is zero in the ELBO's gradient, so
-        for the ELBO unbiased; zero at the exact posterior. For other bounds with K > 1 it is **biased**.
+        sticking the landing (Roeder et al. 2017): pathwise without the score. The score has mean zero in the ELBO's
+        gradient, so it is unbiased for the ELBO, and zero at the exact posterior. For other bounds with K > 1 it is
+        **biased**.
     ``"dreg"``
-        doubly reparameterised (Tucker et al. 2019): pathwise with the score turned into a path; unbiased, zero at the exact
-        posterior. For IWAE its signal-to-noise ratio rises with K. For the ELBO it is ``"stl"``.
+        doubly reparameterised (Tucker et al. 2019): pathwise, with the score turned into a path. It is unbiased, and zero
+        at the exact posterior. For IWAE its signal-to-noise ratio rises with K. For the ELBO it is ``"stl"``.
     ``"score"``
-        the score function (Williams 1992), with the other data's mean log-weight as baseline: unbiased as long as data don't
-        enter each other's weights (batch norm in training makes them), noisy, for any guide. At sites that can be reparameterised
-        next to some that can't, the path is taken.
+        the score function (Williams 1992), with the mean log-weight of the other data as baseline. It serves any guide
+        and is noisy. It is unbiased if no datum's weight depends on other data; batch norm in training mode breaks that.
+        If only some sites can be reparameterised, these get the pathwise gradient.
     ``"vimco"``
-        the score function with the other particles' mean log-weight as baseline (Mnih and Rezende 2016): unbiased, for any
-        guide, K at least 2. For the ELBO it is REINFORCE with a leave-one-out baseline.
+        the score function with the mean log-weight of the other particles as baseline (Mnih and Rezende 2016). It is
+        unbiased, serves any guide, and needs K of at least 2. For the ELBO it is REINFORCE with a leave-one-out
+        baseline.
 
-    All are unbiased, where they are, for the gradient of the bound's mean at this K. :mod:`pyro_vae.objectives.gradients`
-    has them in one table.
+    *Unbiased* refers to the gradient of the bound's mean at this K. :mod:`pyro_vae.objectives.gradients` has the table
+    of the estimators; a new one is a row. A subclass may set `gradients` to a tuple of their names, or to a dictionary
+    from names to :class:`pyro_vae.objectives.gradients.Estimator`.
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
         gradient: the estimator of the gradient, one of the above.
-        vectorize_particles: run the program once, with a leading dimension for the particles; False runs it K
-            times, for programs whose networks take no leading dimension; see :func:`pyro_vae.log_weights`.
+        vectorize_particles: whether the program runs once, with a leading dimension for the particles. False runs it K
+            times, for networks that take no leading dimension; see :func:`pyro_vae.log_weights`.
         max_plate_nesting: how many dimensions the program's plates take; None finds it at the first call with
             a model and guide, by one more run.
-        chunk_size: run the model with so many particles at a time, to need less memory; the result is the same, and the
-            model is run twice where gradients are recorded.
+        chunk_size: run the model for so many particles at a time, which needs less memory. The result is the same, and
+            the model runs twice where gradients are recorded.
 
     Raises:
-        ValueError: an argument is none of these; when it runs: the program has no log-weight per datum (see
-            :func:`pyro_vae.log_weights`), a guide site can't be reparameterised and the gradient needs that, or its support
-            depends on parameters, as a Uniform's with learned bounds, and the gradient takes a score.
+        ValueError: an argument is invalid, or `gradients` names an estimator that does not exist. When it runs: the
+            program has no log-weight per datum (see :func:`pyro_vae.log_weights`); or the gradient needs a path through
+            a guide site that can't be reparameterised; or it takes the score of a site whose support depends on
+            parameters, such as a Uniform with learned bounds.
+
+    Example:
+        The bound of the largest weight, with all of these gradients:
+
+        >>> import torch, pyro_vae as pv
+        >>> class Best(pv.Objective):
+        ...     family = "best weight"
+        ...
+        ...     def reduce(self, log_weights):
+        ...         return log_weights.amax(0) - torch.tensor(len(log_weights)).log()
+        >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> Best(4, gradient="dreg")(vae)(torch.randn(5, 3)).backward()
 
     References:
         Roeder, Wu and Duvenaud (2017), *Sticking the Landing*, NeurIPS.
@@ -124,16 +142,18 @@ class Objective(pyro.infer.ELBO):
         Williams (1992), *Simple Statistical Gradient-Following Algorithms*, Machine Learning.
     """
 
-    #: What tables and legends call its kind; an instance's `name` adds the gradient.
+    #: The name of its kind in tables and legends; an instance's `name` adds the gradient.
     family: ClassVar[str]
-    #: The estimators of its gradient that it has.
-    gradients: ClassVar[tuple[str, ...]] = ("pathwise", "stl", "dreg", "score", "vimco")
+    #: The estimators of its gradient, by name.
+    gradients: ClassVar[Mapping[str, Estimator]] = ESTIMATORS
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls)
         if ("reduce" in own or "reduce_for_guide" in own) and "curvature" not in own:
-            cls.curvature = Objective.curvature  # type: ignore[method-assign]  # a parent's closed form is of another bound
+            cls.curvature = Objective.curvature  # type: ignore[method-assign]  # a parent's is of another bound
+        if not isinstance(cls.gradients, Mapping):
+            cls.gradients = _rows(cls.__name__, cls.gradients)
 
     def __init__(
         self,
@@ -144,20 +164,39 @@ class Objective(pyro.infer.ELBO):
         max_plate_nesting: int | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        Particles(num_particles, vectorize_particles, max_plate_nesting, chunk_size)  # refuses what can't be run
+        Particles(num_particles, vectorize_particles, chunk_size)  # refuses invalid arguments
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         if gradient not in self.gradients:
             raise PyroVAEError(f"expected gradient to be one of {', '.join(self.gradients)}, got {gradient!r}.")
-        if gradient == "vimco" and self.num_samples == 1:
-            raise PyroVAEError(
-                "gradient='vimco' compares each particle with the others: expected num_particles to be at least 2, got "
-                "1. Take more, or gradient='score'."
-            )
-        self.gradient = gradient
+        self.gradient, self.estimator = gradient, self.gradients[gradient]
         self.max_plate_nesting = max_plate_nesting
         self.chunk_size = chunk_size
-        self.step = 0  #: how many differentiable losses it has given, which is what a schedule is a function of
-        self._found_nesting: tuple[Program, Program, int] | None = None
+        self._check_particles()
+        self.step = 0  #: how many differentiable losses it has computed: the argument of a schedule
+        self._found_nesting: tuple[PyroFunction, PyroFunction, int] | None = None
+
+    def _check_particles(self) -> None:
+        fewest, multiple = self.estimator.fewest, self.estimator.multiple
+        if self.num_samples < fewest or self.num_samples % multiple:
+            even = f" and a multiple of {multiple}" if multiple > 1 else ""
+            raise PyroVAEError(
+                f"gradient={self.gradient!r} compares each particle with others: expected num_particles to be at least "
+                f"{fewest}{even}, got {self.num_samples}. Take {fewest}, or gradient='score'."
+            )
+        if self.estimator.sampler is not None and not self.vectorize_particles:
+            raise PyroVAEError(
+                f"gradient={self.gradient!r} draws all particles together: expected vectorize_particles=True, got False. "
+                "Use gradient='vimco'."
+            )
+
+    def __call__(self, model: Any, guide: PyroFunction | None = None) -> ObjectiveModule:
+        """The loss as a module with the program's parameters: called with the program's arguments, it returns the loss.
+
+        Arguments:
+            model: a Pyro model; or a model/guide pair, or a tuple ``(model, guide)``, without a `guide`.
+            guide: its guide.
+        """
+        return ObjectiveModule(self, model, guide)
 
     @property
     def num_samples(self) -> int:
@@ -166,46 +205,63 @@ class Objective(pyro.infer.ELBO):
 
     @property
     def name(self) -> str:
-        """What tables and legends call it."""
-        return self.family + NAMES[self.gradient]
+        """Its name in tables and legends."""
+        return self.family + self.estimator.suffix
 
     def __repr__(self) -> str:
-        shown = self._settings() | {"gradient": self.gradient}
-        words = [f"{name}={value!r}" for name, value in shown.items() if (name, value) != ("gradient", "pathwise")]
-        return f"{type(self).__name__}({', '.join(words)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._arguments().items())})"
 
-    def _settings(self) -> dict[str, Any]:
-        """The arguments that say what it is, by name."""
-        return {"num_particles": self.num_particles}
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments that it was made with, where they are not the defaults; the number of particles always."""
+        parameters: dict[str, inspect.Parameter] = {}
+        for cls in type(self).__mro__:
+            if issubclass(cls, Objective) and "__init__" in vars(cls):
+                own = inspect.signature(vars(cls)["__init__"]).parameters
+                parameters = parameters | {n: p for n, p in own.items() if n not in parameters}
+                if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+                    break
+        values = {name: getattr(self, name) for name in parameters if name != "self" and hasattr(self, name)}
+        return {n: v for n, v in values.items() if n == "num_particles" or v != parameters[n].default}
 
     def scheduled(self) -> dict[str, float]:
         """The settings that may change from step to step, by attribute, with their values at this :attr:`step`."""
         return {}
 
-    def bound(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+    @takes_program
+    def bound(self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> Tensor:
         """The bound on log p(x_n) for each datum, in nats, of shape (N,); differentiable.
 
-        A scale, such as the N / b of a subsampled plate, is left out: these are nats of one datum. Modules are in the mode that
-        they are in, as in training: after it, ``vae.eval()`` turns dropout and batch norm's statistics off.
+        A scale, such as the N / b of a subsampled plate, is left out: these are nats of one datum. Modules stay in their
+        mode: call ``vae.eval()`` first to turn dropout off and to fix the statistics of batch norm.
+
+        Arguments:
+            model: a Pyro model; or a model/guide pair, or a tuple ``(model, guide)``, in place of `model` and `guide`.
+            guide: its guide.
+            *args: the arguments of both.
+            **kwargs: the keyword arguments of both.
 
         Raises:
             ValueError: the program has no bound per datum; see :func:`pyro_vae.log_weights`.
         """
-        return self._bound_and_scale(model, guide, args, kwargs)[0]
+        program = self.program(model, guide, args, kwargs, per_datum=True)
+        return self._estimate(Densities.joined(self._particles().read(program, self._read)))
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the sum over data of scale times bound, in nats, as a scalar tensor to differentiate."""
-        loss = self._loss(model, guide, args, kwargs)
+    @takes_program
+    def differentiable_loss(self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the sum over data of scale times bound, in nats: a scalar tensor to differentiate."""
+        loss = self._loss(self.program(model, guide, args, kwargs))
         self.step += torch.is_grad_enabled()
         return loss
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    @takes_program
+    def loss(self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> float:
         """The value of :meth:`differentiable_loss`."""
         with torch.no_grad():
-            return self._loss(model, guide, args, kwargs).item()
+            return self._loss(self.program(model, guide, args, kwargs)).item()
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The value of :meth:`differentiable_loss`, its gradient added to each parameter's ``grad``."""
+    @takes_program
+    def loss_and_grads(self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> float:
+        """The value of :meth:`differentiable_loss`; its gradient is added to each parameter's ``grad``."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -216,107 +272,120 @@ class Objective(pyro.infer.ELBO):
         """Turn log-weights (K, N) into the bound (N,)."""
 
     def reduce_for_guide(self, log_weights: Tensor) -> Tensor:
-        """The bound (N,) whose gradient the guide follows: the model's, but for :class:`PIWAE`."""
+        """The bound (N,) whose gradient the guide follows: the model's, except in :class:`PIWAE`."""
         return self.reduce(log_weights)
 
     def curvature(self, log_weights: Tensor) -> Tensor:
-        """The second derivative of :meth:`reduce_for_guide` by each log-weight, (K, N), which DReG takes off the path.
+        """The second derivative of :meth:`reduce_for_guide` by each log-weight, (K, N), for the DReG estimator.
 
-        This serves any reduction, in time that goes as the square of K; a subclass may know a closed form.
+        This serves any reduction, in time that grows as the square of K. A subclass may define a closed form.
         """
         return gradients.curvature(self.reduce_for_guide, log_weights)
 
-    def _loss(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        bound, scale = self._bound_and_scale(model, guide, args, kwargs)
-        return -(scale * bound).sum()
+    def needs(self) -> Needs:
+        """What its loss needs of the runs."""
+        row, two = self.estimator, self._has_two_reductions()
+        return Needs(True, row.path, not row.score, row.curved or two, row.of_mean, sampler=row.sampler)
 
-    def _bound_and_scale(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | float]:
-        parts = Densities.joined(self._runs(model, guide, args, kwargs, in_plate=True, read=self._read))
-        return self._estimate(parts), parts.scale
+    def program(
+        self,
+        model: PyroFunction,
+        guide: PyroFunction,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        per_datum: bool | None = None,
+    ) -> Program:
+        """The program as this objective runs it; `per_datum` demands a batch plate, which some losses do without."""
+        needs = self.needs() if per_datum is None else replace(self.needs(), per_datum=per_datum)
+        program = Program(model, guide, args, kwargs, needs, self.max_plate_nesting)
+        if self.num_samples == 1 or not self.vectorize_particles or self.max_plate_nesting is not None:
+            return program
+        # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found here.
+        if self._found_nesting is None or self._found_nesting[:2] != (model, guide):
+            self.remember(program.with_nesting())
+        return replace(program, nesting=self._found_nesting[2] if self._found_nesting else None)
+
+    def remember(self, program: Program) -> None:
+        """Keep the nesting of a program's plates, so that later calls need no run to find it."""
+        if program.nesting is not None and program.guide is not None:
+            self._found_nesting = (program.model, program.guide, program.nesting)
+
+    def _has_two_reductions(self) -> bool:
+        return type(self).reduce_for_guide is not Objective.reduce_for_guide
+
+    def _particles(self) -> Particles:
+        return Particles(self.num_samples, self.vectorize_particles, self.chunk_size)
+
+    def _loss(self, program: Program) -> Tensor:
+        parts = Densities.joined(self._particles().read(program, self._read))
+        return -(parts.scale * self._estimate(parts)).sum()
 
     def _model_terms(self, run: Run) -> Terms:
         """The summands of log p(x, z)."""
         return terms(run.model)
 
-    def _guide_terms(self, run: Run, guide: dict[str, Any]) -> Terms:
-        """The summands of log q(z | x), with `guide` the run's guide sites or its stopped ones."""
+    def _guide_terms(self, run: Run, guide: Sites) -> Terms:
+        """The summands of log q(z | x); `guide` has the run's guide sites, or those at stopped samples."""
         return terms(guide)
 
     def _read(self, run: Run) -> Densities:
-        scale = datum_scale(run)
-        stopped = None if run.stopped is None else log_density(run, self._guide_terms(run, run.stopped))
+        guide, row = run.guide, self.estimator
+        if row.signal is not None:
+            scored = {name: guide[name] for name in run.scored}
+            fixed = {n: s | {"unscaled_log_prob": s["unscaled_log_prob"].detach()} for n, s in scored.items()}
+            guide = guide | fixed
+            term = row.score_term
+            score = log_density(run, terms(scored) if term is None else ((s, term(s)) for s in scored.values()))
+        log_p = log_density(run, self._model_terms(run))
         return Densities(
-            log_density(run, self._model_terms(run)),
-            log_density(run, self._guide_terms(run, run.guide)),
-            stopped,
-            log_density(run, terms({name: run.guide[name] for name in run.scored})),
-            scale,
-            [run.path_scale],
-        )
-
-    def _flow(self) -> Flow:
-        """Where gradients flow in its runs."""
-        one_reduction = type(self).reduce_for_guide is Objective.reduce_for_guide
-        return Flow(
-            path="some" if self.gradient in ("score", "vimco") else "all",
-            stopped=self.gradient in ("stl", "dreg"),
-            scaled=self.gradient == "dreg" or not one_reduction,
+            log_p,
+            log_density(run, self._guide_terms(run, guide)),
+            None if run.stopped is None else log_density(run, self._guide_terms(run, run.stopped)),
+            torch.zeros_like(log_p) if row.signal is None else score,
+            datum_scale(run),
+            [run.samples],
+            [run.num_particles],
         )
 
     def _estimate(self, parts: Densities) -> Tensor:
-        """The bound (N,), whose derivative is the gradient's estimate: the table of :mod:`.gradients`, row by row."""
+        """The bound (N,), whose derivative is the gradient's estimate, by the table of :mod:`.gradients`."""
         log_weights = parts.log_p - parts.log_q
-        bound, flow = self.reduce(log_weights), self._flow()
-        if not torch.is_grad_enabled() or (self.gradient == "pathwise" and not flow.scaled):
+        bound, row, two = self.reduce(log_weights), self.estimator, self._has_two_reductions()
+        if not torch.is_grad_enabled() or (row is gradients.PATHWISE and not two):
             return bound
         fixed = log_weights.detach()
-        model = gradients.slope(self.reduce, fixed)
-        path = gradients.slope(self.reduce_for_guide, fixed) if flow.scaled else model
-        if self.gradient == "dreg":
-            path = path - self.curvature(fixed)
-        if flow.scaled:
-            # What reaches the samples has the model's factor: it may be tiny, but not zero, where the path's is not.
-            model = torch.where(model.abs() < SMALLEST, SMALLEST, model)
-            ratios = (path / model).split([scale.num_particles for scale in parts.paths])
-            for scale, ratio in zip(parts.paths, ratios, strict=True):
-                scale.value = ratio
-        surrogate = weighted(model, parts.log_p) - weighted(path, parts.log_q)
+        a = gradients.slope(self.reduce, fixed)
+        c = gradients.slope(self.reduce_for_guide, fixed) if two else a
+        if row.curved:
+            c = c - self.curvature(fixed)
+        if row.curved or two:
+            # The gradient that reaches the samples has the factor a, which may be tiny, but not zero where c is not.
+            a = torch.where(a.abs() < SMALLEST, SMALLEST, a)
+            for samples, ratio in zip(parts.samples, (c / a).split(parts.sizes), strict=True):
+                for sample, shape in samples:
+                    sample.register_hook(functools.partial(torch.mul, ratio.reshape(shape)))
+        surrogate = weighted(a, parts.log_p) - weighted(c, parts.log_q)
         if parts.stopped is not None:
-            surrogate = surrogate + weighted(path, parts.stopped)
-        if flow.path != "all":
-            surrogate = surrogate + weighted(self._signal(fixed), parts.score)
+            surrogate = surrogate + weighted(c, parts.stopped)
+        if row.signal is not None:
+            surrogate = surrogate + weighted(row.signal(self, fixed, c), parts.score)
         return with_gradient(bound, surrogate)
 
-    def _signal(self, log_weights: Tensor) -> Tensor:
-        """The factor on the score of each sample that is not reparameterised, (K, N)."""
-        mean = gradients.mean_of_other_data if self.gradient == "score" else gradients.mean_of_other_particles
-        return gradients.learning_signal(self.reduce_for_guide, log_weights, mean(log_weights))
-
     # Abstract in pyro.infer.ELBO, and used by its own machinery alone.
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+    def _get_trace(self, model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any) -> Any:
         raise TypeError("a pyro_vae objective has no single trace: use pyro_vae.log_weights for its parts.")
 
-    def _runs(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        in_plate: bool,
-        read: Callable[[Run], T],
-    ) -> list[T]:
-        nesting = self.max_plate_nesting
-        if nesting is None and self.num_samples > 1 and self.vectorize_particles:
-            # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found here.
-            if self._found_nesting is None or self._found_nesting[:2] != (model, guide):
-                nesting = find_max_plate_nesting(model, guide, args, kwargs, in_plate=in_plate)
-                self._found_nesting = (model, guide, nesting)
-            nesting = self._found_nesting[2]
-        particles = Particles(self.num_samples, self.vectorize_particles, nesting, self.chunk_size)
-        return run_particles(model, guide, args, kwargs, particles, self._flow(), in_plate=in_plate, read=read)
+
+def _rows(owner: str, names: Iterable[str]) -> dict[str, Estimator]:
+    """The rows of these estimators; refuse a name without one."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in ESTIMATORS:
+            raise PyroVAEError(
+                f"expected {owner}.gradients to name estimators of {', '.join(ESTIMATORS)}, got {name!r}. For a new one, "
+                "pass a dictionary: gradients = pv.Objective.gradients | {name: Estimator(...)}."
+            )
+    return {name: ESTIMATORS[name] for name in names}
 
 
 def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -325,5 +394,5 @@ def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
 
 
 def weighted(factor: Tensor, density: Tensor) -> Tensor:
-    """The sum over particles; one of no weight has no derivative, so its density of zero does no harm."""
+    """The sum over particles; a particle of weight zero, and density zero, adds no derivative."""
     return torch.where(density.isfinite(), factor * density, 0.0).sum(0)

@@ -22,17 +22,16 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from pyro_vae.engine.agreement import equal, family, masks, same_masks, unwrapped
-from pyro_vae.engine.batch_plate import Site, Sites
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Flow, Run
+from pyro_vae.engine.program import Needs, Program, Run
+from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks, unwrapped
 from pyro_vae.engine.weights import Terms
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.objectives.base import NAMES, Gradient, Objective, Options, with_gradient
+from pyro_vae.objectives.base import Gradient, Objective, Options, with_gradient
+from pyro_vae.objectives.gradients import DISARM, STL
 
 
 class NoClosedFormError(PyroVAEError):
-    """A program has no closed form for the KL of one of its latent sites."""
+    """The KL of a latent site has no closed form."""
 
 
 class ELBO(Objective):
@@ -45,30 +44,32 @@ class ELBO(Objective):
     with :math:`\mathrm{KL} = \mathrm{KL}(q(z|x) \,\|\, p(z))` in closed form, or its estimate
     :math:`\frac1K \sum_k \log q(z_k|x) - \log p(z_k)`. Both have the same mean, log p(x) - KL(q(z|x) || p(z|x)) where beta
     is 1. With several latent sites, each has its own KL, given the sites sampled before it. All gradients are unbiased,
-    but that of free bits with a sampled KL, which takes the maximum of a noisy mean.
+    except with free bits and a sampled KL: the maximum of a noisy mean is biased.
 
-    With :math:`\beta > 1` it is a lower bound still, of a beta-VAE; with free bits it is one in the mean over a batch, not for
-    each datum; with :math:`\beta < 1` it bounds nothing. Report ``pv.ELBO().bound``.
+    With :math:`\beta > 1`, the objective of a beta-VAE, it is still a lower bound. With free bits it is a lower bound in
+    the mean over a batch, not for each datum. With :math:`\beta < 1` it is not a bound. Report ``pv.ELBO().bound``.
 
-    The pathwise and STL losses are linear in the log-densities, so, unlike :meth:`bound`, they need no batch plate: global
-    latents, factors, subsampled nested plates and different scales are all served.
+    The pathwise and STL losses are linear in the log-densities. Unlike :meth:`bound`, they need no batch plate: they
+    serve global latents, factors, subsampled nested plates and different scales.
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
-        kl: ``"analytic"`` for the closed form, ``"monte_carlo"`` to estimate it from the samples. None is the closed form,
-            but with ``gradient="stl"`` or ``"dreg"``, which are about the noise of the estimate, Monte Carlo.
-        gradient: as in :class:`Objective`; ``"score"`` takes the KL in closed form as it is.
-        beta: the factor on the KL, at least 0; or a function that gives it for each step, starting at 0. A step is one
-            differentiable loss; :attr:`step` counts them, and :func:`pyro_vae.fit` starts it at 0.
-        free_bits: lambda, in nats: each latent dimension j contributes :math:`\max(\lambda, \mathrm{KL}_j)`, where the KL is
-            averaged over the batch and has no gradient below lambda. For guides that are independent over
-            dimensions; 0 is off.
+        kl: ``"analytic"`` for the closed form, ``"monte_carlo"`` to estimate it from the samples. None is Monte Carlo
+            with ``gradient="stl"`` or ``"dreg"``, which reduce the noise of the estimate; else the closed form.
+        gradient: as in :class:`Objective`; or ``"disarm"`` for Bernoulli latents: antithetic pairs of particles, with a
+            factor for each latent dimension (Dong et al. 2020). It is unbiased, needs an even K, and is quieter than
+            ``"vimco"`` at the same K. The score function differentiates a KL in closed form directly.
+        beta: the factor on the KL, at least 0; or a function from the step, which starts at 0, to the factor. A step is
+            one differentiable loss; :attr:`step` counts them, and :func:`pyro_vae.fit` starts it at 0.
+        free_bits: lambda, in nats: each latent dimension j contributes :math:`\max(\lambda, \mathrm{KL}_j)`, where the
+            KL is averaged over the batch and has no gradient below lambda. It needs a guide with independent dimensions;
+            0 turns it off.
         **options: as in :class:`Objective`.
 
     Raises:
-        ValueError: an argument is none of these; when it runs: a latent site's pair of families has no closed form, model and
-            guide sample their sites in different orders (a closed form given later sites would be wrong), a site's
-            scale or mask differs between them, or free bits are asked for of a site whose dimensions depend on each other.
+        ValueError: an argument is invalid. When it runs: the KL of a latent site has no closed form; or model and guide
+            sample their sites in different orders, where a closed form given later sites would be wrong; or a site's
+            scale or mask differs between them; or free bits meet a site whose dimensions depend on each other.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -85,15 +86,18 @@ class ELBO(Objective):
         Higgins et al. (2017), *beta-VAE*, ICLR. Bowman et al. (2016), *Generating Sentences from a Continuous Space*,
         CoNLL (the schedule).
         Kingma et al. (2016), *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS (free bits).
+        Dong, Mnih and Tucker (2020), *DisARM: An Antithetic Gradient Estimator for Binary Latent Variables*, NeurIPS.
     """
 
     family = "ELBO"
+    # A mean is linear, so that DReG's factors are STL's.
+    gradients = Objective.gradients | {"dreg": replace(STL, suffix=", DReG"), "disarm": DISARM}
 
     def __init__(
         self,
         num_particles: int = 1,
         kl: Literal["analytic", "monte_carlo"] | None = None,
-        gradient: Gradient = "pathwise",
+        gradient: Gradient | Literal["disarm"] = "pathwise",
         beta: float | Callable[[int], float] = 1.0,
         free_bits: float = 0.0,
         **options: Unpack[Options],
@@ -101,13 +105,13 @@ class ELBO(Objective):
         super().__init__(num_particles, gradient, **options)
         if kl not in (None, "analytic", "monte_carlo"):
             raise PyroVAEError(f"expected kl to be 'analytic' or 'monte_carlo', got {kl!r}.")
-        of_the_noise = gradient in ("stl", "dreg")
-        if kl == "analytic" and of_the_noise:
+        without_score = not self.estimator.score
+        if kl == "analytic" and without_score:
             raise PyroVAEError(
-                f"gradient={gradient!r} takes noise out of a sampled KL: expected kl='monte_carlo' with it, got 'analytic'. "
-                "Drop one of the two."
+                f"gradient={gradient!r} takes noise out of a sampled KL: expected kl='monte_carlo' with it, got "
+                "'analytic'. Drop one of the two."
             )
-        self.kl = kl or ("monte_carlo" if of_the_noise else "analytic")
+        self.kl = kl or ("monte_carlo" if without_score else "analytic")
         if self.kl == "analytic" and self.chunk_size is not None:
             raise PyroVAEError(
                 "a KL in closed form needs the whole run: expected kl='monte_carlo' with chunk_size, got 'analytic'. Pass "
@@ -119,50 +123,45 @@ class ELBO(Objective):
             raise PyroVAEError(f"expected free_bits to be a number of nats, at least 0, got {free_bits!r}.")
         if free_bits and gradient != "pathwise":
             raise PyroVAEError(
-                f"free bits are a maximum over means, whose gradient is the pathwise one: expected gradient='pathwise' "
-                f"with free_bits, got {gradient!r}."
+                f"free bits take the maximum of a mean, which has a pathwise gradient only: expected gradient='pathwise' "
+                f"with free_bits, got {gradient!r}. Drop one of the two."
             )
         apart = self.chunk_size is not None or (num_particles > 1 and not self.vectorize_particles)
         if free_bits and apart:
             raise PyroVAEError(
                 "free bits average the KL over all particles: expected vectorize_particles=True and no chunk_size with "
-                "free_bits, got particles that are run apart. Drop free_bits, or run them together."
+                "free_bits, got particles in several runs. Drop free_bits, or run them together."
             )
         self.beta, self.free_bits = beta, free_bits
 
     @property
     def name(self) -> str:
-        """What tables and legends call it."""
+        """Its name in tables and legends."""
         beta = "beta schedule" if callable(self.beta) else f"beta {self.beta:g}"
         parts = [
             "ELBO, closed-form KL" if self.kl == "analytic" else "ELBO, Monte Carlo KL",
             *([] if self.beta == 1 else [beta]),
             *([f"free bits {self.free_bits:g}"] if self.free_bits else []),
         ]
-        return ", ".join(parts) + NAMES[self.gradient]
+        return ", ".join(parts) + self.estimator.suffix
 
     def scheduled(self) -> dict[str, float]:
-        """Beta, by its schedule if it has one."""
+        """Beta, from its schedule if it has one."""
         return {"beta": self._beta()}
-
-    def _settings(self) -> dict[str, Any]:
-        shown = {"num_particles": self.num_particles, "kl": self.kl}
-        if self.beta != 1:
-            shown["beta"] = self.beta
-        return shown | ({"free_bits": self.free_bits} if self.free_bits else {})
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean over particles."""
         return log_weights.mean(0)
 
-    def _flow(self) -> Flow:
-        # A mean is linear: DReG's factors are the model's.
-        return replace(super()._flow(), scaled=False, densities=self.kl == "monte_carlo")
+    def needs(self) -> Needs:
+        """What its loss needs of the runs: no batch plate, where the loss is linear in the log-densities."""
+        needs = super().needs()
+        return replace(needs, per_datum=needs.path != "all", densities=self.kl == "monte_carlo")
 
-    def _loss(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if self._flow().path != "all":
-            return super()._loss(model, guide, args, kwargs)
-        totals = self._runs(model, guide, args, kwargs, in_plate=False, read=self._total)
+    def _loss(self, program: Program) -> Tensor:
+        if program.needs.per_datum:
+            return super()._loss(program)
+        totals = self._particles().read(program, self._total)
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         return -total / self.num_particles if self.num_particles > 1 else -total
 
@@ -200,8 +199,8 @@ class ELBO(Objective):
         return _check_beta(self.beta(self.step)) if callable(self.beta) else self.beta
 
     def _free_kl(self, run: Run, name: str) -> Tensor:
-        """The KL of one site, no less than `free_bits` in each dimension of its event, in the shape of its batch."""
-        guide, model = _pair(run, name)
+        """The KL of one site, at least `free_bits` in each dimension of its event, in the shape of its batch."""
+        guide, model = _both_sites(run, name)
         q, p = (_by_dimension(site["fn"], name) for site in (guide, model))
         if masks(guide):
             raise PyroVAEError(
@@ -242,8 +241,8 @@ def _check_order(run: Run) -> None:
         )
 
 
-def _pair(run: Run, name: str) -> tuple[Site, Site]:
-    """A site in guide and model, which agree so far that they have one KL."""
+def _both_sites(run: Run, name: str) -> tuple[Site, Site]:
+    """A site in the guide and in the model; refuse two that have no common KL."""
     guide = run.guide[name]
     if name not in run.model:
         raise NoClosedFormError(
@@ -254,7 +253,7 @@ def _pair(run: Run, name: str) -> tuple[Site, Site]:
     if not equal(guide["scale"], model["scale"]):
         raise NoClosedFormError(
             f"ELBO(kl='analytic') expected one scale at site '{name}', got {model['scale']} in the model and "
-            f"{guide['scale']} in the guide: no KL weighs its two halves differently. Use kl='monte_carlo'."
+            f"{guide['scale']} in the guide: both densities of a KL have one scale. Use kl='monte_carlo'."
         )
     if not same_masks(guide, model):
         raise NoClosedFormError(
@@ -266,16 +265,17 @@ def _pair(run: Run, name: str) -> tuple[Site, Site]:
 
 def _site_kl(run: Run, name: str) -> Tensor:
     """KL(q || p) of one site in closed form, in the shape of its batch."""
-    guide, model = _pair(run, name)
+    guide, model = _both_sites(run, name)
     return _closed_form(guide["fn"], model["fn"], name)
 
 
 def _closed_form(q: Any, p: Any, name: str) -> Tensor:
     no_closed_form = NoClosedFormError(
-        f"ELBO(kl='analytic') has no closed form at site '{name}' for the pair KL({family(q)} || {family(p)}). Use "
-        "kl='monte_carlo'."
+        f"ELBO(kl='analytic') has no closed form at site '{name}' for KL({family(q)} || {family(p)}): expected families "
+        "whose KL PyTorch knows. Use kl='monte_carlo'."
     )
-    # Registered all the same: for a Delta half a KL, without its own log-density; for folded families that of the bases.
+    # PyTorch has formulas for these, which are wrong: for a Delta without its log-density; for folded families that of
+    # the bases.
     if isinstance(unwrapped(q), Delta) or _folds(q) or _folds(p):
         raise no_closed_form
     try:
@@ -285,7 +285,7 @@ def _closed_form(q: Any, p: Any, name: str) -> Tensor:
 
 
 def _beside(distribution: Any, other: Any) -> Any:
-    """Independent normals as one with a covariance, where the other has one, for which PyTorch knows the KL."""
+    """Independent normals as a multivariate normal, if the other is one: PyTorch knows the KL of two of these."""
     normal = unwrapped(distribution)
     if not isinstance(unwrapped(other), MultivariateNormal | LowRankMultivariateNormal) or distribution.event_dim != 1:
         return distribution
@@ -297,16 +297,16 @@ def _beside(distribution: Any, other: Any) -> Any:
 
 
 def _folds(distribution: Any) -> bool:
-    """Whether several values of the base become one, so that no KL is that of the bases."""
+    """Whether a transform takes several values of the base to one, so that the KL is not that of the bases."""
     fn = unwrapped(distribution)
-    # These two fold a density that is symmetric about the fold, which changes no KL.
+    # These two fold a density that is symmetric about the fold, which leaves the KL as it is.
     if not isinstance(fn, TransformedDistribution) or isinstance(fn, HalfNormal | HalfCauchy):
         return False
     return not all(transform.bijective for transform in fn.transforms) or _folds(fn.base_dist)
 
 
 def _by_dimension(distribution: Any, name: str) -> Any:
-    """The distribution of each dimension of an event, which must be independent."""
+    """The distribution of each dimension of an event; refuse dimensions that depend on each other."""
     whole = distribution
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist

@@ -1,4 +1,4 @@
-r"""Derivatives of a reduction of log-weights, and learning signals: functions of matrices (K, N), which know no Pyro.
+r"""Estimators of a bound's gradient: the table of them as code. A new estimator is one row of :data:`ESTIMATORS`.
 
 A bound is a function R of a datum's K log-weights. Every estimator of its gradient has the form
 
@@ -9,33 +9,91 @@ A bound is a function R of a datum's K log-weights. Every estimator of its gradi
 with factors on the model's density, on the guide's density at a fixed sample (the score), and on the path through the
 sample. With :math:`g_k = \partial R / \partial \log w_k` and :math:`h_k = \partial^2 R / \partial (\log w_k)^2`:
 
-==============  =====  ===========================  =================
-gradient        a      b                            c
-==============  =====  ===========================  =================
-``pathwise``    g      -g                           g
-``stl``         g      0                            g
-``dreg``        g      0                            g - h
-``score``       g      -g + R(log w) - R(with the   0
-                       k-th replaced by baseline)
-``vimco``       g      the same, another baseline   0
-==============  =====  ===========================  =================
+==============  =====  =============================  =================
+gradient        a      b                              c
+==============  =====  =============================  =================
+``pathwise``    g      -g                             g
+``stl``         g      0                              g
+``dreg``        g      0                              g - h
+``score``       g      R - R' - (g - g')              0
+``vimco``       g      the same, another baseline     0
+``disarm``      g      (R - R'') / 2, for each        0
+                       dimension's own score
+==============  =====  =============================  =================
 
-The ``dreg`` row for any R: by reparameterisation, the mean of :math:`f(z) \nabla \log q(z)` is that of
-:math:`\partial_z f \, \nabla z`; the score that pathwise keeps has f = -g, whose derivative is -h along the path. For
-IWAE, g is the normalised weight and g - h its square.
+R' and g' are R and g with the k-th log-weight replaced by a baseline, which does not depend on the k-th sample. So
+:math:`g'_k \nabla \log q(z_k)` has mean zero, and -g + g' in place of -g leaves the mean as it is. It takes noise out:
+near the exact posterior all weights are equal, and b is zero. For the ELBO, g is constant, g - g' is zero, and
+``vimco`` is REINFORCE with a leave-one-out baseline. The baseline of ``score`` is the mean log-weight of the other
+data, that of ``vimco`` the mean of the datum's other particles.
+
+``disarm`` draws Bernoulli latents as antithetic pairs; R'' has the k-th log-weight replaced by its partner's. With
+logits :math:`\alpha_d`, sample b and partner b', the score of dimension d is
+:math:`(b_d - b'_d)\, \sigma(|\alpha_d|)\, \nabla_\phi \alpha_d`.
+
+The ``dreg`` row holds for any R: by reparameterisation, the mean of :math:`f(z) \nabla \log q(z)` is that of
+:math:`\partial_z f \, \nabla z`. The score in the pathwise gradient has f = -g, whose derivative along the path is -h.
+For IWAE, g is the normalised weight and g - h its square.
+
+References:
+    Roeder, Wu and Duvenaud (2017), *Sticking the Landing*, NeurIPS.
+    Tucker, Lawson, Gu and Maddison (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, ICLR.
+    Mnih and Rezende (2016), *Variational Inference for Monte Carlo Objectives*, ICML.
+    Williams (1992), *Simple Statistical Gradient-Following Algorithms*, Machine Learning.
+    Dong, Mnih and Tucker (2020), *DisARM: An Antithetic Gradient Estimator for Binary Latent Variables*, NeurIPS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
+
+from pyro_vae.engine.sites import Site
+from pyro_vae.objectives import antithetic
 
 Reduction = Callable[[Tensor], Tensor]  # log-weights (K, N) to a value for each datum (N,)
 
-LOWEST = -1e4  # what a weight of zero counts as in a baseline, which may be anything, but not infinite
+LOWEST = -1e4  # stands for a weight of zero in a baseline, which may be any number but infinity
 ELEMENTS_AT_ONCE = 2**19  # of a (K, K, N) array: what a processor's cache holds
+
+
+@dataclass(frozen=True)
+class Estimator:
+    r"""A row of the table: one estimator of the gradient of any bound. An objective's `gradients` give it a name.
+
+    Arguments:
+        suffix: what it adds to the objective's name in tables and legends.
+        path: through which samples gradients flow: ``"all"``, ``"none"``, or ``"some"``: those that can be
+            reparameterised, if other sites can't be; else none.
+        score: whether the score of reparameterised sites stays in the gradient (b = -g), or not (b = 0).
+        curved: whether c is g - h, or g.
+        signal: b of the other sites: a function of the objective, its log-weights (K, N) and its factors c (K, N),
+            to (K, N). None for an estimator that needs reparameterised sites.
+        of_mean: whether it estimates the gradient of a mean over the guide's samples. Then it refuses a guide whose
+            support depends on parameters.
+        fewest: the smallest number of particles.
+        multiple: the number of particles has to be a multiple of this.
+        sampler: makes a Pyro handler that draws the guide's samples, from the number of particles and their dimension;
+            None draws them independently.
+        score_term: the function of a guide site, in the shape of its log-density, whose derivative is the score that b
+            multiplies; None is the log-density.
+    """
+
+    suffix: str
+    path: Literal["all", "some", "none"] = "all"
+    score: bool = True
+    curved: bool = False
+    signal: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    of_mean: bool = True
+    fewest: int = 1
+    multiple: int = 1
+    sampler: Callable[[int, int], Messenger] | None = None
+    score_term: Callable[[Site], Tensor] | None = None
 
 
 def slope(reduce: Reduction, log_weights: Tensor) -> Tensor:
@@ -59,17 +117,29 @@ def curvature(reduce: Reduction, log_weights: Tensor) -> Tensor:
 
 
 def learning_signal(reduce: Reduction, log_weights: Tensor, baseline: Tensor) -> Tensor:
-    """What each particle adds to the reduction over a `baseline` log-weight (K, N) in its place, (K, N).
+    """R - R' + g', where the k-th log-weight is replaced by the baseline's, (K, N).
 
-    The baseline of particle k must not depend on its sample: then the score times this is unbiased.
+    The baseline of particle k must not depend on its sample: then the score times R - R' + g' has the mean of the score
+    times R.
     """
+    log_weights, baseline = log_weights.detach(), baseline.detach().requires_grad_()
+    signals = []
+    for block in _blocks(log_weights):
+        replaced = _each_replaced(reduce, log_weights, baseline, block)
+        (slope_there,) = torch.autograd.grad(replaced.sum(), baseline)
+        signals.append(slope_there[block] - replaced.detach())
+    return reduce(log_weights) + torch.cat(signals)
+
+
+def advantage(reduce: Reduction, log_weights: Tensor, other: Tensor) -> Tensor:
+    """R - R'', where the k-th log-weight is replaced by another, (K, N)."""
     log_weights = log_weights.detach()
-    replaced = [_each_replaced(reduce, log_weights, baseline, block) for block in _blocks(log_weights)]
+    replaced = [_each_replaced(reduce, log_weights, other.detach(), block) for block in _blocks(log_weights)]
     return reduce(log_weights) - torch.cat(replaced)
 
 
 def mean_of_other_data(log_weights: Tensor) -> Tensor:
-    """For each datum, the mean log-weight of the others, (K, N); zero if there are none."""
+    """For each datum, the mean log-weight of the other data, (K, N); zero for a single datum."""
     count, size = log_weights.shape
     log_weights = log_weights.nan_to_num(neginf=LOWEST)
     total = log_weights.sum(0)
@@ -77,7 +147,7 @@ def mean_of_other_data(log_weights: Tensor) -> Tensor:
 
 
 def mean_of_other_particles(log_weights: Tensor) -> Tensor:
-    """For each particle, the mean log-weight of the datum's others, (K, N)."""
+    """For each particle, the mean log-weight of the datum's other particles, (K, N)."""
     log_weights = log_weights.nan_to_num(neginf=LOWEST)
     return (log_weights.sum(0) - log_weights) / (len(log_weights) - 1)
 
@@ -93,3 +163,34 @@ def _blocks(log_weights: Tensor) -> Iterator[Tensor]:
     """Indices of particles, as many at a time as memory allows."""
     particles = torch.arange(len(log_weights), device=log_weights.device)
     return iter(particles.split(max(1, ELEMENTS_AT_ONCE // log_weights.numel())))
+
+
+def _over(baseline: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """The b of the score function with a baseline."""
+    return lambda objective, log_w, c: learning_signal(objective.reduce_for_guide, log_w, baseline(log_w)) - c
+
+
+def _over_partner(objective: Any, log_weights: Tensor, c: Tensor) -> Tensor:
+    return advantage(objective.reduce_for_guide, log_weights, antithetic.partner(log_weights, 0)) / 2
+
+
+PATHWISE = Estimator("")
+STL = Estimator(", STL", score=False)
+#: The estimators that serve every bound, by name.
+ESTIMATORS = {
+    "pathwise": PATHWISE,
+    "stl": STL,
+    "dreg": replace(STL, suffix=", DReG", curved=True),
+    "score": Estimator(", score function", "some", signal=_over(mean_of_other_data)),
+    "vimco": Estimator(", VIMCO", "some", signal=_over(mean_of_other_particles), fewest=2),
+}
+#: An estimator for the ELBO alone: antithetic samples change the mean of a bound that is not linear.
+DISARM = Estimator(
+    ", DisARM",
+    "some",
+    signal=_over_partner,
+    fewest=2,
+    multiple=2,
+    sampler=antithetic.Antithetic,
+    score_term=antithetic.score_term,
+)

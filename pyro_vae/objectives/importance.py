@@ -1,16 +1,16 @@
-"""Bounds that average the weights of several particles before the logarithm, and relatives of theirs."""
+"""Bounds from the log of an average of importance weights: IWAE, Renyi, MIWAE, PIWAE, CIWAE, JVI."""
 
 from __future__ import annotations
 
 import math
 from itertools import combinations
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.objectives.base import NAMES, Gradient, Objective, Options
+from pyro_vae.objectives.base import Gradient, Objective, Options
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -32,10 +32,10 @@ class IWAE(Objective):
 
     A lower bound on log p(x): K = 1 is the ELBO, and it rises with K towards log p(x).
 
-    Gradients: all but STL are unbiased. Pathwise, the signal-to-noise ratio of the guide's gradient falls as
-    :math:`1 / \sqrt K` once K is large (Rainforth et al. 2018); with ``"dreg"``, which weighs the path by the squares of
-    the normalised weights, it rises as :math:`\sqrt K` (Tucker et al. 2019). STL at K > 1 is biased, by
-    :math:`\mathbb E \sum_k \tilde w_k \nabla \log q(z_k|x)`, yet zero at the exact posterior.
+    Gradients: all except STL are unbiased. The signal-to-noise ratio of the guide's pathwise gradient falls as
+    :math:`1 / \sqrt K` for large K (Rainforth et al. 2018). With ``"dreg"``, which weighs the path by the squares of
+    the normalised weights, it rises as :math:`\sqrt K` (Tucker et al. 2019). STL at K > 1 has the bias
+    :math:`\mathbb E \sum_k \tilde w_k \nabla \log q(z_k|x)`, and is zero at the exact posterior.
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
@@ -63,7 +63,7 @@ class IWAE(Objective):
         return log_mean_exp(log_weights)
 
     def curvature(self, log_weights: Tensor) -> Tensor:
-        """Of the normalised weights, w (1 - w)."""
+        """w (1 - w), of the normalised weights w."""
         return log_mean_exp_curvature(log_weights)
 
 
@@ -73,11 +73,11 @@ class Renyi(Objective):
     .. math:: \mathcal L_\alpha = \mathbb E \frac{1}{1 - \alpha} \log \frac1K \sum_{k=1}^K w_k^{1 - \alpha}, \qquad
         \alpha \ne 1
 
-    It falls in alpha: alpha = 0 is IWAE, and alpha towards 1 the ELBO. From 0 on it is a lower bound on log p(x) at any K;
-    as K grows it tends to log p(x) less a Renyi divergence of q from the posterior. With :math:`\alpha < 0` that limit is
-    **above** log p(x), and at finite K it may lie on either side.
+    It falls in alpha: alpha = 0 is IWAE, and the limit at alpha = 1 is the ELBO. For :math:`\alpha \ge 0` it is a lower
+    bound on log p(x) at any K. As K grows it tends to log p(x) minus a Renyi divergence of q from the posterior. With
+    :math:`\alpha < 0` that limit is **above** log p(x), and at finite K it may lie on either side.
 
-    Gradients: all but STL are unbiased for the mean at this K; ``"dreg"`` weighs the path by
+    Gradients: all except STL are unbiased for the mean at this K; ``"dreg"`` weighs the path by
     :math:`\alpha v_k + (1 - \alpha) v_k^2`, with :math:`v_k \propto w_k^{1 - \alpha}` (Daudel et al. 2023).
 
     Arguments:
@@ -115,11 +115,8 @@ class Renyi(Objective):
 
     @property
     def name(self) -> str:
-        """What tables and legends call it."""
-        return f"{self.family}, alpha {self.alpha:g}{NAMES[self.gradient]}"
-
-    def _settings(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, "num_particles": self.num_particles}
+        """Its name in tables and legends."""
+        return f"{self.family}, alpha {self.alpha:g}{self.estimator.suffix}"
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the weights' power mean with exponent 1 - alpha."""
@@ -135,9 +132,9 @@ class MIWAE(Objective):
 
     .. math:: \log p(x) \ge \mathbb{E} \frac1M \sum_{m=1}^M \log \frac1K \sum_{k=1}^K w_{mk}
 
-    The same bound in the mean as :class:`IWAE` with K, from M K samples. MIWAE(1, K) is IWAE(K), MIWAE(M, 1) the ELBO with M
-    particles. The guide's pathwise gradient has a signal-to-noise ratio that goes as :math:`\sqrt{M / K}`. All gradients
-    but STL are unbiased.
+    Its mean is that of :class:`IWAE` with K particles, from M K samples. MIWAE(1, K) is IWAE(K), and MIWAE(M, 1) is the
+    ELBO with M particles. The signal-to-noise ratio of the guide's pathwise gradient grows as :math:`\sqrt{M / K}`. All
+    gradients except STL are unbiased.
 
     Arguments:
         num_outer: M, the number of bounds that are averaged.
@@ -175,18 +172,15 @@ class MIWAE(Objective):
 
     @property
     def name(self) -> str:
-        """What tables and legends call it."""
-        return f"{self.family}, {self.num_outer} outer{NAMES[self.gradient]}"
-
-    def _settings(self) -> dict[str, Any]:
-        return {"num_outer": self.num_outer, "num_particles": self.num_particles}
+        """Its name in tables and legends."""
+        return f"{self.family}, {self.num_outer} outer{self.estimator.suffix}"
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean over groups of K of the log-mean-weight of each."""
         return log_mean_exp(self._groups(log_weights), 1).mean(0)
 
     def curvature(self, log_weights: Tensor) -> Tensor:
-        """That of each group's bound, over M."""
+        """The curvature of each group's bound, over M."""
         return (log_mean_exp_curvature(self._groups(log_weights), 1) / self.num_outer).flatten(0, 1)
 
     def _groups(self, log_weights: Tensor) -> Tensor:
@@ -199,9 +193,9 @@ class PIWAE(MIWAE):
     .. math:: \theta:\ \nabla_\theta \log \frac{1}{MK} \sum_{m,k} w_{mk}, \qquad
         \phi:\ \nabla_\phi \frac1M \sum_m \log \frac1K \sum_k w_{mk}
 
-    The model follows the tightest bound, the guide one with a stronger signal. :meth:`bound` is the model's: IWAE with M K
-    particles, a lower bound on log p(x). Each of the two gradients is unbiased for its own bound, but with STL; together
-    they are the gradient of no single function.
+    The model follows the tightest bound, and the guide a bound with a stronger signal. :meth:`bound` is the model's: IWAE
+    with M K particles, a lower bound on log p(x). Each of the two gradients is unbiased for its own bound, except with
+    STL. Together they are not the gradient of any function.
 
     Arguments:
         num_outer: M, the number of groups.
@@ -241,7 +235,8 @@ class CIWAE(Objective):
     .. math:: \log p(x) \ge \beta\, \mathbb E \frac1K \sum_k \log w_k
         + (1 - \beta)\, \mathbb E \log \frac1K \sum_k w_k, \qquad 0 \le \beta \le 1
 
-    A lower bound on log p(x): beta = 0 is IWAE, beta = 1 the ELBO, both with K particles. All gradients but STL are unbiased.
+    A lower bound on log p(x): beta = 0 is IWAE, beta = 1 the ELBO, both with K particles. All gradients except
+    STL are unbiased.
 
     Arguments:
         beta: the share of the ELBO, from 0 to 1.
@@ -274,18 +269,15 @@ class CIWAE(Objective):
 
     @property
     def name(self) -> str:
-        """What tables and legends call it."""
-        return f"{self.family}, beta {self.beta:g}{NAMES[self.gradient]}"
-
-    def _settings(self) -> dict[str, Any]:
-        return {"beta": self.beta, "num_particles": self.num_particles}
+        """Its name in tables and legends."""
+        return f"{self.family}, beta {self.beta:g}{self.estimator.suffix}"
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean of the log-weights and the log of the mean weight, combined."""
         return self.beta * log_weights.mean(0) + (1 - self.beta) * log_mean_exp(log_weights)
 
     def curvature(self, log_weights: Tensor) -> Tensor:
-        """The importance-weighted bound's share; the ELBO has none."""
+        """The share of the importance-weighted bound; the ELBO has no curvature."""
         return (1 - self.beta) * log_mean_exp_curvature(log_weights)
 
 
@@ -296,10 +288,10 @@ class JVI(Objective):
         c_j = (-1)^j \frac{(K - j)^m}{(m - j)!\, j!}
 
     where :math:`\bar{\mathcal L}_{K-j}` is the mean of the importance-weighted bound over all choices of K - j of the
-    K particles. Its bias is of order :math:`K^{-(m+1)}`, against 1/K of IWAE's, which is order 0. It is **no bound**: at finite
-    K its mean may lie on either side of log p(x). All gradients but STL are unbiased for that mean.
+    K particles. Its bias is of order :math:`K^{-(m+1)}`; order 0 is IWAE, with a bias of order 1/K. It is **not a bound**: at
+    finite K its mean may lie on either side of log p(x). All gradients except STL are unbiased for that mean.
 
-    Evaluate with it, or train with care: since nothing bounds it from above, a guide can raise it by spreading the weights
+    Use it for evaluation, or train with care: it has no upper bound, so a guide can raise it by spreading the weights
     without raising log p(x), and training can diverge.
 
     Arguments:
@@ -339,16 +331,13 @@ class JVI(Objective):
 
     @property
     def name(self) -> str:
-        """What tables and legends call it."""
-        return f"{self.family}, order {self.order}{NAMES[self.gradient]}"
-
-    def _settings(self) -> dict[str, Any]:
-        return {"num_particles": self.num_particles, "order": self.order}
+        """Its name in tables and legends."""
+        return f"{self.family}, order {self.order}{self.estimator.suffix}"
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The jackknife's combination of bounds over subsets."""
         total, count, order = torch.zeros((), dtype=torch.float64), self.num_particles, self.order
-        whole = log_weights.double()  # the factors alternate and are large: float32 would lose all digits
+        whole = log_weights.double()  # the factors alternate and are large: float32 loses all digits
         for left_out in range(order + 1):
             factor = (-1) ** left_out * (count - left_out) ** order
             factor /= math.factorial(order - left_out) * math.factorial(left_out)

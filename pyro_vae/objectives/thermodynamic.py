@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Literal, Unpack
 
 from torch import Tensor
 
-from pyro_vae.engine.program import Flow
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.objectives.base import NAMES, Gradient, Objective, Options
+from pyro_vae.objectives.base import Gradient, Objective, Options
+from pyro_vae.objectives.gradients import Estimator
 
 
 class TVO(Objective):
@@ -20,15 +20,15 @@ class TVO(Objective):
         \ge \sum_{t=0}^{T-1} (\beta_{t+1} - \beta_t)\, \mathbb E_{\pi_{\beta_t}} \log w, \qquad
         \pi_\beta \propto q^{1 - \beta}\, p(x, z)^\beta
 
-    with each expectation estimated from the same K samples of q, weighted by :math:`w^\beta` and normalised. A lower bound on
-    log p(x), at any K between the ELBO and IWAE of the same particles; T = 1 is the ELBO.
+    with each expectation estimated from the same K samples of q, weighted by :math:`w^\beta` and normalised. It is a lower
+    bound on log p(x), between the ELBO and IWAE of the same particles at any K; T = 1 is the ELBO.
 
-    Gradients: besides those of every objective, unbiased (but STL) for the mean at this K, ``"covariance"`` is the paper's:
+    The gradients of every objective are unbiased, except STL, for the mean at this K. ``"covariance"`` is the paper's:
 
     .. math:: \nabla \mathbb E_{\pi_\beta} \log w = \mathbb E_{\pi_\beta} \nabla \log w
         + \mathrm{Cov}_{\pi_\beta}(\nabla \log \tilde\pi_\beta, \log w)
 
-    with normalised weights, for any guide, discrete ones too; its bias is of order 1/K.
+    with normalised weights. It serves any guide, also a discrete one, and its bias is of order 1/K.
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
@@ -38,7 +38,7 @@ class TVO(Objective):
         **options: as in :class:`Objective`.
 
     Raises:
-        ValueError: the points don't rise from 0 to 1; when it runs, as :class:`pyro_vae.IWAE`.
+        ValueError: the points don't rise from 0 to 1; when it runs, see :class:`pyro_vae.IWAE`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -51,7 +51,6 @@ class TVO(Objective):
     """
 
     family = "TVO"
-    gradients: ClassVar[tuple[str, ...]] = (*Objective.gradients, "covariance")
 
     def __init__(
         self,
@@ -73,14 +72,11 @@ class TVO(Objective):
 
     @property
     def name(self) -> str:
-        """What tables and legends call it."""
-        return f"{self.family}, T = {len(self.partitions) - 1}{NAMES[self.gradient]}"
-
-    def _settings(self) -> dict[str, Any]:
-        return {"num_particles": self.num_particles, "partitions": self.partitions}
+        """Its name in tables and legends."""
+        return f"{self.family}, T = {len(self.partitions) - 1}{self.estimator.suffix}"
 
     def reduce(self, log_weights: Tensor) -> Tensor:
-        """The sum over intervals of width times mean log-weight, the mean weighted by the power of the weights."""
+        """The sum over intervals of width times mean log-weight; the mean is weighted by powers of the weights."""
         return (self._weights(log_weights) * log_weights).sum((0, 1))
 
     def _weights(self, log_weights: Tensor) -> Tensor:
@@ -88,15 +84,13 @@ class TVO(Objective):
         points = log_weights.new_tensor(self.partitions)[:, None, None]
         return points.diff(dim=0) * (points[:-1] * log_weights).softmax(1)
 
-    def _flow(self) -> Flow:
-        return Flow(path="none") if self.gradient == "covariance" else super()._flow()
-
-    def _signal(self, log_weights: Tensor) -> Tensor:
-        if self.gradient != "covariance":
-            return super()._signal(log_weights)
+    def covariance(self, log_weights: Tensor, c: Tensor) -> Tensor:
+        """The factor (K, N) on the score: each log-weight minus its mean under each interval's weights, minus c."""
         weights = self._weights(log_weights)
         means = (weights * log_weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        return (weights * (log_weights - means)).sum(0)
+        return (weights * (log_weights - means)).sum(0) - c
+
+    gradients = Objective.gradients | {"covariance": Estimator(", covariance", "none", signal=covariance)}
 
 
 def _log_uniform(intervals: int) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from pyro import poutine
@@ -11,12 +11,11 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.engine.batch_plate import Site
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Flow, sample_sites, trace_once
+from pyro_vae.engine.program import Program, sample_sites
+from pyro_vae.engine.sites import Site
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.objectives import gradients
-from pyro_vae.objectives.base import Densities, Objective, Options, weighted, with_gradient
+from pyro_vae.objectives.base import Objective, Options, with_gradient
+from pyro_vae.objectives.gradients import Estimator
 from pyro_vae.objectives.importance import log_mean_exp
 
 
@@ -30,19 +29,19 @@ class RWS(Objective):
         z', x' \sim p(x, z)
 
     the wake phase of theta, the wake phase of phi and, with share s, its sleep phase. :meth:`bound` is the importance-weighted
-    one, a lower bound on log p(x) whose gradient theta's step is, unbiased; differentiated, it gives phi the wake step. That is no gradient of it: it estimates
-    that of -KL(p(z|x) || q(z|x)) with a bias of order 1/K; the sleep step, on dreams, is unbiased for its own. No gradient flows
-    through a sample, so any guide serves, discrete ones too.
+    one, a lower bound on log p(x), and theta's step is its unbiased gradient. Its derivative by phi is the wake step, which
+    is not the bound's gradient: it estimates the gradient of -KL(p(z|x) || q(z|x)) with a bias of order 1/K. The sleep step
+    is an unbiased gradient for dreams. No gradient flows through a sample, so any guide serves, also a discrete one.
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
-        sleep: s, the share of the sleep phase, from 0 to 1. Above 0, each observation must be an argument as it is (or
-            reshaped), since the guide is called with dreams in their place, and the model must look at it in no other way.
+        sleep: s, the share of the sleep phase, from 0 to 1. Above 0, the model must observe an argument itself, or the
+            argument reshaped, since the guide is called with dreams in its place. It must not read the argument otherwise.
         **options: as in :class:`Objective`, but without `gradient`.
 
     Raises:
-        ValueError: `sleep` is outside; when it runs: the program has no log-weight per datum (see
-            :func:`pyro_vae.log_weights`), dreams can't take the place of any argument, or the model depends on the data.
+        ValueError: `sleep` is out of range. When it runs: the program has no log-weight per datum (see
+            :func:`pyro_vae.log_weights`), dreams can't replace any argument, or the model depends on the data.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -56,7 +55,10 @@ class RWS(Objective):
     """
 
     family = "RWS"
-    gradients: ClassVar[tuple[str, ...]] = ("pathwise",)
+    # The guide's density is fitted to the samples, so its score has the normalised weights, with a positive sign.
+    gradients = {  # noqa: RUF012
+        "pathwise": Estimator("", "none", signal=lambda rws, _, c: (1 - rws.sleep) * c, of_mean=False)
+    }
 
     def __init__(self, num_particles: int, sleep: float = 0.0, **options: Unpack[Options]) -> None:
         if not 0 <= sleep <= 1:
@@ -66,35 +68,25 @@ class RWS(Objective):
 
     @property
     def name(self) -> str:
-        """What tables and legends call it."""
+        """Its name in tables and legends."""
         return f"{self.family}, sleep {self.sleep:g}" if self.sleep else self.family
-
-    def _settings(self) -> dict[str, Any]:
-        return {"num_particles": self.num_particles} | ({"sleep": self.sleep} if self.sleep else {})
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the mean of the weights over particles."""
         return log_mean_exp(log_weights)
 
-    def _flow(self) -> Flow:
-        return Flow(path="none", of_mean=False)  # the guide's density is fitted to the samples
-
-    def _loss(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        wake = super()._loss(model, guide, args, kwargs)
+    def _loss(self, program: Program) -> Tensor:
+        wake = super()._loss(program)
         if self.sleep == 0 or not torch.is_grad_enabled():
             return wake
-        return with_gradient(wake, wake - self.sleep * _dreamt(model, guide, args, kwargs))
-
-    def _estimate(self, parts: Densities) -> Tensor:
-        log_weights = parts.log_p - parts.log_q
-        factor = gradients.slope(self.reduce, log_weights) if torch.is_grad_enabled() else torch.zeros_like(log_weights)
-        return with_gradient(self.reduce(log_weights), weighted(factor, parts.log_p + (1 - self.sleep) * parts.log_q))
+        return with_gradient(wake, wake - self.sleep * _dreamt(program))
 
 
-def _dreamt(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The guide's log-density of latents that the model dreamt, given the data it dreamt with them, summed over data."""
+def _dreamt(program: Program) -> Tensor:
+    """The guide's log-density of dreamt latents given the data of the same dream, summed over data."""
+    args, kwargs = program.args, program.kwargs
     with torch.no_grad():
-        dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+        dream = poutine.trace(poutine.uncondition(program.model)).get_trace(*args, **kwargs)
     dreamt = [site for site in sample_sites(dream).values() if site["infer"].get("was_observed")]
     for site in dreamt:
         if not any(_observes(site, argument) for argument in (*args, *kwargs.values())):
@@ -105,33 +97,35 @@ def _dreamt(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[
     replaced = tuple(_dreamt_argument(argument, dreamt) for argument in args)
     named = {name: _dreamt_argument(argument, dreamt) for name, argument in kwargs.items()}
     if is_validation_enabled():
-        _check_dream(model, dream, (args, kwargs), (replaced, named))
-    sites = sample_sites(poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*replaced, **named))
+        _check_dream(program, dream, (replaced, named))
+    guide = poutine.replay(program.guide, trace=dream)
+    sites = sample_sites(poutine.trace(guide).get_trace(*replaced, **named))
     for name, site in sites.items():
         if site["infer"].get("is_auxiliary"):
             raise PyroVAEError(
-                f"RWS(sleep) takes the guide's density of a dreamt latent: expected a guide without auxiliary sites, got "
-                f"'{name}', which no dream has. Use sleep=0, or sample the latents themselves."
+                f"RWS(sleep) needs the guide's density of a dreamt latent: expected a guide without auxiliary sites, got "
+                f"'{name}', which dreams don't have. Use sleep=0, or sample the latents themselves."
             )
     terms = [scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"]) for site in sites.values()]
     return torch.stack([term.sum() for term in terms]).sum()
 
 
-def _check_dream(model: Program, dream: Trace, awake: tuple[Any, Any], asleep: tuple[Any, Any]) -> None:
-    """What was dreamt has one density given the data and given the dream: the model saw no datum while it dreamt."""
+def _check_dream(program: Program, dream: Trace, asleep: tuple[Any, Any]) -> None:
+    """Refuse a model that reads data while it dreams: given the data and given the dream, it has different densities."""
     densities: list[dict[str, Tensor]] = []
-    for (args, kwargs), program in ((awake, poutine.uncondition(model)), (asleep, model)):
-        # Such a run is none to batch norm, and draws dropout from the state of the other, so that only the data differ.
-        trace, _ = trace_once(poutine.replay(program, trace=dream), _nothing, *args, **kwargs)
+    awake = program.args, program.kwargs
+    for (args, kwargs), model in ((awake, poutine.uncondition(program.model)), (asleep, program.model)):
+        # Batch norm must not notice such a run, and both draw dropout from one state, so that only the data differ.
+        trace, _ = Program(poutine.replay(model, trace=dream), _nothing, args, kwargs).trace()
         densities.append({name: site["log_prob"] for name, site in sample_sites(trace).items()})
     given, dreamt = densities
     for name in given:
         same = name in dreamt and given[name].shape == dreamt[name].shape
         if not same or not torch.allclose(given[name], dreamt[name], rtol=1e-3, atol=1e-2, equal_nan=True):
             raise PyroVAEError(
-                f"RWS(sleep) dreams data that model site '{name}' depends on: expected a model that only observes them, got "
-                "another density once dreams take their place (teacher forcing, as in an autoregressive likelihood). Use "
-                "sleep=0, or pass what the model conditions on as an argument of its own."
+                f"RWS(sleep) dreams data that model site '{name}' depends on: expected a model that only observes its data, "
+                "got another density when dreams replace them (teacher forcing, as in an autoregressive likelihood). Use "
+                "sleep=0, or pass the conditions of the model as an argument of their own."
             )
 
 
@@ -140,12 +134,12 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _dreamt_argument(argument: Any, dreamt: list[Site]) -> Any:
-    """What the model dreamt where it observed an argument; the argument itself where it did not."""
+    """The dream that replaces an argument which the model observes; else the argument itself."""
     return next((site["value"].reshape(argument.shape) for site in dreamt if _observes(site, argument)), argument)
 
 
 def _observes(site: Site, argument: Any) -> bool:
-    """Whether a dreamt site observed this argument's numbers, in their order."""
+    """Whether a dreamt site observes this argument's numbers, in their order."""
     seen = site["infer"]["obs"]
     if seen is argument:
         return True

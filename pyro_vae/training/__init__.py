@@ -1,4 +1,4 @@
-"""Training: `fit`, its loop, its checkpoints."""
+"""Training: `fit` and its optimiser, the loop, checkpoints, schedulers of the step size."""
 
 from pyro_vae.training.fit import fit
 

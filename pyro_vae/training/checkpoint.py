@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.engine.modules import Program, buffers, find_modules
-from pyro_vae.engine.program import find_parameters
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction, buffers, find_modules
+from pyro_vae.engine.parameters import find_parameters
+from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 
 FORMAT = "pyro_vae checkpoint 1"
@@ -56,7 +58,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def check_readable(name: str, value: Any) -> None:
-    """Refuse, before any work, a part of a checkpoint that :func:`load` would not read back.
+    """Refuse, before any work, a part of a checkpoint that :func:`load` can't read back.
 
     Raises:
         ValueError: the part holds more than tensors and plain Python values.
@@ -78,43 +80,45 @@ def stalled(epochs: int, best: dict[str, Any] | None, patience: int | None) -> b
     return patience is not None and best is not None and epochs - int(best["epoch"]) >= patience
 
 
-def load_parameters(path: str | Path, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
-    """Give a program the parameters, and batch norm's statistics, that a checkpoint of :func:`pyro_vae.fit` holds.
+@takes_program
+def load_parameters(path: str | Path, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> None:
+    """Load the parameters, and batch norm's statistics, from a checkpoint of :func:`pyro_vae.fit` into a program.
 
-    They are those of the last epoch; where `fit` had `patience`, those of the best.
+    They are those of the last epoch; if `fit` had `patience`, those of the best epoch.
 
     Arguments:
         path: the checkpoint.
-        model: the Pyro model that was trained.
+        model: the Pyro model that was trained. A model/guide pair, or a tuple ``(model, guide)``, may stand in place of
+            `model` and `guide`.
         guide: its guide.
-        *args: what both are called with, to find their parameters; some data of the right shape.
-        **kwargs: what both are called with.
+        *args: arguments of both, some data of the right shape: a run with these finds the parameters.
+        **kwargs: keyword arguments of both.
 
     Raises:
         FileNotFoundError: there is no checkpoint at `path`.
-        ValueError: the file is no checkpoint, or one of another program.
+        ValueError: the file is not a checkpoint, or is one of another program.
 
     Example:
         >>> import tempfile, torch, pyro_vae as pv
         >>> x, path = torch.randn(64, 5), tempfile.mkdtemp() + "/checkpoint.pt"
         >>> vae = pv.mlp_vae((5,), latent_dim=2, likelihood="gaussian")
-        >>> history = pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=1, checkpoint=path)
+        >>> history = pv.fit(vae, x, pv.ELBO(), epochs=1, checkpoint=path)
         >>> again = pv.mlp_vae((5,), latent_dim=2, likelihood="gaussian")
-        >>> pv.load_parameters(path, again.model, again.guide, x)
+        >>> pv.load_parameters(path, again, x)
         >>> torch.equal(vae.embed(x), again.embed(x))
         True
     """
     state = load(path)
-    in_model, in_guide = find_parameters(model, guide, *args, **kwargs)
+    in_model, in_guide = find_parameters(Program(model, guide, args, kwargs))
     restore(path, state.get("best") or state, in_model | in_guide, buffers(find_modules(model, guide)))
 
 
 def restore(
     path: str | Path, state: dict[str, Any], parameters: dict[str, Tensor], own_buffers: dict[str, Tensor]
 ) -> None:
-    """Copy a checkpoint's tensors into a program's own, in place; refuse another program's before the first copy."""
-    pairs = (("parameter", state["parameters"], parameters), ("buffer", state["buffers"], own_buffers))
-    for what, saved, own in pairs:
+    """Copy a checkpoint's tensors into a program's, in place; refuse those of another program before the first copy."""
+    kinds = (("parameter", state["parameters"], parameters), ("buffer", state["buffers"], own_buffers))
+    for what, saved, own in kinds:
         there = {name: (tuple(value.shape), value.dtype) for name, value in saved.items()}
         here = {name: (tuple(value.shape), value.dtype) for name, value in own.items()}
         for name in sorted(there.keys() | here.keys()):
@@ -125,7 +129,7 @@ def restore(
                     "or pass another path."
                 )
     with torch.no_grad():
-        for _, saved, own in pairs:
+        for _, saved, own in kinds:
             for name, value in own.items():
                 value.copy_(saved[name])
 

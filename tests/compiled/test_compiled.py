@@ -13,7 +13,7 @@ from helpers.toys import Discrete, Mixed, X
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.compiled.step import CompiledFunction
+from pyro_vae.compiled.function import CompiledFunction
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative, of the loss and of the gradient's length
 
@@ -243,7 +243,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dropout_and_batch_norm(inductor, monkeypatch):
     if not inductor:
-        monkeypatch.setattr("pyro_vae.compiled.step._inductor", lambda graph, inputs: graph)
+        monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: graph)
     x = torch.randn(8, 6)
     normalise = nn.BatchNorm1d(4)
     program, twin = Noisy(normalise), Noisy(nn.BatchNorm1d(4))
@@ -367,7 +367,7 @@ def test_arguments_of_several_shapes_by_keyword_and_constants(without_inductor):
 
 
 def test_a_new_constant_at_each_step_is_refused(without_inductor, monkeypatch):
-    monkeypatch.setattr("pyro_vae.compiled.step.MAX_KINDS", 2)
+    monkeypatch.setattr("pyro_vae.compiled.function.MAX_KINDS", 2)
     program, x = mlp(torch.float64)
     step = compile_sgd(program, pv.ELBO())
     step(x, subsample_size=2)
@@ -516,7 +516,7 @@ def in_place(state, x):
 @pytest.mark.parametrize("inductor", [False, True])
 def test_what_a_program_writes_in_place_is_written_once_a_step(inductor, monkeypatch):
     if not inductor:
-        monkeypatch.setattr("pyro_vae.compiled.step._inductor", lambda graph, inputs: graph)
+        monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: graph)
     state, x = torch.zeros(()), torch.zeros(4)
     guide, gain = in_place(state, x)
     step = pv.compile_step(reading(lambda z, x: z), guide, pv.ELBO(), torch.optim.SGD([gain], 0.1))
@@ -813,7 +813,7 @@ def test_fit_compiled_stops_at_a_loss_that_is_not_finite(without_inductor):
 @pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_log_likelihood_is_exact_within_its_error(inductor, monkeypatch):
     if not inductor:
-        monkeypatch.setattr("pyro_vae.compiled.step._inductor", lambda graph, inputs: graph)
+        monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: graph)
     program = LinearGaussian(3, 2, 6, wrong=True)
     ll = pv.log_likelihood(program.model, program.guide, program.x, 20_000, compile=True, seed=0)
     assert ((ll.per_datum - program.log_evidence()).abs() / ll.per_datum_error).max() < 4

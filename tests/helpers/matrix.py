@@ -282,10 +282,10 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    import pyro_vae.compiled.step
+    import pyro_vae.compiled.function
 
     warnings.simplefilter("ignore")
-    pyro_vae.compiled.step._inductor = lambda graph, _: graph  # what is traced is what matters here
+    pyro_vae.compiled.function._inductor = lambda graph, _: graph  # what is traced is what matters here
     console = Console(width=300)
     table = Table(title="A step of SVI that moves every parameter, or why not; and what else works")
     for column in ("pair", "data", *OBJECTIVES, *CHECKS):

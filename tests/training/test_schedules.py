@@ -215,7 +215,7 @@ def test_checkpoints_of_before_there_were_schedulers_go_on(tmp_path):
 
 @pytest.mark.parametrize("name", ["exponential", "plateau"])
 def test_compiled_steps_follow_the_scheduler(name, monkeypatch):
-    monkeypatch.setattr("pyro_vae.compiled.step._inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: graph)
     histories = []
     for compile in (False, True):
         vae = make_vae()
@@ -298,7 +298,7 @@ def test_patience_waits_until_beta_stands_still():
 
 def test_a_validation_bound_that_is_no_number_is_never_the_best(monkeypatch):
     bounds = iter([math.nan, -9.0, -7.0, math.nan, -7.0, -8.0])
-    monkeypatch.setattr("pyro_vae.training.fit._Training._validate", lambda self: next(bounds))
+    monkeypatch.setattr("pyro_vae.training.loop.Loop._validate", lambda self: next(bounds))
     assert len(fit(make_vae(), patience=3, epochs=9, validation=HELD_OUT)) == 6
 
 

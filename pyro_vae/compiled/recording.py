@@ -1,13 +1,12 @@
-"""Runs a Pyro program once under a tracer: what remains is a graph of tensor operations, without Pyro.
+"""Records a run of a Pyro program as a graph of tensor operations, without Pyro.
 
-A graph does what the program did in that run, whatever its arguments hold. So a program that decides by values, reads
-them, or does something else when run again is refused here, by the line that does it.
+The graph repeats the operations of that run on any data. So this file refuses a program that reads a tensor's value, or
+that does something else when it runs again, and names the line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,19 +26,19 @@ GENERATED = (
     "<frozen",
     "<eval_with_key",
     "<__array_function__",
-)  # files that no user wrote; "<stdin>" and "<string>" are theirs
+)  # generated files; "<stdin>" and "<string>" are the user's own code
 FIX = "Keep it in tensors (torch.where, masks), or run it uncompiled (compile=False in pv.fit)."
 
 
 @dataclass(frozen=True)
-class Traced:
-    """What a function did.
+class Recording:
+    """The operations of one run of a function.
 
     Attributes:
-        graph: a function of the captured tensors, then of the arguments; its results are those of the function.
-        captured: tensors that the function found elsewhere than in its arguments: parameters, buffers, constants.
-        read: tensors of integers among these whose values decided what is in the graph, such as a flow's permutation, each
-            with its version: in-place changes, by which the graph would be of another program.
+        graph: a function of the captured tensors, then of the arguments, to the function's results.
+        captured: tensors that are not arguments of the function: parameters, buffers, constants.
+        read: captured tensors of integers whose values decided what is in the graph, such as a flow's permutation, each
+            with its version. An in-place change raises the version, and makes the graph one of another program.
     """
 
     graph: fx.GraphModule
@@ -47,27 +46,21 @@ class Traced:
     read: list[tuple[Tensor, int]]
 
 
-def being_traced() -> bool:
-    """Whether operations are recorded just now, so that no check may read a value; the run before it has made them all."""
-    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # half a second to import, for those who trace
-    return tracer is not None and tracer.get_proxy_mode() is not None
+def record(function: Callable[..., Any], args: Sequence[Tensor], other_args: Sequence[Tensor]) -> Recording:
+    """Record the operations of a function of tensors.
 
-
-def trace(function: Callable[..., Any], args: Sequence[Tensor], other_args: Sequence[Tensor]) -> Traced:
-    """Record what a function of tensors does.
-
-    It is run twice, with other data (the same rows in another order, since those are in their support) and other random
-    numbers the second time, and both runs must do the same: else something besides tensors decides what it does, and would be frozen.
+    The function runs twice. The second time has other random numbers, and the same rows in another order, which are in
+    their support. Both runs must do the same: else a Python value decides what happens, and the graph would freeze it.
 
     Raises:
         ValueError: the function reads values, or does not do the same in both runs.
     """
-    first, second = _trace(function, args), _trace(function, other_args)
+    first, second = _record(function, args), _record(function, other_args)
     _check_same(first, second)
     return first
 
 
-def _trace(function: Callable[..., Any], args: Sequence[Tensor]) -> Traced:
+def _record(function: Callable[..., Any], args: Sequence[Tensor]) -> Recording:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     values = _RefuseValues()
@@ -79,18 +72,18 @@ def _trace(function: Callable[..., Any], args: Sequence[Tensor]) -> Traced:
             return function(*args)
 
     try:
-        # Validation reads values; what it would find, a run before this one has found.
+        # Validation reads values; the run before this one was validated.
         with pyro.validation_enabled(False):
             graph = make_fx(refusing)(*args)
     except _ReadsValues as error:
         raise PyroVAEError(
-            f"the program can't be traced, since it reads a tensor's value ({error}), at {users_line(error)}: expected "
-            f"operations that depend on shapes alone, as a compiled step does the same whatever its data are. {FIX}"
+            f"the program can't be compiled, since it reads a tensor's value ({error}), at {users_line(error)}: expected "
+            f"operations that depend on shapes alone, as a compiled step does the same for any data. {FIX}"
         ) from error
     if _other_generators() != elsewhere:
         raise PyroVAEError(
-            "the program can't be traced, since it draws from Python's or NumPy's random numbers, which would be frozen as they "
-            f"were: expected draws from torch or Pyro alone. Use torch.rand, say. {FIX}"
+            "the program can't be compiled, since it draws from Python's or NumPy's random numbers, which would be "
+            f"the same in every step: expected draws from torch or Pyro alone. Use torch.rand, say. {FIX}"
         )
     return _lifted(graph, list(values.read.values()))
 
@@ -101,8 +94,8 @@ def _other_generators() -> Any:
     return state["random"], keys.tobytes(), rest
 
 
-def _lifted(graph: fx.GraphModule, read: list[Tensor]) -> Traced:
-    """Make what the graph captured its first arguments: read anew at each call, and updated in place where it was."""
+def _lifted(graph: fx.GraphModule, read: list[Tensor]) -> Recording:
+    """Turn the captured tensors into the graph's first arguments: each call reads them, and updates them in place."""
     captured: dict[int, tuple[Tensor, fx.Node]] = {}
     first = next(iter(graph.graph.nodes))
     for node in list(graph.graph.nodes):
@@ -115,13 +108,13 @@ def _lifted(graph: fx.GraphModule, read: list[Tensor]) -> Traced:
         node.replace_all_uses_with(captured[id(tensor)][1])
         graph.graph.erase_node(node)
     graph.recompile()
-    return Traced(graph, [tensor for tensor, _ in captured.values()], [(tensor, tensor._version) for tensor in read])
+    return Recording(graph, [tensor for tensor, _ in captured.values()], [(tensor, tensor._version) for tensor in read])
 
 
-def _check_same(first: Traced, second: Traced) -> None:
-    """Both runs did the same, with the same captured tensors."""
+def _check_same(first: Recording, second: Recording) -> None:
+    """Refuse two runs that did not do the same, with the same captured tensors."""
     alike = len(first.captured) == len(second.captured) and all(map(_equal, first.captured, second.captured))
-    here, there = (str(traced.graph.graph).splitlines() for traced in (first, second))
+    here, there = (str(recording.graph.graph).splitlines() for recording in (first, second))
     if here != there:
         line = next((pair for pair in zip(here, there, strict=False) if pair[0] != pair[1]), (here[-1], there[-1]))
         what = f"'{line[0].strip()}', then '{line[1].strip()}'"
@@ -130,9 +123,9 @@ def _check_same(first: Traced, second: Traced) -> None:
     else:
         return
     raise PyroVAEError(
-        f"the program can't be traced, since it does something else when run again: expected the same operations for any "
-        f"data, got {what}. A Python counter, or values that left a tensor, would be frozen as they were. Pass what changes as a tensor "
-        "argument, or run it uncompiled (compile=False in pv.fit)."
+        f"the program can't be compiled, since it does something else when it runs again: expected the same "
+        f"operations for any data, got {what}. Python values, such as a counter, would never change again. Pass what "
+        "changes as a tensor argument, or run it uncompiled (compile=False in pv.fit)."
     )
 
 
@@ -147,24 +140,24 @@ _PLAINLY = {"_local_scalar_dense": "item, bool, int or float", "index": "an inde
 
 
 class _ReadsValues(BaseException):
-    """Something asked for a tensor's value. No ``except Exception`` of the program's may swallow that."""
+    """The program reads a tensor's value. It is no Exception, so that no ``except`` of the program hides it."""
 
 
 class _RefuseValues(TorchDispatchMode):
-    """Refuses operations whose result, or its shape, is a tensor's value: ``item``, ``if tensor``, ``x[mask]``.
+    """Refuses operations whose result, or whose shape, is a tensor's value: ``item``, ``if tensor``, ``x[mask]``.
 
-    Tensors of integers that come neither from arguments nor from parameters are constants, such as the order in which a flow
-    goes through its dimensions: these may be read, are kept out of the graph, and noted.
+    Tensors of integers that come neither from arguments nor from parameters are constants, such as the order of a
+    flow's dimensions. The program may read these; they stay out of the graph, and are noted.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.recorded: dict[int, Tensor] = {}  # by their ids, which are theirs as long as they live
+        self.recorded: dict[int, Tensor] = {}  # by ids, which are unique while the tensors live
         self.read: dict[int, Tensor] = {}
-        self.constants: dict[int, Tensor] = {}  # what came of those alone that were read
+        self.constants: dict[int, Tensor] = {}  # results of operations on constants alone
 
     def record(self, values: Any) -> None:
-        """These are arguments, or what came of them or of captured tensors: nothing may read them."""
+        """Forbid to read these: arguments, or results of operations on them or on captured tensors."""
         self.recorded |= _tensors(values)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,12 +185,12 @@ def _tensors(values: Any) -> dict[int, Tensor]:
 
 
 def _counts(tensor: Tensor) -> bool:
-    """Whether a tensor's values are more than an order, a size or an index."""
+    """Whether a tensor holds data, and not an order, a size or an index."""
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 class _RefuseArrays(TorchFunctionMode):
-    """Refuses to turn tensors into arrays and lists, which no tracer follows; ``one_hot`` looks at values to check them alone."""
+    """Refuses to turn tensors into arrays and lists, which can't be recorded; serves ``one_hot``, which only checks values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.one_hot:
@@ -215,7 +208,7 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 
 @contextlib.contextmanager
 def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """These tensors are put back to what they were."""
+    """Restore these tensors afterwards."""
     saved = _Saved()
     saved.save(tensors)
     try:
@@ -226,7 +219,7 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writes_undone() -> Iterator[None]:
-    """Whatever is there before and operations say that they write to is put back."""
+    """Restore afterwards every older tensor that an operation declares to write to."""
     writes = _Writes()
     try:
         with writes:
@@ -236,7 +229,7 @@ def writes_undone() -> Iterator[None]:
 
 
 class _Saved:
-    """Copies of tensors' memory, which leave their versions alone when they are put back."""
+    """Copies of tensors' memory; to restore them leaves their versions as they are."""
 
     def __init__(self) -> None:
         self.copies: dict[int, tuple[Any, Any]] = {}
@@ -252,12 +245,12 @@ class _Saved:
 
 
 class _Writes(TorchDispatchMode):
-    """Saves what was there before operations came to be run, when they write to it."""
+    """Saves older tensors before an operation writes to them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.saved = _Saved()
-        self.new: set[int] = set()  # addresses that are not of anything older, which is alive all the time
+        self.new: set[int] = set()  # addresses of younger memory; older memory stays alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = list(_tensors((args, kwargs)).values())
@@ -270,7 +263,7 @@ class _Writes(TorchDispatchMode):
 
 
 def users_line(error: BaseException) -> str:
-    """The innermost line of the user's own code that an error came through."""
+    """The innermost line of the user's own code in an error's traceback."""
     torch_itself, pyro_itself, ours = (Path(str(file)).parent for file in (torch.__file__, pyro.__file__, __file__))
     standard = Path(contextlib.__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if torch_itself not in Path(f.filename).parents]
@@ -282,4 +275,4 @@ def users_line(error: BaseException) -> str:
     own = [f for f in frames if not {pyro_itself, ours} & set(Path(f.filename).parents)]
     frame = (own or frames)[-1]
     where = f"{frame.filename}:{frame.lineno}, in {frame.name}"
-    return f"{where}: `{frame.line}`" if frame.line else where  # what was pasted or exec'd has no lines to quote
+    return f"{where}: `{frame.line}`" if frame.line else where  # pasted code has no lines to quote

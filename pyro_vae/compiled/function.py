@@ -1,0 +1,219 @@
+"""A function of a Pyro program as compiled code: recorded for each shape of its arguments, then compiled by Inductor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_vae.compiled.recording import record, unchanged, writes_undone
+from pyro_vae.engine import rng
+from pyro_vae.engine.modules import PyroFunction, eval_mode, find_modules
+from pyro_vae.errors import MissingCompilerError, PyroVAEError
+
+MAX_KINDS = 8  # of arguments that one function is compiled for
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The compiled code for arguments of one kind.
+
+    Attributes:
+        code: a function of the captured tensors, then of the arguments.
+        captured: the tensors that it reads besides its arguments; it updates those that the program updates, such as
+            batch norm's statistics.
+        seconds: the time to record and compile.
+        read: tensors of integers whose values are constants of the code, with their versions.
+        bound: the tensors of the program's modules, as (dictionary, name, tensor). Another tensor there makes another
+            program.
+        eager_seconds: the time of an uncompiled call; None without `on_compile`.
+        compiled_seconds: the time of a compiled call; None without `on_compile`.
+    """
+
+    code: Callable[..., Any]
+    captured: list[Tensor]
+    read: list[tuple[Tensor, int]]
+    bound: list[tuple[dict[str, Any], str, Any]]
+    seconds: float
+    eager_seconds: float | None
+    compiled_seconds: float | None
+
+
+OnCompile = Callable[[Compiled | None], None]  # called when a compilation begins, with None, and when it ends
+
+
+class CompiledFunction:
+    """A function that runs a Pyro program on tensors, compiled at the first call with arguments of a new kind.
+
+    The kind of the arguments is their shapes, types and devices. An argument that is not a tensor is a constant of the
+    code, which is compiled again for each value. Each call draws new random numbers, those of the uncompiled function,
+    from torch's generators.
+
+    Arguments:
+        function: the function to compile; it returns tensors, or None among them.
+        model: the model that it runs.
+        guide: the guide that it runs.
+        on_compile: called with None before each compilation, and with its result after it.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        model: PyroFunction,
+        guide: PyroFunction,
+        on_compile: OnCompile | None = None,
+    ) -> None:
+        self.function = function
+        self.modules = find_modules(model, guide)
+        self.on_compile = on_compile
+        self.compiled: dict[Any, Compiled] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's results, without gradients."""
+        if am_i_wrapped():
+            raise PyroVAEError(
+                "compiled code runs no Pyro handlers: expected a call outside of all of them, got one around the call (such as "
+                "poutine.scale, poutine.mask or a plate). Put the handler inside the model and the guide."
+            )
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
+        kind = (repr(structure), *map(_kind, leaves))
+        key = (*kind, *_modes(self.modules))
+        compiled = self.compiled.get(key)
+        if compiled is not None and any(owner.get(name) is not tensor for owner, name, tensor in compiled.bound):
+            del self.compiled[key]
+            compiled = None
+        if compiled is None:
+            compiled = self._compile(leaves, structure, tensors)
+            self.compiled[(*kind, *_modes(self.modules))] = compiled  # it may have found more modules
+        if any(tensor._version != version for tensor, version in compiled.read):
+            raise PyroVAEError(
+                "a tensor of integers that the program read when it was compiled has changed since: expected a constant, "
+                "such as a permutation. Pass it as a tensor argument, or run the program uncompiled."
+            )
+        with torch.no_grad():
+            if not any(tensor.is_cuda for tensor in compiled.captured):
+                return compiled.code(*compiled.captured, *tensors)
+            torch.compiler.cudagraph_mark_step_begin()
+            results = compiled.code(*compiled.captured, *tensors)  # the next replay of the graph writes over them
+            return pytree.tree_map_only(Tensor, torch.clone, results)
+
+    def _compile(self, leaves: list[Any], structure: Any, tensors: list[Tensor]) -> Compiled:
+        if len(self.compiled) == MAX_KINDS:
+            raise PyroVAEError(
+                f"compiled for {MAX_KINDS} kinds of arguments, got one more: expected arguments of few shapes, and a tensor "
+                "for each argument that changes from call to call, since any other argument is a constant of the code. Pass "
+                "torch.tensor(value), or pad the data to one shape."
+            )
+        if self.on_compile is not None:
+            self.on_compile(None)
+
+        def function(*tensors: Tensor) -> Any:
+            rest = iter(tensors)
+            filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, structure)
+            return self.function(*args, **kwargs)
+
+        with rng.preserved():
+            with writes_undone():
+                with eval_mode(self.modules) as found:  # so that batch norm does not notice
+                    function(*tensors)
+                parts = [part for module in (*self.modules, *found) for part in module.modules()]
+                self.modules = list(dict.fromkeys(parts))
+                # Batch norm does not say that it writes to its statistics.
+                statistics = [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
+                with unchanged(statistics):
+                    with pyro.validation_enabled(True):
+                        function(*tensors)
+                    started = time.perf_counter()
+                    reordered = [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]
+                    recorded = record(function, tensors, reordered)
+            inputs = [*recorded.captured, *tensors]
+            with unchanged(inputs), torch.no_grad():
+                code = _inductor(recorded.graph, inputs)
+                code(*inputs)
+                seconds = time.perf_counter() - started
+                compiled_seconds = _seconds(code, inputs) if self.on_compile else None
+                with pyro.validation_enabled(False):
+                    eager_seconds = _seconds(function, tensors) if self.on_compile else None
+        bound = [
+            (owner, name, tensor)
+            for module in self.modules
+            for owner in (module._parameters, module._buffers)
+            for name, tensor in owner.items()
+        ]
+        compiled = Compiled(code, recorded.captured, recorded.read, bound, seconds, eager_seconds, compiled_seconds)
+        if self.on_compile is not None:
+            self.on_compile(compiled)
+        return compiled
+
+
+def _kind(leaf: Any) -> Any:
+    """The property of an argument that compiled code depends on."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    try:
+        hash(leaf)
+    except TypeError:
+        raise PyroVAEError(
+            "compiled code expected tensors, or constants such as numbers and strings, also in tuples, lists and "
+            f"dictionaries, got {type(leaf).__name__}. Pass torch.as_tensor(...)."
+        ) from None
+    return type(leaf), leaf  # 1 and True are equal
+
+
+def _modes(modules: list[nn.Module]) -> list[Any]:
+    """The settings that compiled code depends on: the default type, autocast, and the modules' modes."""
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return [torch.get_default_dtype(), *autocast, *[module.training for module in modules]]
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    import torch._inductor  # to import it takes half a second
+
+    graph = _with_whole_bernoullis(graph)
+    options: dict[str, Any] = {"fallback_random": True}  # torch's own generators, in the program's order
+    if any(tensor.is_cuda for tensor in inputs):
+        options["triton.cudagraphs"] = True
+    try:
+        code: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options=options)
+    except Exception as error:
+        if "InvalidCxxCompiler" not in str(error):
+            raise
+        raise MissingCompilerError(
+            f"compiled code needs a C++ compiler: expected one that works, got none ({error}). Install one (g++, say; the "
+            "variable CXX names another), or run the program uncompiled."
+        ) from error
+    return code
+
+
+def _with_whole_bernoullis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph with Bernoulli samples drawn as PyTorch draws them: Inductor draws float32 numbers in any precision."""
+    aten = torch.ops.aten
+    for node in graph.graph.find_nodes(op="call_function", target=aten.bernoulli.default):
+        with graph.graph.inserting_before(node):
+            empty = graph.graph.call_function(aten.empty_like.default, node.args)
+            tossed = graph.graph.call_function(aten.bernoulli_.Tensor, (empty, *node.args))
+        node.replace_all_uses_with(tossed)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _seconds(function: Callable[..., Any], args: list[Tensor]) -> float:
+    """The least time of three calls: the first call does more, and other processes use the machine too."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        function(*args)
+        if any(tensor.is_cuda for tensor in args):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,69 @@
+"""A program as an argument: a model and a guide, or one thing that has both."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pyro.infer
+from pyro.contrib.easyguide import EasyGuide
+
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.errors import PyroVAEError
+
+T = TypeVar("T")
+
+
+def takes_program(function: Callable[..., T]) -> Callable[..., T]:
+    """Let a function of `model`, `guide` and more also take one thing that has both, in the place of these two.
+
+    If the argument after the first one is callable or None, the two are model and guide. Else the first is a tuple
+    ``(model, guide)``, or has the attributes `model` and `guide`, as a model/guide pair has.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> x = torch.randn(4, 5)
+        >>> pv.ELBO().bound(vae, x).shape == pv.ELBO().bound(vae.model, vae.guide, x).shape
+        True
+    """
+    place = list(inspect.signature(function).parameters).index("model")
+
+    @functools.wraps(function)
+    def with_program(*args: Any, **kwargs: Any) -> T:
+        if (
+            len(args) > place
+            and "guide" not in kwargs
+            and not (len(args) > place + 1 and _may_be_guide(args[place + 1]))
+        ):
+            args = (*args[:place], *_both(args[place]), *args[place + 1 :])
+        return function(*args, **kwargs)
+
+    return with_program
+
+
+def _may_be_guide(value: Any) -> bool:
+    """Whether an argument is a guide, or None in its place; an objective is callable too, and never a guide."""
+    return value is None or (callable(value) and not isinstance(value, pyro.infer.ELBO | type))
+
+
+def _both(program: Any) -> tuple[PyroFunction, PyroFunction]:
+    """The model and the guide of one thing that has both."""
+    if isinstance(program, EasyGuide):  # whose own `guide` is only a part of what it does when it is called
+        return program.model, program
+    if isinstance(program, tuple) and len(program) == 2:
+        model, guide = program
+    else:
+        model, guide = getattr(program, "model", None), getattr(program, "guide", None)
+    if not callable(model) or not (callable(guide) or (guide is None and isinstance(program, tuple))):
+        raise PyroVAEError(
+            "expected a model and a guide, or one thing that has both, such as pv.mlp_vae(...) or a tuple "
+            f"(model, guide), got {_shown(program)}. Pass the guide after the model."
+        )
+    return model, guide
+
+
+def _shown(value: Any) -> str:
+    return f"the function {value.__name__} alone" if inspect.isroutine(value) else type(value).__name__

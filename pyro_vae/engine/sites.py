@@ -1,0 +1,137 @@
+"""What is known of a sample site: its plates, its distribution's family, its masks, its scale, its dimensions."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.distributions import Distribution, ExpandedDistribution, MaskedDistribution, Unit
+from torch import Tensor
+from torch.distributions import Independent
+
+PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
+
+Site = Any  # a message of Pyro's, as a trace holds it
+Sites = dict[str, Site]  # by name
+Plate = Any  # Pyro's frame of a vectorised plate, with its name, dim, size and full_size
+
+
+def being_recorded() -> bool:
+    """Whether the compiler records this run, so that no check may read a tensor's value.
+
+    The run before the recorded one has made every check.
+    """
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # to import it takes half a second
+    return tracer is not None and tracer.get_proxy_mode() is not None
+
+
+def labelled(model: Sites, guide: Sites) -> Sites:
+    """All sites, by the words that an error message calls them: "model site 'x'"."""
+    labels = {f"model site '{name}'": site for name, site in model.items()}
+    labels.update((f"guide site '{name}'", site) for name, site in guide.items())
+    return labels
+
+
+def plates(site: Site) -> list[Plate]:
+    """The vectorised plates around a site, outermost first, without the plate of the particles."""
+    return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
+
+
+def particle_dim_of(*sites: Sites) -> int:
+    """The first dimension left of every plate of these sites, counted from the right."""
+    frames = (frame for group in sites for site in group.values() for frame in site["cond_indep_stack"])
+    return min((frame.dim for frame in frames if frame.vectorized), default=0) - 1
+
+
+def layers(distribution: Any) -> Iterator[Any]:
+    """The distribution, and each one inside the wrappers that plates, masks and ``to_event`` add."""
+    yield distribution
+    while isinstance(distribution, Independent | MaskedDistribution | ExpandedDistribution):
+        distribution = distribution.base_dist
+        yield distribution
+
+
+def unwrapped(distribution: Any) -> Any:
+    """The distribution inside the wrappers that plates, masks and ``to_event`` add."""
+    while isinstance(distribution, Independent | MaskedDistribution | ExpandedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def family(distribution: Any) -> str:
+    """The name of a distribution's family, without its wrappers."""
+    return type(unwrapped(distribution)).__name__
+
+
+def is_factor(site: Site) -> bool:
+    """Whether the site is a ``pyro.factor`` statement."""
+    return isinstance(unwrapped(site["fn"]), Unit)
+
+
+def not_reparameterised(guide: Sites) -> list[str]:
+    """The names of the sites through whose samples no complete pathwise gradient flows."""
+    # Families that sample by rejection have an rsample, and score_parts of their own for the part that it leaves out.
+    return [
+        name
+        for name, site in guide.items()
+        if not site["fn"].has_rsample or type(unwrapped(site["fn"])).score_parts is not Distribution.score_parts
+    ]
+
+
+def validates(site: Site) -> bool:
+    """Whether a site's distributions check the values whose density they compute."""
+    return all(getattr(layer, "_validate_args", True) is not False for layer in layers(site["fn"]))
+
+
+def masks(site: Site) -> list[Any]:
+    """The masks of a site, from handlers and from its distributions."""
+    found = [_batch_mask(layer, site["fn"].event_dim) for layer in layers(site["fn"])] + [site["mask"]]
+    return [mask for mask in found if mask is not None and mask is not True]
+
+
+def same_masks(first: Site, second: Site) -> bool:
+    """Whether handlers and distributions mask two sites alike."""
+    first, second = masks(first), masks(second)
+    return len(first) == len(second) and all(map(equal, first, second))
+
+
+def kept(site: Site, *, in_part: bool) -> Tensor:
+    """Which elements of a site's batch are not masked; `in_part` decides about an event that is masked in part."""
+    found = torch.ones_like(site["unscaled_log_prob"], dtype=torch.bool)
+    event_dim = site["fn"].event_dim
+    for layer in layers(site["fn"]):
+        mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
+        if isinstance(mask, Tensor) and inner:
+            events = mask.expand(layer.batch_shape).flatten(-inner)
+            mask = events.any(-1) if in_part else events.all(-1)
+        found = found if mask is None else found & mask
+    return found if site["mask"] is None else found & site["mask"]
+
+
+def _batch_mask(layer: Any, event_dim: int) -> Any:
+    """A layer's mask, without the dimensions that a later ``to_event`` takes, if it is constant along them."""
+    mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
+    if not isinstance(mask, Tensor) or not inner or being_recorded():
+        return mask
+    events = mask.expand(layer.batch_shape).flatten(-inner)
+    return events.all(-1) if torch.equal(events.all(-1), events.any(-1)) else mask
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two scales or two masks, each a number or a tensor, agree up to rounding.
+
+    While the compiler records a run, no value can be read, and the answer is True.
+    """
+    if first is second or being_recorded():
+        return True
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        a, b = torch.as_tensor(first), torch.as_tensor(second)
+        return bool(torch.isclose(a.to(b), b).all()) if _broadcastable(a, b) else False
+    return math.isclose(first, second)
+
+
+def _broadcastable(a: Tensor, b: Tensor) -> bool:
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a.shape), reversed(b.shape), strict=False))

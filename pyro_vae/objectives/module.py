@@ -1,0 +1,60 @@
+"""An objective of one program as a torch module, for optimisers, DDP and Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pyro.infer.elbo import ELBOModule
+from torch import Tensor, nn
+
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction, find_modules
+from pyro_vae.errors import PyroVAEError
+
+if TYPE_CHECKING:
+    from pyro_vae.objectives.base import Objective
+
+
+class ObjectiveModule(ELBOModule):
+    """The loss of an objective for one model and guide, with their parameters; see :meth:`pyro_vae.Objective.__call__`.
+
+    Its parameters, buffers and modes are those of the modules that model and guide are, or are methods of.
+
+    Arguments:
+        objective: the objective.
+        model: a Pyro model; or a model/guide pair, or a tuple ``(model, guide)``, in place of `model` and `guide`.
+        guide: its guide.
+
+    Raises:
+        ValueError: when its parameters are asked for, and neither model nor guide belongs to a module.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> loss = pv.ELBO()(vae)
+        >>> optimizer = torch.optim.Adam(loss.parameters())
+        >>> loss(torch.randn(4, 5)).backward()
+    """
+
+    @takes_program
+    def __init__(self, objective: Objective, model: PyroFunction, guide: PyroFunction) -> None:
+        super().__init__(None, None, objective)
+        # Set beside the modules below: a method that is an attribute of a module registers none of its parameters.
+        self.__dict__["model"], self.__dict__["guide"] = model, guide
+        self.program = nn.ModuleList(find_modules(model, guide))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The differentiable loss, called with the program's arguments."""
+        loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        return loss
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the modules of model and guide."""
+        if not len(self.program):
+            raise PyroVAEError(
+                "can't know the parameters: expected a model or guide that is a torch.nn.Module, or a method of one, got "
+                "plain functions, whose pyro.param and pyro.module statements are found only by running them. Run the "
+                "loss once, and build the optimiser on [p for _, p in pyro.get_param_store().named_parameters()]."
+            )
+        return super().named_parameters(*args, **kwargs)

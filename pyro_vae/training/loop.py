@@ -1,0 +1,207 @@
+"""The training loop behind `fit`: a step for each minibatch, validation and a checkpoint after each epoch."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyro_vae.compiled.step import CompiledStep
+from pyro_vae.compiled.supports import Supports
+from pyro_vae.engine import rng
+from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.modules import buffers, eval_mode
+from pyro_vae.engine.program import Program
+from pyro_vae.errors import NotFiniteError, PyroVAEError
+from pyro_vae.training import checkpoint as checkpoints
+from pyro_vae.training import learning_rates
+
+
+@dataclass
+class Loop:
+    """The training loop: its state, its steps, and how a checkpoint keeps the state.
+
+    Attributes:
+        program: model and guide.
+        objective: the bound.
+        batches: the training data.
+        held_out: the validation data, if any.
+        parameters: the parameters by name.
+        optimizer: their optimiser.
+        scheduler: the scheduler of the step size, if any.
+        patience: how many epochs without a better validation bound end the training; None never does.
+        checkpoint: the file of the state, if any.
+        settings: what a checkpoint must agree on.
+        compiled: the compiled step, if any.
+        supports: the checks of data that the compiled step has not seen yet.
+        rows: the history, a row an epoch.
+        best: epoch, bound, parameters and buffers of the best epoch, with `patience`.
+        epoch: the current epoch, from 1.
+        step: the current step of the epoch, from 1.
+    """
+
+    program: Program
+    objective: Any
+    batches: Minibatches
+    held_out: Minibatches | None
+    parameters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    patience: int | None
+    checkpoint: str | Path | None
+    settings: dict[str, Any]
+    compiled: CompiledStep | None = None
+    supports: Supports | None = None
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    epoch: int = 0
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.modules = self.program.modules()
+
+    def train_epoch(self, bar: Any) -> None:
+        """One pass over the data, its row in the history, and a checkpoint."""
+        self.epoch, started, total, count = len(self.rows) + 1, time.perf_counter(), 0.0, 0
+        settings = []
+        for step, batch in enumerate(self.batches.shuffled(), 1):
+            self.step = step
+            settings.append(self._scheduled())
+            # The first step validates the program's distributions, before any work; its own checks stay on.
+            first = not self.rows and step == 1
+            with pyro.validation_enabled(True) if first else pyro.distributions.validation_enabled(False):
+                if self.compiled is None:
+                    self.optimizer.zero_grad()
+                    loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
+                    (loss / len(batch[0])).backward()
+                else:
+                    if self.supports is not None:
+                        self.supports.check(batch)
+                    loss = self.compiled.compute(*batch)
+            total, count = self._step(loss.detach(), batch, total, count, bar)
+        self.supports = None  # every minibatch is checked by now
+        self._check_finite(total)
+        row = {"train_bound": -float(total) / count, "validation_bound": self._validate()}
+        row["seconds"] = time.perf_counter() - started
+        anew = any(before != self._scheduled() for before in settings)
+        if self.scheduler is not None:
+            row["lr"] = float(self.optimizer.param_groups[0]["lr"])
+            learning_rates.step(self.scheduler, row["validation_bound"], anew)
+        if self.patience is not None and (self.best is None or anew or row["validation_bound"] > self.best["bound"]):
+            self.best = self._copy(row["validation_bound"])
+        if self.checkpoint:
+            checkpoints.save(self.checkpoint, self._state([*self.rows, row]))
+        self.rows.append(row)  # last, so that the history never runs ahead of the checkpoint
+
+    def _step(self, loss: Tensor, batch: Any, total: Any, count: int, bar: Any) -> tuple[Any, int]:
+        """Step the optimiser; return the sum of the losses so far, and the number of data."""
+        if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
+            raise self._not_finite(f"the loss is {loss:g}")
+        self.optimizer.step()
+        total, count = total + loss.double(), count + len(batch[0])
+        if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
+            bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
+        bar.update()
+        return total, count
+
+    def _check_finite(self, total: Any) -> None:
+        if not math.isfinite(total):
+            raise self._not_finite("the epoch's loss is not finite")
+        for name, parameter in self.parameters.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise self._not_finite(f"parameter '{name}' is not finite")
+
+    def _validate(self) -> float:
+        if self.held_out is None:
+            return math.nan
+        total, count = 0.0, 0
+        own = self.held_out.generator_states()
+        with torch.no_grad(), rng.preserved(seed=0), eval_mode(self.modules):
+            for batch in self.held_out.in_order():
+                total += self.objective.loss(self.program.model, self.program.guide, *batch)
+                count += len(batch[0])
+        self.held_out.set_generator_states(own)
+        return -total / count
+
+    def _scheduled(self) -> dict[str, float]:
+        """The settings of the objective in the next loss, or validation."""
+        return self.objective.scheduled() if hasattr(self.objective, "scheduled") else {}
+
+    def _copy(self, validation_bound: float) -> dict[str, Any]:
+        tensors = {"parameters": self.parameters, "buffers": buffers(self.modules)}
+        copies = {what: {n: v.detach().clone() for n, v in named.items()} for what, named in tensors.items()}
+        bound = -math.inf if math.isnan(validation_bound) else validation_bound  # so that any number is above it
+        return {"epoch": self.epoch, "bound": bound} | copies
+
+    def restore_best(self) -> None:
+        """Restore the parameters and buffers of the best epoch, with `patience`."""
+        if self.best is not None:
+            checkpoints.restore("of the best epoch", self.best, self.parameters, buffers(self.modules))
+
+    def _state(self, rows: list[dict[str, float]]) -> dict[str, Any]:
+        """The contents of a checkpoint."""
+        return {
+            "settings": self.settings,
+            "history": rows,
+            "parameters": {name: value.detach() for name, value in self.parameters.items()},
+            "buffers": buffers(self.modules),
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler and self.scheduler.state_dict(),
+            "rng": rng.get_state(),
+            "loader_rng": self.batches.generator_states(),
+            "step": self.objective.step if isinstance(getattr(self.objective, "step", None), int) else None,
+        }
+
+    def resume(self, path: str | Path, epochs: int) -> None:
+        """Restore the state from the checkpoint."""
+        state = checkpoints.load(path)
+        saved = {"compile": False, "lr_scheduler": None} | state["settings"]
+        for name, value in self.settings.items():
+            if saved[name] != value:
+                raise PyroVAEError(
+                    f"the checkpoint {path} was written with other settings: expected {name}={saved[name]!r}, got "
+                    f"{name}={value!r}. Pass the same, to end where an unbroken training ends, or a new path."
+                )
+        best = state.get("best")
+        if (best is None) != (self.patience is None):
+            raise PyroVAEError(
+                f"the checkpoint {path} was written {'without' if best is None else 'with'} patience: expected "
+                f"{'None' if best is None else 'a number, also another one'}, got patience={self.patience!r}, since it "
+                "keeps the best epoch's parameters from the first epoch on. Pass that, or a new path."
+            )
+        if len(state["history"]) > epochs:
+            raise PyroVAEError(
+                f"the checkpoint {path} holds {len(state['history'])} epochs: expected at least as many in all, got "
+                f"epochs={epochs}. Pass more epochs, or a new path."
+            )
+        checkpoints.restore(path, state, self.parameters, buffers(self.modules))
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.batches.set_generator_states(state["loader_rng"])
+        rng.set_state(state["rng"])
+        if state.get("step") is not None:
+            self.objective.step = state["step"]
+        self.rows, self.best = list(state["history"]), best
+
+    def _not_finite(self, what: str) -> NotFiniteError:
+        before = self.epoch - 1
+        kept = (
+            f" The checkpoint {self.checkpoint} is as it was after epoch {before}."
+            if self.checkpoint and before
+            else ""
+        )
+        lr = self.optimizer.param_groups[0]["lr"]
+        return NotFiniteError(
+            f"{what} in epoch {self.epoch}, step {self.step}: expected finite numbers. Likely causes: a learning rate too high "
+            f"(lr={lr:g}), a scale that went to zero (a Gaussian's, where pixels are constant), or data outside the "
+            f"likelihood's support.{kept}"
+        )
