@@ -11,8 +11,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +21,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
+
+from pyro_vae.errors import PyroVAEError
 
 if TYPE_CHECKING:  # commands import what they need, so that --help does not wait for it
     import pandas as pd
@@ -53,13 +54,24 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_mar
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line: what a user can mend takes one line and exit status 2; a bug keeps its traceback."""
+    """Run the command line.
+
+    A usage error, a refusal of this package and an error of the operating system each print one line on stderr, with
+    exit status 2. Any other exception is a bug and keeps its traceback.
+    """
     try:
         status = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
-        print("error:", " ".join(error.format_message().split()), file=sys.stderr)
-        status = 2
+        status = _print_error(error.format_message())
+    except (PyroVAEError, OSError) as error:
+        status = _print_error(str(error))
     sys.exit(status)
+
+
+def _print_error(message: str) -> int:
+    """Print one line on stderr; return the exit status."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
 
 
 def _print_version(wanted: bool) -> None:
@@ -131,7 +143,7 @@ def train(
     """Train a VAE on DATA, into a folder with its figures. The same command again goes on where it stopped."""
     _check_unused(context)
     if not 0 < lr < math.inf:
-        raise UsageError(f"expected a positive --lr, got {lr:g}. Try 1e-3.")
+        raise PyroVAEError(f"expected a positive --lr, got {lr:g}. Try 1e-3.")
     if binarize is None:
         binarize = "dynamic" if likelihood == "bernoulli" and data != "binarized_mnist" else "none"
     config = {"pyro_vae": version("pyro_vae")} | {name: context.params[name] for name in OPTIONS}
@@ -140,29 +152,27 @@ def train(
     _check_folder(run, config)
     dataset, vae = _build(config)
     if patience is not None and not len(dataset.validation):
-        raise UsageError("--patience needs images for validation, got none. Pass --validation 100, say, or drop it.")
+        raise PyroVAEError("--patience needs images for validation, got none. Pass --validation 100, say, or drop it.")
 
     import pyro_vae as pv
     from pyro_vae.training import checkpoint as checkpoints
 
-    with _explained():
-        bound: pv.Objective
-        if objective == "iwae":
-            bound = pv.IWAE(particles, gradient)
-        else:
-            beta = pv.schedules.warm_up(warm_up * math.ceil(len(dataset.train) / batch_size)) if warm_up else 1.0
-            kl: Literal["analytic", "monte_carlo"] = "analytic" if objective == "elbo" else "monte_carlo"
-            bound = pv.ELBO(particles, kl, gradient, beta, free_bits)
+    bound: pv.Objective
+    if objective == "iwae":
+        bound = pv.IWAE(particles, gradient)
+    else:
+        beta = pv.schedules.warm_up(warm_up * math.ceil(len(dataset.train) / batch_size)) if warm_up else 1.0
+        kl: Literal["analytic", "monte_carlo"] = "analytic" if objective == "elbo" else "monte_carlo"
+        bound = pv.ELBO(particles, kl, gradient, beta, free_bits)
     checkpoint = run / "checkpoint.pt"
     if not checkpoint.exists():
         _write_config(run, config)
-    with _explained():
-        state = checkpoints.load(checkpoint) if checkpoint.exists() else {"history": []}
+    state = checkpoints.load(checkpoint) if checkpoint.exists() else {"history": []}
     earlier = len(state["history"])
     if 0 < earlier <= epochs:
         over = earlier == epochs or checkpoints.stalled(earlier, state.get("best"), patience)
         print(f"{run} has {earlier} epoch{'s' * (earlier > 1)}: " + ("nothing left to train." if over else "going on."))
-    with _explained(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "training stopped by Ctrl-C")  # said below, with how to go on
         history = pv.fit(
             vae.model,
@@ -249,7 +259,7 @@ def evaluate(
     from pyro_vae.cli import report as reports
 
     x = dataset.test.x[:num_images]
-    with _explained(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the report says so
         report = reports.evaluate(
             vae,
@@ -288,15 +298,6 @@ def sample(
     print(_draw_samples(run, vae, num_samples, seed))
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Around what refuses a user's options or files with a message for the user."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        raise UsageError(str(error)) from error
-
-
 def _check_unused(context: typer.Context) -> None:
     """Refuse options that nothing would come of."""
     elbo = ("objective", ("elbo", "elbo-monte-carlo"))
@@ -311,7 +312,7 @@ def _check_unused(context: typer.Context) -> None:
         chosen, source = context.params[switch], context.get_parameter_source(name)
         if chosen not in needed and source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")
-            raise UsageError(
+            raise PyroVAEError(
                 f"--{option} needs --{switch} {' or '.join(needed)}, got --{switch} {chosen}. Change one of the two."
             )
 
@@ -326,7 +327,7 @@ def _check_folder(run: Path, config: dict[str, Any]) -> None:
     for name in config.keys() - MAY_CHANGE:
         both = config[name], earlier[name]
         if both[0] != both[1] and not (name == "patience" and None not in both):  # another number goes on, as in fit
-            raise UsageError(
+            raise PyroVAEError(
                 f"{run} holds a run with {name}={earlier[name]!r}, and {name}={config[name]!r} is asked for. Ask for "
                 "the same to go on with that run, or pass another --out."
             )
@@ -336,17 +337,17 @@ def _read_config(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         found = "it has no config.json" if run.is_dir() else "there is no such folder"
-        raise UsageError(
+        raise PyroVAEError(
             f"{run} is not a run: {found}. Pass a folder that 'pyro-vae train' wrote; to train, a new or empty one."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"can't read {path}: {error}. Restore it, or pass another folder.") from error
+    except ValueError as error:
+        raise PyroVAEError(f"can't read {path}: {error}. Restore it, or pass another folder.") from error
     if isinstance(config, dict):
         config = BEFORE | config
     if not isinstance(config, dict) or config.keys() != {"pyro_vae", *OPTIONS}:
-        raise UsageError(
+        raise PyroVAEError(
             f"expected {path} to hold the options of 'pyro-vae train' (version {version('pyro_vae')}), got something "
             "else. Pass another folder."
         )
@@ -369,17 +370,16 @@ def _build(config: dict[str, Any]) -> tuple[Dataset, VAE]:
     shared = {"latent_dim": config["latent_dim"], "likelihood": config["likelihood"]}
     if config["likelihood"] == "gaussian":
         shared["scale"] = _scale(config["scale"])
-    with _explained():
-        names = ("root", "binarize", "validation")
-        dataset = pv.data.load(config["data"], **{name: config[name] for name in names})
-        pyro.set_rng_seed(config["seed"])
-        if config["network"] == "mlp":
-            widths = _integers("--hidden-dims", config["hidden_dims"])
-            vae = pv.mlp_vae(dataset.event_shape, hidden_dims=widths, **shared)
-        else:
-            widths = _integers("--channels", config["channels"])
-            vae = pv.conv_vae(dataset.event_shape, channels=widths, **shared)
-        vae.likelihood.check(dataset.test.x)
+    names = ("root", "binarize", "validation")
+    dataset = pv.data.load(config["data"], **{name: config[name] for name in names})
+    pyro.set_rng_seed(config["seed"])
+    if config["network"] == "mlp":
+        widths = _integers("--hidden-dims", config["hidden_dims"])
+        vae = pv.mlp_vae(dataset.event_shape, hidden_dims=widths, **shared)
+    else:
+        widths = _integers("--channels", config["channels"])
+        vae = pv.conv_vae(dataset.event_shape, channels=widths, **shared)
+    vae.likelihood.check(dataset.test.x)
     return dataset, vae
 
 
@@ -387,14 +387,14 @@ def _integers(option: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise UsageError(f"expected {option} to be integers, such as 400,200, got {text!r}.") from None
+        raise PyroVAEError(f"expected {option} to be integers, such as 400,200, got {text!r}.") from None
 
 
 def _scale(text: str) -> Any:
     try:
         return text if text in ("learned", "per_pixel") else float(text)
     except ValueError:
-        raise UsageError(f"expected --scale to be a number, learned or per_pixel, got {text!r}.") from None
+        raise PyroVAEError(f"expected --scale to be a number, learned or per_pixel, got {text!r}.") from None
 
 
 def _load(run: Path) -> tuple[Dataset, VAE]:
@@ -402,8 +402,7 @@ def _load(run: Path) -> tuple[Dataset, VAE]:
     import pyro_vae as pv
 
     dataset, vae = _build(_read_config(run))
-    with _explained():
-        pv.load_parameters(run / "checkpoint.pt", vae.model, vae.guide, dataset.test.x[:1])
+    pv.load_parameters(run / "checkpoint.pt", vae.model, vae.guide, dataset.test.x[:1])
     return dataset, vae
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 
 import pyro_vae as pv
 from pyro_vae import cli
+from pyro_vae.cli import report
 
 TINY = ["--hidden-dims", "16", "--batch-size", "256", "--lr", "0.01"]
 FIGURES = {"training.png", "reconstructions.png", "samples.png", "latent_space.png"}
@@ -514,14 +515,53 @@ def test_divergence_is_no_bug_and_does_not_take_the_folder(tmp_path):
     assert json.loads((run / "config.json").read_text())["lr"] == 1e-3
 
 
-@pytest.mark.parametrize(("module", "name"), [(pv, "compare"), (pv.plots, "bounds")])
-def test_a_bug_keeps_its_traceback(run, monkeypatch, module, name):
+@pytest.mark.parametrize(
+    ("command", "owner", "name"),
+    [
+        ("train", pv, "fit"),
+        ("train", pv.data, "load"),
+        ("compare", pv, "compare"),
+        ("compare", pv.plots, "bounds"),
+        ("evaluate", report.ev, "log_likelihood"),
+        ("sample", pv.VAE, "generate"),
+    ],
+)
+@pytest.mark.parametrize("error", [KeyError, ValueError, FloatingPointError, RuntimeError])
+def test_a_bug_keeps_its_traceback(run, monkeypatch, command, owner, name, error):
     def broken(*args, **kwargs):
-        raise ValueError("a bug")
+        raise error("a bug")
 
-    monkeypatch.setattr(module, name, broken)
-    with pytest.raises(ValueError, match="a bug"):
-        cli.main(["compare", str(run)])
+    monkeypatch.setattr(owner, name, broken)
+    arguments = {"train": ["digits", "--out", "new"], "evaluate": [run, *QUICK]}.get(command, [run])
+    with pytest.raises(error, match="a bug") as raised:
+        cli.main([command, *map(str, arguments)])
+    assert raised.type is error
+
+
+@pytest.mark.parametrize("error", [pv.PyroVAEError, pv.NotFiniteError, pv.MissingCompilerError, OSError])
+@pytest.mark.parametrize(("owner", "name"), [(pv, "compare"), (pv.data, "load"), (pv.plots, "bounds")])
+def test_a_refusal_is_one_line(run, monkeypatch, owner, name, error):
+    def refusing(*args, **kwargs):
+        raise error("expected one line,\ngot two.  Join them.")
+
+    monkeypatch.setattr(owner, name, refusing)
+    status, out, err = pyro_vae("compare", run, "--num-images", 5, "--repeats", 2)
+    assert (status, out, err) == (2, "", "error: expected one line, got two. Join them.\n")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "thesis.tex").write_text("the only copy")
+    said = refusal("train", "digits", *TINY, "--out", "thesis.tex/run")
+    assert "Not a directory" in said
+    assert "thesis.tex" in said
+
+
+def test_a_figure_that_cannot_be_written_is_one_line(run):
+    (run / "figures" / "samples.png").unlink()
+    (run / "figures" / "samples.png").mkdir()
+    said = refusal("sample", run)
+    assert "Is a directory" in said
+    assert "samples.png" in said
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "sample"])
