@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
+from pyro_vae.cli.report import NUM_ANNEALED
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
 
 if TYPE_CHECKING:  # commands import what they need, so that --help does not wait for it
     import pandas as pd
@@ -241,12 +243,14 @@ def compare(
 def evaluate(
     run: Run,
     num_images: Annotated[int | None, Option(min=2, help="How many test images.", show_default="all of them")] = None,
-    num_samples: Annotated[int, Option(min=25, help="Importance samples for each image; k-hat needs 25.")] = 5000,
+    num_samples: Annotated[
+        int, Option(min=25, help="Importance samples for each image; k-hat needs 25.")
+    ] = NUM_SAMPLES,
     ais_images: Annotated[
         int, Option(min=2, help="How many of them to anneal, and to find the gaps of; as many are simulated.")
-    ] = 100,
-    ais_steps: Annotated[int, Option(min=2, help="Temperatures of the annealing.")] = 1000,
-    ais_chains: Annotated[int, Option(min=2, help="Annealed chains for each image.")] = 16,
+    ] = NUM_ANNEALED,
+    ais_steps: Annotated[int, Option(min=2, help="Temperatures of the annealing.")] = NUM_STEPS,
+    ais_chains: Annotated[int, Option(min=2, help="Annealed chains for each image.")] = NUM_CHAINS,
     compile: Annotated[
         bool, Option("--compile", help="Draw the importance samples by compiled code; worth it for many images.")
     ] = False,

@@ -12,7 +12,11 @@ import pandas as pd
 import torch
 
 from pyro_vae import evaluation as ev
+from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
 from pyro_vae.pairs import VAE
+
+NUM_ANNEALED = 100  # data that are annealed, where the other estimates use all
+IWAE_PARTICLES = 64
 
 
 class Row(NamedTuple):
@@ -64,7 +68,7 @@ class Report:
         samples, first = likelihood.num_samples, likelihood.of(slice(0, few))
         found = [
             Row("ELBO", ev.Estimate.of(likelihood.elbo), number, "all", "log_likelihood"),
-            Row("IWAE, K = 64", self.iwae, number, "all", "iwae"),
+            Row(f"IWAE, K = {IWAE_PARTICLES}", self.iwae, number, "all", "iwae"),
             Row(f"log p(x), IS, K = {samples}", likelihood.estimate, number, "all", "log_likelihood"),
             Row("  log p(x) - ELBO", likelihood.kl_to_posterior, number, "all", "log_likelihood"),
             Row("parts of the ELBO: sum", parts.elbo, number, "all", "decomposition"),
@@ -123,10 +127,10 @@ def evaluate(
     vae: VAE,
     x: torch.Tensor,
     *,
-    num_samples: int = 5000,
-    ais_data: int = 100,
-    ais_steps: int = 1000,
-    ais_chains: int = 16,
+    num_samples: int = NUM_SAMPLES,
+    ais_data: int = NUM_ANNEALED,
+    ais_steps: int = NUM_STEPS,
+    ais_chains: int = NUM_CHAINS,
     compile: bool = False,
     seed: int | None = None,
 ) -> Report:
@@ -152,7 +156,9 @@ def evaluate(
     with timed("log_likelihood"):
         likelihood = ev.log_likelihood(*program, x, num_samples, compile=compile, seed=seed)
     with timed("iwae"):
-        iwae = ev.log_likelihood(*program, x, 64, seed=seed).estimate  # IWAE's bound is that, with fewer samples
+        iwae = ev.log_likelihood(
+            *program, x, IWAE_PARTICLES, seed=seed
+        ).estimate  # IWAE's bound is that, with fewer samples
     with timed("gaps"):
         few = likelihood.of(slice(0, ais_data))
         best = max((few, annealed), key=lambda evidence: evidence.mean)  # both have log p(x) above their mean
