@@ -1,5 +1,5 @@
 """The command line."""
 
-from pyro_vae.cli.app import main
+from pyro_vae.cli.app import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

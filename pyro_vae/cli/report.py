@@ -123,7 +123,7 @@ class Report:
         }
 
 
-def evaluate(
+def make_report(
     vae: VAE,
     x: torch.Tensor,
     *,

@@ -13,6 +13,7 @@ import time
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pyro
@@ -25,6 +26,9 @@ from rich.console import Console
 import pyro_vae as pv
 from pyro_vae import cli
 from pyro_vae.cli import report
+from pyro_vae.cli.run_folder import BEFORE, RunFolder
+from pyro_vae.cli.tables import format_comparison
+from pyro_vae.cli.train import DATA_HELP
 
 TINY = ["--hidden-dims", "16", "--batch-size", "256", "--lr", "0.01"]
 FIGURES = {"training.png", "reconstructions.png", "samples.png", "latent_space.png"}
@@ -212,7 +216,7 @@ def test_patience_stops_early_and_keeps_the_best_epoch(tmp_path):
     assert f"{row.train_bound:.2f} (train), {row.validation_bound:.2f} (validation)" in out
     until_best = tmp_path / "until_best"
     pyro_vae(*command, "--epochs", best, "--out", until_best)
-    kept, expected = (cli._load(folder)[1].state_dict() for folder in (run, until_best))
+    kept, expected = (RunFolder(folder).load()[1].state_dict() for folder in (run, until_best))
     assert all(torch.equal(kept[name], value) for name, value in expected.items())
     assert (run / "figures" / "samples.png").read_bytes() == (until_best / "figures" / "samples.png").read_bytes()
     again = pyro_vae(*command, "--patience", 2)
@@ -227,7 +231,7 @@ def test_patience_stops_early_and_keeps_the_best_epoch(tmp_path):
 
 def test_runs_of_before_there_was_a_choice_go_on(run):
     config = json.loads((run / "config.json").read_text())
-    for name in cli.BEFORE:
+    for name in BEFORE:
         del config[name]
     (run / "config.json").write_text(json.dumps(config))
     assert pyro_vae("train", "digits", *TINY, "--epochs", 4, "--root", config["root"], "--out", run)[0] == 0
@@ -285,7 +289,7 @@ def test_numbers_of_many_digits_fit_80_columns():
         "milliseconds": 123456.7,
     }
     out = io.StringIO()
-    Console(file=out).print(cli._format(pd.DataFrame(numbers, index=index), 500, 10))
+    Console(file=out).print(format_comparison(pd.DataFrame(numbers, index=index), 500, 10))
     row = ["ELBO,", "closed-form", "KL", "1", "-12345.68", "±", "123.46", "123", "123", "123", "inf", "123457"]
     assert row in [line.split() for line in out.getvalue().splitlines()]
 
@@ -358,6 +362,12 @@ def test_sample(run):
         pyro_vae("sample", run, *arguments)
         assert (run / "figures" / "samples.png").read_bytes() != drawn
         drawn = (run / "figures" / "samples.png").read_bytes()
+
+
+def test_figures_need_no_screen(run):
+    matplotlib.use("svg")
+    assert pyro_vae("sample", run)[0] == 0
+    assert matplotlib.get_backend().lower() == "agg"
 
 
 @pytest.fixture
@@ -564,7 +574,7 @@ def test_a_figure_that_cannot_be_written_is_one_line(run):
     assert "samples.png" in said
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "sample"])
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "sample"])
 def test_help_lists_every_option_with_its_default(command):
     status, out, _ = pyro_vae(command, "--help")
     assert status == 0
@@ -590,7 +600,7 @@ def test_help_lists_every_option_with_its_default(command):
 
 def test_help_names_the_data_sets():
     for name in pv.data.NAMES:
-        assert name in cli.DATA_HELP
+        assert name in DATA_HELP
 
 
 def test_version_and_entry_point():
@@ -603,4 +613,4 @@ def test_without_a_command_it_helps(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pyro-vae"])
     status, out, _ = pyro_vae()
     assert status == 0
-    assert all(command in out for command in ("train", "compare", "sample"))
+    assert all(command in out for command in ("train", "compare", "evaluate", "sample"))
