@@ -1,4 +1,4 @@
-"""The command line: ``pyro-vae train digits``, then ``compare``, ``evaluate`` and ``sample`` on the run that it leaves."""
+"""The Typer application with its four commands, and ``main``, which turns errors into exit statuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_vae.cli.sample import sample
 from pyro_vae.cli.train import train
 from pyro_vae.errors import PyroVAEError
 
-UsageError: Any = typer.BadParameter.__base__  # click's, which versions of typer keep in different places
+UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and moved it between versions
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 for command in (train, compare, evaluate, sample):
@@ -23,10 +23,16 @@ for command in (train, compare, evaluate, sample):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line.
+    """Run one command and exit.
 
-    A usage error, a refusal of this package and an error of the operating system each print one line on stderr, with
-    exit status 2. Any other exception is a bug and keeps its traceback.
+    A usage error, a refusal of this package and an error of the operating system each print one line on stderr; the exit
+    status is 2. Any other exception is a bug and keeps its traceback.
+
+    Arguments:
+        arguments: the words after ``pyro-vae``; by default those of this process. No words print the help.
+
+    Raises:
+        SystemExit: always; the status is 0, 2 after an error, or 130 after Ctrl-C.
     """
     try:
         status = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -55,7 +61,7 @@ def _pyro_vae(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Variational autoencoders in Pyro: train one, compare bounds on log p(x), evaluate it, draw samples."""
-    import matplotlib  # here, as --help and --version need not wait for it
+    """Train a variational autoencoder in Pyro, evaluate it and draw samples."""
+    import matplotlib  # only here, so that --help and --version do not wait for it
 
-    matplotlib.use("Agg")  # figures go to files, on machines without a screen too
+    matplotlib.use("Agg")  # this backend writes files and needs no screen

@@ -1,4 +1,4 @@
-"""``pyro-vae compare``."""
+"""The command ``pyro-vae compare``: a table and a figure of different bounds on log p(x)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pyro_vae.cli.tables import format_comparison
 
 def compare(
     path: RunArgument,
-    num_images: Annotated[int, Option(min=2, help="How many test images; all of them if there are fewer.")] = 500,
-    repeats: Annotated[int, Option(min=2, help="How often to run each estimator.")] = 10,
+    num_images: Annotated[int, Option(min=2, help="Number of test images, or all if there are fewer.")] = 500,
+    repeats: Annotated[int, Option(min=2, help="Number of times that each bound is estimated.")] = 10,
     compile: Annotated[
-        bool, Option("--compile", help="Measure them as compiled code; compiling takes minutes.")
+        bool, Option("--compile", help="Compile the estimators before the measurement. This takes minutes.")
     ] = False,
-    seed: Annotated[int, Option(min=0, help="Of the estimators' samples.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
 ) -> None:
-    """Compare bounds on log p(x) for the VAE in RUN, on test images: their values, noise, gradients and cost."""
+    """Compare bounds on log p(x) on test images. The table has their values, noise, gradients and cost."""
     folder = RunFolder(path)
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]

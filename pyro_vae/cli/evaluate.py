@@ -1,4 +1,4 @@
-"""``pyro-vae evaluate``."""
+"""The command ``pyro-vae evaluate``: a report with log p(x), its error bars, the gaps and the parts of the ELBO."""
 
 from __future__ import annotations
 
@@ -16,31 +16,36 @@ from pyro_vae.cli.run_folder import RunArgument, RunFolder
 from pyro_vae.cli.tables import format_report
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
 
-ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # in evaluation.nc, with as many draws of x for each image: 25 MB for MNIST
+ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # evaluation.nc has all draws of x for each image: 25 MB for MNIST
 
 
 def evaluate(
     path: RunArgument,
-    num_images: Annotated[int | None, Option(min=2, help="How many test images.", show_default="all of them")] = None,
+    num_images: Annotated[int | None, Option(min=2, help="Number of test images.", show_default="all")] = None,
     num_samples: Annotated[
-        int, Option(min=25, help="Importance samples for each image; k-hat needs 25.")
+        int, Option(min=25, help="Number of importance samples for each image. k-hat needs at least 25.")
     ] = NUM_SAMPLES,
     ais_images: Annotated[
-        int, Option(min=2, help="How many of them to anneal, and to find the gaps of; as many are simulated.")
+        int,
+        Option(
+            min=2,
+            help="Number of images for annealed importance sampling (AIS) and the gaps, and of images to simulate from "
+            "the model.",
+        ),
     ] = NUM_ANNEALED,
-    ais_steps: Annotated[int, Option(min=2, help="Temperatures of the annealing.")] = NUM_STEPS,
-    ais_chains: Annotated[int, Option(min=2, help="Annealed chains for each image.")] = NUM_CHAINS,
+    ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = NUM_STEPS,
+    ais_chains: Annotated[int, Option(min=2, help="Number of AIS chains for each image.")] = NUM_CHAINS,
     compile: Annotated[
-        bool, Option("--compile", help="Draw the importance samples by compiled code; worth it for many images.")
+        bool, Option("--compile", help="Compile the importance sampling. This pays off for many images.")
     ] = False,
-    seed: Annotated[int, Option(min=0, help="Of all samples.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
 ) -> None:
-    """Say how good the VAE in RUN is, and how far off that number: log p(x), its bounds on both sides, gaps, parts, k-hat."""
+    """Estimate log p(x) of test images, with error bars. The report also has the gap to the ELBO and the ELBO's parts."""
     folder = RunFolder(path)
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the report says so
+        warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the table's caption has this number
         report = make_report(
             vae,
             x,
@@ -53,7 +58,7 @@ def evaluate(
         )
     Console().print(format_report(report))
     (path / "evaluation.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    unfinished = path / "evaluation.nc.unfinished"  # the old file may be open, and can't be written over then
+    unfinished = path / "evaluation.nc.unfinished"  # an open netCDF file can't be overwritten, but it can be replaced
     pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(unfinished)
     unfinished.replace(path / "evaluation.nc")
     drawn = figures.draw_report(folder, report)

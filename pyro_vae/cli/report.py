@@ -1,4 +1,4 @@
-"""Everything that evaluation has to say of one VAE and its test data, with the minutes that each part took."""
+"""The report of ``pyro-vae evaluate``: all evaluations of one VAE on test data, and the time of each."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from pyro_vae import evaluation as ev
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
 from pyro_vae.pairs import VAE
 
-NUM_ANNEALED = 100  # data that are annealed, where the other estimates use all
+NUM_ANNEALED = 100  # number of data for the slow estimates; the others use all data
 IWAE_PARTICLES = 64
 
 
 class Row(NamedTuple):
-    """A line of the report: its words, the number, how many and which data it is of, and the part it comes from."""
+    """A row of the report.
 
-    words: str
+    Attributes:
+        label: the name of the quantity; indentation shows that it belongs to the row above.
+        estimate: its value and standard error, in nats per datum.
+        num_data: the number of data that it is the mean of.
+        data: which data these are.
+        part: the evaluation that it comes from, a key of `Report.minutes`.
+    """
+
+    label: str
     estimate: ev.Estimate
     num_data: int
     data: Literal["all", "first", "simulated"]
@@ -31,18 +39,18 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """The parts of an evaluation; see :mod:`pyro_vae.evaluation` for each.
+    """The results of all evaluations.
 
     Attributes:
-        iwae: IWAE with 64 particles, of all data.
-        log_likelihood: by importance sampling, of all data.
-        decomposition: of the ELBO of all data.
-        active: the latent dimensions, of all data.
-        annealed: log p(x) of the first of the data.
-        sandwich: both sides of log p(x), of as many simulated data.
-        gaps: of the first of the data.
-        table: what `compare` says, of the first of the data.
-        minutes: that each part took.
+        iwae: the IWAE bound with 64 particles on all data, in nats per datum.
+        log_likelihood: log p(x) of all data by importance sampling, from :func:`pyro_vae.log_likelihood`.
+        decomposition: the parts of the ELBO on all data, from :func:`pyro_vae.decompose_elbo`.
+        active: the latent dimensions on all data, from :func:`pyro_vae.active_units`.
+        annealed: log p(x) of the first data by annealed importance sampling, from :func:`pyro_vae.ais`.
+        sandwich: lower and upper bounds of log p(x) on simulated data, from :func:`pyro_vae.bdmc`.
+        gaps: the approximation and amortisation gaps on the first data, from :func:`pyro_vae.inference_gaps`.
+        table: the bounds on the first data, from :func:`pyro_vae.compare`.
+        minutes: the time of each evaluation.
     """
 
     iwae: ev.Estimate
@@ -56,13 +64,17 @@ class Report:
     minutes: dict[str, float]
 
     @property
-    def between(self) -> tuple[float, float]:
-        """Log p(x) of the annealed data by AIS, and that plus what simulated data leave open, with two standard errors."""
+    def log_likelihood_range(self) -> tuple[float, float]:
+        """A lower and an upper value for the mean log p(x) of the first data, in nats per datum.
+
+        The lower value is the AIS estimate. The upper value adds the gap between the bounds on simulated data, plus two of
+        its standard errors.
+        """
         gap = self.sandwich.gap
         return self.annealed.mean, self.annealed.mean + max(gap.value + 2 * gap.standard_error, 0.0)
 
     def rows(self) -> list[Row]:
-        """What a table shows."""
+        """The rows of the printed table."""
         number, few = len(self.log_likelihood.per_datum), len(self.annealed.per_datum)
         likelihood, parts, gaps, sandwich = self.log_likelihood, self.decomposition, self.gaps, self.sandwich
         samples, first = likelihood.num_samples, likelihood.of(slice(0, few))
@@ -90,10 +102,10 @@ class Report:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """All numbers, as the content of evaluation.json."""
         rows = [
             {
-                "quantity": row.words.strip(" -"),
+                "quantity": row.label.strip(" -"),
                 "value": row.estimate.value,
                 "standard_error": row.estimate.standard_error,
                 "num_data": row.num_data,
@@ -134,10 +146,23 @@ def make_report(
     compile: bool = False,
     seed: int | None = None,
 ) -> Report:
-    """Run every part: those that are cheap on all of x, annealing, gaps and the comparison on its first `ais_data` rows.
+    """Evaluate a VAE: the cheap estimates on all data; AIS, gaps and the comparison on the first data.
+
+    Arguments:
+        vae: the trained VAE.
+        x: test data, (N, ...), with N at least 2.
+        num_samples: importance samples for each datum, at least 25.
+        ais_data: the number of rows of x for the slow estimates, at least 2. As many data are simulated.
+        ais_steps: temperatures of annealed importance sampling.
+        ais_chains: annealed chains for each datum.
+        compile: whether importance sampling runs as compiled code.
+        seed: seed of each evaluation; None continues from the current state of the random number generators.
+
+    Returns:
+        The results, with the time of each evaluation.
 
     Raises:
-        ValueError: as the parts do, before any of them runs, where the arguments alone show it.
+        PyroVAEError: an argument is invalid. Most invalid arguments are refused before the first evaluation.
     """
     minutes: dict[str, float] = {}
 
@@ -149,7 +174,7 @@ def make_report(
 
     first = x[:ais_data]
     program = vae.model, vae.guide
-    with timed("ais"):  # first: it refuses more than the others, and a refusal should cost nothing
+    with timed("ais"):  # AIS comes first, since it refuses the most: a refusal should come before the work
         annealed = ev.ais(*program, first, ais_steps, ais_chains, seed=seed)
     with timed("bdmc"):
         sandwich = ev.bdmc(*program, first, ais_steps, ais_chains, seed=seed)
@@ -158,10 +183,10 @@ def make_report(
     with timed("iwae"):
         iwae = ev.log_likelihood(
             *program, x, IWAE_PARTICLES, seed=seed
-        ).estimate  # IWAE's bound is that, with fewer samples
+        ).estimate  # the same estimator with fewer samples
     with timed("gaps"):
         few = likelihood.of(slice(0, ais_data))
-        best = max((few, annealed), key=lambda evidence: evidence.mean)  # both have log p(x) above their mean
+        best = max((few, annealed), key=lambda evidence: evidence.mean)  # both are lower bounds in the mean
         gaps = ev.inference_gaps(*program, first, num_samples, log_likelihood=best, seed=seed)
     with timed("decomposition"):
         decomposition = ev.decompose_elbo(*program, x, 2 if len(x) > 1000 else 10, seed=seed)

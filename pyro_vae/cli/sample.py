@@ -1,4 +1,4 @@
-"""``pyro-vae sample``."""
+"""The command ``pyro-vae sample``: a figure of images from the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pyro_vae.cli.run_folder import RunArgument, RunFolder
 
 def sample(
     path: RunArgument,
-    num_samples: Annotated[int, Option(min=1, help="How many images.")] = 64,
-    seed: Annotated[int, Option(min=0, help="Of the draws of z.")] = 0,
+    num_samples: Annotated[int, Option(min=1, help="Number of images.")] = 64,
+    seed: Annotated[int, Option(min=0, help="Seed of the draws of z.")] = 0,
 ) -> None:
-    """Draw images from the VAE in RUN: the means of p(x|z) at draws of z from the prior."""
+    """Draw images from the trained model. Each is the mean of p(x|z) for a z drawn from the prior."""
     folder = RunFolder(path)
     _, vae = folder.load()
     print(figures.draw_samples(folder, vae, num_samples, seed))

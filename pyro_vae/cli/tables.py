@@ -1,4 +1,4 @@
-"""The tables of compare and evaluate, for a terminal of 80 columns."""
+"""Formats the tables that compare and evaluate print, for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -11,54 +11,20 @@ from rich.table import Table
 from pyro_vae.cli.report import Report
 
 
-def format_report(report: Report) -> Table:
-    """The report, for a terminal of 80 columns."""
-    likelihood, active = report.log_likelihood, report.active["active"]
-    k = f"k-hat above 0.7 at {likelihood.share_high_k:.1%} of the images"
-    if likelihood.share_no_k:
-        k += f", none at {likelihood.share_no_k:.1%}"
-    zeros = int((likelihood.zero_weights > 0).sum())
-    if zeros:
-        k += f", weights of zero at {zeros} of them"
-    log_n = math.log(report.decomposition.num_data)
+def format_comparison(table: pd.DataFrame, num_images: int, repeats: int) -> Table:
+    """Format the table that :func:`pyro_vae.compare` returns."""
     caption = (
-        f"Nats per image, ± standard error over images (of samples, for the parts of the ELBO). Importance weights: {k}; "
-        f"median ESS {likelihood.ess.median():.0f} of {likelihood.num_samples}; Monte Carlo error of the mean "
-        f"{likelihood.monte_carlo_error:.2g}, which a high k-hat makes too small. Mutual information is at most log N = {log_n:.2f}; "
-        "near that, there are too few images to tell it from the KL of the aggregate. Active units: "
-        f"{active.sum()} of {len(active)} latent dimensions. AIS accepted {report.annealed.acceptance.mean():.0%} of its "
-        "proposals. Gaps are to the higher of AIS and IS, of the first images; sim.: images simulated from the model."
+        "K: number of particles.\n"
+        f"bound ± SE: mean bound on log p(x) of {num_images} test images in nats per datum, and its standard error. All rows "
+        "share the images, so differences between rows have much smaller errors.\n"
+        "gap: best estimate of log p(x) minus the bound. The importance weights of that estimate have a median k-hat of "
+        f"{table['pareto_k'].iloc[0]:.2f}; above 0.7, don't trust the gap.\n"
+        f"std: standard deviation of the estimate for one image over {repeats} repeats, in nats.\n"
+        "SNR: signal-to-noise ratio of the gradient for the parameters of the model and of the guide. Few repeats make it "
+        "imprecise; 0 means that no signal was found.\n"
+        "ms: milliseconds for the bound and its gradient on all the images."
     )
-    formatted = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", collapse_padding=True)
-    formatted.add_column("", no_wrap=True)
-    for name in ("nats ± SE", "images", "minutes"):
-        formatted.add_column(name, justify="right", no_wrap=True)
-    shown: set[str] = set()
-    previous = "all"
-    for row in report.rows():
-        if row.data != previous:
-            formatted.add_section()
-        minutes = "" if row.part in shown else f"{report.minutes[row.part]:.1f}"
-        kind = {"all": "", "first": "first ", "simulated": "sim. "}[row.data]
-        formatted.add_row(row.words, str(row.estimate), f"{kind}{row.num_data}", minutes)
-        shown.add(row.part)
-        previous = row.data
-    return formatted
-
-
-def format_comparison(table: pd.DataFrame, images: int, repeats: int) -> Table:
-    """What compare returns, for a terminal of 80 columns."""
-    caption = (
-        f"K: particles. Bound on log p(x) in nats per datum, mean of {images} test images ± its standard error; "
-        "all rows share the images, so differences between rows are far surer than ±. std: of one datum's estimate over "
-        f"{repeats} repeats, in nats. gap: below the best estimate of log p(x); the weights' median k-hat is "
-        f"{table['pareto_k'].iloc[0]:.2f} (above 0.7: don't trust it). SNR: signal to noise of the gradient over the parameters of model and guide, rough "
-        "at few repeats; 0: no signal shows. ms: the bound with its gradient, on all the images."
-    )
-    formatted = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", collapse_padding=True)
-    formatted.add_column("objective", no_wrap=True)
-    for name in ("K", "bound ± SE", "gap", "std", "SNR\nmodel", "SNR\nguide", "ms"):
-        formatted.add_column(name, justify="right", no_wrap=True)
+    formatted = _table("objective", caption, ["K", "bound ± SE", "gap", "std", "SNR\nmodel", "SNR\nguide", "ms"])
     for row in table.reset_index().to_dict("records"):
         bound = f"{row['bound']:.2f} ± {row['bound_se']:.2f}"
         others = [
@@ -67,3 +33,50 @@ def format_comparison(table: pd.DataFrame, images: int, repeats: int) -> Table:
         ]
         formatted.add_row(row["objective"], str(row["particles"]), bound, *others, f"{row['milliseconds']:.0f}")
     return formatted
+
+
+def format_report(report: Report) -> Table:
+    """Format the report of ``pyro-vae evaluate``."""
+    formatted = _table("", _report_caption(report), ["nats ± SE", "images", "minutes"])
+    shown: set[str] = set()
+    previous = "all"
+    for row in report.rows():
+        if row.data != previous:
+            formatted.add_section()
+        minutes = "" if row.part in shown else f"{report.minutes[row.part]:.1f}"
+        kind = {"all": "", "first": "first ", "simulated": "sim. "}[row.data]
+        formatted.add_row(row.label, str(row.estimate), f"{kind}{row.num_data}", minutes)
+        shown.add(row.part)
+        previous = row.data
+    return formatted
+
+
+def _report_caption(report: Report) -> str:
+    likelihood, active = report.log_likelihood, report.active["active"]
+    weights = f"k-hat is above 0.7 for {likelihood.share_high_k:.1%} of the images"
+    if likelihood.share_no_k:
+        weights += f" and can't be computed for {likelihood.share_no_k:.1%}"
+    zeros = int((likelihood.zero_weights > 0).sum())
+    if zeros:
+        weights += f"; {zeros} have weights of zero"
+    return (
+        "nats ± SE: per image, with the standard error over images. For the parts of the ELBO the standard error is over "
+        "samples of z.\n"
+        "images: first, the first test images; sim., images simulated from the model.\n"
+        f"Importance sampling (IS): {weights}. The median ESS is {likelihood.ess.median():.0f} of {likelihood.num_samples} samples. The "
+        f"mean log p(x) has a Monte Carlo error of {likelihood.monte_carlo_error:.2g}, an underestimate where k-hat is high.\n"
+        f"Annealed importance sampling (AIS): {report.annealed.acceptance.mean():.0%} of the proposals were accepted.\n"
+        f"Mutual information: at most log N = {math.log(report.decomposition.num_data):.2f}. Near this limit, more images are "
+        "needed to separate it from the KL of the aggregate.\n"
+        "Gaps: to the higher of the AIS and IS estimates.\n"
+        f"Active units: {active.sum()} of {len(active)} latent dimensions."
+    )
+
+
+def _table(first_column: str, caption: str, columns: list[str]) -> Table:
+    """Make a table without rows, with the columns after the first aligned to the right."""
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", collapse_padding=True)
+    table.add_column(first_column, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

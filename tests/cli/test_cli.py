@@ -26,7 +26,7 @@ from rich.console import Console
 import pyro_vae as pv
 from pyro_vae import cli
 from pyro_vae.cli import report
-from pyro_vae.cli.run_folder import BEFORE, RunFolder
+from pyro_vae.cli.run_folder import OLD_VALUES, RunFolder
 from pyro_vae.cli.tables import format_comparison
 from pyro_vae.cli.train import DATA_HELP
 
@@ -91,9 +91,10 @@ def test_train_writes_a_run(trained):
     assert len(history(run)) == 3
     assert history(run).notna().all(axis=None)
     last = history(run).iloc[-1]
-    line, *paths = out.splitlines()
-    assert line.startswith("3 epochs: ELBO, closed-form KL, K = 1:")
-    assert f"{last.train_bound:.2f} (train), {last.validation_bound:.2f} (validation) nats per datum" in line
+    training, result, *paths = out.splitlines()
+    assert training == "3 epochs with ELBO, closed-form KL, K = 1"
+    bound = f"{last.train_bound:.2f} (train), {last.validation_bound:.2f} (validation) nats per datum"
+    assert result == f"mean bound: {bound}"
     assert {Path(path) for path in paths} == {run / "figures" / name for name in FIGURES}
     for path in paths:
         height, width, _ = imread(path).shape
@@ -130,7 +131,7 @@ def test_more_epochs_go_on_to_where_an_unbroken_run_ends(trained, tmp_path):
     pyro_vae("compare", run, "--num-images", 5, "--repeats", 2)
     status, out, _ = pyro_vae("train", "digits", *TINY, "--epochs", 3, "--out", run)
     assert status == 0
-    assert out.startswith(f"{run} has 1 epoch: going on.")
+    assert out.startswith(f"{run} has 1 epoch: training continues.")
     assert not (run / "compare.csv").exists()  # it was about the parameters of before
     assert not (run / "figures" / "bounds.png").exists()
     assert (run / "history.csv").read_text().startswith(first)  # the seconds of the first epoch too
@@ -149,7 +150,7 @@ def test_every_kind_of_network_likelihood_and_objective(tmp_path):
     run = tmp_path / "run"
     status, out, _ = pyro_vae("train", "digits", *conv, *gaussian, "--epochs", 1, "--out", run)
     assert status == 0
-    assert out.startswith("1 epoch: IWAE, K = 2:")
+    assert out.startswith("1 epoch with IWAE, K = 2\n")
     assert "validation" not in out
     assert json.loads((run / "config.json").read_text())["binarize"] == "none"
     assert {path.name for path in (run / "figures").iterdir()} == FIGURES - {"latent_space.png"}
@@ -212,7 +213,7 @@ def test_patience_stops_early_and_keeps_the_best_epoch(tmp_path):
     best = history(run).validation_bound.idxmax()
     assert len(history(run)) == best + 2 < 200
     row = history(run).loc[best]
-    assert out.startswith(f"{best + 2} epochs, the best {best}: ELBO")
+    assert out.startswith(f"{best + 2} epochs (the best is epoch {best}) with ELBO")
     assert f"{row.train_bound:.2f} (train), {row.validation_bound:.2f} (validation)" in out
     until_best = tmp_path / "until_best"
     pyro_vae(*command, "--epochs", best, "--out", until_best)
@@ -222,16 +223,16 @@ def test_patience_stops_early_and_keeps_the_best_epoch(tmp_path):
     again = pyro_vae(*command, "--patience", 2)
     assert again[0] == 0
     assert again[1] == f"{run} has {best + 2} epochs: nothing left to train.\n{out}"
-    assert "going on." in pyro_vae(*command, "--patience", 3)[1]
+    assert "training continues." in pyro_vae(*command, "--patience", 3)[1]
     assert len(history(run)) > best + 2
     config = json.loads((run / "config.json").read_text())
     assert config["patience"] == 3
-    assert "a run with patience=3, and patience=None is asked for" in refusal(*command)
+    assert f"expected patience=3, as in the run in {run}, got patience=None" in refusal(*command)
 
 
 def test_runs_of_before_there_was_a_choice_go_on(run):
     config = json.loads((run / "config.json").read_text())
-    for name in BEFORE:
+    for name in OLD_VALUES:
         del config[name]
     (run / "config.json").write_text(json.dumps(config))
     assert pyro_vae("train", "digits", *TINY, "--epochs", 4, "--root", config["root"], "--out", run)[0] == 0
@@ -254,7 +255,7 @@ def test_compare_prints_what_it_writes(run):
     assert "…" not in out
     assert max(map(len, out.splitlines()[:-6])) <= 80
     caption = " ".join(out.split())
-    assert "nats per datum, mean of 100 test images" in caption
+    assert "mean bound on log p(x) of 100 test images in nats per datum" in caption
     assert "over 3 repeats" in caption
     paths = [Path(path) for path in out.splitlines()[-6:]]
     assert paths == [run / "compare.csv", *sorted(run / "figures" / name for name in FIGURES | {"bounds.png"})]
@@ -344,7 +345,7 @@ def test_evaluate_prints_what_it_writes(run):
 
 def test_evaluate_refuses_before_it_works(run):
     assert "--num-samples" in refusal("evaluate", run, "--num-samples", 24)
-    assert "not a run" in refusal("evaluate", "nowhere")
+    assert "nowhere to be a run folder, got no such folder" in refusal("evaluate", "nowhere")
     (run / "checkpoint.pt").unlink()
     assert "Train first" in refusal("evaluate", run)
     foreign = pv.mlp_vae((3,), latent_dim=2)
@@ -395,8 +396,8 @@ def test_ctrl_c_keeps_whole_epochs(trained, tmp_path, ctrl_c):
     status, out, err = pyro_vae(*command)
     undo()
     assert status == 130
-    assert err == f"stopped by Ctrl-C: {run} holds 1 epoch of 3. The same command goes on.\n"
-    assert out.startswith("1 epoch: ")
+    assert err == f"stopped by Ctrl-C: {run} has 1 of 3 epochs. The same command continues.\n"
+    assert out.startswith("1 epoch with ")
     pd.testing.assert_frame_equal(bounds(run), bounds(trained[0]).iloc[:1], check_exact=True)
     drawn = (run / "figures" / "samples.png").read_bytes()
     pyro_vae("sample", run)
@@ -428,7 +429,7 @@ def test_ctrl_c_by_signal(tmp_path):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130, err
-    assert err.startswith("stopped by Ctrl-C: run holds ")
+    assert err.startswith("stopped by Ctrl-C: run has ")
 
 
 @pytest.mark.parametrize(
@@ -440,25 +441,28 @@ def test_ctrl_c_by_signal(tmp_path):
         (["digits", "--epoch", 1], "--epochs"),
         (["digits", "--epochs", 0], "--epochs"),
         (["digits", "--epochs"], "requires an argument"),
-        (["digits", "--lr", 0], "positive --lr"),
-        (["digits", "--lr", "nan"], "positive --lr"),
-        (["digits", "--hidden-dims", "400;200"], "400,200"),
+        (["digits", "--lr", 0], "--lr to be a positive, finite number"),
+        (["digits", "--lr", "nan"], "--lr to be a positive, finite number"),
+        (["digits", "--hidden-dims", "400;200"], "--hidden-dims to be integers"),
         (["digits", "--hidden-dims", "0"], "positive integers"),
         (["digits", "--network", "conv", "--channels", "a"], "--channels"),
         (["digits", "--likelihood", "gaussian", "--scale", "lerned"], "learned or per_pixel"),
         (["digits", "--likelihood", "gaussian", "--scale", "-1"], "positive number"),
-        (["digits", "--scale", "0.1"], "needs --likelihood gaussian"),
-        (["digits", "--channels", "8"], "needs --network conv"),
-        (["digits", "--network", "conv", "--hidden-dims", "8"], "needs --network mlp"),
+        (["digits", "--scale", "0.1"], "--likelihood gaussian with --scale, got --likelihood bernoulli"),
+        (["digits", "--channels", "8"], "--network conv with --channels, got --network mlp"),
+        (["digits", "--network", "conv", "--hidden-dims", "8"], "--network mlp with --hidden-dims, got --network conv"),
         (
             ["digits", "--objective", "iwae", "--warm-up", 5],
-            "--warm-up needs --objective elbo or elbo-monte-carlo, got",
+            "--objective elbo or elbo-monte-carlo with --warm-up, got --objective iwae",
         ),
-        (["digits", "--objective", "iwae", "--free-bits", 0.1], "--free-bits needs --objective elbo or"),
+        (
+            ["digits", "--objective", "iwae", "--free-bits", 0.1],
+            "--objective elbo or elbo-monte-carlo with --free-bits",
+        ),
         (["digits", "--free-bits", "inf"], "free_bits to be a number of nats"),
         (["digits", "--warm-up", -1], "--warm-up"),
         (["digits", "--patience", 0], "--patience"),
-        (["digits", "--patience", 3, "--validation", 0], "--patience needs images for validation, got none"),
+        (["digits", "--patience", 3, "--validation", 0], "validation images with --patience, got none"),
         (["digits", "--binarize", "none"], "zeros and ones"),
         (["digits", "--validation", 5000], "below digits's 1547"),
         (["binarized_mnist", "--root", "nowhere"], "nowhere"),
@@ -473,7 +477,7 @@ def test_train_refuses_before_it_writes(tmp_path, arguments, said):
 
 def test_a_run_refuses_other_options(run):
     said = refusal("train", "digits", *TINY, "--epochs", 3, "--out", run, "--latent-dim", 3)
-    assert "latent_dim=2, and latent_dim=3" in said
+    assert f"expected latent_dim=2, as in the run in {run}, got latent_dim=3" in said
     assert "--out" in said
     assert "3 epochs, and 2 in all" in refusal("train", "digits", *TINY, "--epochs", 2, "--out", run)
 
@@ -481,18 +485,20 @@ def test_a_run_refuses_other_options(run):
 def test_train_refuses_the_folder_of_something_else(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("the only copy")
-    assert "not a run" in refusal("train", "digits", *TINY, "--out", "thesis")
+    assert "thesis to be a run folder, got a folder without config.json" in refusal(
+        "train", "digits", *TINY, "--out", "thesis"
+    )
     (tmp_path / "thesis" / "config.json").write_text("{}")
-    assert "something else" in refusal("train", "digits", *TINY, "--out", "thesis")
+    assert "got other content" in refusal("train", "digits", *TINY, "--out", "thesis")
     (tmp_path / "thesis" / "chapter.tex").unlink()
-    assert "something else" in refusal("train", "digits", *TINY, "--out", "thesis")
+    assert "got other content" in refusal("train", "digits", *TINY, "--out", "thesis")
     assert "--out" in refusal("train", "digits", *TINY, "--out", "thesis/config.json")
 
 
 @pytest.mark.parametrize("command", ["compare", "sample"])
 def test_commands_refuse_what_is_not_a_run(command, run, tmp_path):
     assert "no such folder" in refusal(command, "nowhere")
-    assert "no config.json" in refusal(command, tmp_path)
+    assert "without config.json" in refusal(command, tmp_path)
     whole = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     assert "truncated" in refusal(command, run)
