@@ -25,8 +25,8 @@ for command in (train, compare, evaluate, sample):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit.
 
-    A usage error, a refusal of this package and an error of the operating system each print one line on stderr; the exit
-    status is 2. Any other exception is a bug and keeps its traceback.
+    A usage error, a refusal of this package and an error of the operating system each print one line on stderr; the
+    exit status is 2. Any other exception is a bug and keeps its traceback.
 
     Arguments:
         arguments: the words after ``pyro-vae``; by default those of this process. No words print the help.

@@ -40,7 +40,7 @@ def evaluate(
     ] = False,
     seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
 ) -> None:
-    """Estimate log p(x) of test images, with error bars. The report also has the gap to the ELBO and the ELBO's parts."""
+    """Estimate log p(x) of test images, with error bars. The report also has the gaps and the parts of the ELBO."""
     folder = RunFolder(path)
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]

@@ -67,8 +67,8 @@ class Report:
     def log_likelihood_range(self) -> tuple[float, float]:
         """A lower and an upper value for the mean log p(x) of the first data, in nats per datum.
 
-        The lower value is the AIS estimate. The upper value adds the gap between the bounds on simulated data, plus two of
-        its standard errors.
+        The lower value is the AIS estimate. The upper value adds the gap between the bounds on simulated data, plus
+        two of its standard errors.
         """
         gap = self.sandwich.gap
         return self.annealed.mean, self.annealed.mean + max(gap.value + 2 * gap.standard_error, 0.0)
@@ -181,9 +181,8 @@ def make_report(
     with timed("log_likelihood"):
         likelihood = ev.log_likelihood(*program, x, num_samples, compile=compile, seed=seed)
     with timed("iwae"):
-        iwae = ev.log_likelihood(
-            *program, x, IWAE_PARTICLES, seed=seed
-        ).estimate  # the same estimator with fewer samples
+        # The IWAE bound is the same estimator with fewer samples.
+        iwae = ev.log_likelihood(*program, x, IWAE_PARTICLES, seed=seed).estimate
     with timed("gaps"):
         few = likelihood.of(slice(0, ais_data))
         best = max((few, annealed), key=lambda evidence: evidence.mean)  # both are lower bounds in the mean

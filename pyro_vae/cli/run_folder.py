@@ -90,8 +90,8 @@ class RunFolder:
         if not path.is_file():
             found = "a folder without config.json" if self.path.is_dir() else "no such folder"
             raise PyroVAEError(
-                f"expected {self} to be a run folder, got {found}. Pass a folder that 'pyro-vae train' wrote; to train, "
-                "pass a new or empty folder."
+                f"expected {self} to be a run folder, got {found}. Pass a folder that 'pyro-vae train' wrote; to "
+                "train, pass a new or empty folder."
             )
         try:
             config = json.loads(path.read_text(encoding="utf-8"))

@@ -15,13 +15,13 @@ def format_comparison(table: pd.DataFrame, num_images: int, repeats: int) -> Tab
     """Format the table that :func:`pyro_vae.compare` returns."""
     caption = (
         "K: number of particles.\n"
-        f"bound ± SE: mean bound on log p(x) of {num_images} test images in nats per datum, and its standard error. All rows "
-        "share the images, so differences between rows have much smaller errors.\n"
-        "gap: best estimate of log p(x) minus the bound. The importance weights of that estimate have a median k-hat of "
-        f"{table['pareto_k'].iloc[0]:.2f}; above 0.7, don't trust the gap.\n"
+        f"bound ± SE: mean bound on log p(x) of {num_images} test images in nats per datum, and its standard "
+        "error. All rows share the images, so differences between rows have much smaller errors.\n"
+        "gap: best estimate of log p(x) minus the bound. The importance weights of that estimate have a median k-hat "
+        f"of {table['pareto_k'].iloc[0]:.2f}; above 0.7, don't trust the gap.\n"
         f"std: standard deviation of the estimate for one image over {repeats} repeats, in nats.\n"
-        "SNR: signal-to-noise ratio of the gradient for the parameters of the model and of the guide. Few repeats make it "
-        "imprecise; 0 means that no signal was found.\n"
+        "SNR: signal-to-noise ratio of the gradient for the parameters of the model and of the guide. Few repeats make "
+        "it imprecise; 0 means that no signal was found.\n"
         "ms: milliseconds for the bound and its gradient on all the images."
     )
     formatted = _table("objective", caption, ["K", "bound ± SE", "gap", "std", "SNR\nmodel", "SNR\nguide", "ms"])
@@ -60,15 +60,16 @@ def _report_caption(report: Report) -> str:
     if zeros:
         weights += f"; {zeros} have weights of zero"
     return (
-        "nats ± SE: per image, with the standard error over images. For the parts of the ELBO the standard error is over "
-        "samples of z.\n"
+        "nats ± SE: per image, with the standard error over images. For the parts of the ELBO the standard error is "
+        "over samples of z.\n"
         "images: first, the first test images; sim., images simulated from the model.\n"
-        f"Importance sampling (IS): {weights}. The median ESS is {likelihood.ess.median():.0f} of {likelihood.num_samples} samples. The "
-        f"mean log p(x) has a Monte Carlo error of {likelihood.monte_carlo_error:.2g}, an underestimate where k-hat is high.\n"
+        f"Importance sampling (IS): {weights}. The median ESS is {likelihood.ess.median():.0f} of "
+        f"{likelihood.num_samples} samples. The mean log p(x) has a Monte Carlo error of "
+        f"{likelihood.monte_carlo_error:.2g}, an underestimate where k-hat is high.\n"
         f"Annealed importance sampling (AIS): {report.annealed.acceptance.mean():.0%} of the proposals were accepted.\n"
-        f"Mutual information: at most log N = {math.log(report.decomposition.num_data):.2f}. Near this limit, more images are "
-        "needed to separate it from the KL of the aggregate.\n"
-        "Gaps: to the higher of the AIS and IS estimates.\n"
+        f"Mutual information: at most log N = {math.log(report.decomposition.num_data):.2f}. Near this limit, more "
+        "images are needed to separate it from the KL of the aggregate.\n"
+        "Gaps: their sum is the higher of the AIS and IS estimates minus the ELBO.\n"
         f"Active units: {active.sum()} of {len(active)} latent dimensions."
     )
 

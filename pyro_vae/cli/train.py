@@ -31,8 +31,8 @@ def train(
     binarize: Annotated[
         Literal["none", "threshold", "fixed", "dynamic"] | None,
         Option(
-            help="How pixels become 0 or 1: at a threshold of 0.5, by one fixed random draw, or by a new random draw for "
-            "each training minibatch.",
+            help="How pixels become 0 or 1: at a threshold of 0.5, by one fixed random draw, or by a new random draw "
+            "for each training minibatch.",
             show_default="dynamic; none for gaussian and binarized_mnist",
         ),
     ] = None,
@@ -62,7 +62,8 @@ def train(
     scale: Annotated[
         str,
         Option(
-            help="Standard deviation of the Gaussian: a number, learned (one parameter) or per_pixel (from the decoder)."
+            help="Standard deviation of the Gaussian: a number, learned (one parameter) or per_pixel (from the "
+            "decoder)."
         ),
     ] = "learned",
     objective: Annotated[
@@ -112,7 +113,7 @@ def train(
     dataset, vae = build(config)
     if patience is not None and not len(dataset.validation):
         raise PyroVAEError(
-            "expected validation images with --patience, got none. Drop --patience, or pass, for example, --validation 100."
+            "expected validation images with --patience, got none. Drop --patience, or pass, say, --validation 100."
         )
     bound = _objective(config, len(dataset.train))
 
@@ -176,7 +177,7 @@ def _check_unused(context: typer.Context) -> None:
         if value not in values and source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")
             raise PyroVAEError(
-                f"expected --{other} {' or '.join(values)} with --{option}, got --{other} {value}. Change one of the two."
+                f"expected --{other} {' or '.join(values)} with --{option}, got --{other} {value}. Change one of them."
             )
 
 
