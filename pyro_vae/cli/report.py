@@ -1,4 +1,4 @@
-"""Everything that evaluation has to say of one VAE and its test data, with the minutes that each part took."""
+"""The report of ``pyro-vae evaluate``: all evaluations of one VAE on test data, and the time of each."""
 
 from __future__ import annotations
 
@@ -12,13 +12,25 @@ import pandas as pd
 import torch
 
 from pyro_vae import evaluation as ev
+from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
 from pyro_vae.pairs import VAE
+
+NUM_ANNEALED = 100  # number of data for the slow estimates; the others use all data
+IWAE_PARTICLES = 64
 
 
 class Row(NamedTuple):
-    """A line of the report: its words, the number, how many and which data it is of, and the part it comes from."""
+    """A row of the report.
 
-    words: str
+    Attributes:
+        label: the name of the quantity; indentation shows that it belongs to the row above.
+        estimate: its value and standard error, in nats per datum.
+        num_data: the number of data that it is the mean of.
+        data: which data these are.
+        part: the evaluation that it comes from, a key of `Report.minutes`.
+    """
+
+    label: str
     estimate: ev.Estimate
     num_data: int
     data: Literal["all", "first", "simulated"]
@@ -27,18 +39,18 @@ class Row(NamedTuple):
 
 @dataclass
 class Report:
-    """The parts of an evaluation; see :mod:`pyro_vae.evaluation` for each.
+    """The results of all evaluations.
 
     Attributes:
-        iwae: IWAE with 64 particles, of all data.
-        log_likelihood: by importance sampling, of all data.
-        decomposition: of the ELBO of all data.
-        active: the latent dimensions, of all data.
-        annealed: log p(x) of the first of the data.
-        sandwich: both sides of log p(x), of as many simulated data.
-        gaps: of the first of the data.
-        table: what `compare` says, of the first of the data.
-        minutes: that each part took.
+        iwae: the IWAE bound with 64 particles on all data, in nats per datum.
+        log_likelihood: log p(x) of all data by importance sampling, from :func:`pyro_vae.log_likelihood`.
+        decomposition: the parts of the ELBO on all data, from :func:`pyro_vae.decompose_elbo`.
+        active: the latent dimensions on all data, from :func:`pyro_vae.active_units`.
+        annealed: log p(x) of the first data by annealed importance sampling, from :func:`pyro_vae.ais`.
+        sandwich: lower and upper bounds of log p(x) on simulated data, from :func:`pyro_vae.bdmc`.
+        gaps: the approximation and amortisation gaps on the first data, from :func:`pyro_vae.inference_gaps`.
+        table: the bounds on the first data, from :func:`pyro_vae.compare`.
+        minutes: the time of each evaluation.
     """
 
     iwae: ev.Estimate
@@ -52,19 +64,23 @@ class Report:
     minutes: dict[str, float]
 
     @property
-    def between(self) -> tuple[float, float]:
-        """Log p(x) of the annealed data by AIS, and that plus what simulated data leave open, with two standard errors."""
+    def log_likelihood_range(self) -> tuple[float, float]:
+        """A lower and an upper value for the mean log p(x) of the first data, in nats per datum.
+
+        The lower value is the AIS estimate. The upper value adds the gap between the bounds on simulated data, plus
+        two of its standard errors.
+        """
         gap = self.sandwich.gap
         return self.annealed.mean, self.annealed.mean + max(gap.value + 2 * gap.standard_error, 0.0)
 
     def rows(self) -> list[Row]:
-        """What a table shows."""
+        """The rows of the printed table."""
         number, few = len(self.log_likelihood.per_datum), len(self.annealed.per_datum)
         likelihood, parts, gaps, sandwich = self.log_likelihood, self.decomposition, self.gaps, self.sandwich
         samples, first = likelihood.num_samples, likelihood.of(slice(0, few))
         found = [
             Row("ELBO", ev.Estimate.of(likelihood.elbo), number, "all", "log_likelihood"),
-            Row("IWAE, K = 64", self.iwae, number, "all", "iwae"),
+            Row(f"IWAE, K = {IWAE_PARTICLES}", self.iwae, number, "all", "iwae"),
             Row(f"log p(x), IS, K = {samples}", likelihood.estimate, number, "all", "log_likelihood"),
             Row("  log p(x) - ELBO", likelihood.kl_to_posterior, number, "all", "log_likelihood"),
             Row("parts of the ELBO: sum", parts.elbo, number, "all", "decomposition"),
@@ -86,10 +102,10 @@ class Report:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON."""
+        """All numbers, as the content of evaluation.json."""
         rows = [
             {
-                "quantity": row.words.strip(" -"),
+                "quantity": row.label.strip(" -"),
                 "value": row.estimate.value,
                 "standard_error": row.estimate.standard_error,
                 "num_data": row.num_data,
@@ -119,21 +135,34 @@ class Report:
         }
 
 
-def evaluate(
+def make_report(
     vae: VAE,
     x: torch.Tensor,
     *,
-    num_samples: int = 5000,
-    ais_data: int = 100,
-    ais_steps: int = 1000,
-    ais_chains: int = 16,
+    num_samples: int = NUM_SAMPLES,
+    ais_data: int = NUM_ANNEALED,
+    ais_steps: int = NUM_STEPS,
+    ais_chains: int = NUM_CHAINS,
     compile: bool = False,
     seed: int | None = None,
 ) -> Report:
-    """Run every part: those that are cheap on all of x, annealing, gaps and the comparison on its first `ais_data` rows.
+    """Evaluate a VAE: the cheap estimates on all data; AIS, gaps and the comparison on the first data.
+
+    Arguments:
+        vae: the trained VAE.
+        x: test data, (N, ...), with N at least 2.
+        num_samples: importance samples for each datum, at least 25.
+        ais_data: the number of rows of x for the slow estimates, at least 2. As many data are simulated.
+        ais_steps: temperatures of annealed importance sampling.
+        ais_chains: annealed chains for each datum.
+        compile: whether importance sampling runs as compiled code.
+        seed: seed of each evaluation; None continues from the current state of the random number generators.
+
+    Returns:
+        The results, with the time of each evaluation.
 
     Raises:
-        ValueError: as the parts do, before any of them runs, where the arguments alone show it.
+        PyroVAEError: an argument is invalid. Most invalid arguments are refused before the first evaluation.
     """
     minutes: dict[str, float] = {}
 
@@ -145,17 +174,18 @@ def evaluate(
 
     first = x[:ais_data]
     program = vae.model, vae.guide
-    with timed("ais"):  # first: it refuses more than the others, and a refusal should cost nothing
+    with timed("ais"):  # AIS comes first, since it refuses the most: a refusal should come before the work
         annealed = ev.ais(*program, first, ais_steps, ais_chains, seed=seed)
     with timed("bdmc"):
         sandwich = ev.bdmc(*program, first, ais_steps, ais_chains, seed=seed)
     with timed("log_likelihood"):
         likelihood = ev.log_likelihood(*program, x, num_samples, compile=compile, seed=seed)
     with timed("iwae"):
-        iwae = ev.log_likelihood(*program, x, 64, seed=seed).estimate  # IWAE's bound is that, with fewer samples
+        # The IWAE bound is the same estimator with fewer samples.
+        iwae = ev.log_likelihood(*program, x, IWAE_PARTICLES, seed=seed).estimate
     with timed("gaps"):
         few = likelihood.of(slice(0, ais_data))
-        best = max((few, annealed), key=lambda evidence: evidence.mean)  # both have log p(x) above their mean
+        best = max((few, annealed), key=lambda evidence: evidence.mean)  # both are lower bounds in the mean
         gaps = ev.inference_gaps(*program, first, num_samples, log_likelihood=best, seed=seed)
     with timed("decomposition"):
         decomposition = ev.decompose_elbo(*program, x, 2 if len(x) > 1000 else 10, seed=seed)

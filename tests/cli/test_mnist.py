@@ -11,7 +11,7 @@ import torch
 
 import pyro_vae as pv
 
-ROOT = Path(os.environ.get("PYRO_VAE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+ROOT = Path(os.environ.get("PYRO_VAE_DATA", Path(__file__).parents[3] / "shared" / "data")).resolve()
 
 
 @pytest.mark.slow

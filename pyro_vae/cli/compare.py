@@ -1,0 +1,33 @@
+"""The command ``pyro-vae compare``: a table and a figure of different bounds on log p(x)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from rich.console import Console
+from typer import Option
+
+import pyro_vae as pv
+from pyro_vae.cli import figures
+from pyro_vae.cli.run_folder import RunArgument, RunFolder
+from pyro_vae.cli.tables import format_comparison
+
+
+def compare(
+    path: RunArgument,
+    num_images: Annotated[int, Option(min=2, help="Number of test images, or all if there are fewer.")] = 500,
+    repeats: Annotated[int, Option(min=2, help="Number of times that each bound is estimated.")] = 10,
+    compile: Annotated[
+        bool, Option("--compile", help="Compile the estimators before the measurement. This takes minutes.")
+    ] = False,
+    seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
+) -> None:
+    """Compare bounds on log p(x) on test images. The table has their values, noise, gradients and cost."""
+    folder = RunFolder(path)
+    dataset, vae = folder.load()
+    x = dataset.test.x[:num_images]
+    table = pv.compare(vae.model, vae.guide, x, repeats=repeats, compile=compile, seed=seed)
+    table.to_csv(path / "compare.csv")
+    figures.draw_comparison(folder, table)
+    Console().print(format_comparison(table, len(x), repeats))
+    print(path / "compare.csv", *sorted(folder.figures.glob("*.png")), sep="\n")

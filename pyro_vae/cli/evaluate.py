@@ -1,0 +1,65 @@
+"""The command ``pyro-vae evaluate``: a report with log p(x), its error bars, the gaps and the parts of the ELBO."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Annotated
+
+from rich.console import Console
+from typer import Option
+
+import pyro_vae as pv
+from pyro_vae.cli import figures
+from pyro_vae.cli.report import NUM_ANNEALED, make_report
+from pyro_vae.cli.run_folder import RunArgument, RunFolder
+from pyro_vae.cli.tables import format_report
+from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
+
+ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # evaluation.nc has all draws of x for each image: 25 MB for MNIST
+
+
+def evaluate(
+    path: RunArgument,
+    num_images: Annotated[int | None, Option(min=2, help="Number of test images.", show_default="all")] = None,
+    num_samples: Annotated[
+        int, Option(min=25, help="Number of importance samples for each image. k-hat needs at least 25.")
+    ] = NUM_SAMPLES,
+    ais_images: Annotated[
+        int,
+        Option(
+            min=2,
+            help="Number of images for annealed importance sampling (AIS) and the gaps, and of images to simulate from "
+            "the model.",
+        ),
+    ] = NUM_ANNEALED,
+    ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = NUM_STEPS,
+    ais_chains: Annotated[int, Option(min=2, help="Number of AIS chains for each image.")] = NUM_CHAINS,
+    compile: Annotated[
+        bool, Option("--compile", help="Compile the importance sampling. This pays off for many images.")
+    ] = False,
+    seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
+) -> None:
+    """Estimate log p(x) of test images, with error bars. The report also has the gaps and the parts of the ELBO."""
+    folder = RunFolder(path)
+    dataset, vae = folder.load()
+    x = dataset.test.x[:num_images]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the table's caption has this number
+        report = make_report(
+            vae,
+            x,
+            num_samples=num_samples,
+            ais_data=ais_images,
+            ais_steps=ais_steps,
+            ais_chains=ais_chains,
+            compile=compile,
+            seed=seed,
+        )
+    Console().print(format_report(report))
+    (path / "evaluation.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    unfinished = path / "evaluation.nc.unfinished"  # an open netCDF file can't be overwritten, but it can be replaced
+    pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(unfinished)
+    unfinished.replace(path / "evaluation.nc")
+    drawn = figures.draw_report(folder, report)
+    print(path / "evaluation.json", path / "evaluation.nc", *drawn, sep="\n")

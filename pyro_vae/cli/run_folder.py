@@ -1,0 +1,191 @@
+"""The run folder: its files, its options in config.json, and the data and networks that they describe.
+
+``config.json`` has every option of ``train``, ``checkpoint.pt`` the state of training, ``history.csv`` a row for each
+epoch, and ``figures/`` the plots. All commands build data and networks from ``config.json`` with :func:`build`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyro
+from typer import Argument
+
+import pyro_vae as pv
+from pyro_vae.data import Dataset
+from pyro_vae.errors import PyroVAEError
+
+RunArgument = Annotated[
+    Path,
+    Argument(metavar="RUN", help="Folder that 'pyro-vae train' wrote, such as runs/digits.", show_default=False),
+]
+
+OPTIONS = (  # the options of train that config.json holds
+    "data",
+    "root",
+    "binarize",
+    "validation",
+    "network",
+    "hidden_dims",
+    "channels",
+    "latent_dim",
+    "likelihood",
+    "scale",
+    "objective",
+    "gradient",
+    "particles",
+    "warm_up",
+    "free_bits",
+    "epochs",
+    "batch_size",
+    "lr",
+    "patience",
+    "compile",
+    "seed",
+)
+MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # a run may continue with other values, since no epoch depends on them
+# Older runs lack these options; they were trained with these values.
+OLD_VALUES = {"compile": False, "warm_up": 0, "free_bits": 0.0, "patience": None}
+EVALUATIONS = (  # files of compare and evaluate, which further training makes out of date
+    "compare.csv",
+    "evaluation.json",
+    "evaluation.nc",
+    "figures/bounds.png",
+    "figures/bounds_and_log_likelihood.png",
+    "figures/pareto_k.png",
+    "figures/active_units.png",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that ``pyro-vae train`` writes and the other commands read."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The path of the checkpoint."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def figures(self) -> Path:
+        """The path of the folder of figures."""
+        return self.path / "figures"
+
+    def read_config(self) -> dict[str, Any]:
+        """Read the options from config.json.
+
+        Raises:
+            PyroVAEError: the folder or the file is missing, or the file does not hold the options of ``train``.
+        """
+        path = self.path / "config.json"
+        if not path.is_file():
+            found = "a folder without config.json" if self.path.is_dir() else "no such folder"
+            raise PyroVAEError(
+                f"expected {self} to be a run folder, got {found}. Pass a folder that 'pyro-vae train' wrote; to "
+                "train, pass a new or empty folder."
+            )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PyroVAEError(
+                f"expected {path} to be JSON, got an error in it: {error}. Restore it, or pass another folder."
+            ) from error
+        if isinstance(config, dict):
+            config = OLD_VALUES | config
+        if not isinstance(config, dict) or config.keys() != {"pyro_vae", *OPTIONS}:
+            raise PyroVAEError(
+                f"expected {path} to hold the options of 'pyro-vae train' (version {version('pyro_vae')}), got other "
+                "content. Pass another folder."
+            )
+        return config
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write config.json, and create the folder if it is missing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def check_available(self, config: dict[str, Any]) -> None:
+        """Refuse to train into a folder that holds other files or a run with other options.
+
+        Raises:
+            PyroVAEError: the folder is not empty, and its run can't continue with these options.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        earlier = self.read_config()
+        if [path.name for path in self.path.iterdir()] == ["config.json"]:
+            return  # the run failed in its first epoch: another attempt may take the folder
+        for name in config.keys() - MAY_CHANGE:
+            old, new = earlier[name], config[name]
+            another_patience = name == "patience" and None not in (old, new)  # fit continues with another number
+            if old != new and not another_patience:
+                raise PyroVAEError(
+                    f"expected {name}={old!r}, as in the run in {self}, got {name}={new!r}. Pass the same options to "
+                    "continue that run, or pass another --out."
+                )
+
+    def delete_evaluations(self) -> None:
+        """Delete the files that compare and evaluate wrote."""
+        for name in EVALUATIONS:
+            (self.path / name).unlink(missing_ok=True)
+
+    def load(self) -> tuple[Dataset, pv.VAE]:
+        """Load the data, and the VAE with the parameters of the checkpoint.
+
+        Raises:
+            PyroVAEError: config.json or the checkpoint can't be used.
+            FileNotFoundError: the checkpoint or the data set is missing.
+        """
+        dataset, vae = build(self.read_config())
+        pv.load_parameters(self.checkpoint, vae.model, vae.guide, dataset.test.x[:1])
+        return dataset, vae
+
+
+def build(config: dict[str, Any]) -> tuple[Dataset, pv.VAE]:
+    """Load the data and build the untrained VAE that the options describe.
+
+    Raises:
+        PyroVAEError: an option has an invalid value, or the likelihood has no density at the data.
+        FileNotFoundError: the data set is missing and can't be downloaded.
+    """
+    shared = {"latent_dim": config["latent_dim"], "likelihood": config["likelihood"]}
+    if config["likelihood"] == "gaussian":
+        shared["scale"] = _scale(config["scale"])
+    names = ("root", "binarize", "validation")
+    dataset = pv.data.load(config["data"], **{name: config[name] for name in names})
+    pyro.set_rng_seed(config["seed"])
+    if config["network"] == "mlp":
+        widths = _integers("--hidden-dims", config["hidden_dims"])
+        vae = pv.mlp_vae(dataset.event_shape, hidden_dims=widths, **shared)
+    else:
+        widths = _integers("--channels", config["channels"])
+        vae = pv.conv_vae(dataset.event_shape, channels=widths, **shared)
+    vae.likelihood.check(dataset.test.x)
+    return dataset, vae
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise PyroVAEError(
+            f"expected {option} to be integers separated by commas, got {text!r}. Pass, for example, 400,200."
+        ) from None
+
+
+def _scale(text: str) -> Any:
+    try:
+        return text if text in ("learned", "per_pixel") else float(text)
+    except ValueError:
+        raise PyroVAEError(
+            f"expected --scale to be a number, learned or per_pixel, got {text!r}. Pass, for example, 0.1."
+        ) from None
