@@ -222,9 +222,15 @@ def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], sour
 
 def _legend_below(ax: Axes) -> None:
     """Put the legend below the x label, where it covers no data: in one row if that fits, otherwise in one column."""
+    from matplotlib.font_manager import FontProperties
+
     labels = ax.get_legend_handles_labels()[1]
     row = sum(0.5 + 0.065 * len(label) for label in labels)  # an estimate of its width, in inches
     columns = len(labels) if row < ax.get_window_extent().width / ax.figure.dpi else 1
-    # The pad is in font sizes, so the legend is clear of the x label whatever the size of the axes.
-    style = {"borderaxespad": 5, "frameon": False, "fontsize": "small"}
+    # A pad in font sizes keeps the legend clear of the x label for every size of the axes.
+    box = ax.xaxis.get_tightbbox()  # None if the x axis is invisible
+    below = 0 if box is None else ax.get_window_extent().y0 - box.y0
+    size = FontProperties(size="small").get_size_in_points()
+    pad = max(5, below * 72 / ax.figure.dpi / size + 1)  # rotated tick labels need more than 5
+    style = {"borderaxespad": pad, "frameon": False, "fontsize": size}
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, **style)

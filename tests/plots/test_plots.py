@@ -162,18 +162,24 @@ def test_bounds_axes():
     assert ax.get_ylabel() == "bound on log p(x) (nats per datum)"
 
 
+def assert_legend_is_clear(ax):
+    """Check that the legend is in the figure, below the x label and the tick labels."""
+    figure = ax.figure
+    figure.canvas.draw()
+    box = ax.get_legend().get_window_extent()
+    lowest = min(text.get_window_extent().y0 for text in (ax.xaxis.label, *ax.get_xticklabels()))
+    assert box.y1 <= lowest < ax.get_window_extent().y0
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("extra", [(), [("a long name of some other objective", 1, -103.0, 0.4)]])
 @pytest.mark.parametrize("width", [4, 6.4])
 def test_legend_is_in_the_figure_and_clear_of_the_axes_and_label(extra, width):
     figure = plt.figure(figsize=(width, 4.8), layout="constrained")
     ax = plots.bounds(bounds_table([*ROWS, *extra]), ax=figure.add_subplot())
-    figure.canvas.draw()
-    legend = ax.get_legend()
-    names = [text.get_text() for text in legend.get_texts()]
+    assert_legend_is_clear(ax)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names == [CLOSED, MONTE_CARLO, IWAE, *(row[0] for row in extra)]
-    box = legend.get_window_extent()
-    assert box.y1 <= ax.xaxis.label.get_window_extent().y0 < ax.get_window_extent().y0
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize(
@@ -426,6 +432,9 @@ def test_active_units_are_in_the_order_of_their_kl():
     assert labels == {"active: 2 of 3", "inactive: 1 of 3"}
     two = table.set_axis(pd.MultiIndex.from_tuples([("a", 0), ("b", 0), ("b", 1)], names=rows.names))
     assert [label.get_text() for label in plots.active_units(two).get_xticklabels()] == ["b[0]", "b[1]", "a[0]"]
+    assert_legend_is_clear(plots.active_units(two))
+    long = two.rename({"a": "a_site_with_a_long_name"}, level="site")
+    assert_legend_is_clear(plots.active_units(long))
     with pytest.raises(ValueError, match=r"Pass the return value of pv\.active_units\."):
         plots.active_units(table.reset_index())
 
