@@ -76,7 +76,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint splits of one data set, as :func:`load` returns them.
+    """Three disjoint splits of one data set, as :func:`pyro_vae.data.load` returns them.
 
     Attributes:
         name: the name of the data set.

@@ -119,7 +119,7 @@ def assert_sound(dataset, sizes):
     assert not train & validation and not train & test and not validation & test
 
 
-# --- what is read -----------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 def test_digits_are_all_of_sklearns_with_their_labels():
