@@ -289,7 +289,7 @@ def _read_binarized_mnist(root: Path) -> list[Split]:
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise PyroVAEError(
             f"expected {path} to hold uint8 arrays train, valid and test of shape (N, 98), the 784 pixels of each "
-            f"image packed by np.packbits, got {type(error).__name__}: {error}. See help(pyro_vae.data.load) for how to "
-            "make the file."
+            f"image packed by np.packbits, got {type(error).__name__}: {error}. "
+            "See help(pyro_vae.data.load) for how to make the file."
         ) from error
     return [Split(torch.from_numpy(part).float(), labels=None) for part in bits]

@@ -110,7 +110,8 @@ def latent_space(z: Array, labels: Array | None = None, *, ax: Axes | None = Non
     Arguments:
         z: the points, (N, 2), usually the means of q(z|x).
         labels: the class of each point, (N,), as numbers or strings, with at most 20 classes.
-        ax: the Axes to draw in, such as those that :func:`pyro_vae.plots.latent_grid` returns; by default those of a new figure.
+        ax: the Axes to draw in, such as those that :func:`pyro_vae.plots.latent_grid` returns; by default those of a
+            new figure.
 
     Returns:
         The Axes.
