@@ -1,4 +1,4 @@
-"""Image data sets as tensors, with disjoint train, validation and test splits."""
+"""Public image data sets as tensors, in disjoint train, validation and test splits."""
 
 from __future__ import annotations
 
@@ -27,17 +27,24 @@ BINARIZE = ("none", "threshold", "fixed", "dynamic")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
-    """The images of one split, shape (N, 1, H, W), and their labels, shape (N,), or None.
+    """The images of one split, and their labels.
 
-    ``split[i]`` is one image (1, H, W); ``split[index]``, for a slice, a list or an index tensor, is a batch
-    (len(index), 1, H, W). Labels are kept apart, so a ``torch.utils.data.DataLoader`` collates images only.
-    A `dynamic` split holds grey values in `images`, and each indexing draws binary images from them.
+    ``split[i]`` is one image (1, H, W). With a slice, a list or an index tensor, ``split[index]`` is a minibatch
+    (len(index), 1, H, W). Labels are a separate attribute, so a ``torch.utils.data.DataLoader`` collates images
+    only.
 
-    >>> split = Split(torch.full((3, 1, 2, 2), 0.5), labels=None, dynamic=True)
-    >>> split[torch.tensor([0, 2])].shape
-    torch.Size([2, 1, 2, 2])
-    >>> split.x.unique()
-    tensor([0., 1.])
+    Attributes:
+        images: float32 images in [0, 1], (N, 1, H, W).
+        labels: int64 labels, (N,), or None.
+        dynamic: whether `images` are grey values, from which each indexing draws new binary images.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> split = pv.data.Split(torch.full((3, 1, 2, 2), 0.5), labels=None, dynamic=True)
+        >>> split[torch.tensor([0, 2])].shape
+        torch.Size([2, 1, 2, 2])
+        >>> split.x.unique()
+        tensor([0., 1.])
     """
 
     images: Tensor
@@ -49,27 +56,34 @@ class Split:
         return len(self.images)
 
     def __repr__(self) -> str:
-        """Show the size, as ``Split(50000 x (1, 28, 28))``."""
+        """Return the size, as ``Split(50000 x (1, 28, 28))``."""
         return f"Split({len(self)} x {tuple(self.images.shape[1:])})"
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Tensor:
-        """Return float32 images in [0, 1]; a dynamic split draws them with torch's global generator."""
+        """Return float32 images in [0, 1]; a dynamic split draws them with torch's global random number generator."""
         images = self.images[index]
         return torch.bernoulli(images) if self.dynamic else images
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        """Return a list of images: what a DataLoader calls to fetch one batch."""
+        """Return a list of images; a DataLoader calls this to fetch one minibatch."""
         return list(self[indices])
 
     @property
     def x(self) -> Tensor:
-        """All images, shape (N, 1, H, W); one fresh draw of them if the split is dynamic."""
+        """All images, (N, 1, H, W); a dynamic split draws them anew."""
         return self[:]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint splits of one data set, as `load` returns them."""
+    """Three disjoint splits of one data set, as :func:`pyro_vae.data.load` returns them.
+
+    Attributes:
+        name: the name of the data set.
+        train: the training images.
+        validation: the validation images.
+        test: the test images.
+    """
 
     name: str
     train: Split
@@ -78,7 +92,7 @@ class Dataset:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one image, (1, H, W)."""
+        """The shape of one image, (1, H, W)."""
         return tuple(self.train.images.shape[1:])
 
 
@@ -90,79 +104,94 @@ def load(
     validation: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Load a data set: float32 images in [0, 1] of shape (N, 1, H, W), int64 labels of shape (N,).
+    """Load a data set as shuffled, disjoint train, validation and test splits.
 
-    Validation images come out of the training part. Each split is shuffled: some sets are sorted by class or
-    writer, and the first images of such a split do not stand for the rest.
+    Images are float32 in [0, 1], (N, 1, H, W). Labels are int64, (N,). The validation images are taken from the
+    training part. Each split is shuffled, because some data sets are sorted by class or by writer.
 
-    Args:
+    Arguments:
         name: one of
 
-            - ``"digits"``: scikit-learn's 1797 8x8 digits, offline. The 250 test images are the same for
-              every seed.
-            - ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``, ``"emnist"`` (the "balanced" split): 28x28.
-            - ``"omniglot"``: 105x105 resized to 28x28, ink is 1. Trains on the background alphabets, tests on
-              the evaluation ones, whose labels count from 0 again. Burda et al. used other 28x28 images and
-              another split: likelihoods here do not compare with theirs.
-            - ``"binarized_mnist"``: MNIST as binarised once by Larochelle & Murray, without labels, read from
-              ``<root>/binarized_mnist/binarized_mnist_larochelle_packed.npz``. Its arrays train, valid, test
-              are ``np.packbits(np.loadtxt(f, dtype=np.uint8), axis=1)`` of the authors' ``.amat`` files.
-        root: the folder above torchvision's own (above ``MNIST``); torchvision downloads into it what it
-            lacks. Not needed for digits.
-        binarize: ``"none"`` keeps grey values; ``"threshold"`` is ``x >= 0.5``; ``"fixed"`` draws each pixel
-            once from Bernoulli(grey value); ``"dynamic"`` draws training images anew each time they are
-            indexed, with torch's global generator (Salakhutdinov & Murray; Burda et al.), and gives
-            validation and test the draw of ``"fixed"``, so that evaluation repeats.
-        validation: number of validation images, 0 for none. By default 250 for digits, a sixth of the
-            training part otherwise (MNIST: 50000/10000/10000); binarized_mnist has its own 10000.
-        seed: of the shuffle, the choice of validation images and the fixed draw.
+            - ``"digits"``: the 1797 digits of scikit-learn, 8 x 8, available offline. The 250 test images are the
+              same for every seed.
+            - ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``, ``"emnist"`` (the "balanced" split): 28 x 28.
+            - ``"omniglot"``: 105 x 105 resized to 28 x 28, with ink as 1. The training images are the background
+              alphabets and the test images the evaluation alphabets, each with labels from 0. Burda et al. used
+              other 28 x 28 images and another split, so likelihoods do not compare with theirs.
+            - ``"binarized_mnist"``: the fixed binarisation of MNIST by Larochelle and Murray, without labels, read
+              from ``<root>/binarized_mnist/binarized_mnist_larochelle_packed.npz``. The arrays train, valid and
+              test in this file are ``np.packbits(np.loadtxt(f, dtype=np.uint8), axis=1)`` of the authors'
+              ``.amat`` files.
+        root: the folder above torchvision's own folder (above ``MNIST``). torchvision downloads absent files into
+            it. ``"digits"`` needs no root.
+        binarize: one of
+
+            - ``"none"``: grey values stay as they are.
+            - ``"threshold"``: a pixel is 1 if its grey value is 0.5 or more.
+            - ``"fixed"``: each pixel is drawn once from Bernoulli(grey value).
+            - ``"dynamic"``: training images are drawn anew at each indexing, with torch's global random number
+              generator (Salakhutdinov and Murray; Burda et al.). Validation and test images are those of
+              ``"fixed"``, so that evaluation is repeatable.
+        validation: the number of validation images, 0 for none. The default is 250 for digits, and a sixth of the
+            training part otherwise (50000/10000/10000 for MNIST). ``"binarized_mnist"`` has its own 10000.
+        seed: the seed of the shuffle, the choice of validation images and the fixed draw.
+
+    Returns:
+        The data set. It is the same for the same seed, and the global random number generators keep their state.
 
     Raises:
-        ValueError: an argument is not one of the above, or the files are damaged.
-        FileNotFoundError: the files are not in `root` and could not be downloaded.
+        ValueError: an argument is invalid, or the files are damaged.
+        FileNotFoundError: the files are not in `root`, and torchvision could not download them.
 
-    >>> data = load("digits", binarize="dynamic")
-    >>> data
-    Dataset(name='digits', train=Split(1297 x (1, 8, 8)), validation=Split(250 x (1, 8, 8)), test=...)
-    >>> data.train[:32].shape
-    torch.Size([32, 1, 8, 8])
+    Example:
+        >>> import pyro_vae as pv
+        >>> digits = pv.data.load("digits", binarize="dynamic")
+        >>> digits
+        Dataset(name='digits', train=Split(1297 x (1, 8, 8)), validation=Split(250 x (1, 8, 8)), test=...)
+        >>> digits.train[:32].shape
+        torch.Size([32, 1, 8, 8])
 
     References:
-        Salakhutdinov & Murray (2008), On the quantitative analysis of deep belief networks, ICML.
-        Larochelle & Murray (2011), The neural autoregressive distribution estimator, AISTATS.
-        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, ICLR.
+        Salakhutdinov and Murray (2008), *On the Quantitative Analysis of Deep Belief Networks*, ICML.
+        Larochelle and Murray (2011), *The Neural Autoregressive Distribution Estimator*, AISTATS.
+        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
     _check_choice("name", name, NAMES)
     _check_choice("binarize", binarize, BINARIZE)
     if validation is not None and (not isinstance(validation, int) or validation < 0):
-        raise PyroVAEError(f"validation must be a whole number of images, 0 or more, got {validation!r}")
+        raise PyroVAEError(f"expected validation to be a whole number of images, 0 or more, got {validation!r}.")
     if name == "binarized_mnist" and binarize in ("dynamic", "threshold"):
         raise PyroVAEError(
-            f"binarized_mnist is already binary: leave out binarize={binarize!r}, "
-            'or use name="mnist" for dynamic binarisation of the grey images'
+            f"expected binarize='none' or 'fixed' for binarized_mnist, which is already binary, got {binarize!r}. "
+            'Leave it out, or load "mnist" to binarise its grey images.'
         )
     if name == "binarized_mnist" and validation is not None:
-        raise PyroVAEError(f"binarized_mnist has its own validation split: leave out validation={validation}")
+        raise PyroVAEError(
+            f"expected no validation for binarized_mnist, which has its own validation split, got {validation}. "
+            "Leave it out."
+        )
 
     if name == "digits":
         parts = _read_digits()
     elif root is None:
-        raise PyroVAEError(f'{name} needs the folder its files are in: load("{name}", root="data")')
+        raise PyroVAEError(
+            f'expected root to be the folder of the {name} files, got None. Pass it: load("{name}", root="data").'
+        )
     elif name == "binarized_mnist":
         parts = _read_binarized_mnist(Path(root).expanduser())
     else:
         parts = _read_torchvision(name, Path(root).expanduser())
 
-    # A generator of its own: loading must not change what the program draws next.
+    # A separate generator, because loading must not change the state of the global one.
     generator = torch.Generator().manual_seed(seed)
     train, *held_out, test = [_take(part, torch.randperm(len(part), generator=generator)) for part in parts]
     if not held_out:
         n = validation if validation is not None else 250 if name == "digits" else len(train) // 6
         if n >= len(train):
-            raise PyroVAEError(f"validation must be below {name}'s {len(train)} training images, got {n}")
+            raise PyroVAEError(f"expected validation to be below the {len(train)} training images of {name}, got {n}.")
         held_out, train = [_take(train, slice(n))], _take(train, slice(n, None))
 
-    # Train is drawn last, so that "fixed" and "dynamic" evaluate on the same binary images.
+    # "fixed" draws training images and "dynamic" does not, so they come last: both then have the same test images.
     once = "fixed" if binarize == "dynamic" else binarize
     test, val = (_binarized(split, once, generator) for split in (test, *held_out))
     return Dataset(name, _binarized(train, binarize, generator), val, test)
@@ -171,8 +200,8 @@ def load(
 def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         close = difflib.get_close_matches(str(value).lower(), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PyroVAEError(f"{argument} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        raise PyroVAEError(f"expected {argument} to be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def _take(split: Split, index: slice | Tensor) -> Split:
@@ -192,7 +221,7 @@ def _read_digits() -> list[Split]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    # A constant random_state, so that runs with different seeds are scored on the same test images.
+    # A constant random_state, so that models of different seeds are evaluated on the same test images.
     *images, y_train, y_test = train_test_split(*load_digits(return_X_y=True), test_size=250, random_state=0)
     x_train, x_test = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16 for x in images)
     return [Split(x_train, torch.tensor(y_train)), Split(x_test, torch.tensor(y_test))]
@@ -207,7 +236,7 @@ def _read_torchvision(name: str, root: Path) -> list[Split]:
     if name == "emnist":
         extra["split"] = "balanced"
     elif name == "omniglot":
-        # Resize antialiases, as these are PIL images.
+        # PILToTensor comes last, because Resize antialiases PIL images.
         extra["transform"] = transforms.Compose([transforms.Resize((28, 28)), transforms.PILToTensor()])
 
     def read(train: bool) -> Any:
@@ -215,27 +244,28 @@ def _read_torchvision(name: str, root: Path) -> list[Split]:
         try:
             return create(**arguments)
         except Exception as error:
-            # torchvision tells absent files from damaged ones by this text only.
+            # Only this text tells absent files from damaged ones.
             if "Dataset not found" not in str(error):
                 raise PyroVAEError(
-                    f"cannot read the {name} files in {folder} ({error!r}): move them away and load again"
+                    f"expected readable {name} files in {folder}, got {error!r}. Move the files away and load again."
                 ) from error
         try:
             return create(**arguments, download=True)
         except (RuntimeError, OSError) as error:
-            for made in (folder / "raw", folder):  # by torchvision, before it found nothing to put there
+            for made in (folder / "raw", folder):  # torchvision makes these folders before it downloads
                 if made.is_dir() and not any(made.iterdir()):
                     made.rmdir()
             raise FileNotFoundError(
-                f"no complete copy of {name} in {folder}, and downloading it failed. Pass the root that holds a "
-                f"folder {folder.name}; or, where there is internet, load {name} once and copy that folder to {folder}"
+                f"expected the {name} files in {folder}, got no complete copy, and the download failed. Pass the root "
+                f"that holds a folder {folder.name}. Or load {name} on a machine with internet access, and copy its "
+                f"folder to {folder}."
             ) from error
 
     def to_split(part: Any) -> Split:
         if name == "omniglot":
             images, labels = zip(*part, strict=True)
             return Split((255 - torch.stack(images)) / 255, torch.tensor(labels))
-        # EMNIST's files hold every image transposed.
+        # The files of EMNIST hold transposed images.
         images = part.data.mT if name == "emnist" else part.data
         return Split(images.unsqueeze(1) / 255, part.targets)
 
@@ -248,8 +278,8 @@ def _read_binarized_mnist(root: Path) -> list[Split]:
         found = list(path.parent.glob("*.npz"))
         if len(found) != 1:
             raise FileNotFoundError(
-                f"{path.parent} must hold {path.name}, or one npz file of another name; "
-                f"it holds {len(found)}. help(pyro_vae.data.load) says how to make the file"
+                f"expected {path.name} in {path.parent}, or one npz file of another name, got {len(found)} npz files. "
+                "See help(pyro_vae.data.load) for how to make the file."
             )
         path = found[0]
     try:
@@ -258,7 +288,8 @@ def _read_binarized_mnist(root: Path) -> list[Split]:
         bits = [np.unpackbits(part, axis=1).reshape(len(part), 1, 28, 28) for part in packed]
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise PyroVAEError(
-            f"{path} must hold uint8 arrays train, valid and test of shape (N, 98), the 784 pixels of each image "
-            f"packed by np.packbits, but: {error}. help(pyro_vae.data.load) says how to make the file"
+            f"expected {path} to hold uint8 arrays train, valid and test of shape (N, 98), the 784 pixels of each "
+            f"image packed by np.packbits, got {type(error).__name__}: {error}. "
+            "See help(pyro_vae.data.load) for how to make the file."
         ) from error
     return [Split(torch.from_numpy(part).float(), labels=None) for part in bits]

@@ -1,4 +1,4 @@
-"""Data sets: the digits, small fakes in each set's own file layout, and the real files where present."""
+"""Data sets: the digits, small fakes in the file layout of each data set, and the real files where present."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def write_idx(path, array):
 
 
 def numbered_images(n, first):
-    """Images that carry their number in two pixels: (0, 1) and, transposed, nothing but zeros."""
+    """Images with their number in pixel (0, 1), where a transposed image has zero."""
     images = np.zeros((n, 28, 28))
     images[:, 0, 1] = first + np.arange(n)
     images[:, 9, 9] = 255
@@ -73,7 +73,7 @@ def mnist_only(test):
 
 @pytest.fixture
 def omniglot_root(tmp_path, monkeypatch):
-    """Two background characters and one of evaluation, 3 drawings each, black ink on white."""
+    """Two background characters and one evaluation character, with 3 drawings each in black ink on white."""
     monkeypatch.setattr("torchvision.datasets.Omniglot._check_integrity", lambda self: True)
     for part, characters in (("images_background", 2), ("images_evaluation", 1)):
         for c in range(characters):
@@ -119,7 +119,7 @@ def assert_sound(dataset, sizes):
     assert not train & validation and not train & test and not validation & test
 
 
-# --- what is read -----------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 def test_digits_are_all_of_sklearns_with_their_labels():
@@ -164,7 +164,7 @@ def test_omniglot_is_small_and_its_ink_is_one(omniglot_root):
         left, right = split.x[:, 0, 14, 2], split.x[:, 0, 14, 18]
         assert torch.equal(left, (split.labels == 0).float())
         assert torch.equal(right, (split.labels == 1).float())
-    # The line, 1 pixel of 3.75, keeps its ink when each small pixel averages the large ones under it.
+    # Each small pixel averages 3.75 large ones, so a line of one large pixel keeps its ink.
     free = dataset.train.x[:, 0, :24, 26]
     assert torch.allclose(free.sum(1), torch.tensor(1 / 3.75), atol=0.02)
 
@@ -187,7 +187,7 @@ def test_binarized_mnist_file_may_have_another_name(packed_root):
     file.rename(file.with_name("mine.npz"))
     assert len(data.load("binarized_mnist", root=str(root)).train) == 9
     (root / "binarized_mnist" / "other.npz").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"it holds 2\. help"):
+    with pytest.raises(FileNotFoundError, match=r"expected binarized_mnist_larochelle.*got 2 npz files\. See help"):
         data.load("binarized_mnist", root=root)
 
 
@@ -243,7 +243,7 @@ def test_data_loader_collates_images_only(binarize):
     if binarize != "dynamic":
         assert torch.equal(torch.cat(batches), split.x)
     else:
-        # An image may not be drawn where its pixel is 0, and must be where it is 1.
+        # A draw is 0 where the grey value is 0, and 1 where it is 1.
         x = torch.cat(batches)
         assert set(x.unique().tolist()) == {0.0, 1.0}
         assert torch.equal(x[split.images == 0], torch.zeros_like(x[split.images == 0]))
@@ -268,7 +268,7 @@ def test_threshold():
 
 
 def z_score(draws, p):
-    """The sum of all pixels of all draws, in standard deviations from what `p` (same shape) predicts."""
+    """The sum of all draws minus its mean under Bernoulli(p), in standard deviations; `p` has the shape of one draw."""
     p = p.double()
     return ((draws - p).sum() / (p * (1 - p)).sum().sqrt()).item()
 
@@ -283,7 +283,7 @@ def test_fixed_draw_repeats_and_changes_with_the_seed():
         assert set(x.unique().tolist()) == {0.0, 1.0}
         assert abs(z_score(x, p)) < 4
         assert torch.equal(getattr(a, name).labels, getattr(grey, name).labels)
-    # The test images are the same for every seed, so any difference in how often a pixel is on is the draw's.
+    # The grey test images are the same for every seed, so only the draw can change how often a pixel is on.
     other = data.load("digits", binarize="fixed", seed=1)
     assert not torch.equal(a.test.x.sum(0), other.test.x.sum(0))
 
@@ -339,25 +339,28 @@ def test_loading_leaves_the_global_generators_alone(binarize):
     [
         (
             {"name": "fashion-mnist"},
-            r"name must be one of digits, mnist, .*; did you mean 'fashion_mnist'",
+            r"expected name to be one of digits, mnist, .*: did you mean 'fashion_mnist'\?",
         ),
-        ({"name": "MNIST"}, r"got 'MNIST'; did you mean 'mnist'\?"),
-        ({"name": "zzz"}, r"got 'zzz'$"),
+        ({"name": "MNIST"}, r"got 'MNIST': did you mean 'mnist'\?"),
+        ({"name": "zzz"}, r"got 'zzz'\.$"),
         (
             {"name": "digits", "binarize": "dinamic"},
-            r"binarize must be one of .*; did you mean 'dynamic'\?",
+            r"expected binarize to be one of .*: did you mean 'dynamic'\?",
         ),
         ({"name": "digits", "validation": -1}, r"whole number of images, 0 or more, got -1"),
         ({"name": "digits", "validation": 0.1}, r"whole number of images, 0 or more, got 0\.1"),
-        ({"name": "digits", "validation": 1547}, r"below digits's 1547 training images, got 1547"),
-        ({"name": "mnist"}, r'mnist needs the folder .*load\("mnist", root="data"\)'),
+        ({"name": "digits", "validation": 1547}, r"below the 1547 training images of digits, got 1547"),
+        (
+            {"name": "mnist"},
+            r'expected root to be the folder of the mnist files, got None.*load\("mnist", root="data"\)',
+        ),
         ({"name": "binarized_mnist"}, r'load\("binarized_mnist", root="data"\)'),
         (
             {"name": "binarized_mnist", "root": "d", "binarize": "dynamic"},
-            r'already.*use name="mnist"',
+            r'expected binarize=.*already binary.*load "mnist"',
         ),
         ({"name": "binarized_mnist", "root": "d", "binarize": "threshold"}, r"already binary"),
-        ({"name": "binarized_mnist", "root": "d", "validation": 5}, r"its own validation split: leave out"),
+        ({"name": "binarized_mnist", "root": "d", "validation": 5}, r"its own validation split, got 5\. Leave it out"),
     ],
 )
 def test_bad_argument(arguments, message):
@@ -367,7 +370,9 @@ def test_bad_argument(arguments, message):
 
 @pytest.mark.parametrize("name", [*IDX_SETS, "omniglot"])
 def test_absent_files_and_failed_download(name, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no complete copy of {name} in .*download") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=f"expected the {name} files in .*got no complete copy.*download"
+    ) as caught:
         data.load(name, root=tmp_path)
     folder = tmp_path / IDX_SETS.get(name, "omniglot-py")
     assert f"Pass the root that holds a folder {folder.name}" in str(caught.value)
@@ -380,7 +385,7 @@ def test_damaged_idx_file_is_not_called_absent(idx_root):
     _, root = idx_root
     file = root / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"cannot read the mnist files in .*MNIST"):
+    with pytest.raises(ValueError, match=r"expected readable mnist files in .*MNIST.*Move the files away"):
         data.load("mnist", root=root)
 
 
@@ -388,12 +393,12 @@ def test_damaged_idx_file_is_not_called_absent(idx_root):
 def test_incomplete_copy_is_called_incomplete(idx_root):
     _, root = idx_root
     (root / "MNIST" / "raw" / "t10k-images-idx3-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match="no complete copy of mnist"):
+    with pytest.raises(FileNotFoundError, match=r"the mnist files in .* got no complete copy"):
         data.load("mnist", root=root)
 
 
 def test_absent_binarized_mnist(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold binarized_mnist_larochelle.*it holds 0"):
+    with pytest.raises(FileNotFoundError, match=r"expected binarized_mnist_larochelle.*got 0 npz files"):
         data.load("binarized_mnist", root=tmp_path)
 
 
@@ -411,16 +416,16 @@ PACKED = np.zeros((3, 98), np.uint8)
 )
 def test_wrong_arrays_in_binarized_mnist(arrays, reason, tmp_path):
     write_packed(tmp_path, **arrays)
-    with pytest.raises(ValueError, match=rf"shape \(N, 98\).*but: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"shape \(N, 98\).*got .*{reason}"):
         data.load("binarized_mnist", root=tmp_path)
 
 
-def test_binarized_mnist_file_that_is_no_npz(tmp_path):
+def test_binarized_mnist_file_that_is_not_an_npz(tmp_path):
     write_packed(tmp_path)
     file = next((tmp_path / "binarized_mnist").iterdir())
     for content in (b"version https://git-lfs", b"PK\x03\x04 cut short"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"must hold uint8 arrays .*but: "):
+        with pytest.raises(ValueError, match=r"to hold uint8 arrays .*got "):
             data.load("binarized_mnist", root=tmp_path)
 
 
@@ -459,6 +464,6 @@ def test_real_binarized_mnist():
     dataset = data.load("binarized_mnist", root=REAL)
     assert_sound(dataset, (50000, 10000, 10000))
     assert set(dataset.test.x.unique().tolist()) == {0.0, 1.0}
-    # Sorted by class, the file's first 1000 test images are all of one digit, far from the mean image.
+    # The file is sorted by class: without a shuffle, its first 1000 test images are one digit, far from the mean image.
     mean, first = dataset.test.x.mean(0), dataset.test.x[:1000].mean(0)
     assert (mean - first).abs().max() < 5 * 0.5 / 1000**0.5

@@ -250,7 +250,7 @@ def test_ctrl_c_by_signal(tmp_path):
         (["digits", "--patience", 0], "--patience"),
         (["digits", "--patience", 3, "--validation", 0], "validation images with --patience, got none"),
         (["digits", "--binarize", "none"], "zeros and ones"),
-        (["digits", "--validation", 5000], "below digits's 1547"),
+        (["digits", "--validation", 5000], "below the 1547"),
         (["binarized_mnist", "--root", "nowhere"], "nowhere"),
         (["binarized_mnist"], "data"),
         ([], "DATA"),

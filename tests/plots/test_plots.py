@@ -1,3 +1,5 @@
+"""Plots of bounds, training, diagnostics, images and latent spaces, by what they draw."""
+
 import math
 import os
 import subprocess
@@ -19,13 +21,14 @@ from matplotlib.figure import Figure
 
 import pyro_vae as pv
 from pyro_vae import plots
+from pyro_vae.plots.shared import FAMILIES
 
 CLOSED, MONTE_CARLO, IWAE = "ELBO, closed-form KL", "ELBO, Monte Carlo KL", "IWAE"
 ROWS = [
     (CLOSED, 1, -104.2, 0.41),
     (MONTE_CARLO, 1, -104.3, 0.42),
     (MONTE_CARLO, 16, -104.1, 0.43),
-    (IWAE, 256, -99.0, 0.38),  # out of order: the line must not be
+    (IWAE, 256, -99.0, 0.38),  # out of order here, but in order in the line
     (IWAE, 1, -104.25, 0.42),
     (IWAE, 16, -101.0, 0.40),
 ]
@@ -85,12 +88,12 @@ def test_figure_is_made_or_used():
 
 
 def test_importing_is_cheap_and_drawing_needs_no_display(tmp_path):
-    script = f"""if True:
-        import runpy, sys
-        plots = runpy.run_path({plots.__file__!r})
-        assert not {{"matplotlib", "pandas"}} & set(sys.modules)
+    script = """if True:
+        import sys
+        from pyro_vae import plots
+        assert "matplotlib" not in sys.modules
         import torch
-        plots["images"](torch.rand(3, 1, 8, 8)).figure.savefig("images.png")
+        plots.images(torch.rand(3, 1, 8, 8)).figure.savefig("images.png")
     """
     hidden = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -107,9 +110,9 @@ def test_every_estimator_has_a_colour_of_its_own():
     families += [pv.PIWAE(2, 2), pv.CIWAE(0.5, 2), pv.TVO(2, 2), pv.JVI(2, 1), pv.RWS(2)]
     assert len({plots.objective_colour(objective.name) for objective in families}) == len(families)
     assert plots.objective_colour(pv.IWAE(2, "dreg").name) == plots.objective_colour(IWAE)
-    known = set(plots._FAMILIES.values())
+    known = set(FAMILIES.values())
     assert not known & {plots.objective_colour(name) for name in ("VR-max", "CUBO", "mine")}
-    assert plots.objective_colour("VR-max") == "#000000"  # by name alone: the same in every process
+    assert plots.objective_colour("VR-max") == "#000000"  # the same in every process
 
 
 def test_colour_does_not_depend_on_the_other_rows():
@@ -159,18 +162,24 @@ def test_bounds_axes():
     assert ax.get_ylabel() == "bound on log p(x) (nats per datum)"
 
 
+def assert_legend_is_clear(ax):
+    """Check that the legend is in the figure, below the x label and the tick labels."""
+    figure = ax.figure
+    figure.canvas.draw()
+    box = ax.get_legend().get_window_extent()
+    lowest = min(text.get_window_extent().y0 for text in (ax.xaxis.label, *ax.get_xticklabels()))
+    assert box.y1 <= lowest < ax.get_window_extent().y0
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("extra", [(), [("a long name of some other objective", 1, -103.0, 0.4)]])
 @pytest.mark.parametrize("width", [4, 6.4])
 def test_legend_is_in_the_figure_and_clear_of_the_axes_and_label(extra, width):
     figure = plt.figure(figsize=(width, 4.8), layout="constrained")
     ax = plots.bounds(bounds_table([*ROWS, *extra]), ax=figure.add_subplot())
-    figure.canvas.draw()
-    legend = ax.get_legend()
-    names = [text.get_text() for text in legend.get_texts()]
+    assert_legend_is_clear(ax)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names == [CLOSED, MONTE_CARLO, IWAE, *(row[0] for row in extra)]
-    box = legend.get_window_extent()
-    assert box.y1 <= ax.xaxis.label.get_window_extent().y0 < ax.get_window_extent().y0
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize(
@@ -182,8 +191,10 @@ def test_legend_is_in_the_figure_and_clear_of_the_axes_and_label(extra, width):
         bounds_table().rename_axis(["name", "K"]),
     ],
 )
-def test_bounds_says_what_table_it_needs(table):
-    with pytest.raises(ValueError, match=r"\['objective', 'particles'\].*'bound_se'.*pass what compare returns"):
+def test_bounds_refuses_another_table(table):
+    with pytest.raises(
+        ValueError, match=r"\['objective', 'particles'\].*'bound_se'.*Pass the return value of pv.compare\."
+    ):
         plots.bounds(table)
     assert plt.get_fignums() == []
 
@@ -208,7 +219,7 @@ def test_training_curve_without_validation(validation):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train"]
 
 
-def test_training_curve_says_which_epochs_it_leaves_out():
+def test_training_curve_notes_the_epochs_below_its_axis():
     bounds = np.array([-540.0, -300.0, *np.linspace(-110, -100, 30)])
     ax = plots.training_curve(history(bounds, bounds - 1))
     low, high = ax.get_ylim()
@@ -224,11 +235,13 @@ def test_training_curve_leaves_gaps_where_values_are_not_finite():
 
 
 def test_training_curve_errors():
-    with pytest.raises(ValueError, match=r"'train_bound'.*got 1 rows.*'loss'.*pass what fit returns"):
+    with pytest.raises(ValueError, match=r"'train_bound'.*got 1 rows.*'loss'.*Pass the return value of pv.fit\."):
         plots.training_curve(history([-1.0]).rename(columns={"train_bound": "loss"}))
     with pytest.raises(ValueError, match=r"index \['epoch'\].*got 1 rows with index \[None\]"):
         plots.training_curve(history([-1.0]).reset_index())
-    with pytest.raises(ValueError, match=r"no finite bound.*lower learning rate"):
+    with pytest.raises(
+        ValueError, match=r"expected at least one finite bound in history, got 2 epochs.*lower learning rate"
+    ):
         plots.training_curve(history([np.nan, -np.inf]))
 
 
@@ -242,7 +255,7 @@ def test_images_places_tiles_in_reading_order():
     for i, (top, left) in enumerate([(0, 0), (0, 7), (0, 14), (5, 0), (5, 7)]):
         np.testing.assert_array_equal(drawn[top : top + 4, left : left + 6], x[i, 0])
     assert (drawn[4] == 1).all() and (drawn[:, 6] == 1).all()  # gaps are white
-    assert (drawn[5:, 14:] == 1).all()  # and so is the tile that is not there
+    assert (drawn[5:, 14:] == 1).all()  # and so is the empty place of a sixth tile
 
 
 def test_images_draws_colour():
@@ -266,7 +279,7 @@ def test_grey_scale_is_fixed_and_values_are_clipped():
     assert image.get_array().tolist() == [[0, 0.25], [0.5, 1]]
     assert image.to_rgba([0.0])[0][0] == 0 and image.to_rgba([1.0])[0][0] == 1  # black to white
     faint = torch.linspace(0.4, 0.6, 16).reshape(1, 1, 4, 4)
-    assert plots.images(faint[0]).images[0].get_clim() == (0, 1)  # whatever the range of the data
+    assert plots.images(faint[0]).images[0].get_clim() == (0, 1)  # for every range of the data
     assert plots.latent_grid(faint, extent=(0, 1, 0, 1)).images[0].get_clim() == (0, 1)
 
 
@@ -281,7 +294,7 @@ def test_reconstructions_alternate_with_originals_and_are_labelled():
     figure = plots.reconstructions(torch.tensor(x), x_mean, columns=2)
     ax = figure.axes[0]
     drawn = ax.images[0].get_array()
-    for i, (top, left) in enumerate([(0, 0), (0, 6), (11, 0)]):  # a pair is 4 + 1 + 4 high, then a gap of 2
+    for i, (top, left) in enumerate([(0, 0), (0, 6), (11, 0)]):  # a pair is 4 + 1 + 4 high, and the gap below it is 2
         np.testing.assert_array_equal(drawn[top : top + 4, left : left + 4], x[i, 0])
         np.testing.assert_array_equal(drawn[top + 5 : top + 9, left : left + 4], x_mean[i, 0])
     assert ax.get_yticks().tolist() == [1.5, 6.5, 12.5, 17.5]  # the middles of the four rows
@@ -292,20 +305,20 @@ def test_reconstructions_alternate_with_originals_and_are_labelled():
 
 
 @pytest.mark.parametrize("shape", [(5, 784), (5, 28, 28, 3), (0, 1, 28, 28), (28, 28)])
-def test_images_says_what_shape_it_needs(shape):
-    with pytest.raises(ValueError, match=r"\(N, C, H, W\).*got shape .*x\.reshape\(-1, 1, 28, 28\)") as error:
+def test_images_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\).*got shape .*Reshape.*x\.reshape\(-1, 1, 28, 28\)") as error:
         plots.images(torch.zeros(shape))
     assert str(shape) in str(error.value)
 
 
 def test_image_errors():
-    with pytest.raises(ValueError, match=r"uint8 up to 200: divide 8-bit images by 255"):
+    with pytest.raises(ValueError, match=r"expected x in \[0, 1\], got uint8 up to 200\. Divide 8-bit images by 255"):
         plots.images(np.full((1, 4, 4), 200, dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"columns must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"expected columns to be 1 or more, got 0"):
         plots.images(torch.zeros(1, 4, 4), columns=0)
-    with pytest.raises(ValueError, match=r"one shape, got \(3, 4, 4\) and \(2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"expected x and x_mean of one shape, got \(3, 4, 4\) and \(2, 4, 4\)"):
         plots.reconstructions(torch.zeros(3, 4, 4), torch.zeros(2, 4, 4))
-    with pytest.raises(ValueError, match="x_mean must be"):
+    with pytest.raises(ValueError, match="expected x_mean in"):
         plots.reconstructions(torch.zeros(3, 4, 4), np.full((3, 4, 4), 9))
     assert plt.get_fignums() == []
 
@@ -344,17 +357,17 @@ def test_latent_space_without_labels_has_no_legend():
 
 
 def test_latent_space_errors():
-    with pytest.raises(ValueError, match=r"\(N, 2\), got \(5, 8\): train with latent_dim=2.*PCA"):
+    with pytest.raises(ValueError, match=r"expected z of shape \(N, 2\), got \(5, 8\)\. Train with latent_dim=2.*PCA"):
         plots.latent_space(torch.zeros(5, 8))
-    with pytest.raises(ValueError, match=r"labels must have shape \(5,\).*got \(4,\)"):
+    with pytest.raises(ValueError, match=r"expected labels of shape \(5,\).*got \(4,\)"):
         plots.latent_space(torch.zeros(5, 2), torch.zeros(4))
-    with pytest.raises(ValueError, match="21 classes, and at most 20"):
+    with pytest.raises(ValueError, match=r"at most 20 classes.*got 21 classes"):
         plots.latent_space(torch.zeros(21, 2), torch.arange(21))
     assert plt.get_fignums() == []
 
 
 def shade_at(ax, z1, z2):
-    """Look up the grey drawn at a point of the plane, on the screen rather than in the array."""
+    """Return the grey of the pixel that is drawn at a point of the latent plane."""
     ax.figure.canvas.draw()
     pixels = np.asarray(ax.figure.canvas.buffer_rgba())[::-1]  # row 0 at the bottom, as in display coordinates
     x, y = ax.transData.transform((z1, z2))
@@ -390,11 +403,11 @@ def test_latent_space_over_latent_grid_keeps_the_grid_in_place():
 
 
 def test_latent_grid_errors():
-    with pytest.raises(ValueError, match=r"\(rows, columns, H, W\), got \(6, 8, 8\): reshape"):
+    with pytest.raises(ValueError, match=r"\(rows, columns, H, W\), got \(6, 8, 8\)\. Reshape"):
         plots.latent_grid(torch.zeros(6, 8, 8), extent=(0, 1, 0, 1))
     with pytest.raises(ValueError, match="with C 1 or 3"):
         plots.latent_grid(torch.zeros(2, 3, 2, 8, 8), extent=(0, 1, 0, 1))
-    with pytest.raises(ValueError, match=r"z1_min.*got \(3, -3, 0, 1\)"):
+    with pytest.raises(ValueError, match=r"expected extent to be \(z1_min.*got \(3, -3, 0, 1\)"):
         plots.latent_grid(torch.zeros(2, 3, 8, 8), extent=(3, -3, 0, 1))
     assert plt.get_fignums() == []
 
@@ -419,7 +432,10 @@ def test_active_units_are_in_the_order_of_their_kl():
     assert labels == {"active: 2 of 3", "inactive: 1 of 3"}
     two = table.set_axis(pd.MultiIndex.from_tuples([("a", 0), ("b", 0), ("b", 1)], names=rows.names))
     assert [label.get_text() for label in plots.active_units(two).get_xticklabels()] == ["b[0]", "b[1]", "a[0]"]
-    with pytest.raises(ValueError, match="pass what active_units returns"):
+    assert_legend_is_clear(plots.active_units(two))
+    long = two.rename({"a": "a_site_with_a_long_name"}, level="site")
+    assert_legend_is_clear(plots.active_units(long))
+    with pytest.raises(ValueError, match=r"Pass the return value of pv\.active_units\."):
         plots.active_units(table.reset_index())
 
 

@@ -1,0 +1,43 @@
+"""Plots of bounds, training, diagnostics, images and latent spaces.
+
+Each function draws arrays that you pass, and returns matplotlib's Axes or Figure. No function trains, runs a
+model or opens a window. An array is a torch tensor, on any device and with or without gradients, or a numpy
+array. Without the argument `ax` or `figure`, pyplot makes a new figure. Show it with
+``matplotlib.pyplot.show()``, or save it with ``ax.figure.savefig("plot.png")``.
+"""
+
+from pyro_vae.plots.charts import active_units, bounds, pareto_k, training_curve
+from pyro_vae.plots.pictures import images, latent_grid, latent_space, reconstructions
+from pyro_vae.plots.shared import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Array,
+    objective_colour,
+)
+
+__all__ = [
+    "BLACK",
+    "BLUE",
+    "GREEN",
+    "ORANGE",
+    "PURPLE",
+    "SKY",
+    "VERMILLION",
+    "YELLOW",
+    "Array",
+    "active_units",
+    "bounds",
+    "images",
+    "latent_grid",
+    "latent_space",
+    "objective_colour",
+    "pareto_k",
+    "reconstructions",
+    "training_curve",
+]

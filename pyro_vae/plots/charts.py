@@ -1,0 +1,236 @@
+"""Charts of bounds, training curves, Pareto k-hat and active units."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from pyro_vae.errors import PyroVAEError
+from pyro_vae.plots.shared import BLACK, BLUE, SKY, VERMILLION, Array, new_figure, objective_colour, to_numpy
+
+if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
+    from matplotlib.axes import Axes
+
+
+def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = None, ax: Axes | None = None) -> Axes:
+    """Plot bounds on log p(x) against the number of particles, one line per objective.
+
+    The band of a line is plus and minus one standard error over the data. All rows average over the same data, so
+    their errors are correlated: two bounds can differ clearly although their bands overlap. An objective with a
+    single number of particles is a marker with an error bar, and a dashed line across the plot.
+
+    Arguments:
+        table: the return value of :func:`pyro_vae.compare`, with index levels "objective" and "particles", and
+            columns `bound` and `bound_se` in nats per datum.
+        log_likelihood: a lower and an upper estimate of log p(x) of the same data, in nats per datum. A grey band
+            is drawn between them.
+        ax: the Axes to draw in; by default those of a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: `table` is empty, or lacks those levels or columns.
+
+    Example:
+        >>> import pandas as pd, pyro_vae as pv
+        >>> rows = pd.MultiIndex.from_tuples([("IWAE", 1), ("IWAE", 16)], names=["objective", "particles"])
+        >>> ax = pv.plots.bounds(pd.DataFrame({"bound": [-98.0, -95.5], "bound_se": [0.6, 0.6]}, index=rows))
+        >>> [label.get_text() for label in ax.get_xticklabels()]
+        ['1', '16']
+    """
+    _check_table(table, ["objective", "particles"], ["bound", "bound_se"], "pv.compare")
+    ax = ax or new_figure().add_subplot()
+    if log_likelihood is not None:
+        lower, upper = log_likelihood
+        label = f"log p(x), between {lower:.2f} and {upper:.2f}"
+        ax.axhspan(lower, upper, color="0.6", alpha=0.5, linewidth=0, label=label)
+        for edge in (lower, upper):  # a narrow band would be invisible without its edges
+            ax.axhline(edge, color="0.4", linewidth=0.8)
+    for marker, (name, rows) in zip(cycle("osD^v"), table.groupby(level="objective", sort=False)):
+        rows = rows.sort_index(level="particles")
+        k = rows.index.get_level_values("particles").to_numpy()
+        bound, se = rows["bound"].to_numpy(float), rows["bound_se"].to_numpy(float)
+        colour = objective_colour(str(name))
+        # The markers are hollow because bounds coincide: with one particle, IWAE is the ELBO.
+        ax.plot(k, bound, color=colour, marker=marker, markersize=7, markerfacecolor="none", label=name)
+        if len(k) == 1:
+            ax.axhline(bound[0], color=colour, linewidth=0.8, linestyle="--")
+            ax.errorbar(k, bound, yerr=se, color=colour, linestyle="", capsize=3)
+        else:
+            ax.fill_between(k, bound - se, bound + se, color=colour, alpha=0.15, linewidth=0)
+    particles = sorted(set(table.index.get_level_values("particles")))
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(particles, labels=[str(int(k)) for k in particles])
+    ax.minorticks_off()
+    ax.set(xlabel="number of particles", ylabel="bound on log p(x) (nats per datum)")
+    _legend_below(ax)
+    return ax
+
+
+def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Plot the bound on the training and the validation data against the epoch.
+
+    The first bounds are often so low that they would flatten the rest of the curve. The y axis therefore starts at
+    Q1 - 1.5 (Q3 - Q1) if that at least halves its length, with Q1 and Q3 the quartiles of all values. A note in the
+    plot then gives the number of epochs below the axis and their lowest value. The lines still hold every value.
+
+    Arguments:
+        history: the return value of :func:`pyro_vae.fit`, with index "epoch", the column `train_bound` and
+            optionally `validation_bound`, in nats per datum. NaN and infinite values leave gaps.
+        ax: the Axes to draw in; by default those of a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: `history` is empty, lacks that index or `train_bound`, or has no finite value.
+
+    Example:
+        >>> import pandas as pd, pyro_vae as pv
+        >>> epochs = pd.RangeIndex(1, 4, name="epoch")
+        >>> history = pd.DataFrame({"train_bound": [-150.0, -110.0, -104.0]}, index=epochs)
+        >>> pv.plots.training_curve(history).get_ylabel()
+        'bound on log p(x) (nats per datum)'
+    """
+    _check_table(history, ["epoch"], ["train_bound"], "pv.fit")
+    columns = history.reindex(columns=["train_bound", "validation_bound"]).astype(float)
+    columns = columns.where(np.isfinite(columns)).dropna(axis="columns", how="all")
+    if columns.empty:
+        raise PyroVAEError(
+            f"expected at least one finite bound in history, got {len(history)} epochs of NaN or infinity. "
+            "Train with a lower learning rate."
+        )
+    ax = ax or new_figure().add_subplot()
+    for name, colour in {"train": SKY, "validation": BLACK}.items():
+        if f"{name}_bound" in columns:
+            ax.plot(columns.index, columns[f"{name}_bound"], color=colour, marker=".", label=name)
+    values = columns.to_numpy()
+    low, high = np.nanmin(values), np.nanmax(values)
+    lower, upper = np.nanpercentile(values, [25, 75])
+    fence = lower - 1.5 * (upper - lower)
+    if high - low > 2 * (high - fence) > 0:
+        ax.set_ylim(fence, high + 0.05 * (high - fence))
+        hidden = int((values < fence).any(axis=1).sum())
+        note = f"{hidden} epoch{'s' * (hidden > 1)} below the axis, down to {low:.0f} nats"
+        ax.text(0.98, 0.03, note, transform=ax.transAxes, ha="right", color="0.35", fontsize="small")
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
+    ax.set(xlabel="epoch", ylabel="bound on log p(x) (nats per datum)")
+    _legend_below(ax)
+    return ax
+
+
+def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
+    """Plot a histogram of Pareto k-hat over the data, with its limit of 0.7.
+
+    Above 0.7, the importance weights of a datum are too heavy-tailed to trust the estimate of its log p(x).
+
+    Arguments:
+        shapes: k-hat of each datum, (N,), from :func:`pyro_vae.pareto_k` or
+            ``pyro_vae.log_likelihood(...).pareto_k``. NaN stands for a k-hat that could not be computed. It counts
+            in the shares of the legend, but has no place in the histogram.
+        ax: the Axes to draw in; by default those of a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: no element of `shapes` is finite.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> pv.plots.pareto_k(torch.tensor([0.1, 0.5, 0.9])).get_xlabel()
+        'Pareto k-hat of the importance weights'
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
+    """
+    values = to_numpy(shapes).ravel()
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        raise PyroVAEError(
+            f"expected at least one finite k-hat, got {len(values)} values of NaN or infinity. "
+            "Compute k-hat from 25 samples or more for each datum."
+        )
+    ax = ax or new_figure().add_subplot()
+    edges = list(np.arange(np.floor(min(finite.min(), 0) / 0.05), np.ceil(max(finite.max(), 1) / 0.05) + 1) * 0.05)
+    for part, colour, sign in ((finite <= 0.7, BLUE, "at most"), (finite > 0.7, VERMILLION, "above")):
+        share = part.sum() / len(values)
+        ax.hist(finite[part], edges, color=colour, label=f"{sign} 0.7: {share:.1%} of {len(values)} data")
+    ax.axvline(0.7, color=BLACK, linewidth=0.8, linestyle="--")
+    ax.set(xlabel="Pareto k-hat of the importance weights", ylabel="number of data")
+    _legend_below(ax)
+    return ax
+
+
+def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Plot the KL divergence of each latent dimension from the prior, largest first, and mark inactive dimensions.
+
+    Arguments:
+        table: the return value of :func:`pyro_vae.active_units`, with index levels "site" and "dimension", and
+            columns `kl` and `kl_se` in nats per datum, and `active`.
+        ax: the Axes to draw in; by default those of a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: `table` is empty, or lacks those levels or columns.
+
+    Example:
+        >>> import pandas as pd, pyro_vae as pv
+        >>> rows = pd.MultiIndex.from_tuples([("z", 0), ("z", 1)], names=["site", "dimension"])
+        >>> table = pd.DataFrame({"kl": [0.0, 1.2], "kl_se": [0.0, 0.1], "active": [False, True]}, index=rows)
+        >>> [label.get_text() for label in pv.plots.active_units(table).get_xticklabels()]
+        ['1', '0']
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
+    """
+    _check_table(table, ["site", "dimension"], ["kl", "kl_se", "active"], "pv.active_units")
+    table = table.sort_values("kl", ascending=False)
+    ax = ax or new_figure().add_subplot()
+    places, active = np.arange(len(table)), table["active"].to_numpy(bool)
+    for part, colour, word in ((active, BLUE, "active"), (~active, VERMILLION, "inactive")):
+        rows = table[part]
+        if len(rows):
+            label = f"{word}: {len(rows)} of {len(table)}"
+            ax.bar(places[part], rows["kl"], yerr=rows["kl_se"], color=colour, label=label, error_kw={"linewidth": 0.8})
+    if not active.all():  # a bar of zero height shows no colour
+        ax.plot(places[~active], np.zeros((~active).sum()), "x", color=VERMILLION, clip_on=False)
+    sites = table.index.get_level_values("site").unique()
+    labels = [str(d) if len(sites) == 1 else f"{s}[{d}]" for s, d in table.index]
+    ax.set_xticks(
+        places, labels=labels, fontsize="small" if len(places) <= 30 else 5, rotation=0 if len(sites) == 1 else 90
+    )
+    ax.set(xlabel=f"dimension of {', '.join(map(str, sites))}", ylabel="KL to the prior (nats per datum)")
+    _legend_below(ax)
+    return ax
+
+
+def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:
+    if table.empty or list(table.index.names) != index or not set(columns) <= set(table.columns):
+        raise PyroVAEError(
+            f"expected a table of one row or more with index {index} and columns {columns}, got {len(table)} "
+            f"rows with index {list(table.index.names)} and columns {list(table.columns)}. "
+            f"Pass the return value of {source}."
+        )
+
+
+def _legend_below(ax: Axes) -> None:
+    """Put the legend below the x label, where it covers no data: in one row if that fits, otherwise in one column."""
+    from matplotlib.font_manager import FontProperties
+
+    labels = ax.get_legend_handles_labels()[1]
+    row = sum(0.5 + 0.065 * len(label) for label in labels)  # an estimate of its width, in inches
+    columns = len(labels) if row < ax.get_window_extent().width / ax.figure.dpi else 1
+    # A pad in font sizes keeps the legend clear of the x label for every size of the axes.
+    box = ax.xaxis.get_tightbbox()  # None if the x axis is invisible
+    below = 0 if box is None else ax.get_window_extent().y0 - box.y0
+    size = FontProperties(size="small").get_size_in_points()
+    pad = max(5, below * 72 / ax.figure.dpi / size + 1)  # rotated tick labels need more than 5
+    style = {"borderaxespad": pad, "frameon": False, "fontsize": size}
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, **style)
