@@ -61,14 +61,14 @@ class Flow(nn.Module):
         if kind not in _MAKERS:
             raise PyroVAEError(f"expected a flow of kind {', '.join(map(repr, _MAKERS))}, got {kind!r}.")
         hidden_dims = (max(64, 2 * latent_dim),) if hidden_dims is None else hidden_dims
-        if latent_dim < 2 or length < 1:
+        if latent_dim < 2 or not isinstance(length, int) or length < 1:
             raise PyroVAEError(
-                f"expected at least 2 latent dimensions and 1 transform, got latent_dim={latent_dim} and length={length}. With one "
+                f"expected at least 2 latent dimensions and 1 transform, got latent_dim={latent_dim} and length={length!r}. With one "
                 "dimension, use DiagonalNormal."
             )
-        if not hidden_dims or min(hidden_dims) < latent_dim:
+        if isinstance(hidden_dims, int) or not hidden_dims or min(hidden_dims) < latent_dim:
             raise PyroVAEError(
-                f"expected hidden layers no narrower than the latent, {latent_dim}, got hidden_dims={tuple(hidden_dims)}. Widen them."
+                f"expected hidden layers no narrower than the latent, {latent_dim}, got hidden_dims={hidden_dims!r}. Widen them."
             )
         # Every other transform goes through the dimensions the other way round.
         order = torch.arange(latent_dim)

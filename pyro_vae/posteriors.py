@@ -36,9 +36,9 @@ class Posterior(nn.Module, ABC):
         """How many features the encoder gives for a latent of so many dimensions."""
 
     @classmethod
-    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int) -> Posterior:
-        """One with default options; its encoder has as many outputs as :meth:`features_for` says."""
-        return cls(encoder, event_shape)
+    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Posterior:
+        """Build the posterior with these options. The encoder has :meth:`features_for` outputs."""
+        return cls(encoder, event_shape, **options)
 
     def forward(self, x: Tensor, *given: Tensor) -> dist.TorchDistribution:
         """The distribution of z for each x of shape (*batch, *event): batch shape `batch`, event shape (Z,)."""
@@ -175,15 +175,14 @@ class LowRankNormal(Posterior):
 
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], rank: int = 2) -> None:
         super().__init__(encoder, event_shape)
-        if not isinstance(rank, int) or rank < 1:
-            raise PyroVAEError(
-                f"expected rank to be a positive integer, got {rank!r}. Without directions, use DiagonalNormal."
-            )
+        self.features_for(1, rank=rank)
         self.rank = rank
 
     @classmethod
     def features_for(cls, latent_dim: int, rank: int = 2, **options: Any) -> int:
-        """Two and one for each direction, for each latent dimension."""
+        """(2 + rank) Z."""
+        if not isinstance(rank, int) or rank < 1:
+            raise PyroVAEError(f"expected rank to be a positive integer, got {rank!r}. For rank 0, use DiagonalNormal.")
         return (2 + rank) * latent_dim
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
@@ -229,20 +228,21 @@ class MixturePosterior(Posterior):
 
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], components: int = 5) -> None:
         super().__init__(encoder, event_shape)
-        if not isinstance(components, int) or components < 1:
-            raise PyroVAEError(f"expected components to be a positive integer, got {components!r}.")
+        self.features_for(1, components=components)
         self.components = components
 
     @classmethod
     def features_for(cls, latent_dim: int, components: int = 5, **options: Any) -> int:
-        """For each component a logit, and two for each latent dimension."""
+        """K (2 Z + 1), with K components."""
+        if not isinstance(components, int) or components < 1:
+            raise PyroVAEError(f"expected components to be a positive integer, got {components!r}.")
         return components * (2 * latent_dim + 1)
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
         """Mixture with the features' parts as logits, means and logs of scales."""
         number, size = self.components, features.shape[-1]
         latent_dim = (size // number - 1) // 2
-        if self.features_for(latent_dim, number) != size or latent_dim < 1:
+        if self.features_for(latent_dim, components=number) != size or latent_dim < 1:
             raise PyroVAEError(
                 f"expected an encoder with {number} (2 Z + 1) outputs, a logit, Z means and Z log scales for each of {number} "
                 f"components, got {size}."
@@ -266,6 +266,7 @@ class FlowPosterior(Posterior):
         flow: which transform: ``"iaf"``, ``"spline"`` or ``"coupling"``; see :class:`~pyro_vae.flows.Flow`.
         length: how many transforms.
         hidden_dims: the widths of each transform's network; None is one of 64, or of 2 Z if that is more.
+        context_dim: C, the length of h(x); None is Z.
 
     Returns:
         When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
@@ -297,17 +298,17 @@ class FlowPosterior(Posterior):
     ) -> None:
         super().__init__(encoder, event_shape)
         self.latent_dim = latent_dim
-        self.flow = Flow(latent_dim, flow, length, hidden_dims, latent_dim if context_dim is None else context_dim)
+        self.flow = Flow(latent_dim, flow, length, hidden_dims, self._context_size(latent_dim, context_dim))
 
     @classmethod
     def features_for(cls, latent_dim: int, context_dim: int | None = None, **options: Any) -> int:
-        """Two for each latent dimension, and the context, Z unless told."""
-        return 2 * latent_dim + (latent_dim if context_dim is None else context_dim)
+        """2 Z + C, with a context of C numbers."""
+        return 2 * latent_dim + cls._context_size(latent_dim, context_dim)
 
     @classmethod
-    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int) -> Posterior:
-        """One with default options."""
-        return cls(encoder, event_shape, latent_dim)
+    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Posterior:
+        """Build the posterior with these options. The encoder has :meth:`features_for` outputs."""
+        return cls(encoder, event_shape, latent_dim, **options)
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
         """The base with the first features as means and logs of scales, transformed given the others."""
@@ -321,6 +322,13 @@ class FlowPosterior(Posterior):
         for transform in self.flow(context):
             z = transform(z)
         return z
+
+    @staticmethod
+    def _context_size(latent_dim: int, context_dim: int | None) -> int:
+        size = latent_dim if context_dim is None else context_dim
+        if not isinstance(size, int) or size < 0:
+            raise PyroVAEError(f"expected context_dim to be an integer of at least 0, got {size!r}.")
+        return size
 
     def _base(self, features: Tensor) -> tuple[Any, Tensor | None]:
         sizes = [self.latent_dim, self.latent_dim, self.flow.context_dim]

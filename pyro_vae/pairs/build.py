@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any, Literal
@@ -11,11 +10,12 @@ from typing import Any, Literal
 from torch import nn
 
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.likelihoods import BY_NAME, Likelihood
+from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import Concatenated, conv_decoder, conv_encoder, mlp
 from pyro_vae.pairs.autoencoder import Autoencoder
 from pyro_vae.pairs.conditional import ConditionalVAE
 from pyro_vae.pairs.hierarchical import BottomUp, HierarchicalVAE, Ladder
+from pyro_vae.pairs.options import check_posterior, find_likelihood
 from pyro_vae.pairs.semi_supervised import SemiSupervisedVAE
 from pyro_vae.pairs.vae import VAE
 from pyro_vae.posteriors import DiagonalNormal, Posterior
@@ -29,6 +29,7 @@ def mlp_vae(
     hidden_dims: Sequence[int] = (400,),
     likelihood: str | type[Likelihood] = "bernoulli",
     posterior: type[Posterior] = DiagonalNormal,
+    posterior_options: Mapping[str, Any] | None = None,
     prior: nn.Module | None = None,
     **options: Any,
 ) -> VAE:
@@ -40,7 +41,8 @@ def mlp_vae(
         hidden_dims: the widths of the encoder's hidden layers; the decoder has them in reverse.
         likelihood: ``"bernoulli"`` for binary data, ``"gaussian"`` for real data, or any other of
             :mod:`pyro_vae.likelihoods` by name or class, or a subclass of :class:`Likelihood`.
-        posterior: the guide's family, a subclass of :class:`Posterior`.
+        posterior: the class of the approximate posterior, a subclass of :class:`Posterior`.
+        posterior_options: options of the posterior, such as ``{"rank": 4}`` for :class:`LowRankNormal`; None is no options.
         prior: a module that returns the distribution of one z; None is :class:`StandardNormal`.
         options: the likelihood's own, such as the `scale` of :class:`Gaussian`.
 
@@ -52,11 +54,15 @@ def mlp_vae(
         torch.Size([3, 1, 28, 28])
     """
     _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], hidden_dims=hidden_dims)
-    _check_posterior(posterior)
-    size, family = prod(event_shape), find_likelihood(likelihood, options)
-    encoder = mlp(size, hidden_dims, posterior.features_for(latent_dim))
+    chosen = check_posterior(posterior, posterior_options)
+    size, shape, family = prod(event_shape), tuple(event_shape), find_likelihood(likelihood, options, posterior)
+    encoder = mlp(size, hidden_dims, posterior.features_for(latent_dim, **chosen))
     decoder = mlp(latent_dim, list(hidden_dims)[::-1], family.features_for(**options) * size)
-    return _assemble(encoder, decoder, family, posterior, prior, event_shape, latent_dim, options)
+    return VAE(
+        prior=StandardNormal(latent_dim) if prior is None else prior,
+        likelihood=family(decoder, shape, **options),
+        posterior=posterior.build(encoder, shape, latent_dim, **chosen),
+    )
 
 
 def conv_vae(
@@ -67,6 +73,7 @@ def conv_vae(
     residual_blocks: int = 0,
     likelihood: str | type[Likelihood] = "bernoulli",
     posterior: type[Posterior] = DiagonalNormal,
+    posterior_options: Mapping[str, Any] | None = None,
     prior: nn.Module | None = None,
     **options: Any,
 ) -> VAE:
@@ -79,6 +86,7 @@ def conv_vae(
         residual_blocks: how many residual blocks follow each halving, and precede each doubling.
         likelihood: as in :func:`mlp_vae`.
         posterior: as in :func:`mlp_vae`.
+        posterior_options: as in :func:`mlp_vae`.
         prior: as in :func:`mlp_vae`.
         options: the likelihood's own, such as the `scale` of :class:`Gaussian`.
 
@@ -95,29 +103,15 @@ def conv_vae(
             f"expected an event_shape (C, H, W) and at least one entry in channels, got {tuple(event_shape)} and "
             f"{tuple(channels)}. For vectors, use mlp_vae."
         )
-    _check_posterior(posterior)
-    family, shape = find_likelihood(likelihood, options), tuple(event_shape)
+    chosen = check_posterior(posterior, posterior_options)
+    family, shape = find_likelihood(likelihood, options, posterior), tuple(event_shape)
     out_channels = family.features_for(**options) * event_shape[0]
-    encoder = conv_encoder(shape, channels, posterior.features_for(latent_dim), residual_blocks)
+    encoder = conv_encoder(shape, channels, posterior.features_for(latent_dim, **chosen), residual_blocks)
     decoder = conv_decoder(latent_dim, list(channels)[::-1], out_channels, shape, residual_blocks)
-    return _assemble(encoder, decoder, family, posterior, prior, shape, latent_dim, options)
-
-
-def _assemble(
-    encoder: nn.Module,
-    decoder: nn.Module,
-    family: type[Likelihood],
-    posterior: type[Posterior],
-    prior: nn.Module | None,
-    event_shape: Sequence[int],
-    latent_dim: int,
-    options: dict[str, Any],
-) -> VAE:
-    shape = tuple(event_shape)
     return VAE(
         prior=StandardNormal(latent_dim) if prior is None else prior,
         likelihood=family(decoder, shape, **options),
-        posterior=posterior.build(encoder, shape, latent_dim),
+        posterior=posterior.build(encoder, shape, latent_dim, **chosen),
     )
 
 
@@ -301,32 +295,6 @@ def mlp_autoencoder(
         encoder=mlp(size, hidden_dims, latent_dim),
         likelihood=family(decoder, tuple(event_shape), **options),
     )
-
-
-def _check_posterior(posterior: Any) -> None:
-    if not (isinstance(posterior, type) and issubclass(posterior, Posterior)):
-        raise PyroVAEError(
-            f"expected posterior to be a subclass of pv.Posterior, such as pv.FullNormal, got {posterior!r}. One with options, or none "
-            "of these, goes in afterwards: vae.posterior = pv.LowRankNormal(encoder, event_shape, rank=4)."
-        )
-
-
-def find_likelihood(likelihood: str | type[Likelihood], options: dict[str, Any]) -> type[Likelihood]:
-    """The class of a likelihood by its name, if these are options of it."""
-    family = BY_NAME.get(likelihood) if isinstance(likelihood, str) else likelihood
-    if not (isinstance(family, type) and issubclass(family, Likelihood)):
-        names = ", ".join(map(repr, BY_NAME))
-        raise PyroVAEError(
-            f"expected likelihood to be one of {names}, or a subclass of pv.Likelihood, got {likelihood!r}."
-        )
-    known = [name for name in inspect.signature(family).parameters if name not in ("decoder", "event_shape")]
-    for name, value in options.items():
-        if name not in known:
-            has = ", ".join(known) if known else "none"
-            raise PyroVAEError(
-                f"expected options of {family.__name__} (it has {has}), got {name}={value!r}. Drop it, or pass another likelihood."
-            )
-    return family
 
 
 def _check_sizes(**sizes: Sequence[int]) -> None:

@@ -378,7 +378,7 @@ def test_bytes_of_any_precision_are_on_the_grid():
         ("discretized_logistic", {"components": 0}, r"expected components to be an integer of at least 1, got 0"),
         ("low_rank_gaussian", {"rank": 0}, r"expected rank to be a positive integer, got 0. .*Gaussian"),
         ("low_rank_gaussian", {"shared": "no"}, r"expected shared to be True or False, got 'no'"),
-        ("poisson", {"rate": 1}, r"options of Poisson \(it has none\), got rate=1"),
+        ("poisson", {"rate": 1}, r"an option of Poisson \(it has no options\), got rate=1"),
     ],
 )
 def test_bad_options(name, options, message):

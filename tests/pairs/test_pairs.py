@@ -256,7 +256,7 @@ def test_bad_data(x, message):
         ),
         (
             lambda: pv.mlp_vae((4,), latent_dim=2, scale="learned"),
-            r"options of Bernoulli \(it has none\), got scale='learned'",
+            r"an option of Bernoulli \(it has no options\), got scale='learned'",
         ),
         (lambda: pv.mlp_vae(5, latent_dim=2), r"expected event_shape of positive integers, got 5"),
         (lambda: pv.mlp_vae((), latent_dim=2), r"expected event_shape of positive integers, got \(\)"),
@@ -441,7 +441,7 @@ def test_a_frozen_part_stays_frozen_beside_an_earlier_pair():
         ),
         (
             lambda: pv.mlp_vae((4,), latent_dim=2, posterior=pv.Unconditional(2, (4,))),
-            r"goes in afterwards: vae.posterior =",
+            r"Assign any other module afterwards: vae.posterior =",
         ),
         (lambda: pv.mlp_vae((4,), latent_dim=2, prior=pv.MixturePrior), r"prior to be a torch.nn.Module, got <class"),
         (
