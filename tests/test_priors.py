@@ -313,7 +313,9 @@ def test_a_mixture_prior_by_its_formula():
     for parameter in prior.parameters():
         parameter.data = torch.randn_like(parameter)
     z = torch.randn(6, 2, dtype=torch.float64)
-    parts = [dist.Normal(*pair).log_prob(z).sum(-1) for pair in zip(prior.loc, prior.log_scale.exp(), strict=True)]
+    parts = [
+        dist.Normal(loc, scale).log_prob(z).sum(-1) for loc, scale in zip(prior.loc, prior.log_scale.exp(), strict=True)
+    ]
     expected = (torch.stack(parts, -1) + prior.logits.log_softmax(0)).logsumexp(-1)
     torch.testing.assert_close(prior().log_prob(z), expected)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, evaluates, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, register
 
 
 class Autoencoder(Pair):
@@ -53,18 +53,18 @@ class Autoencoder(Pair):
         """Refuse data that are none of this pair's; compiled training asks it before its first step."""
         self._check(x)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor) -> Tensor:
         """The code: (N, *event) to (N, Z)."""
         self._check(x)
         return self._code(x)
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x|z) at the code of x: (N, *event) to (N, *event)."""
         return self.decode(self.embed(x))

@@ -117,7 +117,7 @@ class Pair(nn.Module):
             self.likelihood.check(x)
 
 
-def evaluates(method: Method) -> Method:
+def in_evaluation_mode(method: Method) -> Method:
     """A pair's method without gradients and in evaluation mode: dropout is off, and batch norm takes no notice of its data."""
 
     @wraps(method)
@@ -134,10 +134,10 @@ def register(name: str, module: nn.Module) -> None:
     ``pyro.module`` alone would go on handing the earlier ones to the optimiser, and this pair would never learn.
     """
     store = pyro.get_param_store()
-    runs = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
+    traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
     for suffix, parameter in module.named_parameters():
         key = f"{name}$$${suffix}"
-        if any(key in run.nodes and run.nodes[key]["value"] is not parameter for run in runs):
+        if any(key in trace.nodes and trace.nodes[key]["value"] is not parameter for trace in traces):
             raise PyroVAEError(
                 f"two pairs in one program have parameters of one name, '{key}', of which Pyro would train the last: expected one "
                 "pair. Put the parts of both into a program of your own, with pyro.module statements of different names."

@@ -6,7 +6,7 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, evaluates, indicators, mean_of, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, indicators, mean_of, register
 from pyro_vae.pairs.imputation import impute
 
 
@@ -79,27 +79,27 @@ class ConditionalVAE(Pair):
         self._observed(x, mask)
         self._vectors(y, x)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x, y): (N, *event) to (N, Z)."""
         return mean_of(self.posterior, self._observed(x, mask), self._vectors(y, x))
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean of p(x|z, y): (N, Z) and labels or vectors of y to (N, *event)."""
         return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z, y) at the mean of q(z|x, y): (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, y, mask), y)
 
-    @evaluates
+    @in_evaluation_mode
     def generate(self, y: Tensor) -> Tensor:
         """The means of p(x|z, y) at a draw of z from the prior for each y: (n, *event)."""
         return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
 
-    @evaluates
+    @in_evaluation_mode
     def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
         """Fill missing elements in by their mean given those that are observed and y, as :meth:`pyro_vae.VAE.impute` does."""
         observed, vectors = self._observed(x, mask), self._vectors(y, x)

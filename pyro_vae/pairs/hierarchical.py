@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, evaluates, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, register
 
 Draw = Callable[[str, Any], Tensor]  # from a site's name and distribution to its value
 
@@ -155,23 +155,23 @@ class HierarchicalVAE(Pair):
         """Refuse data that are none of this pair's; compiled training asks it before its first step."""
         self._observed(x, mask)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """The latents from ``z1`` up, each the guide's mean given the means of those before it: a list of (N, Z_l)."""
         latents: list[Tensor] = self.posterior(self._observed(x, mask), self.layers, _mean)
         return latents
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z1): (*batch, Z_1) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z1) at :meth:`embed`'s ``z1``: (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, mask)[0])
 
-    @evaluates
+    @in_evaluation_mode
     def generate(self, n: int) -> Tensor:
         """The means of p(x|z1) at n draws from the prior, through all layers: (n, *event)."""
         return self.decode(self._down(lambda _, distribution: distribution.sample(), (n,)))

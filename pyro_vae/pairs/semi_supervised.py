@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, check_labels, evaluates, indicators, mean_of, register
+from pyro_vae.pairs.base import Pair, check_labels, in_evaluation_mode, indicators, mean_of, register
 
 UNOBSERVED = -1
 IMPOSSIBLE = -1e4  # a logit whose probability is zero in any precision, and whose product with zero is no NaN
@@ -123,29 +123,29 @@ class SemiSupervisedVAE(Pair):
         self._check(x)
         self._column(x, y)
 
-    @evaluates
+    @in_evaluation_mode
     def classify(self, x: Tensor) -> Tensor:
         """q(y|x): (N, *event) to probabilities (N, C)."""
         self._check(x)
         return self._logits(x).softmax(-1)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean of q(z|x, y) at the labels, or at the most probable ones where they are not observed: to (N, Z)."""
         return self._embed(x, self._best(x, y))
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """The mean of p(x|z, y): (N, Z) and labels (N,) to (N, *event)."""
         return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean of p(x|z, y) at :meth:`embed`'s z and label: (N, *event) to (N, *event)."""
         best = self._best(x, y)
         return self.decode(self._embed(x, best), best)
 
-    @evaluates
+    @in_evaluation_mode
     def generate(self, y: Tensor) -> Tensor:
         """The means of p(x|z, y) at a draw of z from the prior for each label: (n, *event)."""
         return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)

@@ -6,7 +6,7 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, evaluates, mean_of, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, mean_of, register
 from pyro_vae.pairs.imputation import impute
 
 
@@ -87,27 +87,27 @@ class VAE(Pair):
         """Refuse data that are none of this pair's; compiled training asks it before its first step."""
         self._observed(x, mask)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x): (N, *event) to (N, Z)."""
         return mean_of(self.posterior, self._observed(x, mask))
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z) at the mean of q(z|x): (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, mask))
 
-    @evaluates
+    @in_evaluation_mode
     def generate(self, n: int) -> Tensor:
         """The means of p(x|z) at n draws of z from the prior: (n, *event)."""
         return self.decode(self.prior().sample((n,)))
 
-    @evaluates
+    @in_evaluation_mode
     def impute(self, x: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
         r"""Fill missing elements in by their mean given those that are observed (of categories: the most probable one).
 

@@ -33,7 +33,7 @@ NETWORKS = {
     "images": lambda **kwargs: pv.mlp_vae((1, 6, 5), latent_dim=3, hidden_dims=(8,), **kwargs),
     "conv": lambda **kwargs: pv.conv_vae((2, 7, 6), latent_dim=3, channels=(4, 5), **kwargs),
 }
-pairs = pytest.mark.parametrize("network", NETWORKS)
+networks = pytest.mark.parametrize("network", NETWORKS)
 likelihoods = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 
 
@@ -43,7 +43,7 @@ def build(network, likelihood="bernoulli"):
     return vae, (x > 0.5).float() if likelihood == "bernoulli" else x
 
 
-@pairs
+@networks
 @likelihoods
 def test_sites_plates_and_event_dimensions(network, likelihood):
     vae, x = build(network, likelihood)
@@ -59,7 +59,7 @@ def test_sites_plates_and_event_dimensions(network, likelihood):
     assert model.nodes["x"]["fn"].event_shape == vae.event_shape
 
 
-@pairs
+@networks
 @likelihoods
 @pytest.mark.parametrize(
     "objective",
@@ -98,7 +98,7 @@ def _arguments(objective):
     return arguments | ({"alpha": 0} if isinstance(objective, RenyiELBO) else {})
 
 
-@pairs
+@networks
 @likelihoods
 @pytest.mark.parametrize("num_particles", [1, 2, 5])
 def test_same_seed_same_value_as_pyro(network, likelihood, num_particles):
@@ -136,7 +136,7 @@ def test_torch_optimiser_on_the_objective_as_a_module():
     assert sum(values[-10:]) < sum(values[:10])
 
 
-@pairs
+@networks
 def test_predictive_and_handlers(network):
     vae, x = build(network)
     from_prior = Predictive(poutine.uncondition(vae.model), num_samples=6)(x)
@@ -151,7 +151,7 @@ def test_predictive_and_handlers(network):
     torch.testing.assert_close(trace.log_prob_sum(), expected)
 
 
-@pairs
+@networks
 @pytest.mark.parametrize(
     "objective", [pv.ELBO(2), pv.IWAE(3), Trace_ELBO(), TraceMeanField_ELBO()], ids=lambda o: type(o).__name__
 )
@@ -176,7 +176,7 @@ def test_two_vaes_in_one_process_each_learn():
         assert stored["likelihood$$$decoder.1.weight"] is vae.likelihood.decoder[1].weight
 
 
-@pairs
+@networks
 def test_embed_decode_reconstruct_generate(network):
     vae, x = build(network)
     z = vae.embed(x)

@@ -8,7 +8,7 @@ import torch
 import pyro_vae as pv
 
 
-def paired(values: torch.Tensor) -> float:
+def in_standard_errors(values: torch.Tensor) -> float:
     """The mean of differences (N,) in standard errors."""
     difference = pv.Estimate.of(values)
     return difference.value / difference.standard_error
@@ -42,7 +42,7 @@ def test_a_low_rank_gaussian_learns_noise_that_pixels_share():
 
     independent, grain = learn("gaussian", scale="learned")
     low_rank, smooth = learn(pv.LowRankGaussian, rank=8)
-    assert paired(low_rank - independent) > 10
+    assert in_standard_errors(low_rank - independent) > 10
     truth = neighbours((x - clean.reshape(x.shape))[1200:])
     assert abs(grain) < 0.05  # a standard error is 1 / sqrt(300 * 30), a hundredth
     assert smooth > 0.7 * truth > 0.5
@@ -67,7 +67,7 @@ def test_imputation_is_nearer_than_one_reconstruction_and_than_means():
         unweighted = vae.decode(vae.posterior(torch.where(mask, x, 0.0)).sample((300,))).mean(0)
     means = torch.where(seen, train, 0.0).sum(0) / seen.sum(0)
     for other in (means, vae.reconstruct(hidden, mask), unweighted):
-        assert paired(error(other) - error(imputed)) > 4
+        assert in_standard_errors(error(other) - error(imputed)) > 4
 
 
 def test_a_guide_that_does_not_look_at_x_makes_a_lazy_decoder():
@@ -91,7 +91,7 @@ def test_a_guide_that_does_not_look_at_x_makes_a_lazy_decoder():
     assert abs(lazy.value) < 3 * lazy.standard_error + 1e-6
     assert lazy.standard_error < 1e-6
     assert looked.value / looked.standard_error > 20
-    assert paired(bounds[0] - bounds[1]) > 5
+    assert in_standard_errors(bounds[0] - bounds[1]) > 5
     spread = [each.std(0).mean().item() for each in outputs]
     assert spread[1] < 0.2 * spread[0]
     # All that it draws is the mean image, to twice the standard error of a mean of as many binary images
