@@ -31,7 +31,6 @@ NORMALS = ["diagonal", "full", "low rank", "low rank, 2"]
 # Of the integral of the density on a grid: flows have kinks, and splines many.
 TOLERANCE = dict.fromkeys(NORMALS, 1e-6) | {"spline": 5e-3}
 every = pytest.mark.parametrize("name", FAMILIES)
-flows = pytest.mark.parametrize("name", FLOWS)
 EVENT = (2, 2)
 
 
@@ -130,19 +129,6 @@ def test_embed_is_the_mean(name):
     torch.testing.assert_close(posterior.embed(x), mean, rtol=1e-4, atol=1e-4)
 
 
-@flows
-def test_embed_of_a_flow_is_where_the_mean_of_the_base_goes(name):
-    posterior, x = build(name, 3), data(5)
-    features = posterior.encoder(x)
-    q = posterior(x)
-    z = features[:, :3]
-    for transform in q.transforms:
-        z = transform(z)
-    torch.testing.assert_close(posterior.embed(x), z)
-    wide = q.sample((2000,))  # the middle of the samples, more or less
-    assert ((posterior.embed(x) - wide.mean(0)).abs() < 3 * wide.std(0)).all()
-
-
 def test_a_diagonal_normal_has_means_then_log_scales():
     features = torch.randn(6, dtype=torch.float64)
     q = fixed(pv.DiagonalNormal, features)(data(1))
@@ -178,84 +164,6 @@ def test_a_mixture_has_logits_then_each_component():
     weights = f[:2].softmax(0)
     expected = sum(weight * part.log_prob(z).exp() for weight, part in zip(weights, parts, strict=True))
     torch.testing.assert_close(q.log_prob(z).exp(), expected)
-
-
-@flows
-@pytest.mark.parametrize("latent_dim", [2, 3, 5])
-def test_the_density_of_a_flow_is_a_change_of_variables(name, latent_dim):
-    """The Jacobian by finite differences of the sample with respect to the base's noise."""
-    posterior, x = build(name, latent_dim), data(6)
-    with torch.no_grad():
-        loc, log_scale = posterior.encoder(x)[:, : 2 * latent_dim].chunk(2, -1)
-        context = posterior.encoder(x)[:, 2 * latent_dim :]
-
-        def push(noise):
-            z = loc + log_scale.exp() * noise
-            for transform in posterior.flow(context if context.shape[-1] else None):
-                z = transform(z)
-            return z
-
-        noise, step = torch.randn(6, latent_dim, dtype=torch.float64), 1e-6
-        unit = step * torch.eye(latent_dim, dtype=torch.float64)
-        columns = [(push(noise + e) - push(noise - e)) / (2 * step) for e in unit]
-        expected = dist.Normal(0.0, 1.0).log_prob(noise).sum(-1) - torch.stack(columns, -1).slogdet()[1]
-        z, q = push(noise), posterior(x)
-        torch.testing.assert_close(q.log_prob(z), expected, rtol=1e-5, atol=1e-5)
-        # what it sampled itself, with what it remembers, and as a value that it sees for the first time
-        sampled = q.sample()
-        torch.testing.assert_close(q.log_prob(sampled), posterior(x).log_prob(sampled.clone()), rtol=1e-8, atol=1e-8)
-        for transform in reversed(q.transforms):
-            z = transform.inv(z)
-        torch.testing.assert_close(z, loc + log_scale.exp() * noise, rtol=1e-7, atol=1e-7)
-
-
-@flows
-def test_the_gradient_of_a_flow_at_a_fixed_value(name):
-    """Through the inverse, in the parameters and in the value, whatever was computed at the same value before."""
-    posterior, x = build(name), data(4)
-    z = posterior(x).sample()
-    parameters = list(posterior.parameters())
-
-    def log_density():
-        return posterior(x).log_prob(z).sum()
-
-    with torch.no_grad():
-        before = log_density()
-    direction = [torch.randn_like(parameter) for parameter in parameters]
-    gradients = torch.autograd.grad(log_density(), parameters)
-    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
-    ends = []
-    for step in (1e-6, -1e-6):
-        with torch.no_grad():
-            for parameter, d in zip(parameters, direction, strict=True):
-                parameter += step * d
-            ends.append(log_density())
-            for parameter, d in zip(parameters, direction, strict=True):
-                parameter -= step * d
-    torch.testing.assert_close((ends[0] - ends[1]) / 2e-6, slope, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(log_density().detach(), before, rtol=1e-9, atol=1e-9)
-    assert torch.autograd.gradcheck(lambda value: posterior(x).log_prob(value), z.clone().requires_grad_(), atol=1e-4)
-
-
-@flows
-@pytest.mark.parametrize("gradient", ["score", "stl"])
-def test_gradients_of_the_elbo_of_a_flow_have_one_mean(name, gradient):
-    """What a transform remembers of its sample must not enter the score."""
-    vae = pv.mlp_vae((2,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian").double()
-    vae.posterior = build(name, event_shape=(2,))
-    x = torch.randn(2, dtype=torch.float64).expand(1000, 2)
-    parameters = list(vae.posterior.parameters())
-    means = []
-    for objective in (pv.ELBO(1, "monte_carlo", gradient), pv.ELBO(1, "monte_carlo")):
-        draws = []
-        for _ in range(8):
-            loss = objective.differentiable_loss(vae.model, vae.guide, x) / len(x)
-            found = torch.autograd.grad(loss, parameters)
-            draws.append(torch.cat([g.flatten() for g in found]))
-        means.append(torch.stack(draws))
-    difference = means[0] - means[1]
-    scores = z_score(difference, 0.0)[difference.abs().amax(0) > 1e-9]
-    assert scores.square().mean() < 3.5  # of squares of Student's t with 7 degrees, 1.4 on average
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
@@ -401,24 +309,6 @@ def test_features_for_is_what_it_takes(name):
     posterior = build(name, 4)
     number = family.features_for(4, **options)
     assert posterior.latent_distribution(torch.randn(5, number, dtype=torch.float64)).event_shape == (4,)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"latent_dim": 1}, r"at least 2 latent dimensions.*latent_dim=1.*use DiagonalNormal"),
-        ({"latent_dim": 2, "flow": "planar"}, r"flow of kind 'iaf', 'spline', 'coupling', got 'planar'"),
-        ({"latent_dim": 2, "length": 0}, r"1 transform.*length=0"),
-        ({"latent_dim": 9, "hidden_dims": (8,)}, r"no narrower than the latent.*hidden_dims=\(8,\)"),
-        ({"latent_dim": 2, "hidden_dims": ()}, r"hidden_dims=\(\)"),
-    ],
-)
-def test_a_flow_that_there_is_not(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        pv.FlowPosterior(mlp(4, [8], 6), EVENT, **arguments)
-    if "flow" not in arguments:
-        with pytest.raises(ValueError, match=message):
-            pv.FlowPrior(**arguments)
 
 
 def test_a_posterior_of_ones_own():
