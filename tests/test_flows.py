@@ -133,9 +133,9 @@ def test_gradients_of_the_elbo_of_a_flow_have_one_mean(name, gradient):
     ("arguments", "message"),
     [
         ({"latent_dim": 1}, r"at least 2 latent dimensions.*latent_dim=1.*use DiagonalNormal"),
-        ({"latent_dim": 2, "flow": "planar"}, r"flow of kind 'iaf', 'spline', 'coupling', got 'planar'"),
+        ({"latent_dim": 2, "flow": "planar"}, r"flow to be one of 'iaf', 'spline', 'coupling', got 'planar'"),
         ({"latent_dim": 2, "length": 0}, r"1 transform.*length=0"),
-        ({"latent_dim": 9, "hidden_dims": (8,)}, r"no narrower than the latent.*hidden_dims=\(8,\)"),
+        ({"latent_dim": 9, "hidden_dims": (8,)}, r"of width latent_dim=9 or more.*hidden_dims=\(8,\)"),
         ({"latent_dim": 2, "hidden_dims": ()}, r"hidden_dims=\(\)"),
     ],
 )

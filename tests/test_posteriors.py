@@ -271,13 +271,21 @@ def test_an_unconditional_posterior_is_one_for_all_data():
 
 
 WRONG = {
-    "diagonal": (lambda n: pv.DiagonalNormal(mlp(4, [], n), EVENT), 5, "encoder with 2 Z outputs.*got 5"),
+    "diagonal": (
+        lambda n: pv.DiagonalNormal(mlp(4, [], n), EVENT),
+        5,
+        r"encoder with 2 Z outputs \(Z means, then Z log scales\), got 5\. Change its last layer",
+    ),
     "full": (
         lambda n: pv.FullNormal(mlp(4, [], n), EVENT),
         4,
-        r"Z \(Z \+ 3\) / 2 outputs, got 4\. With Z = 2, say, give it 5",
+        r"Z \(Z \+ 3\) / 2 outputs, got 4\. For Z = 2, use 5 outputs",
     ),
-    "low rank": (lambda n: pv.LowRankNormal(mlp(4, [], n), EVENT, rank=1), 7, "encoder with 3 Z outputs.*got 7"),
+    "low rank": (
+        lambda n: pv.LowRankNormal(mlp(4, [], n), EVENT, rank=1),
+        7,
+        r"encoder with 3 Z outputs \(Z means, Z log scales and 1 columns of length Z\), got 7",
+    ),
     "mixture": (
         lambda n: pv.MixturePosterior(mlp(4, [], n), EVENT, 3),
         14,
@@ -291,7 +299,7 @@ WRONG = {
     "flow": (
         lambda n: pv.FlowPosterior(mlp(4, [], n), EVENT, 2),
         4,
-        "encoder with 6 outputs, 2 means, as many log scales and a context of 2, got 4",
+        r"encoder with 6 outputs \(2 means, 2 log scales and a context of length 2\), got 4",
     ),
 }
 

@@ -145,7 +145,7 @@ def test_parts_that_do_not_fit(make, message):
             lambda: pv.VampPrior(pv.Unconditional(2, (4,)), torch.ones(3, 4, dtype=torch.long)),
             r"floating point, got torch.int64",
         ),
-        (lambda: pv.FlowPrior(100, hidden_dims=(64,)), r"no narrower than the latent, 100, got hidden_dims=\(64,\)"),
+        (lambda: pv.FlowPrior(100, hidden_dims=(64,)), r"of width latent_dim=100 or more, got hidden_dims=\(64,\)"),
         (
             lambda: pv.mlp_conditional_vae((4,), latent_dim=2, label_dim=3).generate(3),
             r"expected y to be a tensor.*got int",
