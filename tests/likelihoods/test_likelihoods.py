@@ -284,7 +284,7 @@ def test_a_likelihood_without_a_distribution():
     class Empty(pv.Likelihood):
         pass
 
-    with pytest.raises(NotImplementedError, match="expected Empty to have a pixel_distribution or an event_distr"):
+    with pytest.raises(NotImplementedError, match="expected Empty to define pixel_distribution or event_distr"):
         pv.mlp_vae((4,), latent_dim=2, likelihood=Empty).decode(torch.zeros(1, 2))
 
 

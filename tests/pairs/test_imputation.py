@@ -43,7 +43,7 @@ def test_tables_and_missing_values_as_pandas_has_them():
     x[0, 1] = torch.nan
     with pytest.raises(ValueError, match=r"pass \(x.nan_to_num\(\), ~x.isnan\(\)\)"):
         pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=1)
-    with pytest.raises(ValueError, match=r"got nan. Where a value is missing, pass a mask"):
+    with pytest.raises(ValueError, match=r"got nan. For missing values, pass a mask"):
         pv.ELBO().bound(vae.model, vae.guide, x)
     pv.fit(vae.model, vae.guide, (x.nan_to_num(), ~x.isnan()), pv.ELBO(), epochs=1)
     assert vae.impute(x, ~x.isnan(), 10).isfinite().all()

@@ -77,7 +77,9 @@ def test_bad_architecture(build, message):
 
 def test_a_decoder_with_the_wrong_number_of_outputs():
     likelihood = pv.Gaussian(torch.nn.Linear(2, 4), (4,), scale="per_pixel")
-    with pytest.raises(ValueError, match=r"expected a decoder with 8 outputs a datum \(2 for each element of \(4,\)\)"):
+    with pytest.raises(
+        ValueError, match=r"expected a decoder with 8 outputs for each datum \(2 for each element of \(4,\)\)"
+    ):
         likelihood(torch.randn(5, 2))
 
 
@@ -104,7 +106,7 @@ class _Eventful(pv.Likelihood):
         ),
         (
             lambda: _Eventful(torch.nn.Linear(2, 4), (4,))(torch.zeros(5, 2)),
-            r"batch shape \(5, 4\) and no event.*Drop to_event",
+            r"batch shape \(5, 4\) and event shape \(\), got \(5,\) and \(4,\)\. Drop to_event",
         ),
         (
             lambda: pv.VAE(prior=pv.StandardNormal(2), likelihood=pv.Bernoulli, posterior=pv.Unconditional(2, (4,))),
