@@ -72,7 +72,7 @@ class Categorical(Likelihood):
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless x is codes of the categories."""
         valid = (x >= 0) & (x < self.categories) & (x % 1 == 0)
-        fix = "Number the categories from 0, or raise categories."
+        fix = "Number the categories from 0, or pass a larger number of categories."
         self._refuse_unless(valid, x, f"of codes 0, ..., {self.categories - 1}", fix)
 
 
@@ -148,7 +148,7 @@ class DiscretizedLogistic(Likelihood):
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless x is on the grid."""
         top = self.levels - 1
-        fix = f"Pass bytes as x / 255, other grey values as (x * {top}).round() / {top}, or set levels to their number."
+        fix = f"Pass bytes as x / 255, other grey values as (x * {top}).round() / {top}, or change levels."
         self._refuse_unless(_on_grid(x, self.levels), x, f"on the grid 0, 1/{top}, ..., 1", fix)
 
 

@@ -1,4 +1,4 @@
-"""Classes of likelihoods and posteriors as arguments of a builder, and the options that each class takes."""
+"""Checks of the likelihood class and the posterior class that a builder gets, and of their options."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def find_likelihood(
     if not (isinstance(family, type) and issubclass(family, Likelihood)):
         names = ", ".join(map(repr, BY_NAME))
         raise PyroVAEError(
-            f"expected likelihood to be one of {names}, or a subclass of pv.Likelihood, got {likelihood!r}."
+            f"expected likelihood to be one of {names}, or a subclass of pv.Likelihood, got {likelihood!r}. Check the "
+            "spelling."
         )
     fix = "Drop it, or pass another likelihood."
     theirs = () if posterior is None else option_names(posterior, POSTERIOR_PARTS) or ()
@@ -57,8 +58,8 @@ def check_posterior(posterior: Any, options: Mapping[str, Any] | None) -> dict[s
     """
     if not (isinstance(posterior, type) and issubclass(posterior, Posterior)):
         raise PyroVAEError(
-            f"expected posterior to be a subclass of pv.Posterior, such as pv.FullNormal, got {posterior!r}. Pass the class, with "
-            "its options in posterior_options. Assign any other module afterwards: vae.posterior = module."
+            f"expected posterior to be a subclass of pv.Posterior, such as pv.FullNormal, got {posterior!r}. Pass the "
+            "class, with its options in posterior_options. Assign any other module afterwards: vae.posterior = module."
         )
     if options is None:
         return {}

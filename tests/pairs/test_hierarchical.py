@@ -304,17 +304,17 @@ def hierarchy(posterior, layers=(1,)):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: hierarchy(pv.BottomUp([normal(4, 1)])), r"guide of 2 layers, as the prior and 1 layers below.*got 1"),
+        (lambda: hierarchy(pv.BottomUp([normal(4, 1)])), r"guide of 2 layers, for the prior and 1 layers below.*got 1"),
         (
             lambda: hierarchy(pv.Ladder([nn.Linear(4, 3)] * 3, [nn.Linear(3, 2)] * 3, (4,))),
             r"guide of 2 layers.*got 3",
         ),
-        (lambda: pv.Ladder([nn.Linear(4, 3)], [], (4,)), r"a head for each encoder, got 1 and 0"),
+        (lambda: pv.Ladder([nn.Linear(4, 3)], [], (4,)), r"a head for each encoder, got 1 encoders and 0 heads"),
         (
             lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 1), hidden_dims=(3, 3, 3)),
-            r"a hidden width for each, got latent_dims=\(2, 1\) and hidden_dims=\(3, 3, 3\)",
+            r"one hidden width or one for each layer, got latent_dims=\(2, 1\) and hidden_dims=\(3, 3, 3\)",
         ),
-        (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=()), r"one layer or more"),
+        (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=()), r"at least one layer"),
         (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 0)), r"latent_dims of positive integers, got \(2, 0\)"),
         (
             lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 1), guide="top_down"),

@@ -71,7 +71,9 @@ def test_no_filling_in_where_all_weights_are_zero():
             return dist.Uniform(loc, loc + 1e-6, validate_args=False)
 
     vae = pv.mlp_vae((2,), latent_dim=1, hidden_dims=(4,), likelihood=Uniform)
-    with pytest.raises(ValueError, match="all 10 importance weights are zero at 3 data"):
+    with pytest.raises(
+        ValueError, match="expected importance weights above zero for each datum, got 10 weights of zero for 3 data"
+    ):
         vae.impute(torch.full((3, 2), 9.0), torch.tensor([[True, False]] * 3), 10)
 
 

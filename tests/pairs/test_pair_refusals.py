@@ -61,7 +61,7 @@ def test_bad_data(x, message):
             lambda: pv.mlp_vae((4,), latent_dim=2, scale="learned"),
             r"an option of Bernoulli \(it has no options\), got scale='learned'",
         ),
-        (lambda: pv.mlp_vae(5, latent_dim=2), r"expected event_shape of positive integers, got 5"),
+        (lambda: pv.mlp_vae(5, latent_dim=2), r"expected event_shape of positive integers, got 5. Write \(5,\)"),
         (lambda: pv.mlp_vae((), latent_dim=2), r"expected event_shape of positive integers, got \(\)"),
         (lambda: pv.mlp_vae((4,), latent_dim=2, hidden_dims=20), r"expected hidden_dims of positive integers, got 20"),
         (lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale=0), r"positive number, 'learned'"),
@@ -177,5 +177,5 @@ def test_two_pairs_in_one_program_are_refused():
         pyro.optim.Adam({"lr": 1e-3}),
         loss=Trace_ELBO(),
     )
-    with pytest.raises(ValueError, match="two pairs in one program have parameters of one name"):
+    with pytest.raises(ValueError, match="expected one pair in a program, got two pairs with a parameter named"):
         svi.step(x)

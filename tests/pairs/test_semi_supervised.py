@@ -262,7 +262,7 @@ def test_embed_decode_reconstruct_generate():
     [
         (
             Y.double(),
-            r"integer labels of shape \(5,\), -1 where one is not observed, got torch.float64 of shape \(5,\)",
+            r"integer labels of shape \(5,\), -1 where unobserved, got torch.float64 of shape \(5,\)",
         ),
         (Y[:4], r"integer labels of shape \(5,\).*got torch.int64 of shape \(4,\)"),
         (torch.eye(5)[:, :3].long(), r"got torch.int64 of shape \(5, 3\)"),
@@ -286,7 +286,7 @@ def test_wrong_labels(y, message):
 
 def test_other_refusals():
     for weight in (-1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="classifier_weight to be a number, at least 0"):
+        with pytest.raises(ValueError, match="classifier_weight to be a finite number of at least 0"):
             build(weight)
     vae, x = build()
     with pytest.raises(ValueError, match=r"guide site 'y' can't be reparameterised.*gradient='score'"):
