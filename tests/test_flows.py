@@ -39,7 +39,7 @@ def data(*batch):
 
 
 @flows
-def test_embed_of_a_flow_is_where_the_mean_of_the_base_goes(name):
+def test_embed_of_a_flow_is_the_image_of_the_mean(name):
     posterior, x = build(name, 3), data(5)
     features = posterior.encoder(x)
     q = posterior(x)
@@ -47,14 +47,14 @@ def test_embed_of_a_flow_is_where_the_mean_of_the_base_goes(name):
     for transform in q.transforms:
         z = transform(z)
     torch.testing.assert_close(posterior.embed(x), z)
-    wide = q.sample((2000,))  # the middle of the samples, more or less
+    wide = q.sample((2000,))  # roughly in the middle of the samples
     assert ((posterior.embed(x) - wide.mean(0)).abs() < 3 * wide.std(0)).all()
 
 
 @flows
 @pytest.mark.parametrize("latent_dim", [2, 3, 5])
 def test_the_density_of_a_flow_is_a_change_of_variables(name, latent_dim):
-    """The Jacobian by finite differences of the sample with respect to the base's noise."""
+    """The Jacobian is a finite difference of the sample with respect to the noise."""
     posterior, x = build(name, latent_dim), data(6)
     with torch.no_grad():
         loc, log_scale = posterior.encoder(x)[:, : 2 * latent_dim].chunk(2, -1)
@@ -72,7 +72,7 @@ def test_the_density_of_a_flow_is_a_change_of_variables(name, latent_dim):
         expected = dist.Normal(0.0, 1.0).log_prob(noise).sum(-1) - torch.stack(columns, -1).slogdet()[1]
         z, q = push(noise), posterior(x)
         torch.testing.assert_close(q.log_prob(z), expected, rtol=1e-5, atol=1e-5)
-        # what it sampled itself, with what it remembers, and as a value that it sees for the first time
+        # the density of its own sample, with and without cached results
         sampled = q.sample()
         torch.testing.assert_close(q.log_prob(sampled), posterior(x).log_prob(sampled.clone()), rtol=1e-8, atol=1e-8)
         for transform in reversed(q.transforms):
@@ -82,7 +82,7 @@ def test_the_density_of_a_flow_is_a_change_of_variables(name, latent_dim):
 
 @flows
 def test_the_gradient_of_a_flow_at_a_fixed_value(name):
-    """Through the inverse, in the parameters and in the value, whatever was computed at the same value before."""
+    """The gradient through the inverse, in the parameters and in the value, does not depend on cached results."""
     posterior, x = build(name), data(4)
     z = posterior(x).sample()
     parameters = list(posterior.parameters())
@@ -110,8 +110,8 @@ def test_the_gradient_of_a_flow_at_a_fixed_value(name):
 
 @flows
 @pytest.mark.parametrize("gradient", ["score", "stl"])
-def test_gradients_of_the_elbo_of_a_flow_have_one_mean(name, gradient):
-    """What a transform remembers of its sample must not enter the score."""
+def test_gradient_estimators_of_a_flow_agree_in_mean(name, gradient):
+    """The cached results of a sample must not enter the score."""
     vae = pv.mlp_vae((2,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian").double()
     vae.posterior = build(name, event_shape=(2,))
     x = torch.randn(2, dtype=torch.float64).expand(1000, 2)
@@ -126,7 +126,7 @@ def test_gradients_of_the_elbo_of_a_flow_have_one_mean(name, gradient):
         means.append(torch.stack(draws))
     difference = means[0] - means[1]
     scores = z_score(difference, 0.0)[difference.abs().amax(0) > 1e-9]
-    assert scores.square().mean() < 3.5  # of squares of Student's t with 7 degrees, 1.4 on average
+    assert scores.square().mean() < 3.5  # the mean of squares of Student's t with 7 degrees of freedom is 1.4
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_gradients_of_the_elbo_of_a_flow_have_one_mean(name, gradient):
         ({"latent_dim": 2, "hidden_dims": ()}, r"hidden_dims=\(\)"),
     ],
 )
-def test_a_flow_that_there_is_not(arguments, message):
+def test_wrong_flows_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         pv.FlowPosterior(mlp(4, [8], 6), EVENT, **arguments)
     if "flow" not in arguments:

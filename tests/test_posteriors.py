@@ -1,4 +1,4 @@
-"""Every posterior is a normalised density with the parameters, samples, gradients and KL that it says it has."""
+"""Every posterior is a normalised density with the documented parameters, samples, gradients and KL."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FAMILIES = {
 }
 FLOWS = [name for name, (family, _) in FAMILIES.items() if family is pv.FlowPosterior]
 NORMALS = ["diagonal", "full", "low rank", "low rank, 2"]
-# Of the integral of the density on a grid: flows have kinks, and splines many.
+# Tolerances for the integral of the density on a grid. Densities of flows have kinks, and those of splines have many.
 TOLERANCE = dict.fromkeys(NORMALS, 1e-6) | {"spline": 5e-3}
 every = pytest.mark.parametrize("name", FAMILIES)
 EVENT = (2, 2)
 
 
 def build(name, latent_dim=2, given=0, event_shape=EVENT):
-    """A posterior with random weights, in float64 while PyTorch's default stays float32."""
+    """A posterior with random weights, in float64 while PyTorch's default type stays float32."""
     family, options = FAMILIES[name]
     inputs = math.prod(event_shape) + given
     encoder = mlp(inputs, [8], family.features_for(latent_dim, **options))
@@ -53,7 +53,7 @@ def data(*batch):
 
 
 def fixed(family, features, latent_dim=None, **options):
-    """A posterior whose encoder gives these features for any x."""
+    """A posterior whose encoder returns these features for any x."""
 
     class Constant(nn.Module):
         def forward(self, x):
@@ -64,7 +64,7 @@ def fixed(family, features, latent_dim=None, **options):
 
 
 def grid_around(q, points=301):
-    """A grid over two dimensions, denser in the middle of one distribution's samples, and the areas of its cells."""
+    """A grid over two dimensions, denser around the mean of a distribution, and the areas of its cells."""
     z = q.sample((4000,)).reshape(-1, 2)
     t = torch.linspace(-3.7, 3.7, points, dtype=z.dtype)
     axes, widths = z.mean(0)[:, None] + z.std(0)[:, None] * t.sinh(), z.std(0)[:, None] * t.cosh() * (t[1] - t[0])
@@ -91,7 +91,7 @@ def test_shapes_with_any_batch(name):
 
 
 @every
-def test_what_it_is_given_comes_for_each_datum_and_particle(name):
+def test_conditions_differ_between_data_and_particles(name):
     posterior = build(name, 2, given=3)
     x, z = data(5), torch.randn(4, 5, 2, dtype=torch.float64)
     few, many = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 5, 3, dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_the_density_integrates_to_one_with_the_moments_of_the_samples(name):
     moments = [lambda t: t, lambda t: t.square(), lambda t: t.prod(-1, keepdim=True), lambda t: (t > 0.2).double()]
     for moment in moments:
         exact = (mass[:, None] * moment(grid)).sum(0) / mass.sum()
-        slack = 0.01 if moment is moments[-1] else 0.0  # a step is no function for a grid
+        slack = 0.01 if moment is moments[-1] else 0.0  # a grid integrates a step function badly
         assert (z_score(moment(z), exact) - slack / (moment(z).std(0) / len(z) ** 0.5) < 4.5).all()
 
 
@@ -170,7 +170,7 @@ def test_a_mixture_has_logits_then_each_component():
 @pytest.mark.parametrize("particles", [(), (5,)])
 @pytest.mark.parametrize("spread", [0.3, 1.0])
 def test_the_pathwise_gradient_of_a_mixture_is_exact(latent_dim, particles, spread):
-    """In logits, means and scales; Pyro's own is biased in the logits."""
+    """In logits, means and scales. The gradient of Pyro's class is biased in the logits."""
     components, n = 3, 20_000
     number = pv.MixturePosterior.features_for(latent_dim, components=components)
     features = torch.randn(number, dtype=torch.float64)
@@ -205,7 +205,7 @@ def test_a_mixture_whose_components_coincide_has_gradients():
 
 @pytest.mark.parametrize("name", NORMALS)
 def test_the_closed_form_kl(name):
-    """With a decoder that ignores z the bound is a constant less the KL, which has a formula; sampled, it is its mean."""
+    """With a decoder that ignores z, the bound is a constant minus the KL. The sampled bound has the same mean."""
     vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian").double()
     vae.posterior = build(name, event_shape=(3,))
     for parameter in vae.likelihood.decoder.parameters():
@@ -218,7 +218,7 @@ def test_the_closed_form_kl(name):
         covariance = (
             torch.diag_embed(q.variance)
             if name == "diagonal"
-            else q.covariance_matrix  # which the tests above compare with the features
+            else q.covariance_matrix  # the tests above compare it with the features
         )
         assert (z_score(centred.prod(-1), covariance[:, 0, 1]) < 4.5).all()
         trace, logdet = covariance.diagonal(dim1=-2, dim2=-1).sum(-1), covariance.logdet()
@@ -242,8 +242,8 @@ def test_no_closed_form_kl(name):
 @pytest.mark.parametrize(
     "posterior", [pv.FullNormal, pv.LowRankNormal, pv.MixturePosterior, pv.FlowPosterior], ids=lambda p: p.__name__
 )
-def test_a_vae_with_it_learns(posterior):
-    """Also by its class alone: every parameter moves, and the bound rises."""
+def test_a_vae_with_each_posterior_learns(posterior):
+    """Every parameter moves, and the bound rises."""
     vae = pv.mlp_vae((4,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian", posterior=posterior)
     before = {name: value.detach().clone() for name, value in vae.named_parameters()}
     x = torch.randn(128, 1) * torch.tensor([2.0, -2.0, 1.0, 0.0])
@@ -252,7 +252,7 @@ def test_a_vae_with_it_learns(posterior):
     assert all((before[name] != value).any() for name, value in vae.named_parameters())
 
 
-def test_an_unconditional_posterior_is_one_for_all_data():
+def test_an_unconditional_posterior_is_the_same_for_all_data():
     posterior = pv.Unconditional(2, EVENT).double()
     posterior.loc.data.normal_()
     posterior.log_scale.data.normal_()
@@ -312,14 +312,14 @@ def test_an_encoder_with_the_wrong_number_of_outputs(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_features_for_is_what_it_takes(name):
+def test_features_for_is_the_number_of_encoder_outputs(name):
     family, options = FAMILIES[name]
     posterior = build(name, 4)
     number = family.features_for(4, **options)
     assert posterior.latent_distribution(torch.randn(5, number, dtype=torch.float64)).event_shape == (4,)
 
 
-def test_a_posterior_of_ones_own():
+def test_a_posterior_of_the_user():
     class Laplace(pv.Posterior):
         @classmethod
         def features_for(cls, latent_dim, **options):

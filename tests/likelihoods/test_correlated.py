@@ -16,7 +16,7 @@ from pyro_vae.likelihoods.correlated import LowRankEvent
 
 
 def low_rank(size=4, batch=(), **options):
-    """A low-rank normal with all parameters random, and the same as PyTorch's dense one over the flat event."""
+    """A low-rank likelihood with random parameters, its features, and the equal dense normal of the flat event."""
     likelihood = pv.LowRankGaussian(nn.Identity(), (2, size // 2), rank=2, **options).double()
     features = torch.randn(likelihood.num_features, *batch, 2, size // 2, dtype=torch.float64)
     if likelihood.shared:
@@ -50,12 +50,12 @@ def test_low_rank_is_the_dense_normal(shared):
     assert (z_score(products, dense.covariance_matrix) < 4.5).all()
 
 
-def test_low_rank_in_float32_is_that_in_float64():
-    """Where F is large beside the scale, PyTorch's own loses nats, or its Cholesky factor fails.
+def test_low_rank_in_float32_agrees_with_float64():
+    """If F is much larger than the scale, PyTorch's class is off by nats, or its Cholesky factorisation fails.
 
-    The tolerance is a bound to first order. The residual r = y - W u is at its minimum in u, so an error of u adds nothing.
+    The tolerance is a first-order bound. The residual r = y - W u is minimal in u, so an error of u has no effect.
     y and W are each rounded twice (a difference and a quotient), W u is a sum of R products, and r is rounded again.
-    Then three sums of D terms, in any order, lose at most D roundings of the sum of their magnitudes.
+    Three sums of D terms, in any order, lose at most D roundings of the sum of their magnitudes.
     """
     size, rank = 784, 4
     loc, factor = torch.randn(50, size), torch.randn(size, 1) * torch.ones(rank) + 0.01 * torch.randn(size, rank)
@@ -86,11 +86,11 @@ def test_low_rank_integrates_to_one():
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("batch", [(5,), (3, 5)])
-def test_low_rank_with_a_mask_is_the_marginal_of_what_is_observed(shared, batch):
+def test_low_rank_with_a_mask_is_the_marginal_of_observed_elements(shared, batch):
     likelihood, features, dense = low_rank(size=6, batch=batch, shared=shared)
     x, mask = torch.randn(5, 2, 3, dtype=torch.float64), torch.rand(5, 2, 3) > 0.5
     mask[0], mask[1] = False, True
-    hidden = torch.where(mask, x, math.nan)  # what x has elsewhere is not read
+    hidden = torch.where(mask, x, math.nan)  # missing elements are not read
     ours = likelihood.event_distribution(*features, mask=mask)
     log_prob = ours.log_prob(torch.where(mask, x, 1e9))
     assert log_prob.shape == batch
@@ -107,7 +107,7 @@ def test_low_rank_with_a_mask_is_the_marginal_of_what_is_observed(shared, batch)
 
 
 def test_low_rank_beats_independent_pixels_where_noise_is_correlated():
-    """At the true parameters of each, by the closed form of the difference: the total correlation of the noise."""
+    """At the true parameters the difference of the log-densities has the total correlation of the noise as its mean."""
     likelihood, features, dense = low_rank(size=6)
     ours = likelihood.event_distribution(*features, mask=None)
     independent = dist.Normal(ours.mean, ours.variance.sqrt()).to_event(2)

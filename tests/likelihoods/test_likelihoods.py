@@ -1,4 +1,4 @@
-"""Every likelihood is a normalised density with the moments, the support, the masks and the gradients that it says it has."""
+"""Every likelihood is a normalised density with the documented moments, support, masks and gradients."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build(case, event_shape=(2, 3), by_name=True):
 
 
 def pixels(case, spread=1.0, size=5):
-    """A likelihood of vectors with random features and parameters, and the distribution of its elements."""
+    """The distribution of the elements of a vector, under a likelihood with random parameters and features."""
     vae, _ = build(case, (size,))
     likelihood = vae.likelihood
     for name, parameter in likelihood.named_parameters():
@@ -106,9 +106,9 @@ def test_continuous_bernoulli_is_a_truncated_exponential(logit, dtype):
     pixel = pv.ContinuousBernoulli(nn.Identity(), (1,)).pixel_distribution(torch.tensor([logit], dtype=dtype))
     nodes, weights = np.polynomial.legendre.leggauss(400)
     x, weights = torch.tensor((nodes + 1) / 2).to(dtype), torch.tensor(weights / 2)
-    # the mass is near one end: x = y^5 from that end
+    # the probability mass is near one end, so the nodes are at fifth powers from that end
     near = x**5 if logit <= 0 else 1 - x**5
-    tolerance = 1e-3 if dtype is torch.float32 else 1e-7  # at 2000 float32 hardly tells 1 - x^5 from 1
+    tolerance = 1e-3 if dtype is torch.float32 else 1e-7  # at logit 2000, float32 rounds 1 - x^5 to almost 1
     log_prob = pixel.log_prob(near)
     moments = [(log_prob.exp() * near**power * 5 * x**4).double() @ weights for power in range(3)]
     assert moments[0].item() == pytest.approx(1, abs=tolerance)
@@ -128,7 +128,7 @@ def test_continuous_bernoulli_is_a_truncated_exponential(logit, dtype):
 
 
 def test_continuous_bernoulli_moments_are_derivatives():
-    """log Z(l) has the mean as its derivative and the variance as its second, across the seam of series and formula."""
+    """The mean and the variance are the derivatives of log Z(l), also where the series meets the formula."""
     logits = torch.linspace(-40, 40, 801, dtype=torch.float64).requires_grad_()
     pixel = pv.ContinuousBernoulli(nn.Identity(), (801,)).pixel_distribution(logits)
     (slope,) = torch.autograd.grad(pixel.log_prob(torch.zeros_like(logits)).sum(), logits)
@@ -194,7 +194,7 @@ def test_gradients_are_finite_in_extreme_tails(case, dtype):
     ends = torch.stack([x.amin().expand(4), x.amax().expand(4), x[0]])
     for size in (0.0, 1.0, 30.0, 85.0, 1e3, 1e6):
         if "low rank" in case and size > 1e3:
-            continue  # beyond float64: columns that are parallel, and 10^8 times the scale
+            continue  # beyond float64: parallel columns, 10^8 times as large as the scale
         for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * min(likelihood.num_features, 4)):
             signs = signs.reshape(-1).repeat(likelihood.num_features)[: likelihood.num_features]
             features = (size * signs.to(dtype))[:, None, None].expand(-1, 3, 4).clone().requires_grad_()
@@ -206,7 +206,7 @@ def test_gradients_are_finite_in_extreme_tails(case, dtype):
 
 
 def test_logistic_far_from_its_cell_keeps_its_slope():
-    """Where a difference of two cdfs is 0 to rounding, log p falls linearly with the distance over the scale."""
+    """Where a difference of two cdfs rounds to 0, log p falls linearly with the distance divided by the scale."""
     loc = torch.tensor([-3.0, 3.0], requires_grad=True)
     pixel = pv.DiscretizedLogistic(nn.Identity(), (2,)).pixel_distribution(loc, torch.full((2,), -5.0))
     (slope,) = torch.autograd.grad(pixel.log_prob(torch.tensor([127 / 255, 127 / 255])).sum(), loc)
@@ -300,7 +300,7 @@ def test_objectives_reach_every_parameter(case, objective):
 
 
 @every
-def test_by_name_and_by_class_are_one(case):
+def test_a_likelihood_by_name_and_by_class_agree(case):
     by_name, x = build(case)
     by_class, _ = build(case, by_name=False)
     by_class.load_state_dict(by_name.state_dict())
@@ -331,8 +331,8 @@ def test_decode_and_convolutions(case):
 
 @every
 @pytest.mark.parametrize("batch", [(6,), (3, 6)])
-def test_a_mask_leaves_the_density_of_what_is_observed(case, batch):
-    """Against the same elements alone: independent ones in a sum, correlated ones elsewhere in this file."""
+def test_a_mask_gives_the_density_of_observed_elements(case, batch):
+    """Against the sum over observed elements; test_correlated.py has correlated elements."""
     vae, x = build(case)
     z, mask = torch.randn(*batch, 2, dtype=torch.float64), torch.rand(6, 2, 3) > 0.4
     masked = vae.likelihood(z, mask=mask)
@@ -361,7 +361,7 @@ def test_samples_are_data(case):
     assert wider.log_prob(x).shape == (4, 6)
 
 
-def test_learned_parameters_start_where_they_say():
+def test_learned_parameters_have_the_documented_initial_values():
     low_rank = pv.LowRankGaussian(nn.Identity(), (4,), rank=3)
     noise = low_rank.event_distribution(torch.zeros(4), mask=None).variance - low_rank.factor.square().sum(-1)
     torch.testing.assert_close(noise, torch.full((4,), 1.01**2))
@@ -372,7 +372,7 @@ def test_learned_parameters_start_where_they_say():
 
 
 @pytest.mark.parametrize("log_rate", [-35.0, -20.0, 20.0])
-def test_a_poisson_has_a_gradient_wherever_its_rate_is(log_rate):
+def test_a_poisson_has_a_gradient_at_any_rate(log_rate):
     features = torch.full((1, 1), log_rate, dtype=torch.float64, requires_grad=True)
     likelihood = pv.Poisson(torch.nn.Linear(1, 1), (1,))
     likelihood.pixel_distribution(features).log_prob(torch.tensor([[3.0]], dtype=torch.float64)).sum().backward()

@@ -19,7 +19,9 @@ def test_impute_is_the_posterior_mean_or_mode(likelihood):
     vae.likelihood.decoder[-1].weight.data *= 2
     x = torch.randint(3, (6, 4)).double()
     mask = torch.rand(6, 4) > 0.5
-    found = torch.stack([vae.impute(x.where(mask, torch.nan), mask, 3000) for _ in range(20)])  # several portions each
+    found = torch.stack(
+        [vae.impute(x.where(mask, torch.nan), mask, 3000) for _ in range(20)]
+    )  # more samples than one call of the decoder takes
     grid = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None, None]
     log_joint = dist.Normal(0.0, 1.0).log_prob(grid[..., 0]) + vae.likelihood(grid, mask=mask).log_prob(x)
     statistic = vae.likelihood.statistic(vae.likelihood(grid))
@@ -33,7 +35,7 @@ def test_impute_is_the_posterior_mean_or_mode(likelihood):
         assert (found.mean(0) - exact)[~mask].abs().max() < 0.1
 
 
-def test_tables_and_missing_values_as_pandas_has_them():
+def test_pandas_tables_and_missing_values():
     vae = pv.mlp_vae((2,), latent_dim=2, hidden_dims=(8,), likelihood="poisson")
     table = pd.DataFrame({"a": [1, 2, 0, 4], "b": [1, 0, 3, 5]})
     for use in (vae.reconstruct, lambda x: pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=1)):
@@ -49,11 +51,11 @@ def test_tables_and_missing_values_as_pandas_has_them():
     assert vae.impute(x, ~x.isnan(), 10).isfinite().all()
 
 
-def test_missing_elements_are_filled_in_given_correlated_ones():
+def test_missing_elements_are_imputed_given_correlated_elements():
     vae = pv.mlp_vae((4,), latent_dim=1, hidden_dims=(8,), likelihood="low_rank_gaussian", rank=2).double()
     with torch.no_grad():
         vae.likelihood.factor.normal_()
-        vae.likelihood.decoder[-1].weight.zero_()  # z says nothing, so that one sample is as good as many
+        vae.likelihood.decoder[-1].weight.zero_()  # x does not depend on z, so few samples are enough
     x, mask = torch.randn(5, 4).double(), torch.tensor([[True, False, True, False]] * 5)
     loc, factor = vae.decode(torch.zeros(1, 1).double())[0], vae.likelihood.factor.detach()
     scale = torch.nn.functional.softplus(vae.likelihood.raw_scale.detach()) + vae.likelihood.min_scale
@@ -63,7 +65,7 @@ def test_missing_elements_are_filled_in_given_correlated_ones():
     torch.testing.assert_close(vae.impute(x, mask, 3)[:, off], loc[off] + (x[:, on] - loc[on]) @ gain.T)
 
 
-def test_no_filling_in_where_all_weights_are_zero():
+def test_imputation_is_refused_if_all_weights_are_zero():
     class Uniform(pv.Likelihood):
         filler = 0.5
 
@@ -77,7 +79,7 @@ def test_no_filling_in_where_all_weights_are_zero():
         vae.impute(torch.full((3, 2), 9.0), torch.tensor([[True, False]] * 3), 10)
 
 
-def test_missing_elements_where_zero_is_no_value():
+def test_missing_elements_if_zero_is_outside_the_support():
     class LogNormal(pv.Likelihood):
         filler = 1.0
 

@@ -1,4 +1,4 @@
-"""Options of likelihoods and posteriors: their values arrive, the encoder has the right width, unknown names are refused."""
+"""Options of likelihoods and posteriors: values arrive, encoders have the right width, wrong options are refused."""
 
 from __future__ import annotations
 
@@ -163,11 +163,11 @@ def test_a_likelihood_that_takes_any_option():
         ),
         (
             {"posterior": pv.LowRankNormal, "rank": 4},
-            r"an option of Bernoulli \(it has no options\), got rank=4.*Options of the posterior go in posterior_options",
+            r"an option of Bernoulli \(it has no options\), got rank=4.*of the posterior go in posterior_options",
         ),
         (
             {"likelihood": "gaussian", "scales": 2},
-            r"an option of Gaussian \(its options: scale, min_scale\), got scales=2. Drop it, or pass another likelihood.$",
+            r"option of Gaussian \(its options: scale, min_scale\), got scales=2. Drop it, or pass another likelihood\.$",
         ),
         (
             {"posterior": pv.LowRankNormal, "posterior_options": {"rank": 0}},

@@ -83,7 +83,7 @@ def test_a_decoder_with_the_wrong_number_of_outputs():
         likelihood(torch.randn(5, 2))
 
 
-def test_labels_passed_along_with_the_data():
+def test_labels_in_place_of_a_mask_are_refused():
     vae, x = binary()
     with pytest.raises(
         ValueError, match=r"mask to be booleans of x's shape \(10, 7\).*got torch.int64 of shape \(10,\).*labels"
@@ -162,7 +162,7 @@ def test_parts_that_do_not_fit(make, message):
         ),
     ],
 )
-def test_natural_mistakes(make, message):
+def test_common_mistakes_are_refused(make, message):
     with pyro.validation_enabled(True), pytest.raises(ValueError, match=message):
         make()
 

@@ -1,4 +1,4 @@
-"""The model/guide pairs are ordinary Pyro: everything that Pyro has works on them, and agrees with ours."""
+"""Pairs are ordinary Pyro programs: Pyro's objectives and handlers work on them and agree with the package."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_svi_reaches_every_parameter(network, likelihood, objective):
 
 
 def _arguments(objective):
-    """A new objective for each test: Pyro's keep what they compiled or guessed for the program before."""
+    """Arguments to build an objective again, since Pyro's objectives cache results of the previous program."""
     arguments = {"num_particles": objective.num_particles, "vectorize_particles": objective.vectorize_particles}
     if isinstance(objective, pv.ELBO):
         arguments["kl"] = objective.kl
@@ -106,7 +106,7 @@ def test_same_seed_same_value_as_pyro(network, likelihood, num_particles):
         (pv.ELBO(num_particles, "monte_carlo"), Trace_ELBO(**vectorised)),
         (pv.ELBO(num_particles), TraceMeanField_ELBO(**vectorised)),
     ]
-    if num_particles > 1:  # Pyro's refuses one particle
+    if num_particles > 1:  # Pyro's IWAE refuses one particle
         cases.append((pv.IWAE(num_particles), RenyiELBO(alpha=0, **vectorised)))
     for ours, pyros in cases:
         values, gradients = [], []
@@ -164,7 +164,7 @@ def test_a_subsampled_plate_scales_to_all_data(network, objective):
 
 
 def test_two_vaes_in_one_process_each_learn():
-    """Under pyro.module alone, the second would share the first one's entries and never move."""
+    """With pyro.module alone, the second VAE would share the first VAE's entries in the store and never learn."""
     for _ in range(2):
         vae, x = build("vectors")
         before = [p.detach().clone() for p in vae.parameters()]
@@ -207,13 +207,13 @@ def test_gaussian_scales():
     assert fitted.stddev.flatten().unique().numel() > 100
 
 
-def test_moves_to_float64_whole():
+def test_a_vae_converts_to_float64():
     vae, x = build("images")
     vae.double()
     assert pv.ELBO().bound(vae.model, vae.guide, x.double()).dtype == torch.float64
 
 
-def test_looking_at_a_trained_pair_changes_nothing_of_it():
+def test_methods_of_a_trained_pair_change_no_state():
     encoder = torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(), torch.nn.Linear(8, 4)
     )
@@ -225,13 +225,15 @@ def test_looking_at_a_trained_pair_changes_nothing_of_it():
     pv.fit(vae.model, vae.guide, x, pv.ELBO(), epochs=2, batch_size=5)
     assert vae.training
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    torch.testing.assert_close(vae.reconstruct(x)[:1], vae.reconstruct(x[:1]))  # one row, and no dropout
+    torch.testing.assert_close(
+        vae.reconstruct(x)[:1], vae.reconstruct(x[:1])
+    )  # no batch statistics of one row, and no dropout
     vae.generate(5), vae.impute(x, torch.rand(10, 4) > 0.5, 10)
     assert all(torch.equal(before[name], value) for name, value in vae.state_dict().items())
     assert vae.training
 
 
-def test_a_frozen_part_stays_frozen_beside_an_earlier_pair():
+def test_a_frozen_part_stays_frozen_after_an_earlier_pair():
     x = torch.randn(10, 3)
     first, second = (pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian") for _ in range(2))
     pv.fit(first.model, first.guide, x, pv.ELBO(), epochs=1)
@@ -242,7 +244,7 @@ def test_a_frozen_part_stays_frozen_beside_an_earlier_pair():
     assert not any(parameter.requires_grad for parameter in second.likelihood.parameters())
 
 
-def test_labels_of_any_integer_type_and_particles_to_decode():
+def test_labels_of_any_integer_type_and_decoding_of_particles():
     vae = pv.mlp_conditional_vae((4,), latent_dim=2, label_dim=3)
     y = torch.tensor([0, 1, 2])
     z = torch.randn(5, 3, 2)
