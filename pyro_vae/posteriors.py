@@ -152,7 +152,7 @@ class LowRankNormal(Posterior):
 
     .. math:: q(z \mid x) = \mathcal N\bigl(z; \mu(x), \operatorname{diag} \sigma(x)^2 + F(x) F(x)^\top\bigr)
 
-    Its flexibility and cost lie between those of :class:`DiagonalNormal` and :class:`FullNormal`. The KL to a standard
+    In flexibility and cost it lies between :class:`DiagonalNormal` and :class:`FullNormal`. The KL to a standard
     normal has a closed form.
 
     Arguments:

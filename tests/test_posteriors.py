@@ -28,7 +28,7 @@ FAMILIES = {
 }
 FLOWS = [name for name, (family, _) in FAMILIES.items() if family is pv.FlowPosterior]
 NORMALS = ["diagonal", "full", "low rank", "low rank, 2"]
-# Tolerances for the integral of the density on a grid. Densities of flows have kinks, and those of splines have many.
+# Tolerances for the integral of the density on a grid. Densities of flows have kinks, and splines have many.
 TOLERANCE = dict.fromkeys(NORMALS, 1e-6) | {"spline": 5e-3}
 every = pytest.mark.parametrize("name", FAMILIES)
 EVENT = (2, 2)

@@ -65,8 +65,8 @@ class Likelihood(nn.Module):
         Arguments:
             z: latents of shape (*batch, Z).
             given: further arguments of the decoder, such as labels.
-            mask: booleans that broadcast to (*batch, *event), True where an element is observed. The density is that of
-                the observed elements. None is all elements.
+            mask: booleans that broadcast to (*batch, *event), True where an element is observed. The density
+                includes only the observed elements. None is True everywhere.
 
         Raises:
             ValueError: the decoder has another number of outputs than `num_features` for each element.

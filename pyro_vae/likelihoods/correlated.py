@@ -81,7 +81,7 @@ class LowRankGaussian(Likelihood):
         return 1 if shared else rank + 2
 
     def event_distribution(self, *features: Tensor, mask: Tensor | None) -> dist.TorchDistribution:
-        """The normal whose means are the first features. With a mask, the density is that of the observed elements."""
+        """The normal whose means are the first features. With a mask, the density includes only observed elements."""
         if self.shared:
             (loc,) = features
             factor: Tensor = self.factor

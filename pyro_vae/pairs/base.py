@@ -108,7 +108,9 @@ class Pair(nn.Module):
             raise PyroVAEError(f"expected x of floating point, got {x.dtype}. Convert it: x.float().")
         own = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != own:
-            raise PyroVAEError(f"expected x of {own}, as the networks are, got {x.dtype}. Convert it: x.to({own}).")
+            raise PyroVAEError(
+                f"expected x of {own}, the dtype of the networks, got {x.dtype}. Convert it: x.to({own})."
+            )
         if subsample_size is not None and not isinstance(subsample_size, int):
             raise PyroVAEError(
                 f"expected subsample_size to be an integer or None, got {type(subsample_size).__name__}. Pass the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyro_vae.errors import PyroVAEError
@@ -35,16 +35,13 @@ def find_likelihood(
             f"expected likelihood to be one of {names}, or a subclass of pv.Likelihood, got {likelihood!r}. Check the "
             "spelling."
         )
-    fix = "Drop it, or pass another likelihood."
-    theirs = () if posterior is None else option_names(posterior, POSTERIOR_PARTS) or ()
-    if any(name in theirs for name in options):
-        fix += " Options of the posterior go in posterior_options."
-    check_options(family, options, LIKELIHOOD_PARTS, fix)
+    of_posterior = None if posterior is None else option_names(posterior, POSTERIOR_PARTS)
+    check_options(family, options, LIKELIHOOD_PARTS, "Drop it, or pass another likelihood.", of_posterior or ())
     return family
 
 
 def check_posterior(posterior: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Refuse a posterior that is not a class of :class:`Posterior`, or an option that the class does not have.
+    """Raise ValueError for a posterior that is not a subclass of :class:`Posterior`, or for an unknown option.
 
     Arguments:
         posterior: the class.
@@ -52,9 +49,6 @@ def check_posterior(posterior: Any, options: Mapping[str, Any] | None) -> dict[s
 
     Returns:
         The options as a dict.
-
-    Raises:
-        ValueError: as above.
     """
     if not (isinstance(posterior, type) and issubclass(posterior, Posterior)):
         raise PyroVAEError(
@@ -71,19 +65,23 @@ def check_posterior(posterior: Any, options: Mapping[str, Any] | None) -> dict[s
     return dict(options)
 
 
-def check_options(family: type, options: Mapping[str, Any], parts: tuple[str, ...], fix: str) -> None:
-    """Refuse an option that a class does not have.
+def check_options(
+    family: type, options: Mapping[str, Any], parts: tuple[str, ...], fix: str, of_posterior: Sequence[str] = ()
+) -> None:
+    """Raise ValueError for an option that a class does not have.
 
     Arguments:
         family: the class.
         options: keyword arguments for the class.
         parts: the arguments of the class that are not options.
         fix: the last sentence of the error message.
+        of_posterior: names whose place is `posterior_options`, as the error message then says.
     """
     known = option_names(family, parts)
     for name, value in options.items():
         if known is not None and name not in known:
             has = f"its options: {', '.join(known)}" if known else "it has no options"
+            fix = f"Pass it in posterior_options={{{name!r}: {value!r}}}." if name in of_posterior else fix
             raise PyroVAEError(f"expected an option of {family.__name__} ({has}), got {name}={value!r}. {fix}")
 
 

@@ -18,7 +18,7 @@ class VAE(Pair):
         \text{guide:}\quad z_n \sim q(z \mid x_n)
 
     Both have one plate, ``data``, around the sites ``z`` and ``x``, and work with all of Pyro. Data with elements
-    missing at random come with a `mask`. The likelihood is then that of the observed elements,
+    missing at random come with a `mask`. The likelihood then includes only the observed elements,
     :math:`p(x_\text{obs} \mid z)` in place of :math:`p(x \mid z)`.
 
     Arguments:

@@ -261,7 +261,7 @@ def test_every_parameter_learns(guide, objective):
 
 @guides
 def test_missing_elements(guide):
-    """Missing elements of x are not read, and the model's density is that of the observed elements."""
+    """Missing elements of x are not read, and the model's density includes only observed elements."""
     vae, x = build(guide), data(5)
     mask = torch.rand(5, 2, 2) > 0.4
     other = torch.where(mask, x, 7.0)

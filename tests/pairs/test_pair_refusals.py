@@ -29,7 +29,7 @@ def binary(n=10):
         (torch.zeros(7), r"expected x of shape \(N, 7\), got \(7,\). For one datum, pass x\[None\]"),
         (
             torch.zeros(10, 7, dtype=torch.float64),
-            r"expected x of torch.float32, as the networks are, got torch.float64",
+            r"expected x of torch.float32, the dtype of the networks, got torch.float64",
         ),
         (torch.zeros(10, 7).numpy(), r"expected x to be a tensor, got ndarray"),
         (torch.zeros(10, 7, dtype=torch.uint8), r"expected x of floating point, got torch.uint8. Convert it"),
