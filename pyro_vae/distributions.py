@@ -1,4 +1,4 @@
-"""Distributions that Pyro has not, or not right, for priors and posteriors."""
+"""Mixture distributions for priors and posteriors, where Pyro's are biased or do not broadcast."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from torch import Tensor
 
 
 class NormalMixture(dist.MixtureOfDiagNormals):
-    r"""Pyro's mixture of diagonal normals, with samples whose pathwise derivative is unbiased in the logits too.
+    r"""Pyro's mixture of diagonal normals, with a pathwise derivative that is unbiased in the logits too.
 
-    Dimension by dimension, with :math:`F_d` the distribution function of :math:`z_d` given the dimensions before it,
+    The derivative is implicit, one dimension after the other. With :math:`F_d` the distribution function of :math:`z_d`
+    given the earlier dimensions,
 
     .. math:: \mathrm d z_d = -\, \frac{\mathrm d F_d(z_d; \theta, z_{<d})}{p(z_d \mid z_{<d})}
     """
 
     @property
     def mean(self) -> Tensor:
-        """The mean, (*batch, Z)."""
+        """The mean, of shape (*batch, Z)."""
         mean: Tensor = (self.categorical.probs.unsqueeze(-1) * self.locs).sum(-2)
         return mean
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Samples of shape (*sample_shape, *batch, Z)."""
+        """Reparameterised samples of shape (*sample_shape, *batch, Z)."""
         with torch.no_grad():
             which = self.categorical.sample(sample_shape)[..., None, None]
             shape = self._extended_shape(sample_shape)
@@ -45,10 +46,10 @@ class NormalMixture(dist.MixtureOfDiagNormals):
 
 
 class Mixture(dist.MixtureSameFamily):
-    """Pyro's, for components that don't broadcast, such as flows with a context for each."""
+    """Pyro's mixture, for components that don't broadcast, such as flows with one context for each component."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Of shape (*batch,)."""
+        """The log-density, of shape (*batch,)."""
         components = self.component_distribution
         value = value.unsqueeze(-1 - len(self.event_shape))
         value = value.expand(torch.broadcast_shapes(value.shape, components.batch_shape + components.event_shape))

@@ -1,4 +1,4 @@
-"""Normalizing flows from Pyro's transforms, for posteriors and priors: invertible maps of a latent with known Jacobians."""
+"""Normalizing flows for posteriors and priors: sequences of Pyro's invertible transforms."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ from torch.distributions import Transform, constraints
 
 from pyro_vae.errors import PyroVAEError
 
-BINS = 8  # of a spline
+BINS = 8  # intervals of each spline
 Kind = Literal["iaf", "spline", "coupling"]
 
 
 class Flow(nn.Module):
-    r"""Transforms in a row, each a bijection of :math:`\mathbb R^Z` whose parameters a network computes.
+    r"""A sequence of invertible transforms of :math:`\mathbb R^Z`. A network computes the parameters of each transform.
 
     .. math:: z = T_L \circ \dots \circ T_1(\epsilon), \qquad
         \log q(z) = \log q_0(\epsilon) - \sum_l \log \Bigl| \det \frac{\partial T_l}{\partial z_{l-1}} \Bigr|
 
     ``"iaf"``
-        affine, autoregressive: to sample costs one pass; the density of a value that it did not sample costs Z.
+        An affine autoregressive transform. A sample costs one pass; the density of any other value costs Z passes.
     ``"spline"``
-        monotonic rational splines of each dimension, autoregressive: as flexible as it gets, with the same costs; the identity
-        outside of (-3, 3). Pyro's reads values, so that steps with it can't be compiled.
+        An autoregressive transform of each dimension by a monotonic rational spline, the identity outside of (-3, 3).
+        It is the most flexible kind, and costs the same as ``"iaf"``. Pyro's splines read values of tensors, so they
+        can't be compiled.
     ``"coupling"``
-        affine, of half of the dimensions given the other half: one pass in both directions.
+        An affine transform of half of the dimensions given the other half. Both directions cost one pass.
 
     Arguments:
         latent_dim: Z, at least 2.
-        kind: which transform.
-        length: L, how many.
-        hidden_dims: the widths of each network's hidden layers, at least Z; None is one of 64, or of 2 Z if that is more.
-        context_dim: how many numbers beside z the networks see; 0 is none.
+        kind: the kind of transform.
+        length: L, the number of transforms.
+        hidden_dims: the widths of each network's hidden layers, at least Z; None is one layer of width max(64, 2 Z).
+        context_dim: the length of the context, a further input of the networks; 0 is no context.
 
     Raises:
-        ValueError: none of these, or too small.
+        ValueError: an unknown kind, fewer than 2 latent dimensions, no transform, or a hidden layer narrower than Z.
+
+    Example:
+        >>> len(Flow(3, "iaf", length=2)())
+        2
 
     References:
         Kingma et al. (2016), *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS.
@@ -59,18 +64,19 @@ class Flow(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in _MAKERS:
-            raise PyroVAEError(f"expected a flow of kind {', '.join(map(repr, _MAKERS))}, got {kind!r}.")
+            raise PyroVAEError(f"expected flow to be one of {', '.join(map(repr, _MAKERS))}, got {kind!r}.")
         hidden_dims = (max(64, 2 * latent_dim),) if hidden_dims is None else hidden_dims
-        if latent_dim < 2 or length < 1:
+        if latent_dim < 2 or not isinstance(length, int) or length < 1:
             raise PyroVAEError(
-                f"expected at least 2 latent dimensions and 1 transform, got latent_dim={latent_dim} and length={length}. With one "
-                "dimension, use DiagonalNormal."
+                f"expected at least 2 latent dimensions and 1 transform, got latent_dim={latent_dim} and "
+                f"length={length!r}. For one latent dimension, use DiagonalNormal."
             )
-        if not hidden_dims or min(hidden_dims) < latent_dim:
+        if isinstance(hidden_dims, int) or not hidden_dims or min(hidden_dims) < latent_dim:
             raise PyroVAEError(
-                f"expected hidden layers no narrower than the latent, {latent_dim}, got hidden_dims={tuple(hidden_dims)}. Widen them."
+                f"expected hidden layers of width latent_dim={latent_dim} or more, got hidden_dims={hidden_dims!r}. "
+                "Widen them."
             )
-        # Every other transform goes through the dimensions the other way round.
+        # Every second transform reverses the order of the dimensions, so that each can depend on every other.
         order = torch.arange(latent_dim)
         make = _MAKERS[kind]
         self.context_dim = context_dim
@@ -80,19 +86,19 @@ class Flow(nn.Module):
         self.flips = kind == "coupling"
 
     def forward(self, context: Tensor | None = None) -> list[Any]:
-        """Pyro's transforms, given a context of shape (*batch, context_dim) where there is one."""
-        row: list[Any] = []
+        """The sequence of Pyro's transforms, given a context of shape (*batch, context_dim) or None."""
+        sequence: list[Any] = []
         step: Any
         for step in self.steps:
-            # Each remembers the last value that it mapped, with the parameters of that time: a new one for each distribution.
-            row.append(copy(step) if context is None else step.condition(context))
+            # A transform caches values computed with the parameters of that time, so each distribution gets a copy.
+            sequence.append(copy(step) if context is None else step.condition(context))
             if self.flips:
-                row.append(Flip(cache_size=1))
-        return row
+                sequence.append(Flip(cache_size=1))
+        return sequence
 
 
 class Flip(Transform):
-    """The dimensions in reverse order: its own inverse, and of Jacobian 1."""
+    """The transform that reverses the order of the dimensions. It is its own inverse and preserves volume."""
 
     bijective = True
     domain = codomain = constraints.real_vector
@@ -103,15 +109,15 @@ class Flip(Transform):
     _inverse = _call
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Zero, of shape (*batch,)."""
+        """Zeros of shape (*batch,)."""
         return x.new_zeros(x.shape[:-1])
 
 
 class Affine(transforms.AffineAutoregressive):
-    """Pyro's, whose inverse is of the values' type rather than the default one."""
+    """Pyro's affine autoregressive transform, with an inverse in the dtype of its argument."""
 
     def _inverse(self, y: Tensor) -> Tensor:
-        default = torch.get_default_dtype()
+        default = torch.get_default_dtype()  # in which Pyro allocates the inverse
         torch.set_default_dtype(y.dtype)
         try:
             inverse: Tensor = super()._inverse(y)
@@ -121,17 +127,20 @@ class Affine(transforms.AffineAutoregressive):
 
 
 class ConditionalAffine(transforms.ConditionalAffineAutoregressive):
-    """Pyro's, of :class:`Affine`."""
+    """Pyro's conditional affine autoregressive transform, conditioned to :class:`Affine`."""
 
     def condition(self, context: Tensor) -> Affine:
-        """The transform at a context."""
+        """The transform given a context."""
         network = partial(self.nn, context=context)
         network.permutation = self.nn.permutation  # type: ignore[attr-defined]
         return Affine(network)
 
 
 def _network(order: Any, context_dim: int, hidden_dims: list[int], numbers: list[int]) -> nn.Module:
-    """An autoregressive network, of the same order in every build, as a checkpoint of functions alone has no buffers."""
+    """An autoregressive network with a fixed order of dimensions.
+
+    Pyro's default order is random and lies in a buffer, and a checkpoint of plain functions holds no buffers.
+    """
     if context_dim:
         return ConditionalAutoRegressiveNN(len(order), context_dim, hidden_dims, numbers, permutation=order)
     return AutoRegressiveNN(len(order), hidden_dims, numbers, permutation=order)

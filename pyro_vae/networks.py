@@ -1,4 +1,4 @@
-"""Plain networks: maps between tensors that know nothing of distributions."""
+"""Encoder and decoder networks: fully connected and convolutional maps between tensors, without distributions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 
 def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor) -> Tensor:
-    """Apply a network that expects one leading dimension to a tensor with any number of them.
+    """Apply a network that takes one batch dimension to a tensor with any number of batch dimensions.
 
-    Vectorised particles and ``Predictive`` add dimensions on the left; convolutions take exactly one.
+    Vectorised particles and ``Predictive`` add batch dimensions on the left, and convolutions take exactly one.
 
     Arguments:
-        network: maps (N, *event) to (N, *features), called with what is given as further arguments.
-        x: shape (*batch, *event), with `event_dim` dimensions in `event`.
-        event_dim: how many of the dimensions on the right are one datum.
-        given: vectors (..., Y) beside each x, such as labels; their leading dimensions and x's broadcast.
+        network: maps (N, *event), and vectors (N, Y) for each of `given`, to (N, *features).
+        x: a tensor of shape (*batch, *event).
+        event_dim: the number of event dimensions of x.
+        given: conditions such as labels, vectors of shape (..., Y). Their batch dimensions and those of x broadcast.
 
     Returns:
-        Features of shape (*batch, *features).
+        The network's outputs, of shape (*batch, *features).
     """
     split = x.dim() - event_dim
     if split == 1 and not given:
@@ -34,10 +34,10 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
 
 
 class Concatenated(nn.Module):
-    """A network of one tensor, of all that it is given side by side: (N, *event), (N, Y) ... to the network's output.
+    """A network of several arguments, which flattens and concatenates them for a network of one argument.
 
     Arguments:
-        network: maps (N, D + Y + ...).
+        network: a network from (N, D + Y + ...), where the arguments have shapes (N, *event), (N, Y), ...
 
     Example:
         >>> import torch
@@ -50,18 +50,18 @@ class Concatenated(nn.Module):
         self.network = network
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """The network's output."""
+        """The output of the network for the concatenated tensors."""
         return self.network(torch.cat([tensor.flatten(1) for tensor in tensors], 1))
 
 
 def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.Sequential:
-    """Fully connected layers with tanh between them, from (N, *event) to (N, out_features).
+    """A fully connected network with tanh activations, from (N, *event) to (N, out_features).
 
-    They begin by flattening all but the first dimension, so in a model of your own, which particles reach with a dimension more,
-    call them by :func:`apply_batched`.
+    Its first layer flattens all dimensions except the first. In your own Pyro model, call the network through
+    :func:`apply_batched`, since vectorised particles add a batch dimension.
 
     Arguments:
-        in_features: the number of elements in an event.
+        in_features: the number of elements of one datum.
         hidden_dims: the width of each hidden layer.
         out_features: the width of the output.
 
@@ -78,10 +78,15 @@ def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.S
 
 
 class ResidualBlock(nn.Module):
-    """An image plus two convolutions of it: (N, C, H, W) to the same.
+    """A residual block of two convolutions, which maps (N, C, H, W) to the same shape.
 
     Arguments:
-        channels: C.
+        channels: C, the number of channels.
+
+    Example:
+        >>> import torch
+        >>> ResidualBlock(8)(torch.zeros(5, 8, 14, 14)).shape
+        torch.Size([5, 8, 14, 14])
 
     References:
         He, Zhang, Ren and Sun (2016), *Identity Mappings in Deep Residual Networks*, ECCV.
@@ -93,20 +98,22 @@ class ResidualBlock(nn.Module):
         self.change = nn.Sequential(nn.SiLU(), first, nn.SiLU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The image, changed a little."""
+        """The image plus the output of the convolutions, (N, C, H, W)."""
         return x + self.change(x)
 
 
 def conv_encoder(
     event_shape: Sequence[int], channels: Sequence[int], out_features: int, residual_blocks: int = 0
 ) -> nn.Sequential:
-    """Convolutions that halve an image once for each entry of `channels`: (N, C, H, W) to (N, out_features).
+    """A convolutional network from images (N, C, H, W) to (N, out_features).
+
+    Each entry of `channels` adds a convolution of stride 2, which halves height and width.
 
     Arguments:
         event_shape: (C, H, W).
         channels: the number of channels after each halving.
         out_features: the width of the output.
-        residual_blocks: how many :class:`ResidualBlock` follow each halving.
+        residual_blocks: the number of :class:`ResidualBlock` after each halving.
 
     Example:
         >>> import torch
@@ -129,14 +136,16 @@ def conv_decoder(
     event_shape: Sequence[int],
     residual_blocks: int = 0,
 ) -> nn.Sequential:
-    """The encoder's mirror image: (N, in_features) to (N, out_channels, H, W), doubling at each entry.
+    """A convolutional network from (N, in_features) to images (N, out_channels, H, W), the mirror image of the encoder.
+
+    Each entry of `channels` adds a transposed convolution of stride 2, which doubles height and width.
 
     Arguments:
         in_features: the width of the input.
         channels: the number of channels before each doubling.
         out_channels: the number of channels of the output.
-        event_shape: (C, H, W); any height and width, odd ones too.
-        residual_blocks: how many :class:`ResidualBlock` precede each doubling.
+        event_shape: (C, H, W), of any height and width.
+        residual_blocks: the number of :class:`ResidualBlock` before each doubling.
 
     Example:
         >>> import torch
@@ -150,7 +159,7 @@ def conv_decoder(
         nn.Unflatten(1, (channels[0], *sizes[0])),
     ]
     for i in range(len(channels)):
-        # stride 2 turns s into 2 s - 1; the padding makes up for an even target
+        # A stride of 2 gives 2 s - 1 rows for s, so an even target needs one more.
         (height, width), (target_height, target_width) = sizes[i], sizes[i + 1]
         extra = (target_height - (2 * height - 1), target_width - (2 * width - 1))
         layers += [
@@ -162,7 +171,7 @@ def conv_decoder(
 
 
 def _sizes(event_shape: Sequence[int], halvings: int) -> list[tuple[int, int]]:
-    """(H, W) before any halving and after each, as a convolution of stride 2 rounds them."""
+    """Height and width before the first halving and after each, rounded as a convolution of stride 2 does."""
     sizes = [(event_shape[1], event_shape[2])]
     for _ in range(halvings):
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))

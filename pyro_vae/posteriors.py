@@ -1,4 +1,4 @@
-"""Approximate posteriors q(z|x), the guide's families: modules from data to a distribution over z."""
+"""Approximate posteriors q(z|x): modules that map x to a distribution of z through an encoder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from pyro_vae.networks import apply_batched
 
 
 class Posterior(nn.Module, ABC):
-    """What every amortised posterior shares: the encoder. One of your own is a subclass with a `latent_distribution`.
+    """Base class of amortised posteriors: an encoder, and the distribution of z that the encoder's outputs parametrise.
+
+    A subclass defines :meth:`features_for` and :meth:`latent_distribution`. Further arguments of its `__init__` are its
+    options.
 
     Arguments:
-        encoder: a network from (N, *event), and from what the posterior is given besides, to (N, features).
+        encoder: a network from (N, *event) to (N, features). Its further arguments are conditions such as labels.
         event_shape: the shape of one datum.
     """
 
@@ -33,29 +36,29 @@ class Posterior(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def features_for(cls, latent_dim: int, **options: Any) -> int:
-        """How many features the encoder gives for a latent of so many dimensions."""
+        """The number of encoder outputs for `latent_dim` latent dimensions. Irrelevant options are ignored."""
 
     @classmethod
-    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int) -> Posterior:
-        """One with default options; its encoder has as many outputs as :meth:`features_for` says."""
-        return cls(encoder, event_shape)
+    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Posterior:
+        """Build the posterior from an encoder with :meth:`features_for` outputs and from options of the class."""
+        return cls(encoder, event_shape, **options)
 
     def forward(self, x: Tensor, *given: Tensor) -> dist.TorchDistribution:
-        """The distribution of z for each x of shape (*batch, *event): batch shape `batch`, event shape (Z,)."""
+        """The distribution of z for x of shape (*batch, *event), with batch shape `batch` and event shape (Z,)."""
         return self.latent_distribution(apply_batched(self.encoder, x, len(self.event_shape), *given))
 
     @abstractmethod
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
-        """The distribution of z from the encoder's features, (*batch, features)."""
+        """The distribution of z, given the encoder's outputs of shape (*batch, features)."""
 
     def embed(self, x: Tensor, *given: Tensor) -> Tensor:
-        """The mean of q(z|x): (*batch, *event) to (*batch, Z)."""
+        """The mean of q(z|x), of shape (*batch, Z), for x of shape (*batch, *event)."""
         mean: Tensor = self(x, *given).mean
         return mean
 
 
 class DiagonalNormal(Posterior):
-    """A normal with independent dimensions, whose mean and log scale an encoder computes.
+    """A normal with independent dimensions.
 
     .. math:: q(z \\mid x) = \\mathcal N\\bigl(z; \\mu(x), \\operatorname{diag} \\sigma(x)^2\\bigr)
 
@@ -64,7 +67,7 @@ class DiagonalNormal(Posterior):
         event_shape: the shape of one datum.
 
     Returns:
-        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
         ValueError: the encoder has an odd number of outputs.
@@ -81,39 +84,40 @@ class DiagonalNormal(Posterior):
 
     @classmethod
     def features_for(cls, latent_dim: int, **options: Any) -> int:
-        """Two for each latent dimension."""
+        """2 Z."""
         return 2 * latent_dim
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
-        """Normal with the first half of the features as means, and the second as logs of the scales."""
+        """The normal whose means are the first half of the features, and whose log scales are the second half."""
         if features.shape[-1] % 2:
             raise PyroVAEError(
-                f"expected an encoder with 2 Z outputs, a mean and a log scale each, got {features.shape[-1]}."
+                f"expected an encoder with 2 Z outputs (Z means, then Z log scales), got {features.shape[-1]}. Change "
+                "its last layer."
             )
         loc, log_scale = features.chunk(2, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
 class FullNormal(Posterior):
-    r"""A normal with any covariance, whose Cholesky factor an encoder computes.
+    r"""A normal with a full covariance matrix, parametrised by its Cholesky factor.
 
     .. math:: q(z \mid x) = \mathcal N\bigl(z; \mu(x), L(x) L(x)^\top\bigr), \qquad
         L = \operatorname{diag} \sigma(x) \, \bigl(I + \tfrac1Z N(x)\bigr)
 
-    with N strictly lower triangular: scaled so that it starts near a diagonal normal, however many dimensions there are.
+    N is strictly lower triangular. The factor 1/Z keeps the initial posterior close to a diagonal normal for any Z.
 
-    Its KL to a standard normal has a closed form. The density costs Z^2 a datum.
+    The KL to a standard normal has a closed form. The density costs O(Z^2) operations for each datum.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, Z + Z (Z + 1) / 2): the means, then the rows of a lower triangle, with the
-            logs of sigma on its diagonal and N below.
+        encoder: a network from (N, *event) to (N, Z (Z + 3) / 2): the means, then the rows of a lower triangle. The
+            triangle has the logs of sigma on its diagonal and N below the diagonal.
         event_shape: the shape of one datum.
 
     Returns:
-        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
-        ValueError: no Z gives the encoder's number of outputs.
+        ValueError: the encoder's number of outputs is not Z (Z + 3) / 2 for any Z.
 
     Example:
         >>> import torch
@@ -128,13 +132,11 @@ class FullNormal(Posterior):
         return latent_dim * (latent_dim + 3) // 2
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
-        """Normal with the first features as means, and the others as a lower triangle."""
+        """The normal whose means are the first Z features; the other features are the lower triangle."""
         size = features.shape[-1]
         latent_dim = (math.isqrt(9 + 8 * size) - 3) // 2
         if self.features_for(latent_dim) != size:
-            raise PyroVAEError(
-                f"expected an encoder with Z (Z + 3) / 2 outputs, got {size}. With Z = 2, say, give it 5."
-            )
+            raise PyroVAEError(f"expected an encoder with Z (Z + 3) / 2 outputs, got {size}. For Z = 2, use 5 outputs.")
         loc, rows = features.split([latent_dim, size - latent_dim], -1)
         below, across = torch.tril_indices(latent_dim, latent_dim, device=features.device)
         triangle = features.new_zeros(*features.shape[:-1], latent_dim, latent_dim)
@@ -146,22 +148,23 @@ class FullNormal(Posterior):
 
 
 class LowRankNormal(Posterior):
-    r"""A normal whose covariance is a diagonal and a few directions.
+    r"""A normal whose covariance is a diagonal matrix plus a matrix of low rank.
 
     .. math:: q(z \mid x) = \mathcal N\bigl(z; \mu(x), \operatorname{diag} \sigma(x)^2 + F(x) F(x)^\top\bigr)
 
-    Between :class:`DiagonalNormal` and :class:`FullNormal`; its KL to a standard normal has a closed form.
+    In flexibility and cost it lies between :class:`DiagonalNormal` and :class:`FullNormal`. The KL to a standard
+    normal has a closed form.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, (2 + R) Z): the means, the logs of sigma, and F's columns.
+        encoder: a network from (N, *event) to (N, (2 + R) Z): the means, the logs of sigma, then the columns of F.
         event_shape: the shape of one datum.
-        rank: R, the number of directions.
+        rank: R, the number of columns of F.
 
     Returns:
-        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
-        ValueError: the encoder's number of outputs is no multiple of 2 + R.
+        ValueError: `rank` is not a positive integer, or the encoder's number of outputs is not a multiple of 2 + R.
 
     Example:
         >>> import torch
@@ -175,47 +178,48 @@ class LowRankNormal(Posterior):
 
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], rank: int = 2) -> None:
         super().__init__(encoder, event_shape)
-        if not isinstance(rank, int) or rank < 1:
-            raise PyroVAEError(
-                f"expected rank to be a positive integer, got {rank!r}. Without directions, use DiagonalNormal."
-            )
+        self.features_for(1, rank=rank)
         self.rank = rank
 
     @classmethod
     def features_for(cls, latent_dim: int, rank: int = 2, **options: Any) -> int:
-        """Two and one for each direction, for each latent dimension."""
+        """(2 + R) Z."""
+        if not isinstance(rank, int) or rank < 1:
+            raise PyroVAEError(f"expected rank to be a positive integer, got {rank!r}. For rank 0, use DiagonalNormal.")
         return (2 + rank) * latent_dim
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
-        """Low-rank normal with the features' parts as means, logs of scales, and directions."""
+        """The normal whose means, log scales and columns of F are consecutive parts of the features."""
         if features.shape[-1] % (2 + self.rank):
             raise PyroVAEError(
-                f"expected an encoder with {2 + self.rank} Z outputs, a mean, a log scale and {self.rank} directions, got "
-                f"{features.shape[-1]}."
+                f"expected an encoder with {2 + self.rank} Z outputs (Z means, Z log scales and {self.rank} columns of "
+                f"length Z), got {features.shape[-1]}. Change its last layer."
             )
         loc, log_scale, *columns = features.chunk(2 + self.rank, -1)
         return dist.LowRankMultivariateNormal(loc, torch.stack(columns, -1), (2 * log_scale).exp())
 
 
 class MixturePosterior(Posterior):
-    r"""A mixture of diagonal normals, all of whose parameters an encoder computes.
+    r"""A mixture of diagonal normals.
 
     .. math:: q(z \mid x) = \sum_{k=1}^K \pi_k(x)\, \mathcal N\bigl(z; \mu_k(x), \operatorname{diag} \sigma_k(x)^2\bigr)
 
-    Its samples have a pathwise derivative, the mixture's weights included (implicit, since that of Pyro's
-    ``MixtureOfDiagNormals`` is biased in the logits). The KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
+    Samples are reparameterised. Their implicit pathwise derivative is unbiased in all parameters, whereas the
+    derivative of Pyro's ``MixtureOfDiagNormals`` is biased in the logits. The KL has no closed form: use
+    ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, K (2 Z + 1)): the logits, then for each component its means and the logs of
-            its scales.
+        encoder: a network from (N, *event) to (N, K (2 Z + 1)): the logits of the weights, then the means and the log
+            scales of each component.
         event_shape: the shape of one datum.
-        components: K, at least 2.
+        components: K, the number of components.
 
     Returns:
-        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
-        ValueError: the encoder's number of outputs is no K (2 Z + 1).
+        ValueError: `components` is not a positive integer, or the encoder's number of outputs is not K (2 Z + 1) for
+            any Z.
 
     Example:
         >>> import torch
@@ -229,23 +233,24 @@ class MixturePosterior(Posterior):
 
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], components: int = 5) -> None:
         super().__init__(encoder, event_shape)
-        if not isinstance(components, int) or components < 1:
-            raise PyroVAEError(f"expected components to be a positive integer, got {components!r}.")
+        self.features_for(1, components=components)
         self.components = components
 
     @classmethod
     def features_for(cls, latent_dim: int, components: int = 5, **options: Any) -> int:
-        """For each component a logit, and two for each latent dimension."""
+        """K (2 Z + 1)."""
+        if not isinstance(components, int) or components < 1:
+            raise PyroVAEError(f"expected components to be a positive integer, got {components!r}.")
         return components * (2 * latent_dim + 1)
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
-        """Mixture with the features' parts as logits, means and logs of scales."""
+        """The mixture whose logits are the first K features; the other features are the means and log scales."""
         number, size = self.components, features.shape[-1]
         latent_dim = (size // number - 1) // 2
-        if self.features_for(latent_dim, number) != size or latent_dim < 1:
+        if self.features_for(latent_dim, components=number) != size or latent_dim < 1:
             raise PyroVAEError(
-                f"expected an encoder with {number} (2 Z + 1) outputs, a logit, Z means and Z log scales for each of {number} "
-                f"components, got {size}."
+                f"expected an encoder with {number} (2 Z + 1) outputs (a logit, Z means and Z log scales for each of "
+                f"{number} components), got {size}. Change its last layer."
             )
         logits, rest = features.split([number, size - number], -1)
         loc, log_scale = rest.reshape(*rest.shape[:-1], number, 2 * latent_dim).chunk(2, -1)
@@ -253,7 +258,7 @@ class MixturePosterior(Posterior):
 
 
 class FlowPosterior(Posterior):
-    r"""A diagonal normal pushed through a :class:`~pyro_vae.flows.Flow` that sees x too.
+    r"""A diagonal normal transformed by a :class:`~pyro_vae.flows.Flow` that depends on x.
 
     .. math:: z = T\bigl(\mu(x) + \sigma(x) \epsilon; h(x)\bigr), \qquad \epsilon \sim \mathcal N(0, I)
 
@@ -263,15 +268,18 @@ class FlowPosterior(Posterior):
         encoder: a network from (N, *event) to (N, 2 Z + C): the means, the logs of the scales, and the context h(x).
         event_shape: the shape of one datum.
         latent_dim: Z, at least 2.
-        flow: which transform: ``"iaf"``, ``"spline"`` or ``"coupling"``; see :class:`~pyro_vae.flows.Flow`.
-        length: how many transforms.
-        hidden_dims: the widths of each transform's network; None is one of 64, or of 2 Z if that is more.
+        flow: the kind of transform, ``"iaf"``, ``"spline"`` or ``"coupling"``; see :class:`~pyro_vae.flows.Flow`.
+        length: the number of transforms.
+        hidden_dims: the widths of the hidden layers of each transform's network; None is one layer of width
+            max(64, 2 Z).
+        context_dim: C, the length of h(x); None is Z.
 
     Returns:
-        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
-        ValueError: an unknown flow, one latent dimension, or an encoder with 2 Z outputs or fewer.
+        ValueError: an unknown flow, fewer than 2 latent dimensions, or an encoder whose number of outputs is not
+            2 Z + C.
 
     Example:
         >>> import torch
@@ -297,55 +305,65 @@ class FlowPosterior(Posterior):
     ) -> None:
         super().__init__(encoder, event_shape)
         self.latent_dim = latent_dim
-        self.flow = Flow(latent_dim, flow, length, hidden_dims, latent_dim if context_dim is None else context_dim)
+        self.flow = Flow(latent_dim, flow, length, hidden_dims, self._context_size(latent_dim, context_dim))
 
     @classmethod
     def features_for(cls, latent_dim: int, context_dim: int | None = None, **options: Any) -> int:
-        """Two for each latent dimension, and the context, Z unless told."""
-        return 2 * latent_dim + (latent_dim if context_dim is None else context_dim)
+        """2 Z + C."""
+        return 2 * latent_dim + cls._context_size(latent_dim, context_dim)
 
     @classmethod
-    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int) -> Posterior:
-        """One with default options."""
-        return cls(encoder, event_shape, latent_dim)
+    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Posterior:
+        """Build the posterior from an encoder with :meth:`features_for` outputs and from options of the class."""
+        return cls(encoder, event_shape, latent_dim, **options)
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
-        """The base with the first features as means and logs of scales, transformed given the others."""
+        """The normal with the first 2 Z features as means and log scales, transformed given the other features."""
         base, context = self._base(features)
         return dist.TransformedDistribution(base, self.flow(context))
 
     def embed(self, x: Tensor, *given: Tensor) -> Tensor:
-        """The image of the base's mean under the flow, in place of a mean that has no closed form."""
+        """The image of the normal's mean under the flow, (*batch, Z), since the mean of q(z|x) has no closed form."""
         base, context = self._base(apply_batched(self.encoder, x, len(self.event_shape), *given))
         z: Tensor = base.mean
         for transform in self.flow(context):
             z = transform(z)
         return z
 
+    @staticmethod
+    def _context_size(latent_dim: int, context_dim: int | None) -> int:
+        size = latent_dim if context_dim is None else context_dim
+        if not isinstance(size, int) or size < 0:
+            raise PyroVAEError(
+                f"expected context_dim to be an integer of at least 0, got {size!r}. Pass 0 for a flow that does not "
+                "depend on x."
+            )
+        return size
+
     def _base(self, features: Tensor) -> tuple[Any, Tensor | None]:
         sizes = [self.latent_dim, self.latent_dim, self.flow.context_dim]
         if features.shape[-1] != sum(sizes):
             raise PyroVAEError(
-                f"expected an encoder with {sum(sizes)} outputs, {self.latent_dim} means, as many log scales and a context of "
-                f"{sizes[2]}, got {features.shape[-1]}."
+                f"expected an encoder with {sum(sizes)} outputs ({self.latent_dim} means, {self.latent_dim} log scales "
+                f"and a context of length {sizes[2]}), got {features.shape[-1]}. Change its last layer."
             )
         loc, log_scale, context = features.split(sizes, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1), context if sizes[2] else None
 
 
 class Unconditional(nn.Module):
-    r"""A normal that does not look at x: one q(z) for all data, whose decoder has nothing to read off z and turns lazy.
+    r"""A normal q(z) that does not depend on x, to demonstrate posterior collapse.
 
     .. math:: q(z \mid x) = \mathcal N(z; \mu, \operatorname{diag} \sigma^2) \quad \text{for every } x
 
-    The bound is highest where q is the prior and x is explained without z: posterior collapse, by construction.
+    The ELBO is highest where q is the prior and the decoder ignores z: the posterior collapses by construction.
 
     Arguments:
         latent_dim: Z.
         event_shape: the shape of one datum.
 
     Returns:
-        When called with x of shape (*batch, *event): a distribution with batch shape `batch`, event shape (Z,).
+        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Example:
         >>> import torch
@@ -360,6 +378,6 @@ class Unconditional(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(latent_dim))
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
-        """The same distribution for each x."""
+        """The distribution of z, the same for each x."""
         batch = x.shape[: x.dim() - len(self.event_shape)]
         return dist.Normal(self.loc, self.log_scale.exp()).expand((*batch, len(self.loc))).to_event(1)

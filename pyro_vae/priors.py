@@ -1,4 +1,4 @@
-"""Priors p(z): modules that, called without arguments, return a distribution over one datum's latent."""
+"""Priors p(z): modules that return the distribution of one z when called without arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro_vae.flows import Flow, Kind
 
 
 class StandardNormal(nn.Module):
-    """The standard normal prior.
+    """A standard normal prior.
 
     .. math:: p(z) = \\mathcal N(z; 0, I)
 
@@ -22,7 +22,7 @@ class StandardNormal(nn.Module):
         latent_dim: Z, the number of latent dimensions.
 
     Returns:
-        When called: a distribution with event shape (Z,).
+        When called: the distribution of one z, with event shape (Z,).
 
     Example:
         >>> StandardNormal(3)().event_shape
@@ -38,24 +38,24 @@ class StandardNormal(nn.Module):
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
-        """The prior, with event shape (Z,)."""
+        """The distribution of one z, with event shape (Z,)."""
         return dist.Normal(self.loc, self.scale).to_event(1)
 
 
 class MixturePrior(nn.Module):
-    r"""A mixture of diagonal normals, learned.
+    r"""A mixture of diagonal normals with learned weights, means and scales.
 
     .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal N(z; \mu_k, \operatorname{diag} \sigma_k^2)
 
-    It starts as K normals of scale 1 with means drawn from a standard normal. A KL to it has no closed form: use
-    ``pv.ELBO(kl="monte_carlo")``.
+    Initially the weights are equal, the scales are 1, and the means are draws from a standard normal. The KL to this
+    prior has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        latent_dim: Z.
-        components: K.
+        latent_dim: Z, the number of latent dimensions.
+        components: K, the number of components.
 
     Returns:
-        When called: a distribution with event shape (Z,).
+        When called: the distribution of one z, with event shape (Z,).
 
     Example:
         >>> MixturePrior(3, components=10)().event_shape
@@ -72,28 +72,29 @@ class MixturePrior(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
 
     def forward(self) -> dist.TorchDistribution:
-        """The prior, with event shape (Z,)."""
+        """The distribution of one z, with event shape (Z,)."""
         components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
 
 class VampPrior(nn.Module):
-    r"""The mixture of the guide's own posteriors at learned pseudo-inputs.
+    r"""A mixture of the approximate posteriors at learned pseudo-inputs.
 
     .. math:: p(z) = \frac1K \sum_{k=1}^K q(z \mid u_k)
 
-    The prior that maximises the ELBO is the aggregate posterior; this is one with few data. A KL to it has no closed form: use
-    ``pv.ELBO(kl="monte_carlo")``.
+    The prior that maximises the ELBO is the aggregate posterior. This prior approximates it by K pseudo-inputs. The KL
+    to this prior has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        posterior: the guide's posterior, the same module that the pair has, such as :class:`DiagonalNormal`.
-        pseudo_inputs: where the u_k start, (K, *event): some of the data, say.
+        posterior: the posterior module of the pair, such as :class:`DiagonalNormal`. Prior and guide share its
+            parameters.
+        pseudo_inputs: the initial u_k, of shape (K, *event), for example some of the data.
 
     Returns:
-        When called: a distribution with event shape (Z,).
+        When called: the distribution of one z, with event shape (Z,).
 
     Raises:
-        ValueError: pseudo-inputs of another shape than the posterior's data.
+        ValueError: `pseudo_inputs` is not floating point, or its shape does not match the posterior's `event_shape`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -112,40 +113,43 @@ class VampPrior(nn.Module):
         event_shape = getattr(posterior, "event_shape", tuple(pseudo_inputs.shape[1:]))
         if not pseudo_inputs.is_floating_point():
             raise PyroVAEError(
-                f"expected pseudo_inputs of floating point, got {pseudo_inputs.dtype}. Convert them: .float()."
+                f"expected pseudo_inputs of floating point, got {pseudo_inputs.dtype}. Convert them: "
+                "pseudo_inputs.float()."
             )
         if pseudo_inputs.dim() < 2 or tuple(pseudo_inputs.shape[1:]) != event_shape:
             raise PyroVAEError(
-                f"expected pseudo_inputs of shape (K, *{event_shape}), got {tuple(pseudo_inputs.shape)}."
+                f"expected pseudo_inputs of shape (K, *{event_shape}), got {tuple(pseudo_inputs.shape)}. Pass some of "
+                "the data."
             )
         self.posterior = posterior
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
 
     def forward(self) -> dist.TorchDistribution:
-        """The prior, with event shape (Z,)."""
+        """The distribution of one z, with event shape (Z,)."""
         uniform = dist.Categorical(logits=self.pseudo_inputs.new_zeros(len(self.pseudo_inputs)))
         return Mixture(uniform, self.posterior(self.pseudo_inputs))
 
 
 class FlowPrior(nn.Module):
-    r"""A standard normal pushed through a :class:`~pyro_vae.flows.Flow`.
+    r"""A standard normal transformed by a :class:`~pyro_vae.flows.Flow`.
 
     .. math:: z = T(\epsilon), \qquad \epsilon \sim \mathcal N(0, I)
 
-    A KL to it has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
+    The KL to this prior has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
         latent_dim: Z, at least 2.
-        flow: ``"coupling"``, ``"iaf"`` or ``"spline"``. Autoregressive ones are run backwards here, as the density of a given
-            value is what training asks for: that is one pass, and a sample costs Z.
-        length: how many transforms.
-        hidden_dims: the widths of each transform's network; None is one of 64, or of 2 Z if that is more.
+        flow: the kind of transform, ``"coupling"``, ``"iaf"`` or ``"spline"``. The last two are inverted here, since
+            training needs the density of given values. That density costs one pass, and a sample costs Z passes.
+        length: the number of transforms.
+        hidden_dims: the widths of the hidden layers of each transform's network; None is one layer of width
+            max(64, 2 Z).
 
     Returns:
-        When called: a distribution with event shape (Z,).
+        When called: the distribution of one z, with event shape (Z,).
 
     Raises:
-        ValueError: an unknown flow, or one latent dimension.
+        ValueError: an unknown flow, or fewer than 2 latent dimensions.
 
     Example:
         >>> FlowPrior(3)().event_shape
@@ -164,7 +168,7 @@ class FlowPrior(nn.Module):
         self.base = StandardNormal(latent_dim)
 
     def forward(self) -> dist.TorchDistribution:
-        """The prior, with event shape (Z,)."""
+        """The distribution of one z, with event shape (Z,)."""
         transforms = self.flow()
         if self.backwards:
             transforms = [transform.inv for transform in reversed(transforms)]

@@ -1,4 +1,4 @@
-"""Factors on the KL that change with the step: what ``pv.ELBO(beta=...)`` takes in place of a number."""
+"""Schedules of beta, the factor on the KL, for ``pv.ELBO(beta=...)``: functions of the training step."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from dataclasses import dataclass
 from pyro_vae.errors import PyroVAEError
 
 
-# Named as the functions that they are used as, so that their repr, which checkpoints record, is what was typed.
+# The names are in lower case so that a schedule's repr, which checkpoints record, is the code that builds it.
 @dataclass(frozen=True)
 class warm_up:
-    r"""A line from `start` to `stop`, then `stop`: the KL's factor rises until the decoder has learned to use z.
+    r"""Linear warm-up: beta rises from `start` to `stop`, so the decoder learns to use z before the KL has full weight.
 
     .. math:: \beta(t) = \mathrm{start} + (\mathrm{stop} - \mathrm{start}) \, \min(t / \mathrm{steps}, 1)
 
-    Until it ends, the loss is minus a bound on log p(x) only where beta is at least 1, and bounds of different epochs are not
-    comparable.
+    The loss is minus a bound on log p(x) only at steps with beta of at least 1. During the warm-up, bounds of different
+    epochs are not comparable.
 
     Arguments:
-        steps: how many steps the line has; a step is one minibatch, of which an epoch has N / batch_size, rounded up.
+        steps: the number of steps of the warm-up. A step is one minibatch; an epoch has N / batch_size steps, rounded
+            up.
         start: beta at step 0.
         stop: beta from step `steps` on.
 
     Raises:
-        ValueError: steps is no positive integer, or a value is negative or not finite.
+        ValueError: `steps` is not a positive integer, or `start` or `stop` is negative or not finite.
 
     Example:
         >>> import pyro_vae as pv
@@ -48,7 +49,7 @@ class warm_up:
         _check_values(start=self.start, stop=self.stop)
 
     def __call__(self, step: int) -> float:
-        """Beta at a step, which counts from 0."""
+        """Beta at a step, counted from 0."""
         if step >= self.steps:
             return self.stop
         return self.start + (self.stop - self.start) * step / self.steps
@@ -56,19 +57,22 @@ class warm_up:
 
 @dataclass(frozen=True)
 class cyclical:
-    r"""Several warm-ups in a row, each from 0: what z has learned in one is where the next begins.
+    r"""Cyclical annealing: several warm-ups from 0, each of which starts from the parameters of the one before.
 
-    .. math:: \beta(t) = \mathrm{stop} \cdot \min\Bigl(\frac{t \bmod \mathrm{period}}{\mathrm{ramp} \cdot \mathrm{period}}, 1\Bigr)
+    .. math:: \beta(t) = \mathrm{stop} \cdot
+        \min\Bigl(\frac{t \bmod \mathrm{period}}{\mathrm{ramp} \cdot \mathrm{period}}, 1\Bigr)
         \quad \text{for } t < \mathrm{cycles} \cdot \mathrm{period}, \qquad \text{then stop}
 
     Arguments:
-        period: how many steps a cycle has; a step is one minibatch, of which an epoch has N / batch_size, rounded up.
-        cycles: how many there are.
-        ramp: the share of a cycle in which beta rises, above 0 and up to 1; in the rest it is `stop`.
-        stop: the value that beta rises to, and keeps after the cycles.
+        period: the number of steps of a cycle. A step is one minibatch; an epoch has N / batch_size steps, rounded up.
+        cycles: the number of cycles.
+        ramp: the fraction of a cycle in which beta rises, above 0 and at most 1. In the rest of the cycle beta is
+            `stop`.
+        stop: beta at the end of each cycle, and after the last cycle.
 
     Raises:
-        ValueError: period or cycles is no positive integer, ramp is out of range, or stop is negative or not finite.
+        ValueError: `period` or `cycles` is not a positive integer, `ramp` is out of range, or `stop` is negative or not
+            finite.
 
     Example:
         >>> import pyro_vae as pv
@@ -77,8 +81,8 @@ class cyclical:
         [0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 1.0, 1.0]
 
     References:
-        Fu et al. (2019), *Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing*, NAACL. There `cycles` is
-        M = 4, `ramp` is R = 0.5, and the cycles fill the training.
+        Fu et al. (2019), *Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing*, NAACL. The paper
+        has M = 4 for `cycles` and R = 0.5 for `ramp`, and its cycles fill the training.
     """
 
     period: int
@@ -90,12 +94,13 @@ class cyclical:
         _check_counts(period=self.period, cycles=self.cycles)
         if not 0 < self.ramp <= 1:
             raise PyroVAEError(
-                f"expected ramp to be a share of the cycle, above 0 and at most 1, got {self.ramp!r}. Divide steps by period."
+                f"expected ramp to be a fraction of the cycle, above 0 and at most 1, got {self.ramp!r}. Divide steps "
+                "by period."
             )
         _check_values(stop=self.stop)
 
     def __call__(self, step: int) -> float:
-        """Beta at a step, which counts from 0."""
+        """Beta at a step, counted from 0."""
         if step >= self.period * self.cycles:
             return self.stop
         return self.stop * min(step % self.period / (self.ramp * self.period), 1.0)
@@ -104,7 +109,7 @@ class cyclical:
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
-            epochs = "" if name == "cycles" else " Of epochs, pass their number times the minibatches of one."
+            epochs = "" if name == "cycles" else " For a number of epochs, multiply it by the minibatches of an epoch."
             raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}.{epochs}")
 
 

@@ -1,4 +1,4 @@
-"""Every prior is a normalised density that a VAE learns, and log p(x) under it is what quadrature says."""
+"""Every prior is a normalised density that a VAE learns, and log p(x) under it agrees with quadrature."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ vamps = pytest.mark.parametrize("name", VAMPS)
 
 
 def build(name, likelihood="gaussian", latent_dim=2, spread=0.3):
-    """A VAE of three-dimensional data with this prior and random weights, in float64, and data."""
+    """A VAE with this prior and random weights, in float64, and three-dimensional data."""
     kind, _, detail = name.partition(", ")
     x = torch.randn(3, 3, dtype=torch.float64)
     x = x if likelihood == "gaussian" else (x > 0).double()
@@ -53,13 +53,13 @@ def build(name, likelihood="gaussian", latent_dim=2, spread=0.3):
     vae.double()
     with torch.no_grad():
         for parameter in vae.parameters():
-            # A flow's tails grow as exponentials of its weights, and grids have ends.
+            # The tails of a flow grow exponentially with its weights, and the grids are finite.
             parameter += spread / (3 if kind == "flow" else 1) * torch.randn_like(parameter)
     return vae, x
 
 
 def grid_around(p, points, wide=3.7):
-    """A grid over two dimensions, denser in the middle of one distribution's samples, and the areas of its cells."""
+    """A grid over two dimensions, denser around the mean of a distribution, and the areas of its cells."""
     z = p.sample((4000,))
     t = torch.linspace(-wide, wide, points, dtype=z.dtype)
     axes, widths = z.mean(0)[:, None] + z.std(0)[:, None] * t.sinh(), z.std(0)[:, None] * t.cosh() * (t[1] - t[0])
@@ -84,8 +84,8 @@ def test_the_density_integrates_to_one_with_the_moments_of_the_samples(name):
 
 
 @every
-def test_one_for_each_datum_and_particle(name):
-    """As in a plate, the prior is expanded: independent draws, and the density of each."""
+def test_an_expanded_prior_has_independent_samples(name):
+    """A plate expands the prior, which then has independent samples and a density for each."""
     vae, x = build(name)
     prior = vae.prior().expand((4, 3))
     z = prior.sample()
@@ -103,7 +103,7 @@ def test_one_for_each_datum_and_particle(name):
 def test_log_likelihood_is_the_integral(name, likelihood):
     vae, x = build(name, likelihood, spread=0.1 if "spline" in name else 0.3)
     with torch.no_grad():
-        last = vae.posterior.encoder[-1]  # which makes the guide a proposal that covers the prior
+        last = vae.posterior.encoder[-1]  # these weights make the guide a proposal that covers the prior
         if name in VAMPS:
             last.weight[:2] *= 0.5
             last.weight[2:] *= 0.05
@@ -118,7 +118,7 @@ def test_log_likelihood_is_the_integral(name, likelihood):
     slack = 5e-3 if "spline" in name else 2e-4
     assert ((estimate.per_datum - exact).abs() < 4 * estimate.per_datum_error + slack).all()
     assert (estimate.per_datum_error < 0.08).all()
-    if likelihood == "bernoulli":  # over all possible data
+    if likelihood == "bernoulli":  # the probabilities of all possible data sum to 1
         data = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)
         estimate = pv.log_likelihood(vae.model, vae.guide, data, num_samples=4000, seed=2)
         total = estimate.per_datum.exp().sum()
@@ -146,8 +146,8 @@ def test_the_density_of_a_flow_is_a_change_of_variables(name):
 
 
 @pytest.mark.parametrize("name", ["flow, coupling", "flow, iaf", "flow, spline"])
-def test_a_flow_remembers_no_earlier_parameters(name):
-    """Its transforms keep what they computed last; a density at the same tensor must see what has changed since."""
+def test_a_flow_caches_no_earlier_parameters(name):
+    """Transforms cache their last result; a density at the same tensor must use the new parameters."""
     vae, _ = build(name)
     z, prior = torch.randn(5, 2, dtype=torch.float64), vae.prior
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_vamp_prior_is_the_mean_of_posteriors(name):
 @vamps
 def test_pseudo_inputs_and_the_shared_encoder_have_both_gradients(name):
     vae, x = build(name)
-    parameters = dict(vae.named_parameters())  # a shared one comes once
+    parameters = dict(vae.named_parameters())  # a shared parameter is listed once
     assert {"prior.pseudo_inputs", "prior.posterior.encoder.1.weight"} <= parameters.keys()
     assert not any(key.startswith("posterior.") for key in parameters)
     pyro.set_rng_seed(3)
@@ -187,7 +187,7 @@ def test_pseudo_inputs_and_the_shared_encoder_have_both_gradients(name):
 
 
 def by_hand(vae, x):
-    """Minus the sampled ELBO of all data of a VAE with a VampPrior, without Pyro."""
+    """Minus the sampled ELBO of all data, for a VAE with a VampPrior, without Pyro."""
     q = vae.posterior(x)
     z = q.rsample()
     prior = torch.stack([vae.posterior(u[None]).log_prob(z) for u in vae.prior.pseudo_inputs])
@@ -228,7 +228,7 @@ def test_svi_steps_each_shared_parameter_once(name):
 
 @pytest.mark.parametrize("name", ["vamp, diagonal", "vamp, full"])
 def test_fit_steps_each_shared_parameter_once(name):
-    """Adam's first step is the step size for all parameters, whatever their gradient."""
+    """Adam's first step has the size of the learning rate for all parameters, for any gradient."""
     vae, x = build(name)
     before = parameters_of(vae)
     pv.fit(vae.model, vae.guide, x, pv.ELBO(1, "monte_carlo"), epochs=1, batch_size=len(x), lr=1e-3)
@@ -243,7 +243,7 @@ def test_fit_ends_where_a_loop_by_hand_ends():
         batches = torch.utils.data.DataLoader(x, batch_size=len(x))
         objective = pv.ELBO(1, "monte_carlo", max_plate_nesting=1)
         if by_fit:
-            for step in range(3):  # of one step each, so that the noise is the same
+            for step in range(3):  # one step in each call, so that the noise is the same
                 pyro.set_rng_seed(step)
                 state = {"checkpoint": None, "seed": None, "progress": False}
                 pv.fit(vae.model, vae.guide, batches, objective, epochs=1, lr=1e-2, **state)
@@ -260,7 +260,7 @@ def test_fit_ends_where_a_loop_by_hand_ends():
 
 
 @pytest.mark.parametrize("name", ["vamp, diagonal", "vamp, iaf", "flow, iaf", "mixture"])
-def test_a_checkpoint_goes_on_and_comes_back(name, tmp_path):
+def test_training_resumes_from_a_checkpoint(name, tmp_path):
     x = torch.randn(20, 3, dtype=torch.float64)
 
     def train(path, *epochs):
@@ -274,7 +274,7 @@ def test_a_checkpoint_goes_on_and_comes_back(name, tmp_path):
     whole, broken = train(tmp_path / "a.pt", 4), train(tmp_path / "b.pt", 2)
     assert not torch.equal(parameters_of(whole), parameters_of(broken))
     pyro.set_rng_seed(1)
-    resumed, _ = build(name, spread=0.5)  # elsewhere
+    resumed, _ = build(name, spread=0.5)  # other initial parameters
     pv.fit(
         resumed.model,
         resumed.guide,
@@ -313,7 +313,9 @@ def test_a_mixture_prior_by_its_formula():
     for parameter in prior.parameters():
         parameter.data = torch.randn_like(parameter)
     z = torch.randn(6, 2, dtype=torch.float64)
-    parts = [dist.Normal(*pair).log_prob(z).sum(-1) for pair in zip(prior.loc, prior.log_scale.exp(), strict=True)]
+    parts = [
+        dist.Normal(loc, scale).log_prob(z).sum(-1) for loc, scale in zip(prior.loc, prior.log_scale.exp(), strict=True)
+    ]
     expected = (torch.stack(parts, -1) + prior.logits.log_softmax(0)).logsumexp(-1)
     torch.testing.assert_close(prior().log_prob(z), expected)
 
@@ -344,7 +346,7 @@ def test_pseudo_inputs_are_a_copy():
 
 
 @pytest.mark.parametrize("kind", ["iaf", "spline"])
-def test_a_flow_of_plain_functions_comes_back_from_a_checkpoint(kind, tmp_path):
+def test_a_flow_in_plain_functions_is_restored_from_a_checkpoint(kind, tmp_path):
     def build():
         vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), prior=pv.FlowPrior(2, kind, length=3))
         return vae, lambda x: vae.model(x), lambda x: vae.guide(x)

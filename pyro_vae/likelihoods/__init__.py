@@ -1,4 +1,4 @@
-"""Likelihoods p(x|z): modules from a latent to a distribution over one datum, through a decoder."""
+"""Likelihoods p(x|z): modules that map z to the distribution of one datum through a decoder."""
 
 from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.likelihoods.binary import Bernoulli, ContinuousBernoulli
@@ -7,7 +7,7 @@ from pyro_vae.likelihoods.counts import NegativeBinomial, Poisson
 from pyro_vae.likelihoods.discrete import Categorical, DiscretizedLogistic
 from pyro_vae.likelihoods.real import Gaussian, StudentT
 
-#: The likelihoods by the names that :func:`pyro_vae.mlp_vae` and the command line know them by.
+#: The names of the likelihoods for :func:`pyro_vae.mlp_vae`, the other builders and the command line.
 BY_NAME: dict[str, type[Likelihood]] = {
     "bernoulli": Bernoulli,
     "gaussian": Gaussian,

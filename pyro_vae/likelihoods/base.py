@@ -1,4 +1,4 @@
-"""What every likelihood p(x|z) shares."""
+"""The base class of likelihoods p(x|z)."""
 
 from __future__ import annotations
 
@@ -14,26 +14,39 @@ from pyro_vae.networks import apply_batched
 
 
 class Likelihood(nn.Module):
-    """What every likelihood shares: the decoder, and the shape of its features.
+    """Base class of likelihoods: a decoder, and the distribution of x that the decoder's outputs parametrise.
 
-    One of your own is a subclass with a `num_features` and a `pixel_distribution`, of elements that are independent given z,
-    or else an `event_distribution`; a `check` of its data, if it likes.
+    A subclass defines `num_features` and :meth:`pixel_distribution`, for elements that are independent given z. For
+    other likelihoods it defines :meth:`event_distribution`. It may define :meth:`check`. Further arguments of its
+    `__init__` are its options.
 
     Arguments:
-        decoder: a network from (N, Z), and from what the likelihood is given besides, to (N, ...) with `num_features` numbers
-            for each element of an event: the first of all elements, then the second of all, as (N, num_features, *event) has them.
+        decoder: a network from (N, Z) to (N, ...), with `num_features` outputs for each element of a datum. The outputs
+            are in the order of (N, num_features, *event). Further arguments of the network are conditions such as
+            labels.
         event_shape: the shape of one datum.
+
+    Raises:
+        ValueError: `decoder` is not a module, or `event_shape` is not a tuple.
+
+    Example:
+        >>> import pyro.distributions as dist, torch, pyro_vae as pv
+        >>> class Laplace(pv.Likelihood):
+        ...     def pixel_distribution(self, loc):
+        ...         return dist.Laplace(loc, 1.0)
+        >>> Laplace(torch.nn.Linear(2, 4), (4,))(torch.zeros(5, 2)).event_shape
+        torch.Size([4])
     """
 
-    #: How many numbers the decoder gives for each element of an event.
+    #: The number of decoder outputs for each element of a datum.
     num_features: int = 1
-    #: What stands for an element that is missing; it has to be in the support.
+    #: The value that replaces missing elements. It must be in the support.
     filler: float = 0.0
 
     def __init__(self, decoder: nn.Module, event_shape: tuple[int, ...]) -> None:
         super().__init__()
         if not isinstance(decoder, nn.Module):
-            raise PyroVAEError(f"expected decoder to be a torch.nn.Module, got {decoder!r}. Build it: Decoder(), say.")
+            raise PyroVAEError(f"expected decoder to be a torch.nn.Module, got {decoder!r}. Build it: Decoder().")
         if not isinstance(event_shape, tuple | list | torch.Size):
             raise PyroVAEError(
                 f"expected event_shape to be the shape of one datum, got {event_shape!r}. Write ({event_shape},)."
@@ -43,68 +56,77 @@ class Likelihood(nn.Module):
 
     @classmethod
     def features_for(cls, **options: Any) -> int:
-        """`num_features` of a likelihood with these options, to build its decoder by; it may refuse their values."""
+        """`num_features` under these options, before a decoder exists. Raises ValueError for invalid options."""
         return cls.num_features
 
     def forward(self, z: Tensor, *given: Tensor, mask: Tensor | None = None) -> dist.TorchDistribution:
-        """The distribution of x for each z of shape (*batch, Z): batch shape `batch`, event shape `event`.
+        """The distribution of x given z, with batch shape `batch` and event shape `event`.
 
         Arguments:
-            z: latents, (*batch, Z).
-            given: what the decoder takes besides z, such as labels.
-            mask: booleans that broadcast to (*batch, *event): which elements are observed; the density of the others is left out.
+            z: latents of shape (*batch, Z).
+            given: further arguments of the decoder, such as labels.
+            mask: booleans that broadcast to (*batch, *event), True where an element is observed. The density
+                includes only the observed elements. None is True everywhere.
+
+        Raises:
+            ValueError: the decoder has another number of outputs than `num_features` for each element.
         """
         features = apply_batched(self.decoder, z, 1, *given)
         expected = self.num_features * math.prod(self.event_shape)
         batch = torch.broadcast_shapes(z.shape[:-1], *(y.shape[:-1] for y in given))
         if features.numel() != expected * math.prod(batch):
             raise PyroVAEError(
-                f"expected a decoder with {expected} outputs a datum ({self.num_features} for each element of "
-                f"{self.event_shape}), got features of shape {tuple(features.shape)} for z of shape {tuple(z.shape)}."
+                f"expected a decoder with {expected} outputs for each datum ({self.num_features} for each element of "
+                f"{self.event_shape}), got outputs of shape {tuple(features.shape)} for z of shape {tuple(z.shape)}. "
+                "Change its last layer."
             )
         features = features.reshape(*batch, self.num_features, *self.event_shape)
         return self.event_distribution(*features.unbind(len(batch)), mask=mask)
 
     def event_distribution(self, *features: Tensor, mask: Tensor | None) -> dist.TorchDistribution:
-        """The distribution of x from `num_features` tensors of shape (*batch, *event): here, of independent elements."""
+        """The distribution of one datum, given `num_features` tensors of shape (*batch, *event).
+
+        Here the elements are independent, with the distribution :meth:`pixel_distribution`.
+        """
         pixels = self.pixel_distribution(*features)
         if pixels.event_shape or pixels.batch_shape != features[0].shape:
             raise PyroVAEError(
-                f"expected {type(self).__name__}.pixel_distribution to give a distribution of each element, of batch shape "
-                f"{tuple(features[0].shape)} and no event, got {tuple(pixels.batch_shape)} and {tuple(pixels.event_shape)}. Drop "
-                "to_event from it."
+                f"expected {type(self).__name__}.pixel_distribution to return a distribution of batch shape "
+                f"{tuple(features[0].shape)} and event shape (), got {tuple(pixels.batch_shape)} and "
+                f"{tuple(pixels.event_shape)}. Drop to_event from it."
             )
         return (pixels if mask is None else pixels.mask(mask)).to_event(len(self.event_shape))
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """The distribution of each element of x, from `num_features` tensors of shape (*batch, *event)."""
+        """The distribution of each element of x, given `num_features` tensors of shape (*batch, *event)."""
         raise NotImplementedError(
-            f"expected {type(self).__name__} to have a pixel_distribution or an event_distribution, got neither. Define one."
+            f"expected {type(self).__name__} to define pixel_distribution or event_distribution, got neither. "
+            "Define one."
         )
 
     def decode(self, z: Tensor, *given: Tensor) -> Tensor:
-        """The mean of p(x|z), or what stands for it: (*batch, Z) to (*batch, *event)."""
+        """The mean of p(x|z), or its replacement in a subclass: (*batch, Z) to (*batch, *event)."""
         return self.from_statistic(self.statistic(self(z, *given)))
 
     def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
-        """What of p(x|z) can be averaged over z, as :meth:`VAE.impute` does: its mean, (*batch, *event).
+        """The statistic of p(x|z) that :meth:`VAE.impute` averages over z. Here it is the mean, (*batch, *event).
 
         Arguments:
-            distribution: what :meth:`forward` gives.
-            x: where the distribution has a mask, the data, given whose observed elements the mean is.
+            distribution: the result of :meth:`forward`.
+            x: data of a distribution with a mask. The statistic is then conditional on the observed elements of x.
         """
         mean: Tensor = distribution.mean
         return mean
 
     def from_statistic(self, statistic: Tensor) -> Tensor:
-        """x from a statistic or an average of it, (*batch, *event): the mean as it is."""
+        """The prediction of x, (*batch, *event), from a statistic or its average. Here it is the statistic."""
         return statistic
 
     def check(self, x: Tensor) -> None:
-        """Refuse data that the likelihood gives no density to; called while Pyro's validation is on."""
+        """Raise ValueError for x outside the support. Pairs call this while Pyro's validation is on."""
 
     def _refuse_unless(self, valid: Tensor, x: Tensor, expected: str, fix: str) -> None:
         if not bool(valid.all()):
             got = f"{x[~valid].flatten()[0].item():.6g}"
-            fix = "Where a value is missing, pass a mask of those that are not." if got == "nan" else fix
+            fix = "For missing values, pass a mask that is True where x is observed." if got == "nan" else fix
             raise PyroVAEError(f"a {type(self).__name__} likelihood expected x {expected}, got {got}. {fix}")

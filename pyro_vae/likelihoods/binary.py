@@ -1,4 +1,4 @@
-"""Likelihoods of pixels in [0, 1]: ink or none, and grey."""
+"""Likelihoods of pixels in [0, 1]: Bernoulli for binary pixels, continuous Bernoulli for grey pixels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pyro_vae.likelihoods.base import Likelihood
 
 
 class Bernoulli(Likelihood):
-    """Binary pixels; minus its log-density is the binary cross-entropy, summed.
+    """A Bernoulli likelihood of binary pixels. Minus its log-density is the sum of binary cross-entropies.
 
     .. math:: \\log p(x \\mid z) = \\sum_d x_d \\log \\pi_d(z) + (1 - x_d) \\log (1 - \\pi_d(z))
 
     Arguments:
-        decoder: a network from (N, Z) to one logit for each element of an event.
+        decoder: a network from (N, Z) to one logit for each element of a datum.
         event_shape: the shape of one datum.
 
     Raises:
-        ValueError: when a model meets x with values other than 0 and 1.
+        ValueError: when a model runs: x has values other than 0 and 1.
 
     Example:
         >>> import torch
@@ -33,39 +33,40 @@ class Bernoulli(Likelihood):
     """
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """Bernoulli with the features as logits."""
+        """The Bernoulli distribution whose logits are the features."""
         (logits,) = features
         return PixelBernoulli(logits=logits)
 
     def check(self, x: Tensor) -> None:
-        """Refuse x that is not binary."""
+        """Raise ValueError unless x is binary."""
         others = x[(x != 0) & (x != 1)]
         if len(others):
             raise PyroVAEError(
-                f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min():.3g} to {x.max():.3g}, such as "
-                f"{others[0]:.3g}. Binarise it (pv.data.load(..., binarize='dynamic')), or, since Bernoulli gives grey no "
-                "density, take the likelihood ContinuousBernoulli for grey in [0, 1], or Gaussian for any real values."
+                f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min():.3g} to {x.max():.3g}, "
+                f"such as {others[0]:.3g}. Binarise it (pv.data.load(..., binarize='dynamic')), or use the likelihood "
+                "ContinuousBernoulli for grey values in [0, 1], or Gaussian for real values."
             )
 
 
 class PixelBernoulli(dist.Bernoulli):
-    """Bernoulli pixels whose log-density, summed over an event, takes a third of the passes over memory of torch's own."""
+    """PyTorch's Bernoulli distribution, with a log-density of events that takes a third of the passes over memory."""
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.TorchDistribution:
-        """One event of the dimensions on the right."""
+        """The distribution with batch dimensions on the right as event dimensions; None is all batch dimensions."""
         return _PixelEvent(
             self, len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
         )
 
 
 class _PixelEvent(dist.Independent):
-    """log p(x) = sum_d x_d l_d - log(1 + e^l_d): one new tensor of the logits' size, and a matrix-vector product.
+    """Independent Bernoulli pixels with log p(x) = sum_d x_d l_d - log(1 + e^l_d).
 
-    Its two sums cancel where pixels are surely on, but not at the many that are surely off.
+    This takes one new tensor of the logits' size and a matrix-vector product. The two sums lose digits where pixels are
+    almost surely 1, but not where they are almost surely 0, as most pixels are.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Of shape (*batch,)."""
+        """The log-probability, of shape (*batch,)."""
         if self._validate_args:
             self.base_dist._validate_sample(value)
         size = self.event_shape.numel()
@@ -78,11 +79,12 @@ class _PixelEvent(dist.Independent):
 def _sum_softplus(logits: Tensor) -> Tensor:
     """The sum of log(1 + e^l) over the last dimension.
 
-    Without a gradient, four pixels share a logarithm, which is half of the work: log(1 + e^l) = max(l, 0) + log(1 + e^-|l|),
-    and the sum of four logarithms is that of a product, which is between 1 and 16.
+    Logarithms take half of the time, so without a gradient four pixels share one. For each pixel
+    log(1 + e^l) = max(l, 0) + log(1 + e^-|l|). The sum of four such logarithms is the logarithm of a product between 1
+    and 16.
     """
     if logits.requires_grad and torch.is_grad_enabled():
-        return softplus(logits, threshold=40).sum(-1)  # from 40 on float64 can't tell softplus(l) from l
+        return softplus(logits, threshold=40).sum(-1)  # above 40, softplus(l) is l in float64
     quarter = logits.shape[-1] // 4
     factors = logits.abs().neg_().exp_().add_(1)
     a, b, c, d, rest = factors.split([quarter, quarter, quarter, quarter, logits.shape[-1] - 4 * quarter], -1)
@@ -90,16 +92,16 @@ def _sum_softplus(logits: Tensor) -> Tensor:
 
 
 class ContinuousBernoulli(Likelihood):
-    r"""Grey pixels in [0, 1]: the Bernoulli's form, and the constant that makes it a density of grey.
+    r"""A continuous Bernoulli likelihood of grey pixels in [0, 1]: the Bernoulli's formula, normalised to a density.
 
     .. math:: \log p(x \mid z) = \sum_d x_d\, l_d(z) - \log (1 + e^{l_d(z)}) + \log \frac{l_d(z)}{\tanh (l_d(z) / 2)}
 
     Arguments:
-        decoder: a network from (N, Z) to one logit l for each element of an event.
+        decoder: a network from (N, Z) to one logit l for each element of a datum.
         event_shape: the shape of one datum.
 
     Raises:
-        ValueError: when a model meets x outside [0, 1].
+        ValueError: when a model runs: x has values outside [0, 1].
 
     Example:
         >>> import torch
@@ -113,25 +115,26 @@ class ContinuousBernoulli(Likelihood):
     """
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """Continuous Bernoulli with the features as logits."""
+        """The continuous Bernoulli distribution whose logits are the features."""
         (logits,) = features
         return GreyPixel(logits=logits)
 
     def check(self, x: Tensor) -> None:
-        """Refuse x outside [0, 1]."""
+        """Raise ValueError unless x is in [0, 1]."""
         fix = "Rescale it (x / 255 for bytes), or use a Gaussian likelihood."
         self._refuse_unless((x >= 0) & (x <= 1), x, "in [0, 1]", fix)
 
 
 class GreyPixel(dist.ContinuousBernoulli):
-    """Continuous Bernoulli that keeps its precision at any logit l.
+    """The continuous Bernoulli distribution, precise at any logit l.
 
-    PyTorch's own goes by clamped probabilities: in float32, beyond |l| = 16 it no longer integrates to 1 and decoders get no
-    gradient of its constant, and near l = 0 its mean and variance are differences of large numbers.
+    PyTorch's class computes with clamped probabilities. In float32, above |l| = 16, its density does not
+    integrate to 1, and the normalising constant has no gradient. Near l = 0 its mean and variance are differences of
+    large numbers.
     """
 
     def _near_zero(self) -> tuple[Tensor, Tensor]:
-        """Where the series serve; and the logits elsewhere, with 1 in place of those, whose gradient would be NaN."""
+        """Where the series apply, and the logits with 1 in place of these, where the formulas' gradient is NaN."""
         near = self.logits.abs() < 0.3
         return near, torch.where(near, 1.0, self.logits)
 
@@ -156,7 +159,7 @@ class GreyPixel(dist.ContinuousBernoulli):
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile of each value in [0, 1]."""
-        falling = -self.logits.abs().clamp(min=1e-6)  # the density falls; where it rises, it is the mirror image
+        falling = -self.logits.abs().clamp(min=1e-6)  # a density that rises is the mirror image of one that falls
         value = torch.where(self.logits > 0, 1 - value, value)
         quantile = (torch.log1p(value * torch.expm1(falling)) / falling).clamp(0, 1)
         return torch.where(self.logits > 0, 1 - quantile, quantile)

@@ -1,4 +1,4 @@
-"""Likelihoods under which the elements of a datum are correlated given z."""
+"""Likelihoods of real elements that are correlated given z: a Gaussian with a low-rank covariance."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pyro_vae.likelihoods.real import refuse_min_scale
 
 
 class LowRankGaussian(Likelihood):
-    r"""A normal over the whole datum, whose covariance has a few directions besides its diagonal.
+    r"""A normal likelihood of the whole datum, whose covariance is a diagonal matrix plus a matrix of low rank.
 
     .. math:: p(x \mid z) = \mathcal N\bigl(x; \mu(z), F F^\top + \operatorname{diag} \sigma^2\bigr),
         \qquad F \in \mathbb R^{D \times R}
 
-    Elements that are independent given z make any deviation that neighbours share costly, hence blurred means and grainy
-    samples; here samples deviate along F together. Cost and memory grow as D R, not as D^2.
+    If elements are independent given z, noise that neighbours share is improbable, so means are blurred and samples are
+    grainy. Here the noise is correlated through F. Cost and memory grow as D R, not as D^2.
 
     Arguments:
-        decoder: a network from (N, Z) to each element's mean; and, if not `shared`, its row of F, R numbers, and its sigma
-            before softplus: features (N, D) or (N, (R + 2) D), kind by kind.
+        decoder: a network from (N, Z) to the means, (N, D). With ``shared=False`` its outputs are (N, (R + 2) D): the
+            means, the R columns of F, then the sigmas before softplus.
         event_shape: the shape of one datum, of D elements.
-        rank: R.
-        shared: whether F and sigma are parameters that all data share, or the decoder's.
-        min_scale: what is added to each sigma, as in :class:`Gaussian`.
+        rank: R, the number of columns of F.
+        shared: True for F and sigma as parameters that all data share, False for F and sigma as decoder outputs.
+        min_scale: a constant that is added to each sigma, as in :class:`Gaussian`.
 
     Raises:
-        ValueError: `rank` is no positive integer, or `shared` no boolean.
+        ValueError: `rank` is not a positive integer, `shared` is not a boolean, or `min_scale` is negative.
 
     Example:
         >>> import torch
@@ -62,24 +62,26 @@ class LowRankGaussian(Likelihood):
         self.min_scale = min_scale
         self.num_features = self.features_for(rank, shared, min_scale)
         if shared:
-            # F = 0 is a saddle point, where F gets no gradient; softplus(raw_scale) is at first 1
+            # F = 0 is a saddle point, at which F has no gradient. The initial softplus(raw_scale) is 1.
             self.factor = nn.Parameter(0.1 * torch.randn(*self.event_shape, rank))
             self.raw_scale = nn.Parameter(torch.full(self.event_shape, math.log(math.e - 1)))
 
     @classmethod
     def features_for(cls, rank: int = 5, shared: bool = True, min_scale: float = 0.01, **options: Any) -> int:
-        """1 where the covariance is shared, else rank + 2; refuses what is no rank."""
+        """1 if the covariance is shared, R + 2 otherwise."""
         if not isinstance(rank, int) or rank < 1:
             raise PyroVAEError(
                 f"expected rank to be a positive integer, got {rank!r}. For rank 0, use a Gaussian likelihood."
             )
         if not isinstance(shared, bool):
-            raise PyroVAEError(f"expected shared to be True or False, got {shared!r}.")
+            raise PyroVAEError(
+                f"expected shared to be True or False, got {shared!r}. Pass False for a covariance that depends on z."
+            )
         refuse_min_scale(min_scale)
         return 1 if shared else rank + 2
 
     def event_distribution(self, *features: Tensor, mask: Tensor | None) -> dist.TorchDistribution:
-        """Low-rank normal with the first features as mean; where there is a mask, its density is that of what is observed."""
+        """The normal whose means are the first features. With a mask, the density includes only observed elements."""
         if self.shared:
             (loc,) = features
             factor: Tensor = self.factor
@@ -90,25 +92,25 @@ class LowRankGaussian(Likelihood):
         return LowRankEvent(loc, factor, softplus(raw_scale) + self.min_scale, len(self.event_shape), mask)
 
     def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
-        """The mean; given the elements of x that are observed, where there are some."""
+        """The mean, or the mean given the observed elements of x if there is an x."""
         mean: Tensor = distribution.mean if x is None else distribution.conditional_mean(x)
         return mean
 
 
 class LowRankEvent(dist.TorchDistribution):
-    """A normal with covariance F F^T + diag(scale^2) over the elements of an event of any shape.
+    """A normal with covariance F F^T + diag(scale^2) of the elements of an event of any shape.
 
-    PyTorch's own takes vectors, and its density is a difference of large numbers where F is large beside the scale: 4 nats off
-    in float32 for 784 pixels, R = 4, F of 1 and scale 0.02. Here the quadratic form is a sum of squares, with R x R matrices
-    in float64: 0.001 nats off.
+    PyTorch's class takes vectors, and its density is a difference of large numbers where F is much larger than the
+    scale. For 784 pixels, R = 4, F of 1 and scale 0.02 its error in float32 is 4 nats. Here the quadratic form is a sum
+    of squares, and R x R matrices are in float64: the error is 0.001 nats.
 
     Arguments:
-        loc: its mean, (*batch, *event).
-        factor: F, (*event, R) or (*batch, *event, R).
-        scale: (*event) or (*batch, *event).
-        event_dim: how many of the dimensions of `loc` are the event's.
-        mask: booleans that broadcast to (*batch, *event): `log_prob` is the marginal density of the elements where it is True.
-            Samples and moments are of all.
+        loc: the mean, of shape (*batch, *event).
+        factor: F, of shape (*event, R) or (*batch, *event, R).
+        scale: the scale, of shape (*event) or (*batch, *event).
+        event_dim: the number of event dimensions of `loc`.
+        mask: booleans that broadcast to (*batch, *event), True where an element is observed. `log_prob` is the marginal
+            density of the observed elements. Samples and moments include all elements.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
@@ -134,11 +136,11 @@ class LowRankEvent(dist.TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """All events of real numbers."""
+        """Events of real numbers."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> LowRankEvent:
-        """The same with another batch shape."""
+        """The distribution with another batch shape."""
         new = self._get_checked_instance(LowRankEvent, _instance)
         new.loc = self.loc.expand(*batch_shape, -1)
         new.factor, new.scale, new.observed = self.factor, self.scale, self.observed
@@ -147,7 +149,10 @@ class LowRankEvent(dist.TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Of shape (*batch,): with y = (x - loc) / scale, W = F / scale, the quadratic form is min_u |y - W u|^2 + |u|^2."""
+        """The log-density, of shape (*batch,).
+
+        With y = (x - loc) / scale and W = F / scale, the quadratic form is min_u |y - W u|^2 + |u|^2.
+        """
         if self._validate_args:
             self._validate_sample(value)
         y, W, u, cholesky = self._explained(value)
@@ -159,25 +164,28 @@ class LowRankEvent(dist.TorchDistribution):
         return -0.5 * (quadratic + size * math.log(2 * math.pi)) - half_log_det
 
     def conditional_mean(self, value: Tensor) -> Tensor:
-        """The mean given the elements of `value` that the mask says are observed, (*batch, *event)."""
+        """The mean given the observed elements of `value`, of shape (*batch, *event)."""
         _, _, u, _ = self._explained(value)
         return (self.loc + _rows(self.factor, u)).unflatten(-1, self.event_shape)
 
     def _explained(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y and W of what is observed; u, the mean of what F multiplies given y; the Cholesky factor of its precision."""
+        """y, W, the mean u of the factors given y, and the Cholesky factor of their precision.
+
+        y and W are zero at missing elements.
+        """
         y = (value.flatten(-len(self.event_shape)) - self.loc) / self.scale
         W = self.factor / self.scale[..., None]
         if self.observed is not None:
             y, W = torch.where(self.observed, y, 0.0), torch.where(self.observed[..., None], W, 0.0)
         wide = W.double()
         cholesky = torch.linalg.cholesky(wide.mT @ wide + torch.eye(W.shape[-1], dtype=wide.dtype, device=W.device))
-        # The residual y - W u is small beside both: what a sum of D terms in float32 loses here would be left in it.
+        # The residual y - W u is much smaller than y, so the error of a float32 sum of D terms would dominate it.
         projection = torch.einsum("...d,...dr->...r", y.double(), wide)
         u = torch.einsum("...r,...rs->...s", projection, torch.cholesky_inverse(cholesky)).to(y.dtype)
         return y, W, u, cholesky
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
-        """Events of shape (*sample_shape, *batch, *event)."""
+        """Samples of shape (*sample_shape, *batch, *event)."""
         shape = (*sample_shape, *self.batch_shape)
         alone = self.scale * torch.randn(*shape, self.loc.shape[-1], dtype=self.loc.dtype, device=self.loc.device)
         together = torch.randn(*shape, self.factor.shape[-1], dtype=self.loc.dtype, device=self.loc.device)
@@ -185,12 +193,12 @@ class LowRankEvent(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The mean, (*batch, *event)."""
+        """The mean, of shape (*batch, *event)."""
         return self.loc.unflatten(-1, self.event_shape)
 
     @property
     def variance(self) -> Tensor:
-        """The variance of each element, (*batch, *event)."""
+        """The variance of each element, of shape (*batch, *event)."""
         variance = self.factor.square().sum(-1) + self.scale.square()
         return variance.expand(self.loc.shape).unflatten(-1, self.event_shape)
 

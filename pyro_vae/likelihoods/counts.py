@@ -1,4 +1,4 @@
-"""Likelihoods of counts 0, 1, 2, ..., such as photons, reads or clicks."""
+"""Likelihoods of counts 0, 1, 2, ...: Poisson and negative binomial."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pyro_vae.likelihoods.base import Likelihood
 
 class _Counts(Likelihood):
     def check(self, x: Tensor) -> None:
-        """Refuse x that is no count."""
-        fix = "Pass the counts themselves, neither normalised nor their logarithms, or use a Gaussian likelihood."
+        """Raise ValueError unless x is counts."""
+        fix = "Pass the counts, neither normalised nor their logarithms, or use a Gaussian likelihood."
         self._refuse_unless((x >= 0) & (x % 1 == 0) & x.isfinite(), x, "of counts 0, 1, 2, ...", fix)
 
 
 class Poisson(_Counts):
-    r"""Counts whose variance is their mean.
+    r"""A Poisson likelihood of counts, whose variance equals the mean.
 
     .. math:: \log p(x \mid z) = \sum_d x_d \log \lambda_d(z) - \lambda_d(z) - \log x_d!
 
     Arguments:
-        decoder: a network from (N, Z) to one log rate for each element of an event, which is held between -30 and 30.
+        decoder: a network from (N, Z) to one log rate for each element of a datum. Log rates are clamped to [-30, 30].
         event_shape: the shape of one datum.
 
     Raises:
-        ValueError: when a model meets x other than 0, 1, 2, ...
+        ValueError: when a model runs: x has values other than 0, 1, 2, ...
 
     Example:
         >>> import torch
@@ -42,27 +42,30 @@ class Poisson(_Counts):
     """
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """Poisson with the features as log rates."""
+        """The Poisson distribution whose log rates are the features."""
         (log_rate,) = features
-        # a rate that underflows to 0, or overflows, leaves no gradient to come back by; nor would a clamp
+        # A rate of 0 or infinity has no gradient. The sum clamps the value and keeps the gradient of the log rate.
         return dist.Poisson((log_rate + (log_rate.clamp(-30, 30) - log_rate).detach()).exp())
 
 
 class NegativeBinomial(_Counts):
-    r"""Counts that vary more than their mean: a Poisson whose rate is gamma-distributed.
+    r"""A negative binomial likelihood of counts, whose variance exceeds the mean.
+
+    It is a Poisson distribution with a gamma-distributed rate.
 
     .. math:: p(x_d \mid z) = \frac{\Gamma(x_d + r_d)}{x_d!\, \Gamma(r_d)}
         \left(\frac{r_d}{r_d + \mu_d(z)}\right)^{r_d} \left(\frac{\mu_d(z)}{r_d + \mu_d(z)}\right)^{x_d}
 
-    Its mean is :math:`\mu_d`, its variance :math:`\mu_d + \mu_d^2 / r_d`. The dispersion r is a parameter for each element,
-    shared by all data, between 0 and 1000, at first 1; towards 1000 it is a Poisson.
+    The mean is :math:`\mu_d` and the variance is :math:`\mu_d + \mu_d^2 / r_d`. The dispersion r is a parameter for
+    each element, shared by all data, between 0 and 1000 with initial value 1. Near 1000 the distribution is close to a
+    Poisson.
 
     Arguments:
-        decoder: a network from (N, Z) to one log mean for each element of an event.
+        decoder: a network from (N, Z) to one log mean for each element of a datum.
         event_shape: the shape of one datum.
 
     Raises:
-        ValueError: when a model meets x other than 0, 1, 2, ...
+        ValueError: when a model runs: x has values other than 0, 1, 2, ...
 
     Example:
         >>> import torch
@@ -81,11 +84,11 @@ class NegativeBinomial(_Counts):
 
     @property
     def total_count(self) -> Tensor:
-        """The dispersion r, shape `event_shape`."""
+        """The dispersion r, of shape `event_shape`."""
         return self._log_total_count().exp()
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """Negative binomial with the features as log means."""
+        """The negative binomial distribution whose log means are the features."""
         (log_mean,) = features
         log_r = self._log_total_count()
         return dist.NegativeBinomial(log_r.exp(), logits=log_mean - log_r)
@@ -94,5 +97,5 @@ class NegativeBinomial(_Counts):
         return math.log(MOST) + logsigmoid(self.raw_total_count)
 
 
-#: The greatest dispersion; beyond it, float32 loses the difference of two lgammas, and a Poisson is what is meant.
+#: The greatest dispersion. Above it, float32 loses the difference of two lgammas, and a Poisson fits as well.
 MOST = 1000.0

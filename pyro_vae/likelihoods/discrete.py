@@ -1,4 +1,4 @@
-"""Likelihoods of pixels with finitely many values: levels of grey, which are ordered, and categories, which are not."""
+"""Likelihoods of pixels with finitely many values: ordered grey levels, and unordered categories."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from pyro_vae.likelihoods.base import Likelihood
 
 
 class Categorical(Likelihood):
-    r"""Elements that are one of C categories, coded 0, ..., C - 1 as floats.
+    r"""A likelihood of elements in C categories, coded 0, ..., C - 1 as floats.
 
     .. math:: p(x \mid z) = \prod_d \operatorname{softmax}\bigl(l_d(z)\bigr)_{x_d}
 
-    Codes have no mean: `decode` and `impute` give the most probable category of each element.
+    The mean of codes is meaningless, so `decode` and `impute` return the most probable category of each element.
 
     Arguments:
-        decoder: a network from (N, Z) to C logits for each element of an event: features (N, C D), category by category.
+        decoder: a network from (N, Z) to C logits for each element of a datum, (N, C D), one category after the other.
         event_shape: the shape of one datum.
-        categories: C.
+        categories: C, the number of categories.
 
     Raises:
-        ValueError: `categories` is no integer of at least 2; when a model meets x other than 0, ..., C - 1.
+        ValueError: `categories` is not an integer of at least 2. When a model runs: x has values other than
+            0, ..., C - 1.
 
     Example:
         >>> import torch
@@ -45,15 +46,16 @@ class Categorical(Likelihood):
 
     @classmethod
     def features_for(cls, categories: int | None = None, **options: Any) -> int:
-        """C; refuses what is no number of categories."""
+        """C."""
         if not isinstance(categories, int) or categories < 2:
             raise PyroVAEError(
-                f"expected categories to be an integer of at least 2, got {categories!r}. Pass categories=int(x.max()) + 1."
+                f"expected categories to be an integer of at least 2, got {categories!r}. Pass "
+                "categories=int(x.max()) + 1."
             )
         return categories
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """Categorical with the features as logits."""
+        """The categorical distribution whose logits are the features."""
         return Codes(logits=torch.stack(features, -1))
 
     def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
@@ -68,14 +70,14 @@ class Categorical(Likelihood):
         return statistic.argmax(-1).to(statistic.dtype)
 
     def check(self, x: Tensor) -> None:
-        """Refuse x that holds other codes."""
+        """Raise ValueError unless x is codes of the categories."""
         valid = (x >= 0) & (x < self.categories) & (x % 1 == 0)
-        fix = "Number the categories from 0, or pass the number of categories that there are."
+        fix = "Number the categories from 0, or pass a larger number of categories."
         self._refuse_unless(valid, x, f"of codes 0, ..., {self.categories - 1}", fix)
 
 
 class Codes(dist.Categorical):
-    """Categorical whose samples are floats, as data are."""
+    """Pyro's categorical distribution with samples in floating point, as the data are."""
 
     def sample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Codes of shape (*sample_shape, *batch)."""
@@ -83,24 +85,26 @@ class Codes(dist.Categorical):
 
 
 class DiscretizedLogistic(Likelihood):
-    r"""Grey pixels on the grid 0, 1/(L - 1), ..., 1: a logistic, or a mixture of them, that each level has a cell of.
+    r"""A likelihood of grey pixels on the grid 0, 1/(L - 1), ..., 1: a rounded logistic, or a mixture of these.
 
     .. math:: p(x_d \mid z) = \sum_m \pi_{dm}\, \left[\sigma\left(\tfrac{x_d + h - \mu_{dm}}{s_{dm}}\right)
         - \sigma\left(\tfrac{x_d - h - \mu_{dm}}{s_{dm}}\right)\right], \qquad h = \tfrac1{2 (L - 1)}
 
-    where the first term is 1 at x = 1 and the second 0 at x = 0: the end cells have the whole tails. It is a probability, not
-    a density: log p(x) is at most 0, and does not compare with that of a likelihood of real pixels. `decode` gives the exact
-    mean, at the cost of L - 1 passes over the elements.
+    At x = 1 the first term is 1, and at x = 0 the second term is 0, so that the end cells contain the tails. p(x|z) is
+    a probability, not a density: log p(x) is at most 0, and is not comparable with log p(x) under a likelihood of real
+    pixels. `decode` returns the exact mean, at the cost of L - 1 passes over the elements.
 
     Arguments:
-        decoder: a network from (N, Z) to, for each element of an event, a location and a log scale, in the units of x; or,
-            for M > 1 components, M logits, M locations and M log scales: features (N, 2 D) or (N, 3 M D), kind by kind.
+        decoder: a network from (N, Z) to the locations, then the log scales, (N, 2 D), in the units of x. For M > 1
+            components its outputs are M logits, M locations and M log scales for each element, (N, 3 M D), in that
+            order.
         event_shape: the shape of one datum.
-        levels: L.
-        components: M.
+        levels: L, the number of grey levels.
+        components: M, the number of logistics in the mixture.
 
     Raises:
-        ValueError: `levels` is no integer of at least 2, or `components` of at least 1; when a model meets x off the grid.
+        ValueError: `levels` is not an integer of at least 2, or `components` is not a positive integer. When a model
+            runs: x has values off the grid.
 
     Example:
         >>> import torch
@@ -109,9 +113,10 @@ class DiscretizedLogistic(Likelihood):
         torch.Size([5, 4])
 
     References:
-        Salimans, Karpathy, Chen and Kingma (2017), *PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture
-        Likelihood and Other Modifications*, ICLR.
-        Kingma et al. (2016), *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS (one component).
+        Salimans, Karpathy, Chen and Kingma (2017), *PixelCNN++: Improving the PixelCNN with Discretized Logistic
+        Mixture Likelihood and Other Modifications*, ICLR.
+        Kingma et al. (2016), *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS
+        (one component).
     """
 
     def __init__(
@@ -124,14 +129,16 @@ class DiscretizedLogistic(Likelihood):
 
     @classmethod
     def features_for(cls, levels: int = 256, components: int = 1, **options: Any) -> int:
-        """2, or 3 for each of several components; refuses what is no number of levels or components."""
+        """2 for one component, 3 M for M components."""
         for name, value, least in (("levels", levels, 2), ("components", components, 1)):
             if not isinstance(value, int) or value < least:
-                raise PyroVAEError(f"expected {name} to be an integer of at least {least}, got {value!r}.")
+                raise PyroVAEError(
+                    f"expected {name} to be an integer of at least {least}, got {value!r}. Pass {name}={least} or more."
+                )
         return 2 if components == 1 else 3 * components
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """Discretised logistic, or a mixture of them."""
+        """The logistic distribution on the grid, or a mixture of such distributions."""
         if self.components == 1:
             loc, log_scale = features
             return LogisticOnGrid(loc, log_scale, self.levels)
@@ -139,9 +146,9 @@ class DiscretizedLogistic(Likelihood):
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), LogisticOnGrid(loc, log_scale, self.levels))
 
     def check(self, x: Tensor) -> None:
-        """Refuse x off the grid."""
+        """Raise ValueError unless x is on the grid."""
         top = self.levels - 1
-        fix = f"Pass bytes as x / 255, other grey as (x * {top}).round() / {top}, or the levels that there are."
+        fix = f"Pass bytes as x / 255, other grey values as (x * {top}).round() / {top}, or change levels."
         self._refuse_unless(_on_grid(x, self.levels), x, f"on the grid 0, 1/{top}, ..., 1", fix)
 
 
@@ -149,9 +156,10 @@ class LogisticOnGrid(dist.TorchDistribution):
     """A logistic variable rounded to the nearest of the levels 0, 1/(L - 1), ..., 1.
 
     Arguments:
-        loc: the logistic's location, shape `batch`.
-        log_scale: the log of its scale, shape `batch`; held between a thousandth of a cell and a thousand times the grid.
-        levels: L.
+        loc: the location, of shape `batch`.
+        log_scale: the log of the scale, of shape `batch`. The scale is clamped to between 0.001 cells and 1000 grid
+            lengths.
+        levels: L, the number of levels.
     """
 
     arg_constraints: dict[str, Any] = {"loc": constraints.real, "log_scale": constraints.real}  # noqa: RUF012
@@ -160,17 +168,17 @@ class LogisticOnGrid(dist.TorchDistribution):
     def __init__(self, loc: Tensor, log_scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
         self.levels = levels
         self.loc, log_scale = torch.broadcast_tensors(loc, log_scale)
-        # beyond these, one more factor changes no probability that a float can tell, and 1 / scale may overflow
+        # Beyond these bounds no probability changes in floating point, and 1 / scale may overflow.
         self.log_scale = log_scale.clamp(-math.log(1e3 * (levels - 1)), math.log(1e3))
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
-        """The levels."""
+        """The grid of levels."""
         return _Grid(self.levels)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> LogisticOnGrid:
-        """The same with another batch shape."""
+        """The distribution with another batch shape."""
         new = self._get_checked_instance(LogisticOnGrid, _instance)
         new.levels = self.levels
         new.loc, new.log_scale = self.loc.expand(batch_shape), self.log_scale.expand(batch_shape)
@@ -179,9 +187,9 @@ class LogisticOnGrid(dist.TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log of a level's probability.
+        """The log-probability of a level, of shape (*batch,).
 
-        A difference of sigmoids is zero to rounding in the tails; sigma(a) - sigma(b) = sigma(a) sigma(-b) (1 - e^(b-a)) is not.
+        In the tails sigma(a) - sigma(b) rounds to 0. The equal product sigma(a) sigma(-b) (1 - e^(b-a)) does not.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -203,16 +211,16 @@ class LogisticOnGrid(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The exact mean: a pass over all elements for each of the L - 1 cell edges, in the memory of one."""
+        """The exact mean, of shape (*batch,), in L - 1 passes over the elements and the memory of one pass."""
         return self._sum_of_survivals(False)
 
     @property
     def variance(self) -> Tensor:
-        """The exact variance, at twice the mean's cost."""
+        """The exact variance, of shape (*batch,), at twice the cost of the mean."""
         return self._sum_of_survivals(True) - self.mean.square()
 
     def _sum_of_survivals(self, square: bool) -> Tensor:
-        """The mean of X, sum_k P(X >= k), or of X^2, sum_k (2 k - 1) P(X >= k), in units of the grid."""
+        """The mean of X, sum_k P(X >= k), or of X^2, sum_k (2 k - 1) P(X >= k), where X counts cells; in units of x."""
         top = self.levels - 1
         inverse = (-self.log_scale).exp()
         total = torch.zeros_like(self.loc)

@@ -1,4 +1,4 @@
-"""Likelihoods of real elements that are independent given z."""
+"""Likelihoods of real numbers that are independent given z: Gaussian and Student's t."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_vae.likelihoods.base import Likelihood
 
 
 class _Scaled(Likelihood):
-    """Elements with a location and a scale, which is fixed, learned or the decoder's; a subclass is a family of such."""
+    """Base class of likelihoods with a location and a scale, where the scale is fixed, learned or a decoder output."""
 
     fixed_scale: Tensor
 
@@ -33,13 +33,15 @@ class _Scaled(Likelihood):
 
     @classmethod
     def features_for(cls, scale: float | str = 1.0, min_scale: float = 0.01, **options: Any) -> int:
-        """How many features an element takes under a choice of `scale`; refuses what is no choice."""
+        """2 for ``scale="per_pixel"``, 1 otherwise."""
         refuse_min_scale(min_scale)
         if scale == "per_pixel":
             return 2
         if scale == "learned" or (isinstance(scale, int | float) and 0 < scale < math.inf):
             return 1
-        raise PyroVAEError(f"expected scale to be a positive number, 'learned' or 'per_pixel', got {scale!r}.")
+        raise PyroVAEError(
+            f"expected scale to be a positive number, 'learned' or 'per_pixel', got {scale!r}. Try 'learned'."
+        )
 
     def _loc_and_scale(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         if self.scale == "per_pixel":
@@ -50,28 +52,28 @@ class _Scaled(Likelihood):
 
 
 def refuse_min_scale(min_scale: float) -> None:
-    """Refuse a least scale that is none."""
+    """Raise ValueError unless `min_scale` is finite and at least 0."""
     if not (isinstance(min_scale, int | float) and 0 <= min_scale < math.inf):
         raise PyroVAEError(f"expected min_scale to be a number of at least 0, got {min_scale!r}. Try 0.01.")
 
 
 class Gaussian(_Scaled):
-    """Real pixels; with a fixed scale, minus its log-density is the squared error over 2 sigma^2, plus a constant.
+    """A normal likelihood of real pixels. With a fixed scale, minus its log-density is a scaled squared error.
 
     .. math:: \\log p(x \\mid z)
         = -\\sum_d \\frac{(x_d - \\mu_d(z))^2}{2 \\sigma_d^2} + \\tfrac12 \\log 2 \\pi \\sigma_d^2
 
     Arguments:
-        decoder: a network from (N, Z) to each element's mean and, for a scale per pixel, its scale before
-            softplus: features (N, D), or (N, 2 D) with all means first.
+        decoder: a network from (N, Z) to the means, (N, D). With ``"per_pixel"`` its outputs are (N, 2 D): the means,
+            then the sigmas before softplus.
         event_shape: the shape of one datum.
-        scale: a number for a fixed sigma; ``"learned"`` for one sigma that is a parameter, shared by all
-            elements, at first 1; ``"per_pixel"`` for a sigma for each element of each datum.
-        min_scale: what ``"per_pixel"`` adds to each sigma: where a pixel is constant, the likelihood would
-            otherwise grow without bound as sigma shrinks.
+        scale: a positive number for a fixed sigma. ``"learned"`` is one sigma for all elements, a parameter with
+            initial value 1. ``"per_pixel"`` is one sigma for each element of each datum.
+        min_scale: a constant that ``"per_pixel"`` adds to each sigma. Without it the likelihood of a constant pixel is
+            unbounded as sigma tends to 0.
 
     Raises:
-        ValueError: `scale` is none of these, or not positive.
+        ValueError: `scale` is not one of these values, or `min_scale` is negative.
 
     Example:
         >>> import torch
@@ -93,28 +95,28 @@ class Gaussian(_Scaled):
         super().__init__(decoder, event_shape, scale, min_scale)
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """Normal with the first features as means."""
+        """The normal whose means are the first features."""
         return dist.Normal(*self._loc_and_scale(features))
 
 
 class StudentT(_Scaled):
-    r"""Real pixels with heavy tails: outliers cost the logarithm of their distance, not its square.
+    r"""A Student's t likelihood of real pixels. Outliers cost the logarithm of their distance, not its square.
 
     .. math:: p(x_d \mid z) \propto \frac1{\sigma_d}
         \left(1 + \frac{(x_d - \mu_d(z))^2}{\nu \sigma_d^2}\right)^{-\frac{\nu + 1}2}
 
-    Its variance is :math:`\sigma_d^2\, \nu / (\nu - 2)`, infinite for :math:`\nu \le 2`.
+    The variance is :math:`\sigma_d^2\, \nu / (\nu - 2)`, and infinite for :math:`\nu \le 2`.
 
     Arguments:
         decoder: as in :class:`Gaussian`.
         event_shape: the shape of one datum.
-        df: the degrees of freedom :math:`\nu`, a number above 1, so that there is a mean to decode to; ``"learned"`` for
-            one that is a parameter between 1 and 100, shared by all elements, at first 4.
-        scale: sigma, with the choices of :class:`Gaussian`.
+        df: the degrees of freedom :math:`\nu`, a number above 1, so that the mean exists. ``"learned"`` is one number
+            for all elements, a parameter between 1 and 100 with initial value 4.
+        scale: as in :class:`Gaussian`.
         min_scale: as in :class:`Gaussian`.
 
     Raises:
-        ValueError: `df` or `scale` is none of these.
+        ValueError: `df`, `scale` or `min_scale` is not one of these values.
 
     Example:
         >>> import torch
@@ -147,17 +149,17 @@ class StudentT(_Scaled):
     def features_for(
         cls, scale: float | str = 1.0, min_scale: float = 0.01, df: float | str = 4.0, **options: Any
     ) -> int:
-        """How many features an element takes under a choice of `scale`; refuses a `df` or `scale` that is no choice."""
+        """2 for ``scale="per_pixel"``, 1 otherwise."""
         if df != "learned" and not (isinstance(df, int | float) and 1 < df < math.inf):
             raise PyroVAEError(f"expected df to be a number above 1, or 'learned', got {df!r}. Try 4.0.")
         return super().features_for(scale, min_scale)
 
     @property
     def df(self) -> Tensor:
-        """The degrees of freedom, shape ()."""
-        # Bounded, since float32 loses the difference of two lgammas of many degrees of freedom; from 100 on it is a normal.
+        """The degrees of freedom, of shape ()."""
+        # For large df, float32 loses the difference of two lgammas. At 100 the distribution is close to a normal.
         return 1 + 99 * self.raw_df.sigmoid() if hasattr(self, "raw_df") else self.fixed_df
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
-        """Student's t with the first features as locations."""
+        """The Student's t distribution whose locations are the first features."""
         return dist.StudentT(self.df, *self._loc_and_scale(features))

@@ -1,4 +1,4 @@
-"""Model/guide pairs: generative models and their guides as Pyro functions. They know no loss."""
+"""Model/guide pairs: generative models and their guides as Pyro functions, independent of any objective."""
 
 from pyro_vae.pairs.autoencoder import Autoencoder
 from pyro_vae.pairs.build import (

@@ -1,4 +1,4 @@
-"""The baseline without a distribution over the code: a plain autoencoder."""
+"""The autoencoder, a baseline without latent variables."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, evaluates, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, register
 
 
 class Autoencoder(Pair):
-    r"""A deterministic autoencoder with a VAE's networks: the code is a function of x, without a prior.
+    r"""A deterministic autoencoder, whose code is a function of x without a prior.
 
     .. math:: x_n \sim p\bigl(x \mid z = f(x_n)\bigr)
 
-    There is no latent site, so that every objective is the reconstruction term :math:`\log p(x_n \mid f(x_n))`: minus the squared
-    error for a Gaussian of fixed scale, minus the cross-entropy for a Bernoulli. It is **no bound** on :math:`\log p(x)`, and
-    nothing ties the codes to a distribution that could be drawn from: that is the difference from a VAE.
+    There is no latent site, so every objective is the reconstruction term :math:`\log p(x_n \mid f(x_n))`. For a
+    Gaussian of fixed scale it is minus a scaled squared error, and for a Bernoulli minus the cross-entropy. It is
+    **not a bound** on :math:`\log p(x)`. Unlike in a VAE, the codes have no distribution to sample from.
 
     Arguments:
         encoder: a network from (N, *event) to (N, Z).
-        likelihood: a module from z to the distribution of x; its `event_shape` is the shape of one datum.
+        likelihood: a module from z to the distribution of x. Its `event_shape` is the shape of one datum.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -40,33 +40,41 @@ class Autoencoder(Pair):
         self.likelihood = likelihood
 
     def model(self, x: Tensor, *, subsample_size: int | None = None) -> Tensor:
-        """x given its own code, as a Pyro function."""
+        """The model p(x | z = f(x)), as a Pyro function.
+
+        Arguments:
+            x: data of shape (N, *event), observed at site ``x``.
+            subsample_size: the size of a random minibatch of the N data, drawn at each call; None uses all data.
+
+        Returns:
+            The value at site ``x``.
+        """
         register("encoder", self.encoder)
         register("likelihood", self.likelihood)
         with self._data(x, None, subsample_size) as (x,):
             return pyro.sample("x", self.likelihood(self._code(x)), obs=x)
 
     def guide(self, x: Tensor, *, subsample_size: int | None = None) -> None:
-        """No latent site, so nothing."""
+        """An empty guide, since the model has no latent site."""
 
     def check_data(self, x: Tensor) -> None:
-        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
         self._check(x)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor) -> Tensor:
-        """The code: (N, *event) to (N, Z)."""
+        """The codes f(x): (N, *event) to (N, Z)."""
         self._check(x)
         return self._code(x)
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x|z) at the code of x: (N, *event) to (N, *event)."""
+        """The mean of p(x | z = f(x)): (N, *event) to (N, *event)."""
         return self.decode(self.embed(x))
 
     def _code(self, x: Tensor) -> Tensor:

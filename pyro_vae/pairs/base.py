@@ -1,4 +1,4 @@
-"""What every pair shares: parameters under their parts' names, and data that are looked at before they do harm."""
+"""The base class of model/guide pairs: checks of parts and data, the data plate, and registration of parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Pair(nn.Module):
-    """A module with a likelihood, around one plate ``data``; a subclass has a `model` and a `guide`."""
+    """Base class of model/guide pairs with one plate, ``data``. A subclass defines `model` and `guide`."""
 
     likelihood: Likelihood
 
@@ -34,7 +34,7 @@ class Pair(nn.Module):
         super().__setattr__(name, value)
 
     def _check_part(self, name: str, part: Any) -> None:
-        """Refuse what is no such part, or one of other data."""
+        """Raise ValueError for a part of the wrong type, or of another event shape than the other parts."""
         kind = Likelihood if name == "likelihood" else nn.Module
         if not isinstance(part, kind):
             example = {
@@ -42,8 +42,8 @@ class Pair(nn.Module):
                 "prior": "pv.StandardNormal(latent_dim)",
             }.get(name)
             raise PyroVAEError(
-                f"expected {name} to be a {'pv.Likelihood' if kind is Likelihood else 'torch.nn.Module'}, got {part!r}. Build it"
-                f"{f': {example}, say' if example else ''}."
+                f"expected {name} to be a {'pv.Likelihood' if kind is Likelihood else 'torch.nn.Module'}, got "
+                f"{part!r}. Pass an instance{f', such as {example}' if example else ''}."
             )
         parts = {
             "likelihood": getattr(self, "likelihood", None),
@@ -53,8 +53,8 @@ class Pair(nn.Module):
         likelihood, theirs = parts["likelihood"], getattr(parts["posterior"], "event_shape", None)
         if likelihood is not None and theirs is not None and theirs != likelihood.event_shape:
             raise PyroVAEError(
-                f"expected a posterior of the likelihood's event_shape {likelihood.event_shape}, got {theirs}. Give both that of "
-                "one datum."
+                f"expected a posterior of the likelihood's event_shape {likelihood.event_shape}, got {theirs}. Pass "
+                "the shape of one datum to both."
             )
 
     @property
@@ -66,7 +66,7 @@ class Pair(nn.Module):
     def _data(
         self, x: Tensor, mask: Tensor | None, subsample_size: int | None, *given: Tensor
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The plate around the sites: x with the likelihood's `filler` where it is missing, and what else there is, subsampled alike."""
+        """The data plate. It yields x with missing elements replaced, `given` and the mask, all for one minibatch."""
         x = self._observed(x, mask, subsample_size)
         dims = len(self.event_shape)
         with pyro.plate("data", len(x), subsample_size=subsample_size):
@@ -74,20 +74,20 @@ class Pair(nn.Module):
             yield (pyro.subsample(x, event_dim=dims), *(pyro.subsample(y, event_dim=1) for y in given), *kept)
 
     def _observed(self, x: Tensor, mask: Tensor | None, subsample_size: int | None = None) -> Tensor:
-        """The data, with zeros (or the likelihood's filler) where they are missing."""
+        """Check x and the mask, and replace missing elements by the likelihood's `filler`."""
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
                 got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise PyroVAEError(
-                    f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, got {got}. "
-                    "If these are labels that a DataLoader gives, leave them out of it, or use pv.ConditionalVAE."
+                    f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, "
+                    f"got {got}. If these are labels from a DataLoader, remove them from it, or use pv.ConditionalVAE."
                 )
             x = torch.where(mask, x, self.likelihood.filler)
         self._check(x, subsample_size)
         return x
 
     def _check(self, x: Tensor, subsample_size: int | None = None) -> None:
-        """Refuse data that are none of this pair's."""
+        """Raise ValueError for x of the wrong shape or type, or outside the support of the likelihood."""
         if not isinstance(x, Tensor):
             fix = (
                 "torch.tensor(x.to_numpy(), dtype=torch.float32)"
@@ -108,71 +108,81 @@ class Pair(nn.Module):
             raise PyroVAEError(f"expected x of floating point, got {x.dtype}. Convert it: x.float().")
         own = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != own:
-            raise PyroVAEError(f"expected x of {own}, as the networks are, got {x.dtype}. Convert it: x.to({own}).")
+            raise PyroVAEError(
+                f"expected x of {own}, the dtype of the networks, got {x.dtype}. Convert it: x.to({own})."
+            )
         if subsample_size is not None and not isinstance(subsample_size, int):
             raise PyroVAEError(
-                f"expected subsample_size to be an integer or None, got {type(subsample_size).__name__}."
+                f"expected subsample_size to be an integer or None, got {type(subsample_size).__name__}. Pass the "
+                "minibatch size."
             )
         if is_validation_enabled():
             self.likelihood.check(x)
 
 
-def evaluates(method: Method) -> Method:
-    """A pair's method without gradients and in evaluation mode: dropout is off, and batch norm takes no notice of its data."""
+def in_evaluation_mode(method: Method) -> Method:
+    """Decorate a method of a pair, so that it runs without gradients and with all modules in evaluation mode."""
 
     @wraps(method)
-    def evaluated(pair: Pair, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(pair: Pair, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad(), evaluating([pair]):
             return method(pair, *args, **kwargs)
 
-    return cast(Method, evaluated)
+    return cast(Method, wrapper)
 
 
 def register(name: str, module: nn.Module) -> None:
-    """Register a module's parameters with Pyro, in place of those that an earlier pair left under its name.
+    """Register a module's parameters with Pyro, in place of an earlier pair's parameters of the same names.
 
-    ``pyro.module`` alone would go on handing the earlier ones to the optimiser, and this pair would never learn.
+    ``pyro.module`` alone would pass the earlier parameters to the optimiser, and this pair would never learn.
+
+    Raises:
+        ValueError: another pair in the same run has a parameter of the same name.
     """
     store = pyro.get_param_store()
-    runs = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
+    traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
     for suffix, parameter in module.named_parameters():
         key = f"{name}$$${suffix}"
-        if any(key in run.nodes and run.nodes[key]["value"] is not parameter for run in runs):
+        if any(key in trace.nodes and trace.nodes[key]["value"] is not parameter for trace in traces):
             raise PyroVAEError(
-                f"two pairs in one program have parameters of one name, '{key}', of which Pyro would train the last: expected one "
-                "pair. Put the parts of both into a program of your own, with pyro.module statements of different names."
+                f"expected one pair in a program, got two pairs with a parameter named '{key}', of which Pyro would "
+                "train only the last. Write a program of your own from the parts of both, with different names in "
+                "pyro.module."
             )
-        # A parameter that is put into the store wants a gradient from then on; a frozen one stays out.
+        # The store turns requires_grad on, so a frozen parameter must stay out.
         if parameter.requires_grad and key in store and store[key] is not parameter:
             store[key] = parameter
     pyro.module(name, module)
 
 
 def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) -> Tensor:
-    """What networks see of y: a vector for each datum as it is, or the indicator vector of a label.
+    """The network input for y: vectors unchanged, and labels as indicator vectors.
 
     Arguments:
-        y: vectors (N, Y), or integer labels (N,).
-        classes: how many labels there are; None where y is vectors.
+        y: vectors of shape (N, Y), or integer labels of shape (N,).
+        classes: the number of classes; None if y is vectors.
         size: N.
-        dtype: that of what networks see.
+        dtype: the dtype of the result.
 
     Raises:
-        ValueError: y is neither vectors of floating point nor labels, or labels without a number of classes.
+        ValueError: y has another shape or type, or y is labels and `classes` is None.
     """
     if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise PyroVAEError(f"expected y to be a tensor with a row for each of {size} data, got {got}.")
+        raise PyroVAEError(
+            f"expected y to be a tensor with a row for each of {size} data, got {got}. Pass such a tensor."
+        )
     if y.is_floating_point() and y.dim() == 2:
         if y.dtype != dtype or not (classes is None or y.shape[1] == classes):
             width = "Y" if classes is None else classes
             raise PyroVAEError(
-                f"expected y of {dtype} and shape ({size}, {width}), got {y.dtype} of shape {tuple(y.shape)}."
+                f"expected y of {dtype} and shape ({size}, {width}), got {y.dtype} of shape {tuple(y.shape)}. Pass "
+                "such vectors."
             )
         return y
     if y.is_floating_point() or y.dim() != 1 or classes is None:
         raise PyroVAEError(
-            f"expected y to be vectors of floating point, (N, Y), or integer labels, (N,), of a pair with num_classes={classes}, got "
+            f"expected y to be floating-point vectors (N, Y), or integer labels (N,) with num_classes={classes}, got "
             f"{y.dtype} of shape {tuple(y.shape)}. Build the pair with num_classes, or pass one_hot(y).float()."
         )
     check_labels(y, 0, classes)
@@ -180,13 +190,16 @@ def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) ->
 
 
 def check_labels(y: Tensor, lowest: int, classes: int) -> None:
-    """Refuse labels that are none of these classes'; while Pyro's validation is on, as looking at values takes time."""
+    """Raise ValueError for labels out of range, if Pyro's validation is on, since reading values takes time."""
     if is_validation_enabled() and not bool(((y >= lowest) & (y < classes)).all()):
-        raise PyroVAEError(f"expected labels from {lowest} to {classes - 1}, got {int(y.min())} to {int(y.max())}.")
+        raise PyroVAEError(
+            f"expected labels from {lowest} to {classes - 1}, got {int(y.min())} to {int(y.max())}. Number the classes "
+            "from 0."
+        )
 
 
 def mean_of(posterior: nn.Module, x: Tensor, *given: Tensor) -> Tensor:
-    """The mean of q(z|x); or what a posterior that has none gives in its place."""
+    """The mean of q(z|x), or the posterior's `embed` if it has that method."""
     embed = getattr(posterior, "embed", None)
     mean: Tensor = posterior(x, *given).mean if embed is None else embed(x, *given)
     return mean

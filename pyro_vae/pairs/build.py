@@ -1,9 +1,8 @@
-"""Pairs of the common networks, each in one call."""
+"""Builders of pairs with common networks, such as `mlp_vae` and `conv_vae`."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any, Literal
@@ -11,11 +10,12 @@ from typing import Any, Literal
 from torch import nn
 
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.likelihoods import BY_NAME, Likelihood
+from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import Concatenated, conv_decoder, conv_encoder, mlp
 from pyro_vae.pairs.autoencoder import Autoencoder
 from pyro_vae.pairs.conditional import ConditionalVAE
 from pyro_vae.pairs.hierarchical import BottomUp, HierarchicalVAE, Ladder
+from pyro_vae.pairs.options import check_posterior, find_likelihood
 from pyro_vae.pairs.semi_supervised import SemiSupervisedVAE
 from pyro_vae.pairs.vae import VAE
 from pyro_vae.posteriors import DiagonalNormal, Posterior
@@ -29,34 +29,46 @@ def mlp_vae(
     hidden_dims: Sequence[int] = (400,),
     likelihood: str | type[Likelihood] = "bernoulli",
     posterior: type[Posterior] = DiagonalNormal,
+    posterior_options: Mapping[str, Any] | None = None,
     prior: nn.Module | None = None,
     **options: Any,
 ) -> VAE:
-    """A VAE whose encoder and decoder are fully connected networks with tanh.
+    """Build a VAE whose encoder and decoder are fully connected networks with tanh activations.
 
     Arguments:
         event_shape: the shape of one datum, (C, H, W) or (D,).
         latent_dim: Z, the number of latent dimensions.
-        hidden_dims: the widths of the encoder's hidden layers; the decoder has them in reverse.
-        likelihood: ``"bernoulli"`` for binary data, ``"gaussian"`` for real data, or any other of
-            :mod:`pyro_vae.likelihoods` by name or class, or a subclass of :class:`Likelihood`.
-        posterior: the guide's family, a subclass of :class:`Posterior`.
+        hidden_dims: the widths of the encoder's hidden layers. The decoder has them in reverse order.
+        likelihood: ``"bernoulli"`` for binary data, ``"gaussian"`` for real data, the name of another class in
+            :mod:`pyro_vae.likelihoods`, or a subclass of :class:`Likelihood`.
+        posterior: the class of the approximate posterior, a subclass of :class:`Posterior`.
+        posterior_options: options of the posterior, such as ``{"rank": 4}`` for :class:`LowRankNormal`; None is no
+            options.
         prior: a module that returns the distribution of one z; None is :class:`StandardNormal`.
-        options: the likelihood's own, such as the `scale` of :class:`Gaussian`.
+        options: options of the likelihood, such as `scale` for :class:`Gaussian`.
 
     Raises:
-        ValueError: an unknown likelihood, an option that it has not, a size that is not positive.
+        ValueError: an unknown likelihood, a posterior that is not a class of :class:`Posterior`, an unknown option of
+            either, or a size that is not positive.
 
     Example:
         >>> mlp_vae((1, 28, 28), latent_dim=20, hidden_dims=(400,)).generate(3).shape
         torch.Size([3, 1, 28, 28])
+        >>> from pyro_vae.posteriors import LowRankNormal
+        >>> vae = mlp_vae((5,), latent_dim=3, posterior=LowRankNormal, posterior_options={"rank": 4})
+        >>> vae.posterior.rank
+        4
     """
     _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], hidden_dims=hidden_dims)
-    _check_posterior(posterior)
-    size, family = prod(event_shape), find_likelihood(likelihood, options)
-    encoder = mlp(size, hidden_dims, posterior.features_for(latent_dim))
+    chosen = check_posterior(posterior, posterior_options)
+    size, shape, family = prod(event_shape), tuple(event_shape), find_likelihood(likelihood, options, posterior)
+    encoder = mlp(size, hidden_dims, posterior.features_for(latent_dim, **chosen))
     decoder = mlp(latent_dim, list(hidden_dims)[::-1], family.features_for(**options) * size)
-    return _assemble(encoder, decoder, family, posterior, prior, event_shape, latent_dim, options)
+    return VAE(
+        prior=StandardNormal(latent_dim) if prior is None else prior,
+        likelihood=family(decoder, shape, **options),
+        posterior=posterior.build(encoder, shape, latent_dim, **chosen),
+    )
 
 
 def conv_vae(
@@ -67,23 +79,26 @@ def conv_vae(
     residual_blocks: int = 0,
     likelihood: str | type[Likelihood] = "bernoulli",
     posterior: type[Posterior] = DiagonalNormal,
+    posterior_options: Mapping[str, Any] | None = None,
     prior: nn.Module | None = None,
     **options: Any,
 ) -> VAE:
-    """A VAE of images whose encoder halves them, and whose decoder doubles them, by convolutions.
+    """Build a VAE of images whose encoder and decoder are convolutional networks.
 
     Arguments:
         event_shape: (C, H, W).
         latent_dim: Z, the number of latent dimensions.
-        channels: the encoder's channels after each halving; the decoder has them in reverse.
-        residual_blocks: how many residual blocks follow each halving, and precede each doubling.
+        channels: the number of the encoder's channels after each halving of height and width. The decoder has them in
+            reverse order.
+        residual_blocks: the number of residual blocks after each halving and before each doubling.
         likelihood: as in :func:`mlp_vae`.
         posterior: as in :func:`mlp_vae`.
+        posterior_options: as in :func:`mlp_vae`.
         prior: as in :func:`mlp_vae`.
-        options: the likelihood's own, such as the `scale` of :class:`Gaussian`.
+        options: options of the likelihood, such as `scale` for :class:`Gaussian`.
 
     Raises:
-        ValueError: an event shape that is not (C, H, W), an unknown likelihood, a size that is not positive.
+        ValueError: an `event_shape` that is not (C, H, W), empty `channels`, or any reason of :func:`mlp_vae`.
 
     Example:
         >>> conv_vae((1, 28, 28), latent_dim=20).generate(3).shape
@@ -92,32 +107,18 @@ def conv_vae(
     _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], channels=channels)
     if len(event_shape) != 3 or len(channels) == 0:
         raise PyroVAEError(
-            f"expected an event_shape (C, H, W) and at least one entry in channels, got {tuple(event_shape)} and "
-            f"{tuple(channels)}. For vectors, use mlp_vae."
+            "expected an event_shape (C, H, W) and at least one entry in channels, got "
+            f"event_shape={tuple(event_shape)} and channels={tuple(channels)}. For vectors, use mlp_vae."
         )
-    _check_posterior(posterior)
-    family, shape = find_likelihood(likelihood, options), tuple(event_shape)
+    chosen = check_posterior(posterior, posterior_options)
+    family, shape = find_likelihood(likelihood, options, posterior), tuple(event_shape)
     out_channels = family.features_for(**options) * event_shape[0]
-    encoder = conv_encoder(shape, channels, posterior.features_for(latent_dim), residual_blocks)
+    encoder = conv_encoder(shape, channels, posterior.features_for(latent_dim, **chosen), residual_blocks)
     decoder = conv_decoder(latent_dim, list(channels)[::-1], out_channels, shape, residual_blocks)
-    return _assemble(encoder, decoder, family, posterior, prior, shape, latent_dim, options)
-
-
-def _assemble(
-    encoder: nn.Module,
-    decoder: nn.Module,
-    family: type[Likelihood],
-    posterior: type[Posterior],
-    prior: nn.Module | None,
-    event_shape: Sequence[int],
-    latent_dim: int,
-    options: dict[str, Any],
-) -> VAE:
-    shape = tuple(event_shape)
     return VAE(
         prior=StandardNormal(latent_dim) if prior is None else prior,
         likelihood=family(decoder, shape, **options),
-        posterior=posterior.build(encoder, shape, latent_dim),
+        posterior=posterior.build(encoder, shape, latent_dim, **chosen),
     )
 
 
@@ -130,18 +131,18 @@ def mlp_conditional_vae(
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> ConditionalVAE:
-    """A :class:`ConditionalVAE` of fully connected networks, given labels or vectors of `label_dim` numbers.
+    """Build a :class:`ConditionalVAE` of fully connected networks.
 
     Arguments:
         event_shape: the shape of one datum, (C, H, W) or (D,).
         latent_dim: Z, the number of latent dimensions.
-        label_dim: how many classes where y is labels, or how many numbers where it is vectors.
-        hidden_dims: the widths of the encoder's hidden layers; the decoder has them in reverse.
+        label_dim: the number of classes if y is labels, or the length of y if it is vectors.
+        hidden_dims: the widths of the encoder's hidden layers. The decoder has them in reverse order.
         likelihood: as in :func:`mlp_vae`.
-        options: the likelihood's own.
+        options: options of the likelihood.
 
     Raises:
-        ValueError: an unknown likelihood, an option that it has not, a size that is not positive.
+        ValueError: an unknown likelihood, an unknown option, or a size that is not positive.
 
     Example:
         >>> import torch
@@ -171,19 +172,19 @@ def mlp_semi_supervised_vae(
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> SemiSupervisedVAE:
-    """A :class:`SemiSupervisedVAE` of fully connected networks.
+    """Build a :class:`SemiSupervisedVAE` of fully connected networks.
 
     Arguments:
         event_shape: the shape of one datum, (C, H, W) or (D,).
         latent_dim: Z, the number of latent dimensions.
-        num_classes: how many labels there are.
-        hidden_dims: the widths of the hidden layers of encoder and classifier; the decoder has them in reverse.
+        num_classes: the number of classes.
+        hidden_dims: the widths of the hidden layers of encoder and classifier. The decoder has them in reverse order.
         classifier_weight: as in :class:`SemiSupervisedVAE`.
         likelihood: as in :func:`mlp_vae`.
-        options: the likelihood's own.
+        options: options of the likelihood.
 
     Raises:
-        ValueError: an unknown likelihood, an option that it has not, a size that is not positive.
+        ValueError: an unknown likelihood, an unknown option, or a size that is not positive.
 
     Example:
         >>> vae = mlp_semi_supervised_vae((1, 28, 28), latent_dim=20, num_classes=10, classifier_weight=50.0)
@@ -217,19 +218,20 @@ def mlp_hierarchical_vae(
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> HierarchicalVAE:
-    """A :class:`HierarchicalVAE` of fully connected networks, each with one hidden layer.
+    """Build a :class:`HierarchicalVAE` of fully connected networks with one hidden layer each.
 
     Arguments:
         event_shape: the shape of one datum, (C, H, W) or (D,).
-        latent_dims: the numbers of latent dimensions of ``z1``, ``z2`` ...
-        hidden_dims: the width of the hidden layer between x and ``z1``, between ``z1`` and ``z2`` ...; one serves all.
+        latent_dims: the numbers of latent dimensions of ``z1``, ``z2``, and so on.
+        hidden_dims: the widths of the hidden layers between x and ``z1``, between ``z1`` and ``z2``, and so on. One
+            width applies to all.
         guide: ``"ladder"`` for :class:`Ladder`, ``"bottom_up"`` for :class:`BottomUp`.
         likelihood: as in :func:`mlp_vae`.
-        options: the likelihood's own.
+        options: options of the likelihood.
 
     Raises:
-        ValueError: an unknown guide or likelihood, an option that it has not, a size that is not positive, or widths that don't
-            match the layers.
+        ValueError: an unknown guide or likelihood, an unknown option, a size that is not positive, or another number of
+            widths than of layers.
 
     Example:
         >>> mlp_hierarchical_vae((1, 28, 28), latent_dims=(32, 16), hidden_dims=(400, 200)).generate(3).shape
@@ -239,8 +241,9 @@ def mlp_hierarchical_vae(
     widths = list(hidden_dims) * len(latent_dims) if len(hidden_dims) == 1 else list(hidden_dims)
     if not latent_dims or len(widths) != len(latent_dims):
         raise PyroVAEError(
-            f"expected one layer or more, and a hidden width for each, got latent_dims={tuple(latent_dims)} and "
-            f"hidden_dims={tuple(hidden_dims)}."
+            "expected at least one layer, and one hidden width or one for each layer, got "
+            f"latent_dims={tuple(latent_dims)} and hidden_dims={tuple(hidden_dims)}. Pass as many hidden_dims as "
+            "latent_dims."
         )
     family, shape, size = find_likelihood(likelihood, options), tuple(event_shape), prod(event_shape)
     above = list(pairwise(latent_dims))
@@ -257,7 +260,7 @@ def mlp_hierarchical_vae(
         heads = [nn.Linear(width, 2 * z) for width, z in zip(widths, latent_dims, strict=True)]
         posterior = Ladder(encoders, heads, shape)
     else:
-        raise PyroVAEError(f"expected guide to be 'ladder' or 'bottom_up', got {guide!r}.")
+        raise PyroVAEError(f"expected guide to be 'ladder' or 'bottom_up', got {guide!r}. Pass one of these names.")
     return HierarchicalVAE(
         prior=StandardNormal(latent_dims[-1]),
         layers=[
@@ -277,17 +280,17 @@ def mlp_autoencoder(
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> Autoencoder:
-    """An :class:`Autoencoder` with the networks of :func:`mlp_vae`, the baseline that it is compared with.
+    """Build an :class:`Autoencoder` with the networks of :func:`mlp_vae`.
 
     Arguments:
         event_shape: the shape of one datum, (C, H, W) or (D,).
-        latent_dim: Z, the dimensions of the code.
-        hidden_dims: the widths of the encoder's hidden layers; the decoder has them in reverse.
+        latent_dim: Z, the number of dimensions of the code.
+        hidden_dims: the widths of the encoder's hidden layers. The decoder has them in reverse order.
         likelihood: as in :func:`mlp_vae`.
-        options: the likelihood's own.
+        options: options of the likelihood.
 
     Raises:
-        ValueError: an unknown likelihood, an option that it has not, a size that is not positive.
+        ValueError: an unknown likelihood, an unknown option, or a size that is not positive.
 
     Example:
         >>> import torch
@@ -303,34 +306,9 @@ def mlp_autoencoder(
     )
 
 
-def _check_posterior(posterior: Any) -> None:
-    if not (isinstance(posterior, type) and issubclass(posterior, Posterior)):
-        raise PyroVAEError(
-            f"expected posterior to be a subclass of pv.Posterior, such as pv.FullNormal, got {posterior!r}. One with options, or none "
-            "of these, goes in afterwards: vae.posterior = pv.LowRankNormal(encoder, event_shape, rank=4)."
-        )
-
-
-def find_likelihood(likelihood: str | type[Likelihood], options: dict[str, Any]) -> type[Likelihood]:
-    """The class of a likelihood by its name, if these are options of it."""
-    family = BY_NAME.get(likelihood) if isinstance(likelihood, str) else likelihood
-    if not (isinstance(family, type) and issubclass(family, Likelihood)):
-        names = ", ".join(map(repr, BY_NAME))
-        raise PyroVAEError(
-            f"expected likelihood to be one of {names}, or a subclass of pv.Likelihood, got {likelihood!r}."
-        )
-    known = [name for name in inspect.signature(family).parameters if name not in ("decoder", "event_shape")]
-    for name, value in options.items():
-        if name not in known:
-            has = ", ".join(known) if known else "none"
-            raise PyroVAEError(
-                f"expected options of {family.__name__} (it has {has}), got {name}={value!r}. Drop it, or pass another likelihood."
-            )
-    return family
-
-
 def _check_sizes(**sizes: Sequence[int]) -> None:
     for name, values in sizes.items():
         empty = isinstance(values, Sequence) and len(values) == 0 and name == "event_shape"
         if empty or not isinstance(values, Sequence) or not all(isinstance(v, int) and v > 0 for v in values):
-            raise PyroVAEError(f"expected {name} of positive integers, got {values!r}.")
+            fix = f" Write ({values},)." if isinstance(values, int) else ""
+            raise PyroVAEError(f"expected {name} of positive integers, got {values!r}.{fix}")

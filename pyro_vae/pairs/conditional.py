@@ -1,4 +1,4 @@
-"""A pair given labels or other side information: p(z) p(x|z, y) and q(z|x, y)."""
+"""The conditional VAE, given labels or other vectors y: model p(z) p(x|z, y) and guide q(z|x, y)."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, evaluates, indicators, mean_of, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, indicators, mean_of, register
 from pyro_vae.pairs.imputation import impute
 
 
 class ConditionalVAE(Pair):
-    r"""A VAE given y: labels, or a vector for each datum.
+    r"""A VAE conditional on y: a label or a vector for each datum.
 
     .. math::
         \text{model:}\quad z_n \sim p(z),\ x_n \sim p(x \mid z_n, y_n) \qquad\qquad
         \text{guide:}\quad z_n \sim q(z \mid x_n, y_n)
 
-    Its bounds are on :math:`\log p(x \mid y)`. Encoder and decoder take y's vector as their second argument
-    (:class:`pyro_vae.networks.Concatenated` makes one of a network of one tensor).
+    Objectives bound :math:`\log p(x \mid y)`. Encoder and decoder take y's vector as their second argument.
+    :class:`pyro_vae.networks.Concatenated` adapts a network of one argument.
 
     Arguments:
         prior: a module that returns the distribution of one z.
         likelihood: a module from z and y to the distribution of x.
         posterior: a module from x and y to the distribution of z.
-        num_classes: how many, where y is integer labels; the networks see indicator vectors.
+        num_classes: the number of classes if y is integer labels, which the networks get as indicator vectors; None if
+            y is vectors.
 
     Raises:
-        ValueError: when it runs: x or y of another shape or type, or labels out of range.
+        ValueError: parts of the wrong type or of different event shapes. When it runs: x or y of another shape or type,
+            or labels out of range.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -38,7 +40,8 @@ class ConditionalVAE(Pair):
         torch.Size([4, 5])
 
     References:
-        Sohn, Lee and Yan (2015), *Learning Structured Output Representation using Deep Conditional Generative Models*, NeurIPS.
+        Sohn, Lee and Yan (2015), *Learning Structured Output Representation using Deep Conditional Generative Models*,
+        NeurIPS.
     """
 
     def __init__(
@@ -55,9 +58,9 @@ class ConditionalVAE(Pair):
 
         Arguments:
             x: data of shape (N, *event), observed at site ``x``.
-            y: labels (N,), or vectors (N, Y).
-            mask: booleans of x's shape, True where an element is observed; None is everywhere.
-            subsample_size: how many of the N data to use, drawn anew at each call; None uses all.
+            y: integer labels of shape (N,), or vectors of shape (N, Y).
+            mask: booleans of x's shape, True where an element is observed; None is True everywhere.
+            subsample_size: the size of a random minibatch of the N data, drawn at each call; None uses all data.
 
         Returns:
             The value at site ``x``.
@@ -69,39 +72,39 @@ class ConditionalVAE(Pair):
             return pyro.sample("x", self.likelihood(z, y, mask=kept[0] if kept else None), obs=x)
 
     def guide(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
-        """The approximate posterior q(z|x, y), as a Pyro function of the model's arguments; returns z."""
+        """The approximate posterior q(z|x, y), as a Pyro function of the model's arguments. It returns z."""
         register("posterior", self.posterior)
         with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, *_):
             return pyro.sample("z", self.posterior(x, y))
 
     def check_data(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
-        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
         self._observed(x, mask)
         self._vectors(y, x)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x, y): (N, *event) to (N, Z)."""
         return mean_of(self.posterior, self._observed(x, mask), self._vectors(y, x))
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """The mean of p(x|z, y): (N, Z) and labels or vectors of y to (N, *event)."""
+        """The mean of p(x|z, y): (*batch, N, Z), and y as in :meth:`model`, to (*batch, N, *event)."""
         return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z, y) at the mean of q(z|x, y): (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, y, mask), y)
 
-    @evaluates
+    @in_evaluation_mode
     def generate(self, y: Tensor) -> Tensor:
-        """The means of p(x|z, y) at a draw of z from the prior for each y: (n, *event)."""
+        """The means of p(x|z, y) at one sample of z from the prior for each of n values of y, of shape (n, *event)."""
         return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
 
-    @evaluates
+    @in_evaluation_mode
     def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
-        """Fill missing elements in by their mean given those that are observed and y, as :meth:`pyro_vae.VAE.impute` does."""
+        """Replace missing elements by their mean given y and the observed elements. See :meth:`pyro_vae.VAE.impute`."""
         observed, vectors = self._observed(x, mask), self._vectors(y, x)
         q = self.posterior(observed, vectors)
         return impute(self.prior(), self.likelihood, q, observed, mask, num_samples, vectors)

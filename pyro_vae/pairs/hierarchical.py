@@ -1,4 +1,4 @@
-"""A pair with several layers of latents, each a site of its own, and two guides for it."""
+"""The hierarchical VAE, with one latent site for each layer, and its two guides: bottom-up and ladder."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ from torch import Tensor, nn
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, evaluates, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, register
 
-Draw = Callable[[str, Any], Tensor]  # from a site's name and distribution to its value
+Draw = Callable[[str, Any], Tensor]  # maps the name and distribution of a site to its value
 
 
 class BottomUp(nn.Module):
-    r"""The guide that climbs: each layer given the one below.
+    r"""A guide that samples from the bottom layer to the top layer, each given the layer below.
 
     .. math:: q(z_1, \dots, z_L \mid x) = q(z_1 \mid x) \prod_{l=2}^L q(z_l \mid z_{l-1})
 
-    It samples in the opposite order to the model, so that a KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
+    The model samples in the opposite order, so the KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        posteriors: modules from x to the distribution of ``z1``, from ``z1`` to that of ``z2`` ..., such as :class:`DiagonalNormal`.
+        posteriors: a module from x to the distribution of ``z1``, one from ``z1`` to the distribution of ``z2``, and so
+            on, such as :class:`DiagonalNormal`.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.mlp_hierarchical_vae((5,), latent_dims=(4, 2), hidden_dims=(8,), guide="bottom_up")
+        >>> len(vae.posterior.posteriors)
+        2
 
     References:
-        Rezende, Mohamed and Wierstra (2014), *Stochastic Backpropagation and Approximate Inference in Deep Generative Models*, ICML.
+        Rezende, Mohamed and Wierstra (2014), *Stochastic Backpropagation and Approximate Inference in Deep Generative
+        Models*, ICML.
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
 
@@ -37,7 +45,7 @@ class BottomUp(nn.Module):
         self.posteriors = nn.ModuleList(posteriors)
 
     def forward(self, x: Tensor, layers: nn.ModuleList, draw: Draw) -> list[Tensor]:
-        """The latents from ``z1`` to the top one, each as `draw` gives it."""
+        """The list of latents from ``z1`` to the top layer, where `draw` returns the value of each site."""
         latents = [x]
         for layer, posterior in enumerate(self.posteriors, 1):
             latents.append(draw(f"z{layer}", posterior(latents[-1])))
@@ -45,22 +53,32 @@ class BottomUp(nn.Module):
 
 
 class Ladder(nn.Module):
-    r"""The guide that shares the generative model's way down: what x says about a layer, times what the layer above says.
+    r"""A guide that samples from the top layer to the bottom layer, from products of its normals and the model's.
 
-    .. math:: q(z_l \mid x, z_{l+1}) \propto \mathcal N\bigl(z_l; \hat\mu_l(x), \hat\sigma_l(x)^2\bigr) \, p(z_l \mid z_{l+1}),
+    .. math:: q(z_l \mid x, z_{l+1}) \propto
+        \mathcal N\bigl(z_l; \hat\mu_l(x), \hat\sigma_l(x)^2\bigr) \, p(z_l \mid z_{l+1}),
         \qquad q(z_L \mid x) = \mathcal N\bigl(z_L; \hat\mu_L(x), \hat\sigma_L(x)^2\bigr)
 
-    with features that a deterministic way up computes. The model's layers are independent normals (:class:`DiagonalNormal`).
-    Layers and guide sample in one order, so each layer's KL has a closed form.
+    A deterministic network computes all :math:`\hat\mu_l` and :math:`\hat\sigma_l` from the bottom to the top. The
+    model's layers are independent normals (:class:`DiagonalNormal`). Model and guide sample in the same order, so each
+    KL has a closed form.
 
     Arguments:
-        encoders: networks from x (N, *event) to features, from these to the next ..., one for each layer.
-        heads: a network for each layer, from its encoder's features to (N, 2 Z_l): the means, then the logs of the scales.
+        encoders: one network for each layer: from x (N, *event) to features, from these to the features of the next
+            layer, and so on.
+        heads: one network for each layer, from its encoder's features to (N, 2 Z_l): the means, then the logs of the
+            scales.
         event_shape: the shape of one datum.
 
     Raises:
-        ValueError: numbers of encoders and heads that differ; when it runs: a layer of the model that is no independent normal, or
-            of another size than its head's.
+        ValueError: different numbers of encoders and heads. When it runs: a layer of the model is not an independent
+            normal, or its size differs from its head's.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.mlp_hierarchical_vae((5,), latent_dims=(4, 2), hidden_dims=(8,), guide="ladder")
+        >>> len(vae.posterior.heads)
+        2
 
     References:
         Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), *Ladder Variational Autoencoders*, NeurIPS.
@@ -69,13 +87,16 @@ class Ladder(nn.Module):
     def __init__(self, encoders: Sequence[nn.Module], heads: Sequence[nn.Module], event_shape: tuple[int, ...]) -> None:
         super().__init__()
         if len(encoders) != len(heads):
-            raise PyroVAEError(f"expected a head for each encoder, got {len(encoders)} and {len(heads)}.")
+            raise PyroVAEError(
+                f"expected a head for each encoder, got {len(encoders)} encoders and {len(heads)} heads. Pass one of "
+                "each per layer."
+            )
         self.encoders = nn.ModuleList(encoders)
         self.heads = nn.ModuleList(heads)
         self.event_shape = tuple(event_shape)
 
     def forward(self, x: Tensor, layers: nn.ModuleList, draw: Draw) -> list[Tensor]:
-        """The latents from ``z1`` to the top one, each as `draw` gives it."""
+        """The list of latents from ``z1`` to the top layer, where `draw` returns the value of each site."""
         features, event_dim, parameters = x, len(self.event_shape), []
         for encoder, head in zip(self.encoders, self.heads, strict=True):
             features, event_dim = apply_batched(encoder, features, event_dim), 1
@@ -94,19 +115,19 @@ class Ladder(nn.Module):
 
 
 class HierarchicalVAE(Pair):
-    r"""A VAE with L layers of latents, ``z1`` nearest to x, and ``zL`` at the top.
+    r"""A VAE with L layers of latents, from ``z1`` next to x up to ``zL``.
 
     .. math:: p(x, z_1, \dots, z_L) = p(z_L) \prod_{l=1}^{L-1} p(z_l \mid z_{l+1}) \; p(x \mid z_1)
 
     Arguments:
-        prior: a module that returns the distribution of one z at the top.
-        layers: modules from the layer above to the distribution of ``z1``, ``z2`` ... up to the last but one, such as
-            :class:`DiagonalNormal`.
+        prior: a module that returns the distribution of one ``zL``.
+        layers: L - 1 modules: from ``z2`` to the distribution of ``z1``, from ``z3`` to the distribution of ``z2``, and
+            so on, such as :class:`DiagonalNormal`.
         likelihood: a module from ``z1`` to the distribution of x.
-        posterior: :class:`BottomUp` or :class:`Ladder`.
+        posterior: the guide, a :class:`BottomUp` or :class:`Ladder`.
 
     Raises:
-        ValueError: numbers of layers that differ between model and guide; when it runs: data of another shape or type.
+        ValueError: model and guide have different numbers of layers. When it runs: data of another shape or type.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -127,7 +148,8 @@ class HierarchicalVAE(Pair):
         given = len(posterior.posteriors if isinstance(posterior, BottomUp) else posterior.encoders)
         if given != len(layers) + 1:
             raise PyroVAEError(
-                f"expected a guide of {len(layers) + 1} layers, as the prior and {len(layers)} layers below it make, got {given}."
+                f"expected a guide of {len(layers) + 1} layers, for the prior and {len(layers)} layers below it, got "
+                f"{given}. Give the guide one layer more than layers."
             )
         self.prior = prior
         self.layers = nn.ModuleList(layers)
@@ -135,7 +157,7 @@ class HierarchicalVAE(Pair):
         self.posterior = posterior
 
     def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
-        """The generative model, as a Pyro function of the same arguments as :meth:`VAE.model`."""
+        """The generative model, as a Pyro function with the arguments of :meth:`VAE.model`."""
         for name in ("prior", "layers", "likelihood"):
             register(name, getattr(self, name))
         with self._data(x, mask, subsample_size) as (x, *kept):
@@ -143,7 +165,7 @@ class HierarchicalVAE(Pair):
             return pyro.sample("x", self.likelihood(z, mask=kept[0] if kept else None), obs=x)
 
     def guide(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> list[Tensor]:
-        """The approximate posterior, as a Pyro function of the model's arguments; returns the latents from ``z1`` up."""
+        """The approximate posterior, as a Pyro function of the model's arguments. It returns the list of latents."""
         register("posterior", self.posterior)
         if isinstance(self.posterior, Ladder):
             register("layers", self.layers)
@@ -152,32 +174,32 @@ class HierarchicalVAE(Pair):
             return latents
 
     def check_data(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
         self._observed(x, mask)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """The latents from ``z1`` up, each the guide's mean given the means of those before it: a list of (N, Z_l)."""
+        """The guide's means of ``z1``, ``z2``, ..., each given the means that it depends on: a list of (N, Z_l)."""
         latents: list[Tensor] = self.posterior(self._observed(x, mask), self.layers, _mean)
         return latents
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z1): (*batch, Z_1) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The mean of p(x|z1) at :meth:`embed`'s ``z1``: (N, *event) to (N, *event)."""
+        """The mean of p(x|z1) at the ``z1`` of :meth:`embed`: (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, mask)[0])
 
-    @evaluates
+    @in_evaluation_mode
     def generate(self, n: int) -> Tensor:
-        """The means of p(x|z1) at n draws from the prior, through all layers: (n, *event)."""
+        """The means of p(x|z1) at n samples of ``z1`` from the model, of shape (n, *event)."""
         return self.decode(self._down(lambda _, distribution: distribution.sample(), (n,)))
 
     def _down(self, draw: Draw, shape: tuple[int, ...] = ()) -> Tensor:
-        """``z1``, from the top down."""
+        """The value of ``z1``, after all layers from the top down."""
         prior = self.prior()
         z = draw(f"z{len(self.layers) + 1}", prior.expand(shape) if shape else prior)
         for layer in range(len(self.layers), 0, -1):
@@ -186,17 +208,17 @@ class HierarchicalVAE(Pair):
 
 
 def _independent_normal(distribution: Any, size: int, layer: int) -> Any:
-    """The normal of each dimension of a layer of the model, which a ladder multiplies with its own."""
+    """The normal distribution of each dimension of a layer. Raises ValueError for another distribution or size."""
     normal = getattr(distribution, "base_dist", None)
     if not isinstance(normal, dist.Normal):
         raise PyroVAEError(
-            f"a Ladder multiplies densities: expected layers of independent normals, such as pv.DiagonalNormal, at z{layer}, got "
-            f"{type(distribution).__name__}. Use such a layer, or pv.BottomUp as the guide."
+            f"a Ladder multiplies densities of normals: expected layers of independent normals at z{layer}, got "
+            f"{type(distribution).__name__}. Use pv.DiagonalNormal as the layer, or pv.BottomUp as the guide."
         )
     if normal.loc.shape[-1] != size:
         raise PyroVAEError(
-            f"expected z{layer} to have one size in model and guide, got a layer of {normal.loc.shape[-1]} dimensions and a head "
-            f"for {size}. Give the head 2 outputs for each dimension of the layer."
+            f"expected z{layer} to have one size in model and guide, got a layer of {normal.loc.shape[-1]} dimensions "
+            f"and a head of {size} dimensions. Give the head 2 outputs for each dimension of the layer."
         )
     return normal
 

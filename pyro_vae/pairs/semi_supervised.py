@@ -1,4 +1,4 @@
-"""A pair whose labels are partly observed: p(y) p(z) p(x|z, y) and q(y|x) q(z|x, y)."""
+"""The semi-supervised VAE with partly observed labels: model p(y) p(z) p(x|z, y) and guide q(y|x) q(z|x, y)."""
 
 from __future__ import annotations
 
@@ -11,45 +11,47 @@ from torch.nn.functional import one_hot
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, check_labels, evaluates, indicators, mean_of, register
+from pyro_vae.pairs.base import Pair, check_labels, in_evaluation_mode, indicators, mean_of, register
 
 UNOBSERVED = -1
-IMPOSSIBLE = -1e4  # a logit whose probability is zero in any precision, and whose product with zero is no NaN
+IMPOSSIBLE = -1e4  # a logit of probability zero in any precision; minus infinity times zero would be NaN
 
 
 class SemiSupervisedVAE(Pair):
-    r"""A VAE with a label, observed for some data and latent for the others (Kingma's M2).
+    r"""A VAE with a label that is observed for some data and latent for the others (the M2 model of Kingma et al.).
 
     .. math::
         \text{model:}\quad y_n \sim \mathrm{Uniform},\ z_n \sim p(z),\ x_n \sim p(x \mid z_n, y_n) \qquad\qquad
         \text{guide:}\quad y_n \sim q(y \mid x_n),\ z_n \sim q(z \mid x_n, y_n)
 
-    Where the label is observed, the guide's q(y|x) is all on it, so that the bound is on :math:`\log p(x, y)`, and elsewhere on
-    :math:`\log p(x)`. The site ``y`` can't be reparameterised: **sampled**, take ``pv.ELBO(gradient="score")``,
-    ``pv.IWAE(K, "vimco")`` or another objective with these gradients; **enumerated**, Pyro's
-    ``TraceEnum_ELBO(max_plate_nesting=1)`` with ``pyro.infer.config_enumerate(vae.guide)``.
+    At an observed label the guide puts probability 1 on it, so the bound is on :math:`\log p(x, y)`. For the other data
+    it is on :math:`\log p(x)`. The site ``y`` can't be reparameterised. To **sample** it, use
+    ``pv.ELBO(gradient="score")``, ``pv.IWAE(K, "vimco")`` or another objective with these gradients. To **enumerate**
+    it, use Pyro's ``TraceEnum_ELBO(max_plate_nesting=1)`` with ``pyro.infer.config_enumerate(vae.guide)``.
 
-    The bound alone never teaches q(y|x) the observed labels. With a `classifier_weight` :math:`\alpha`, while the classifier is
-    in training mode, each observed label adds :math:`\alpha \log q(y_n \mid x_n)` to its datum's term, which then bounds
-    nothing. Evaluations such as :func:`pyro_vae.log_likelihood` leave it out; before ``pv.ELBO().bound``, call ``vae.eval()``.
+    The bound has no gradient that fits q(y|x) to observed labels. With a `classifier_weight` :math:`\alpha`, each
+    observed label adds :math:`\alpha \log q(y_n \mid x_n)` to the term of its datum while the classifier is in training
+    mode. The sum is not a bound. Estimates such as :func:`pyro_vae.log_likelihood` omit this term. Before
+    ``pv.ELBO().bound``, call ``vae.eval()``.
 
     Arguments:
         prior: a module that returns the distribution of one z.
         likelihood: a module from z and y's indicator vector to the distribution of x.
         posterior: a module from x and y's indicator vector to the distribution of z.
         classifier: a network from (N, *event) to (N, C), the logits of q(y|x).
-        num_classes: C.
+        num_classes: C, the number of classes.
         classifier_weight: alpha, at least 0.
 
     Raises:
-        ValueError: a weight below 0; when it runs: labels out of range or of another shape.
+        ValueError: `classifier_weight` is negative or not finite. When it runs: x or y of another shape or type, or
+            labels out of range.
 
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_semi_supervised_vae(
         ...     (5,), latent_dim=2, num_classes=3, hidden_dims=(16,), likelihood="gaussian", classifier_weight=10.0
         ... )
-        >>> x, y = torch.randn(100, 5), torch.randint(-1, 3, (100,))  # -1 is a label that is not observed
+        >>> x, y = torch.randn(100, 5), torch.randint(-1, 3, (100,))  # -1 is an unobserved label
         >>> history = pv.fit(vae.model, vae.guide, (x, y), pv.ELBO(gradient="score"), epochs=1)
         >>> vae.classify(x).shape
         torch.Size([100, 3])
@@ -72,7 +74,9 @@ class SemiSupervisedVAE(Pair):
     ) -> None:
         super().__init__()
         if not 0 <= classifier_weight < torch.inf:
-            raise PyroVAEError(f"expected classifier_weight to be a number, at least 0, got {classifier_weight!r}.")
+            raise PyroVAEError(
+                f"expected classifier_weight to be a finite number of at least 0, got {classifier_weight!r}. Try 10.0."
+            )
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = posterior
@@ -86,8 +90,8 @@ class SemiSupervisedVAE(Pair):
 
         Arguments:
             x: data of shape (N, *event), observed at site ``x``.
-            y: integer labels (N,), -1 where one is not observed; None where none is.
-            subsample_size: how many of the N data to use, drawn anew at each call; None uses all.
+            y: integer labels of shape (N,), -1 where the label is unobserved; None is -1 everywhere.
+            subsample_size: the size of a random minibatch of the N data, drawn at each call; None uses all data.
 
         Returns:
             The value at site ``x``.
@@ -97,10 +101,10 @@ class SemiSupervisedVAE(Pair):
         with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed):
             label = pyro.sample("y", dist.Categorical(logits=self.uniform))
             observed = observed[..., 0]
-            if y is not None:  # for whichever guide; this pair's own proposes nothing else
+            if y is not None:  # for other guides, since this pair's guide proposes only the observed label
                 contradicts = (observed != UNOBSERVED) & (label != observed)
                 pyro.factor("label", torch.where(contradicts, IMPOSSIBLE, 0.0).to(x.dtype))
-            # The classifier's own mode, which is off in evaluations even where this pair is inside other functions.
+            # The classifier's mode is evaluation mode in estimates, even if other functions wrap this pair.
             if self.classifier_weight and self.classifier.training:
                 register("classifier", self.classifier)
                 log_q = dist.Categorical(logits=self._logits(x)).log_prob(observed.clamp(min=0))
@@ -109,7 +113,7 @@ class SemiSupervisedVAE(Pair):
             return pyro.sample("x", self.likelihood(z, self._indicators(label, x)), obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
-        """The approximate posterior q(y|x) q(z|x, y), as a Pyro function of the model's arguments; returns z."""
+        """The approximate posterior q(y|x) q(z|x, y), as a Pyro function of the model's arguments. It returns z."""
         register("classifier", self.classifier)
         register("posterior", self.posterior)
         with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed):
@@ -119,35 +123,35 @@ class SemiSupervisedVAE(Pair):
             return pyro.sample("z", self.posterior(x, self._indicators(label, x)))
 
     def check_data(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
         self._check(x)
         self._column(x, y)
 
-    @evaluates
+    @in_evaluation_mode
     def classify(self, x: Tensor) -> Tensor:
-        """q(y|x): (N, *event) to probabilities (N, C)."""
+        """The probabilities q(y|x): (N, *event) to (N, C)."""
         self._check(x)
         return self._logits(x).softmax(-1)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The mean of q(z|x, y) at the labels, or at the most probable ones where they are not observed: to (N, Z)."""
+        """The mean of q(z|x, y), of shape (N, Z), where the most probable label replaces an unobserved one."""
         return self._embed(x, self._best(x, y))
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """The mean of p(x|z, y): (N, Z) and labels (N,) to (N, *event)."""
+        """The mean of p(x|z, y): (*batch, N, Z) and labels (N,) to (*batch, N, *event)."""
         return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The mean of p(x|z, y) at :meth:`embed`'s z and label: (N, *event) to (N, *event)."""
+        """The mean of p(x|z, y) at the z and the label of :meth:`embed`: (N, *event) to (N, *event)."""
         best = self._best(x, y)
         return self.decode(self._embed(x, best), best)
 
-    @evaluates
+    @in_evaluation_mode
     def generate(self, y: Tensor) -> Tensor:
-        """The means of p(x|z, y) at a draw of z from the prior for each label: (n, *event)."""
+        """The means of p(x|z, y) at one sample of z from the prior for each of n labels, of shape (n, *event)."""
         return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
 
     def _embed(self, x: Tensor, y: Tensor) -> Tensor:
@@ -164,13 +168,14 @@ class SemiSupervisedVAE(Pair):
         return one_hot(y, self.num_classes).to(like.dtype)
 
     def _column(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """The labels as (N, 1), -1 where one is not observed."""
+        """The labels as a column (N, 1), -1 where the label is unobserved."""
         if y is None:
             return torch.full((len(x), 1), UNOBSERVED, device=x.device)
         if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (len(x),):
             got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
             raise PyroVAEError(
-                f"expected y to be integer labels of shape ({len(x)},), {UNOBSERVED} where one is not observed, got {got}."
+                f"expected y to be integer labels of shape ({len(x)},), {UNOBSERVED} where unobserved, got {got}. "
+                "Pass y.long()."
             )
         check_labels(y, UNOBSERVED, self.num_classes)
         return y.long().unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The plain pair: p(z) p(x|z) and q(z|x)."""
+"""The VAE, the basic pair: model p(z) p(x|z) and guide q(z|x)."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, evaluates, mean_of, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, mean_of, register
 from pyro_vae.pairs.imputation import impute
 
 
 class VAE(Pair):
-    r"""A variational autoencoder: a Pyro model and a Pyro guide that share a latent site ``z``.
+    r"""A variational autoencoder: a Pyro model and a Pyro guide with a latent site ``z``.
 
     .. math::
         \text{model:}\quad z_n \sim p(z),\ x_n \sim p(x \mid z_n) \qquad\qquad
         \text{guide:}\quad z_n \sim q(z \mid x_n)
 
-    Both have one plate, ``data``, around the sites ``z`` and ``x``, and work with everything in Pyro. Data with elements
-    that are missing come with a `mask`, and the likelihood is of those that are observed:
+    Both have one plate, ``data``, around the sites ``z`` and ``x``, and work with all of Pyro. Data with elements
+    missing at random come with a `mask`. The likelihood then includes only the observed elements,
     :math:`p(x_\text{obs} \mid z)` in place of :math:`p(x \mid z)`.
 
     Arguments:
         prior: a module that returns the distribution of one z, such as :class:`StandardNormal`.
-        likelihood: a module from z to the distribution of x, such as :class:`Bernoulli`; its `event_shape`
-            is the shape of one datum.
+        likelihood: a module from z to the distribution of x, such as :class:`Bernoulli`. Its `event_shape` is the shape
+            of one datum.
         posterior: a module from x to the distribution of z, such as :class:`DiagonalNormal`.
 
     Raises:
-        ValueError: when it runs: data of another shape or type, or that the likelihood gives no density.
+        ValueError: parts of the wrong type or of different event shapes. When it runs: data of another shape or type,
+            or outside the support of the likelihood.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -45,7 +46,8 @@ class VAE(Pair):
         Kingma and Welling (2014), *Auto-Encoding Variational Bayes*, ICLR.
         Rezende, Mohamed and Wierstra (2014), *Stochastic Backpropagation and Approximate Inference in Deep
         Generative Models*, ICML.
-        Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*, ICML (the mask).
+        Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*, ICML
+        (the mask).
     """
 
     def __init__(self, *, prior: nn.Module, likelihood: Likelihood, posterior: nn.Module) -> None:
@@ -58,15 +60,16 @@ class VAE(Pair):
         """The generative model p(z) p(x|z), as a Pyro function.
 
         Arguments:
-            x: data of shape (N, *event), observed at site ``x``; ``poutine.uncondition`` samples it instead.
-            mask: booleans of x's shape, True where an element is observed; None is everywhere. What x has elsewhere is not read.
-            subsample_size: how many of the N data to use, drawn anew at each call; None uses all.
+            x: data of shape (N, *event), observed at site ``x``. Under ``poutine.uncondition`` the site is sampled.
+            mask: booleans of x's shape, True where an element is observed; None is True everywhere. Values of missing
+                elements are not read.
+            subsample_size: the size of a random minibatch of the N data, drawn at each call; None uses all data.
 
         Returns:
             The value at site ``x``.
 
         Raises:
-            ValueError: x or mask has another shape or type, or the likelihood gives x no density.
+            ValueError: x or mask has another shape or type, or x is outside the support of the likelihood.
         """
         register("prior", self.prior)
         register("likelihood", self.likelihood)
@@ -75,56 +78,57 @@ class VAE(Pair):
             return pyro.sample("x", self.likelihood(z, mask=kept[0] if kept else None), obs=x)
 
     def guide(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
-        """The approximate posterior q(z|x), as a Pyro function of the model's arguments; returns z.
+        """The approximate posterior q(z|x), as a Pyro function of the model's arguments. It returns z.
 
-        The encoder sees the likelihood's `filler`, zero for most, where an element is missing.
+        The encoder's input has the likelihood's `filler`, which is 0 for most likelihoods, at missing elements.
         """
         register("posterior", self.posterior)
         with self._data(x, mask, subsample_size) as (x, *_):
             return pyro.sample("z", self.posterior(x))
 
     def check_data(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Refuse data that are none of this pair's; compiled training asks it before its first step."""
+        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
         self._observed(x, mask)
 
-    @evaluates
+    @in_evaluation_mode
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x): (N, *event) to (N, Z)."""
         return mean_of(self.posterior, self._observed(x, mask))
 
-    @evaluates
+    @in_evaluation_mode
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
         return self.likelihood.decode(z)
 
-    @evaluates
+    @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z) at the mean of q(z|x): (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, mask))
 
-    @evaluates
+    @in_evaluation_mode
     def generate(self, n: int) -> Tensor:
-        """The means of p(x|z) at n draws of z from the prior: (n, *event)."""
+        """The means of p(x|z) at n samples of z from the prior, of shape (n, *event)."""
         return self.decode(self.prior().sample((n,)))
 
-    @evaluates
+    @in_evaluation_mode
     def impute(self, x: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
-        r"""Fill missing elements in by their mean given those that are observed (of categories: the most probable one).
+        r"""Replace missing elements by their mean given the observed elements, or by the most probable category.
 
         .. math:: \mathbb E[x_\text{mis} \mid x_\text{obs}] \approx \sum_k \frac{w_k}{\sum_j w_j}
             \mathbb E[x_\text{mis} \mid z_k], \qquad
-            w_k = \frac{p(x_\text{obs} \mid z_k)\, p(z_k)}{q(z_k \mid x_\text{obs})}, \quad z_k \sim q(z \mid x_\text{obs})
+            w_k = \frac{p(x_\text{obs} \mid z_k)\, p(z_k)}{q(z_k \mid x_\text{obs})},
+            \quad z_k \sim q(z \mid x_\text{obs})
 
         Arguments:
-            x: data (N, *event).
+            x: data of shape (N, *event).
             mask: booleans of x's shape, True where an element is observed.
-            num_samples: K, the importance samples for each datum.
+            num_samples: K, the number of importance samples for each datum.
 
         Returns:
-            x with its missing elements filled in, (N, *event).
+            x with imputed elements, of shape (N, *event).
 
         Raises:
-            ValueError: `num_samples` is no positive integer, or all weights of a datum are zero.
+            ValueError: `num_samples` is not a positive integer, or all importance weights of a datum are zero.
 
         References:
             Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*, ICML.

@@ -1,4 +1,4 @@
-"""Every likelihood is a normalised density with the moments, the support, the masks and the gradients that it says it has."""
+"""Every likelihood is a normalised density with the documented moments, support, masks and gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
@@ -17,7 +16,6 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.likelihoods import BY_NAME
-from pyro_vae.likelihoods.correlated import LowRankEvent
 
 
 def grid(levels):
@@ -61,7 +59,7 @@ def build(case, event_shape=(2, 3), by_name=True):
 
 
 def pixels(case, spread=1.0, size=5):
-    """A likelihood of vectors with random features and parameters, and the distribution of its elements."""
+    """The distribution of the elements of a vector, under a likelihood with random parameters and features."""
     vae, _ = build(case, (size,))
     likelihood = vae.likelihood
     for name, parameter in likelihood.named_parameters():
@@ -69,22 +67,6 @@ def pixels(case, spread=1.0, size=5):
             parameter.data += 0.5 * torch.randn_like(parameter)
     features = spread * torch.randn(likelihood.num_features, size, dtype=torch.float64)
     return likelihood.pixel_distribution(*features)
-
-
-def low_rank(size=4, batch=(), **options):
-    """A low-rank normal with all parameters random, and the same as PyTorch's dense one over the flat event."""
-    likelihood = pv.LowRankGaussian(nn.Identity(), (2, size // 2), rank=2, **options).double()
-    features = torch.randn(likelihood.num_features, *batch, 2, size // 2, dtype=torch.float64)
-    if likelihood.shared:
-        likelihood.factor.data = torch.randn_like(likelihood.factor)
-        likelihood.raw_scale.data = torch.randn_like(likelihood.raw_scale)
-        factor, raw = likelihood.factor.detach(), likelihood.raw_scale.detach()
-    else:
-        factor, raw = features[1:-1].movedim(0, -1), features[-1]
-    factor, scale = factor.flatten(-3, -2), nn.functional.softplus(raw.flatten(-2)) + likelihood.min_scale
-    covariance = factor @ factor.mT + torch.diag_embed(scale**2)
-    dense = dist.MultivariateNormal(features[0].flatten(-2), covariance)
-    return likelihood, features, dense
 
 
 def test_every_name_has_a_case():
@@ -124,9 +106,9 @@ def test_continuous_bernoulli_is_a_truncated_exponential(logit, dtype):
     pixel = pv.ContinuousBernoulli(nn.Identity(), (1,)).pixel_distribution(torch.tensor([logit], dtype=dtype))
     nodes, weights = np.polynomial.legendre.leggauss(400)
     x, weights = torch.tensor((nodes + 1) / 2).to(dtype), torch.tensor(weights / 2)
-    # the mass is near one end: x = y^5 from that end
+    # the probability mass is near one end, so the nodes are at fifth powers from that end
     near = x**5 if logit <= 0 else 1 - x**5
-    tolerance = 1e-3 if dtype is torch.float32 else 1e-7  # at 2000 float32 hardly tells 1 - x^5 from 1
+    tolerance = 1e-3 if dtype is torch.float32 else 1e-7  # at logit 2000, float32 rounds 1 - x^5 to almost 1
     log_prob = pixel.log_prob(near)
     moments = [(log_prob.exp() * near**power * 5 * x**4).double() @ weights for power in range(3)]
     assert moments[0].item() == pytest.approx(1, abs=tolerance)
@@ -146,7 +128,7 @@ def test_continuous_bernoulli_is_a_truncated_exponential(logit, dtype):
 
 
 def test_continuous_bernoulli_moments_are_derivatives():
-    """log Z(l) has the mean as its derivative and the variance as its second, across the seam of series and formula."""
+    """The mean and the variance are the derivatives of log Z(l), also where the series meets the formula."""
     logits = torch.linspace(-40, 40, 801, dtype=torch.float64).requires_grad_()
     pixel = pv.ContinuousBernoulli(nn.Identity(), (801,)).pixel_distribution(logits)
     (slope,) = torch.autograd.grad(pixel.log_prob(torch.zeros_like(logits)).sum(), logits)
@@ -203,94 +185,6 @@ def test_logistic_samples_have_its_probabilities():
     assert (z_score((x[:, None] == values[:, None]).double(), expected) < 4).all()
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_low_rank_is_the_dense_normal(shared):
-    likelihood, features, dense = low_rank(batch=(3,), shared=shared)
-    ours = likelihood.event_distribution(*features, mask=None)
-    assert (ours.batch_shape, ours.event_shape) == ((3,), (2, 2))
-    x = torch.randn(7, 3, 2, 2, dtype=torch.float64)
-    torch.testing.assert_close(ours.log_prob(x), dense.log_prob(x.flatten(-2)))
-    torch.testing.assert_close(ours.mean.flatten(-2), dense.mean)
-    torch.testing.assert_close(ours.variance.flatten(-2), dense.variance)
-    expanded = ours.expand((7, 3))
-    assert expanded.rsample((2,)).shape == (2, 7, 3, 2, 2)
-    torch.testing.assert_close(expanded.log_prob(x), dense.log_prob(x.flatten(-2)))
-    with torch.no_grad():
-        deviations = ours.rsample((20_000,)).flatten(-2) - dense.mean
-    assert (z_score(deviations, 0.0) < 4.5).all()
-    products = deviations[..., :, None] * deviations[..., None, :]
-    assert (z_score(products, dense.covariance_matrix) < 4.5).all()
-
-
-def test_low_rank_in_float32_is_that_in_float64():
-    """Where F is large beside the scale, PyTorch's own loses nats, or its Cholesky factor fails.
-
-    The tolerance is a bound to first order. The residual r = y - W u is at its minimum in u, so an error of u adds nothing.
-    y and W are each rounded twice (a difference and a quotient), W u is a sum of R products, and r is rounded again.
-    Then three sums of D terms, in any order, lose at most D roundings of the sum of their magnitudes.
-    """
-    size, rank = 784, 4
-    loc, factor = torch.randn(50, size), torch.randn(size, 1) * torch.ones(rank) + 0.01 * torch.randn(size, rank)
-    narrow, wide = (
-        LowRankEvent(loc.to(dtype), factor.to(dtype), torch.full((size,), 0.02).to(dtype), 1)
-        for dtype in (torch.float32, torch.float64)
-    )
-    x = narrow.sample()
-    exact = wide.log_prob(x.double())
-    y, W, u, _ = wide._explained(x.double())
-    explained = torch.einsum("...r,...dr->...d", u.abs(), W.abs())
-    residual = (y - torch.einsum("...r,...dr->...d", u, W)).abs()
-    unit = torch.finfo(torch.float32).eps / 2
-    of_residual = unit * (residual * (2 * y.abs() + (rank + 3) * explained + residual)).sum(-1)
-    magnitudes = 0.5 * residual.square().sum(-1) + size * (abs(math.log(0.02)) + 0.5 * math.log(2 * math.pi))
-    of_sums = unit * size * magnitudes
-    error = (narrow.log_prob(x).double() - exact).abs()
-    assert (error <= of_residual + of_sums).all(), (error / (of_residual + of_sums)).max()
-
-
-def test_low_rank_integrates_to_one():
-    likelihood, features, _ = low_rank(size=2, batch=())
-    line = torch.linspace(-12, 12, 601, dtype=torch.float64)
-    x = torch.cartesian_prod(line, line).reshape(-1, 2, 1)
-    normal = likelihood.event_distribution(*features, mask=None)
-    assert (normal.log_prob(x).exp().sum() * 0.04**2).item() == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("batch", [(5,), (3, 5)])
-def test_low_rank_with_a_mask_is_the_marginal_of_what_is_observed(shared, batch):
-    likelihood, features, dense = low_rank(size=6, batch=batch, shared=shared)
-    x, mask = torch.randn(5, 2, 3, dtype=torch.float64), torch.rand(5, 2, 3) > 0.5
-    mask[0], mask[1] = False, True
-    hidden = torch.where(mask, x, math.nan)  # what x has elsewhere is not read
-    ours = likelihood.event_distribution(*features, mask=mask)
-    log_prob = ours.log_prob(torch.where(mask, x, 1e9))
-    assert log_prob.shape == batch
-    expected = torch.zeros(batch, dtype=torch.float64)
-    for index in np.ndindex(*batch):
-        seen = mask[index[-1]].flatten()
-        if seen.any():
-            loc, covariance = dense.loc[index][seen], dense.covariance_matrix[index][seen][:, seen]
-            expected[index] = dist.MultivariateNormal(loc, covariance).log_prob(x[index[-1]].flatten()[seen])
-    torch.testing.assert_close(log_prob, expected)
-    ours._validate_args = False
-    torch.testing.assert_close(ours.log_prob(hidden), expected)
-    torch.testing.assert_close(ours.expand((2, *batch)).log_prob(x), expected.expand(2, *batch))
-
-
-def test_low_rank_beats_independent_pixels_where_noise_is_correlated():
-    """At the true parameters of each, by the closed form of the difference: the total correlation of the noise."""
-    likelihood, features, dense = low_rank(size=6)
-    ours = likelihood.event_distribution(*features, mask=None)
-    independent = dist.Normal(ours.mean, ours.variance.sqrt()).to_event(2)
-    with torch.no_grad():
-        x = ours.sample((20_000,))
-        gain = ours.log_prob(x) - independent.log_prob(x)
-        exact = 0.5 * (ours.variance.log().sum() - dense.covariance_matrix.logdet())
-    assert exact > 0.5
-    assert z_score(gain, exact) < 4
-
-
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_are_finite_in_extreme_tails(case, dtype):
@@ -300,7 +194,7 @@ def test_gradients_are_finite_in_extreme_tails(case, dtype):
     ends = torch.stack([x.amin().expand(4), x.amax().expand(4), x[0]])
     for size in (0.0, 1.0, 30.0, 85.0, 1e3, 1e6):
         if "low rank" in case and size > 1e3:
-            continue  # beyond float64: columns that are parallel, and 10^8 times the scale
+            continue  # beyond float64: parallel columns, 10^8 times as large as the scale
         for signs in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * min(likelihood.num_features, 4)):
             signs = signs.reshape(-1).repeat(likelihood.num_features)[: likelihood.num_features]
             features = (size * signs.to(dtype))[:, None, None].expand(-1, 3, 4).clone().requires_grad_()
@@ -312,7 +206,7 @@ def test_gradients_are_finite_in_extreme_tails(case, dtype):
 
 
 def test_logistic_far_from_its_cell_keeps_its_slope():
-    """Where a difference of two cdfs is 0 to rounding, log p falls linearly with the distance over the scale."""
+    """Where a difference of two cdfs rounds to 0, log p falls linearly with the distance divided by the scale."""
     loc = torch.tensor([-3.0, 3.0], requires_grad=True)
     pixel = pv.DiscretizedLogistic(nn.Identity(), (2,)).pixel_distribution(loc, torch.full((2,), -5.0))
     (slope,) = torch.autograd.grad(pixel.log_prob(torch.tensor([127 / 255, 127 / 255])).sum(), loc)
@@ -378,7 +272,7 @@ def test_bytes_of_any_precision_are_on_the_grid():
         ("discretized_logistic", {"components": 0}, r"expected components to be an integer of at least 1, got 0"),
         ("low_rank_gaussian", {"rank": 0}, r"expected rank to be a positive integer, got 0. .*Gaussian"),
         ("low_rank_gaussian", {"shared": "no"}, r"expected shared to be True or False, got 'no'"),
-        ("poisson", {"rate": 1}, r"options of Poisson \(it has none\), got rate=1"),
+        ("poisson", {"rate": 1}, r"an option of Poisson \(it has no options\), got rate=1"),
     ],
 )
 def test_bad_options(name, options, message):
@@ -390,7 +284,7 @@ def test_a_likelihood_without_a_distribution():
     class Empty(pv.Likelihood):
         pass
 
-    with pytest.raises(NotImplementedError, match="expected Empty to have a pixel_distribution or an event_distr"):
+    with pytest.raises(NotImplementedError, match="expected Empty to define pixel_distribution or event_distr"):
         pv.mlp_vae((4,), latent_dim=2, likelihood=Empty).decode(torch.zeros(1, 2))
 
 
@@ -406,7 +300,7 @@ def test_objectives_reach_every_parameter(case, objective):
 
 
 @every
-def test_by_name_and_by_class_are_one(case):
+def test_a_likelihood_by_name_and_by_class_agree(case):
     by_name, x = build(case)
     by_class, _ = build(case, by_name=False)
     by_class.load_state_dict(by_name.state_dict())
@@ -437,8 +331,8 @@ def test_decode_and_convolutions(case):
 
 @every
 @pytest.mark.parametrize("batch", [(6,), (3, 6)])
-def test_a_mask_leaves_the_density_of_what_is_observed(case, batch):
-    """Against the same elements alone: independent ones in a sum, correlated ones elsewhere in this file."""
+def test_a_mask_gives_the_density_of_observed_elements(case, batch):
+    """Against the sum over observed elements; test_correlated.py has correlated elements."""
     vae, x = build(case)
     z, mask = torch.randn(*batch, 2, dtype=torch.float64), torch.rand(6, 2, 3) > 0.4
     masked = vae.likelihood(z, mask=mask)
@@ -467,7 +361,7 @@ def test_samples_are_data(case):
     assert wider.log_prob(x).shape == (4, 6)
 
 
-def test_learned_parameters_start_where_they_say():
+def test_learned_parameters_have_the_documented_initial_values():
     low_rank = pv.LowRankGaussian(nn.Identity(), (4,), rank=3)
     noise = low_rank.event_distribution(torch.zeros(4), mask=None).variance - low_rank.factor.square().sum(-1)
     torch.testing.assert_close(noise, torch.full((4,), 1.01**2))
@@ -478,7 +372,7 @@ def test_learned_parameters_start_where_they_say():
 
 
 @pytest.mark.parametrize("log_rate", [-35.0, -20.0, 20.0])
-def test_a_poisson_has_a_gradient_wherever_its_rate_is(log_rate):
+def test_a_poisson_has_a_gradient_at_any_rate(log_rate):
     features = torch.full((1, 1), log_rate, dtype=torch.float64, requires_grad=True)
     likelihood = pv.Poisson(torch.nn.Linear(1, 1), (1,))
     likelihood.pixel_distribution(features).log_prob(torch.tensor([[3.0]], dtype=torch.float64)).sum().backward()

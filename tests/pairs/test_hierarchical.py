@@ -1,4 +1,4 @@
-"""Hierarchies of latents: their log p(x), bounds and guides against quadrature, linear algebra and direct formulas."""
+"""Hierarchical VAEs: log p(x), bounds and guides against quadrature, linear algebra and formulas."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def data(n, binary=False):
 
 
 def widen(vae):
-    """Make the guide a proposal that covers the posterior: hardly a function of x, and wider than the prior."""
+    """Make the guide a proposal that covers the posterior: it depends little on x, and is wider than the prior."""
     ladder = isinstance(vae.posterior, pv.Ladder)
     heads = vae.posterior.heads if ladder else [posterior.encoder[-1] for posterior in vae.posterior.posteriors]
     with torch.no_grad():
@@ -42,7 +42,7 @@ def widen(vae):
             half = len(head.bias) // 2
             head.weight *= 0.3
             head.weight[half:] *= 0.1
-            # a ladder's way down narrows all but the top
+            # the product with the model's normal narrows all layers of a ladder but the top
             head.bias[half:] = 1.5 if ladder and i < len(heads) else 0.4
         for layer in vae.layers:
             last = layer.encoder if isinstance(layer.encoder, nn.Linear) else layer.encoder[-1]
@@ -115,7 +115,7 @@ def test_the_ladders_closed_form_is_the_mean_of_its_samples(latent_dims):
 
 
 class LinearHierarchy:
-    """z3 ~ N(0, I), z2 = A z3 + a + noise, z1 = B z2 + b + noise, x = C z1 + c + noise, with the pair that computes it."""
+    """The linear model z3 ~ N(0, I), z2 = A z3 + a + noise, z1 = B z2 + b + noise, x = C z1 + c + noise, as a pair."""
 
     def __init__(self, guide, latent_dims=(2, 3, 2)):
         self.vae = pv.mlp_hierarchical_vae(
@@ -131,7 +131,7 @@ class LinearHierarchy:
         self.vae.likelihood = pv.Gaussian(nn.Linear(low, 4), (4,), scale=0.8)
         self.vae.double()
         for layer, size in zip(self.vae.layers, (low, middle), strict=True):
-            layer.encoder.weight.data[size:] = 0  # a scale that is the same whatever is above
+            layer.encoder.weight.data[size:] = 0  # the scale does not depend on the layer above
 
     def marginal(self):
         mean = torch.zeros(self.vae.layers[-1].event_shape, dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_the_ladder_weighs_by_precision():
         down_loc, down_log_scale = vae.layers[layer - 1].encoder(above).chunk(2, -1)
         loc, log_scale = bottom_up[layer - 1]
         fn = trace.nodes[f"z{layer}"]["fn"]
-        # The product of the two normals' densities, up to a constant: the same differences between any two points.
+        # The density is proportional to the product of the two normals, so differences of log-densities are equal.
         z = torch.randn(5, *loc.shape, dtype=torch.float64)
         product = dist.Normal(loc, log_scale.exp()).log_prob(z) + dist.Normal(down_loc, down_log_scale.exp()).log_prob(
             z
@@ -201,7 +201,7 @@ def test_the_ladder_weighs_by_precision():
         torch.testing.assert_close(fn.log_prob(z) - fn.log_prob(z[0]), product - product[0])
 
 
-def test_bottom_up_climbs():
+def test_bottom_up_conditions_each_layer_on_the_layer_below():
     vae, x = build("bottom_up", (2, 3, 4), hidden_dims=(5, 6, 7)), data(6)
     nodes = poutine.trace(vae.guide).get_trace(x).nodes
     for layer, below in enumerate((x, nodes["z1"]["value"], nodes["z2"]["value"]), 1):
@@ -239,7 +239,7 @@ def test_embed_reconstruct_decode(guide):
     latents = vae.embed(x)
     assert [tuple(z.shape) for z in latents] == [(6, 2), (6, 3), (6, 4)]
     assert not any(z.requires_grad for z in latents)
-    # the guide's means, given the means before them
+    # each value is the guide's mean given the other means
     conditioned = poutine.condition(vae.guide, {f"z{i}": z for i, z in enumerate(latents, 1)})
     nodes = poutine.trace(conditioned).get_trace(x).nodes
     for i, z in enumerate(latents, 1):
@@ -255,13 +255,13 @@ def test_every_parameter_learns(guide, objective):
     before = {name: value.detach().clone() for name, value in vae.named_parameters()}
     svi = pyro.infer.SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss=objective)
     svi.step(x)
-    for name, value in vae.named_parameters():  # one step, of one size: those that model and guide share, too
+    for name, value in vae.named_parameters():  # one step of one size, also for parameters that model and guide share
         torch.testing.assert_close((value - before[name]).abs(), torch.full_like(value, 1e-3), rtol=1e-2, atol=0)
 
 
 @guides
 def test_missing_elements(guide):
-    """What x has where the mask is False is not read, and the model's density is of the rest."""
+    """Missing elements of x are not read, and the model's density includes only observed elements."""
     vae, x = build(guide), data(5)
     mask = torch.rand(5, 2, 2) > 0.4
     other = torch.where(mask, x, 7.0)
@@ -277,7 +277,7 @@ def test_missing_elements(guide):
     assert [z.shape for z in vae.embed(x, mask)] == [(5, 1), (5, 1)]
 
 
-def test_a_closed_form_is_refused_where_the_guide_climbs():
+def test_a_closed_form_kl_is_refused_for_a_bottom_up_guide():
     vae, x = build("bottom_up"), data(4)
     message = (
         r"latent sites in one order, got \['z2', 'z1'\] in the model and \['z1', 'z2'\] in the guide.*kl='monte_carlo'"
@@ -304,17 +304,17 @@ def hierarchy(posterior, layers=(1,)):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: hierarchy(pv.BottomUp([normal(4, 1)])), r"guide of 2 layers, as the prior and 1 layers below.*got 1"),
+        (lambda: hierarchy(pv.BottomUp([normal(4, 1)])), r"guide of 2 layers, for the prior and 1 layers below.*got 1"),
         (
             lambda: hierarchy(pv.Ladder([nn.Linear(4, 3)] * 3, [nn.Linear(3, 2)] * 3, (4,))),
             r"guide of 2 layers.*got 3",
         ),
-        (lambda: pv.Ladder([nn.Linear(4, 3)], [], (4,)), r"a head for each encoder, got 1 and 0"),
+        (lambda: pv.Ladder([nn.Linear(4, 3)], [], (4,)), r"a head for each encoder, got 1 encoders and 0 heads"),
         (
             lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 1), hidden_dims=(3, 3, 3)),
-            r"a hidden width for each, got latent_dims=\(2, 1\) and hidden_dims=\(3, 3, 3\)",
+            r"one hidden width or one for each layer, got latent_dims=\(2, 1\) and hidden_dims=\(3, 3, 3\)",
         ),
-        (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=()), r"one layer or more"),
+        (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=()), r"at least one layer"),
         (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 0)), r"latent_dims of positive integers, got \(2, 0\)"),
         (
             lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 1), guide="top_down"),

@@ -1,4 +1,4 @@
-"""Each pair on each kind of data with each objective: a step that moves every parameter, or the refusal that is documented."""
+"""Each pair on each kind of data with each objective: a step moves every parameter, or is refused as documented."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _rarely(row, check):
         for check in CHECKS
     ],
 )
-def test_what_else_a_pair_does(row, check, without_inductor):
+def test_other_uses_of_a_pair(row, check, without_inductor):
     pyro.set_rng_seed(0)
     if check == "compiled" and row.traced:
         with pytest.raises(ValueError, match=NO_TRACE):

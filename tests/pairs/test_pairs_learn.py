@@ -1,4 +1,4 @@
-"""What likelihoods, guides and masks are for, on a small scale: each claim as a statistical test on held-out data."""
+"""Claims about likelihoods, guides and masks on small problems, each as a statistical test on held-out data."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 import pyro_vae as pv
 
 
-def paired(values: torch.Tensor) -> float:
-    """The mean of differences (N,) in standard errors."""
+def in_standard_errors(values: torch.Tensor) -> float:
+    """The mean of differences, of shape (N,), divided by its standard error."""
     difference = pv.Estimate.of(values)
     return difference.value / difference.standard_error
 
 
 def neighbours(x: torch.Tensor) -> float:
-    """The correlation of pixels in a row, over images (N, 1, H, W), with their means taken off."""
+    """The correlation of neighbouring pixels in a row, over images (N, 1, H, W) centred at their means."""
     x = x - x.mean(0)
     return (x[..., 1:] * x[..., :-1]).sum().item() / (x[..., 1:].norm() * x[..., :-1].norm()).item()
 
@@ -42,9 +42,9 @@ def test_a_low_rank_gaussian_learns_noise_that_pixels_share():
 
     independent, grain = learn("gaussian", scale="learned")
     low_rank, smooth = learn(pv.LowRankGaussian, rank=8)
-    assert paired(low_rank - independent) > 10
+    assert in_standard_errors(low_rank - independent) > 10
     truth = neighbours((x - clean.reshape(x.shape))[1200:])
-    assert abs(grain) < 0.05  # a standard error is 1 / sqrt(300 * 30), a hundredth
+    assert abs(grain) < 0.05  # the standard error is 1 / sqrt(300 * 30), about 0.01
     assert smooth > 0.7 * truth > 0.5
 
 
@@ -56,10 +56,10 @@ def test_imputation_is_nearer_than_one_reconstruction_and_than_means():
     pv.fit(vae.model, vae.guide, (train, seen), pv.IWAE(5), epochs=20, batch_size=64, lr=5e-3, progress=False)
 
     def error(filled):
-        """The root mean square over each image's hidden pixels."""
+        """The root mean square error of the missing pixels of each image."""
         return (torch.where(mask, 0.0, filled - x).square().flatten(1).sum(1) / (~mask).flatten(1).sum(1)).sqrt()
 
-    # What is hidden may be anything, even NaN: nothing may look at it.
+    # Missing elements may have any value, even NaN, since they are never read.
     hidden = torch.where(mask, x, torch.nan)
     imputed = vae.impute(hidden, mask, num_samples=300)
     assert torch.equal(imputed[mask], x[mask])
@@ -67,17 +67,17 @@ def test_imputation_is_nearer_than_one_reconstruction_and_than_means():
         unweighted = vae.decode(vae.posterior(torch.where(mask, x, 0.0)).sample((300,))).mean(0)
     means = torch.where(seen, train, 0.0).sum(0) / seen.sum(0)
     for other in (means, vae.reconstruct(hidden, mask), unweighted):
-        assert paired(error(other) - error(imputed)) > 4
+        assert in_standard_errors(error(other) - error(imputed)) > 4
 
 
-def test_a_guide_that_does_not_look_at_x_makes_a_lazy_decoder():
+def test_a_guide_that_ignores_x_collapses():
     digits = pv.data.load("digits", binarize="dynamic", validation=0)
     x, mean_image = digits.test.x, digits.train.images.mean(0)
     parts, bounds, outputs = [], [], []
-    for looks in (True, False):
+    for conditional in (True, False):
         pyro.set_rng_seed(0)
         vae = pv.mlp_vae(digits.event_shape, latent_dim=2, hidden_dims=(64,))
-        if not looks:
+        if not conditional:
             vae.posterior = pv.Unconditional(2, digits.event_shape)
         pv.fit(
             vae.model, vae.guide, digits.train, pv.ELBO(), epochs=20, batch_size=100, lr=1e-2, progress=False,
@@ -86,15 +86,15 @@ def test_a_guide_that_does_not_look_at_x_makes_a_lazy_decoder():
         parts.append(pv.decompose_elbo(vae.model, vae.guide, x, 10, progress=False))
         bounds.append(pv.ELBO(20).bound(vae.model, vae.guide, x).detach())
         outputs.append(vae.decode(torch.randn(500, 2)))
-    looked, lazy = (p.mutual_information for p in parts)
-    # Each term log q(z|x_n) - log q(z) is 0 but for rounding, of numbers of a few nats in float32: there is no sampling error.
-    assert abs(lazy.value) < 3 * lazy.standard_error + 1e-6
-    assert lazy.standard_error < 1e-6
-    assert looked.value / looked.standard_error > 20
-    assert paired(bounds[0] - bounds[1]) > 5
+    informative, collapsed = (p.mutual_information for p in parts)
+    # Each term log q(z|x_n) - log q(z) is 0 up to float32 rounding of a few nats, so there is no sampling error.
+    assert abs(collapsed.value) < 3 * collapsed.standard_error + 1e-6
+    assert collapsed.standard_error < 1e-6
+    assert informative.value / informative.standard_error > 20
+    assert in_standard_errors(bounds[0] - bounds[1]) > 5
     spread = [each.std(0).mean().item() for each in outputs]
     assert spread[1] < 0.2 * spread[0]
-    # All that it draws is the mean image, to twice the standard error of a mean of as many binary images
+    # The collapsed decoder returns the mean image, to twice the standard error of the mean of these binary images.
     error = (mean_image * (1 - mean_image)).mean().div(len(digits.train)).sqrt()
     assert (outputs[1] - mean_image).square().mean().sqrt() < 2 * error
     assert (outputs[0] - mean_image).square().mean().sqrt() > 5 * error

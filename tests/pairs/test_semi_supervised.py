@@ -1,4 +1,4 @@
-"""Labels that are partly observed: log p(x) and log p(x, y) against quadrature, and bounds against Pyro's enumeration."""
+"""Partly observed labels: log p(x) and log p(x, y) against quadrature, bounds against Pyro's enumeration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build(weight=0.0, likelihood="gaussian", latent_dim=1, spread=0.3):
 
 
 class Exact:
-    """By a grid of z and a sum over classes: log p(x, y) where y is observed and log p(x) elsewhere; and the ELBO."""
+    """log p(x, y) for observed y, log p(x) for unobserved y, and the ELBO, by a grid of z and a sum over classes."""
 
     def __init__(self, vae, points=700, width=14.0):
         self.vae = vae
@@ -47,7 +47,7 @@ class Exact:
         self.cell = (t[1] - t[0]).item() ** latent_dim
 
     def log_joint(self, x, label):
-        """log p(x, y, z) on the grid, (G, N)."""
+        """log p(x, y, z) on the grid, of shape (G, N)."""
         vectors = torch.eye(CLASSES, dtype=torch.float64)[label].expand(len(x), -1)
         prior = dist.Normal(0.0, 1.0).log_prob(self.z).sum(-1)
         return prior + self.vae.likelihood(self.z, vectors).log_prob(x) - math.log(CLASSES)
@@ -59,7 +59,7 @@ class Exact:
         return torch.where(y == -1, by_class.logsumexp(-1), observed)
 
     def elbo(self, x, y):
-        """Differentiable in the parameters of model and guide."""
+        """The ELBO of each datum, differentiable in the parameters of model and guide."""
         log_q = self.vae.classifier(x).log_softmax(-1)
         by_class = []
         for label in range(CLASSES):
@@ -80,7 +80,7 @@ def trace_enum(vae):
 @pytest.mark.parametrize("y", [Y, None, Y.clamp(min=0)], ids=["mixed", "none", "all"])
 def test_log_likelihood_is_the_integral(latent_dim, likelihood, y):
     vae, x = build(likelihood=likelihood, latent_dim=latent_dim)
-    last = vae.posterior.encoder.network[-1]  # which makes the guide a proposal that covers the posterior
+    last = vae.posterior.encoder.network[-1]  # these weights make the guide a proposal that covers the posterior
     last.weight.data *= 0.3
     last.bias.data[latent_dim:] = 0.2
     exact = Exact(vae, points=700 if latent_dim == 1 else 140)
@@ -118,7 +118,7 @@ GRADIENTS = {
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients_average_to_that_of_the_integral(name):
+def test_gradients_average_to_the_gradient_of_the_integral(name):
     vae, x = build()
     parameters = list(vae.parameters())
     exact = torch.autograd.grad(-Exact(vae).elbo(x, Y).sum(), parameters)
@@ -129,8 +129,8 @@ def test_gradients_average_to_that_of_the_integral(name):
         loss = objective.differentiable_loss(vae.model, guide, x.repeat(copies, 1), Y.repeat(copies)) / copies
         draws.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)]))
     scores = z_score(torch.stack(draws), exact)
-    assert scores.max() < 5  # Student's t with 39 degrees, of some 70 parameters
-    assert scores.square().mean() < 3.5  # 1.1 on average, but they are correlated
+    assert scores.max() < 5  # Student's t with 39 degrees of freedom, for about 70 parameters
+    assert scores.square().mean() < 3.5  # the mean is 1.1, but the scores are correlated
 
 
 def test_all_bounds_below_the_evidence_rise_with_particles():
@@ -168,7 +168,7 @@ def test_the_classifiers_term_is_at_observed_labels_in_training_mode():
 
 
 def test_the_classifiers_term_has_its_gradient():
-    """Where all labels are observed the bound says nothing of q(y|x), and the classifier learns from its term alone."""
+    """If all labels are observed, the bound does not depend on q(y|x), and only this term trains the classifier."""
     vae, x = build(3.0)
     y = Y.clamp(min=0)
     parameters = list(vae.classifier.parameters())
@@ -182,7 +182,7 @@ def test_the_classifiers_term_has_its_gradient():
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_evaluations_leave_the_classifiers_term_out(mode):
+def test_estimates_omit_the_classifiers_term(mode):
     vae, x = build(7.0)
     vae.train(mode)
     with_term = pv.log_likelihood(vae.model, vae.guide, (x, Y), num_samples=50, seed=1)
@@ -262,7 +262,7 @@ def test_embed_decode_reconstruct_generate():
     [
         (
             Y.double(),
-            r"integer labels of shape \(5,\), -1 where one is not observed, got torch.float64 of shape \(5,\)",
+            r"integer labels of shape \(5,\), -1 where unobserved, got torch.float64 of shape \(5,\)",
         ),
         (Y[:4], r"integer labels of shape \(5,\).*got torch.int64 of shape \(4,\)"),
         (torch.eye(5)[:, :3].long(), r"got torch.int64 of shape \(5, 3\)"),
@@ -286,7 +286,7 @@ def test_wrong_labels(y, message):
 
 def test_other_refusals():
     for weight in (-1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="classifier_weight to be a number, at least 0"):
+        with pytest.raises(ValueError, match="classifier_weight to be a finite number of at least 0"):
             build(weight)
     vae, x = build()
     with pytest.raises(ValueError, match=r"guide site 'y' can't be reparameterised.*gradient='score'"):
@@ -307,7 +307,7 @@ def test_labels_of_any_integer_type():
     assert torch.equal(vae.embed(x, Y), vae.embed(x, Y.int()))
 
 
-def test_labels_count_for_a_guide_that_does_not_know_them():
+def test_observed_labels_count_with_a_guide_that_ignores_them():
     pyro.set_rng_seed(0)
     vae = pv.mlp_semi_supervised_vae((3,), latent_dim=1, num_classes=3, hidden_dims=(6,)).double()
     x, y = torch.rand(4, 3).double().round(), torch.tensor([0, 2, -1, 1])
@@ -323,7 +323,7 @@ def test_labels_count_for_a_guide_that_does_not_know_them():
     assert ((own.per_datum - other.per_datum).abs() < 4 * error).all()
 
 
-def test_the_classifiers_term_is_no_part_of_an_evaluation_of_wrapped_functions():
+def test_estimates_of_wrapped_functions_omit_the_classifiers_term():
     vae = pv.mlp_semi_supervised_vae((3,), latent_dim=1, num_classes=3, hidden_dims=(6,), classifier_weight=20.0)
     x, y = torch.rand(4, 3).round(), torch.tensor([0, 2, -1, 1])
     found = [

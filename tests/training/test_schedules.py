@@ -85,7 +85,10 @@ def test_cycles_rise_from_zero_and_end_at_stop():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pv.schedules.warm_up(0), "steps to be a positive integer, got 0. Of epochs, pass their number times"),
+        (
+            lambda: pv.schedules.warm_up(0),
+            "steps to be a positive integer, got 0. For a number of epochs, multiply it by",
+        ),
         (lambda: pv.schedules.warm_up(2.5), "steps to be a positive integer, got 2.5"),
         (
             lambda: pv.schedules.warm_up(2, start=-0.1),
@@ -94,7 +97,7 @@ def test_cycles_rise_from_zero_and_end_at_stop():
         (lambda: pv.schedules.warm_up(2, stop=math.inf), "stop to be a finite number, at least 0, got inf"),
         (lambda: pv.schedules.cyclical(0), "period to be a positive integer, got 0"),
         (lambda: pv.schedules.cyclical(9, cycles=0), r"cycles to be a positive integer, got 0\.$"),
-        (lambda: pv.schedules.cyclical(9, ramp=0), "ramp to be a share of the cycle.*got 0. Divide steps by period"),
+        (lambda: pv.schedules.cyclical(9, ramp=0), "ramp to be a fraction of the cycle.*got 0. Divide steps by period"),
         (lambda: pv.schedules.cyclical(9, ramp=3), "above 0 and at most 1, got 3"),
         (lambda: pv.schedules.cyclical(9, stop=math.nan), "stop to be a finite number.*got nan"),
     ],
