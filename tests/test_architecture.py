@@ -23,7 +23,7 @@ ALLOWED = {
     "engine": set(),
     "objectives": {"engine"},
     "compiled": {"engine", "objectives"},
-    "training": {"engine", "compiled"},
+    "training": {"engine", "objectives", "compiled"},
     "evaluation": {"engine", "objectives", "compiled"},
     "arviz_io": {"engine"},
     "schedules": set(),

@@ -170,8 +170,8 @@ def test_several_sites_and_nested_plates():
 def test_refusals(program):
     for settings, match in (
         ({"num_samples": 1}, "num_samples to be an integer, at least 2, got 1"),
-        ({"coords": {"letter": ["a"]}}, "coords of dimensions .* got 1 of 'letter'"),
-        ({"coords": {"latent": ["a"]}}, "got 1 of 'latent'"),
+        ({"coords": {"letter": ["a"]}}, "coords of dimensions .* got 1 values of 'letter'"),
+        ({"coords": {"latent": ["a"]}}, "got 1 values of 'latent'"),
     ):
         with pytest.raises(ValueError, match=match):
             pv.to_arviz(program, program.x, **{"num_samples": 5} | settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -145,14 +145,14 @@ class Objective(pyro.infer.ELBO):
     #: The name of its kind in tables and legends; an instance's `name` adds the gradient.
     family: ClassVar[str]
     #: The estimators of its gradient, by name.
-    gradients: ClassVar[Mapping[str, Estimator]] = ESTIMATORS
+    gradients: ClassVar[dict[str, Estimator]] = ESTIMATORS
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls)
         if ("reduce" in own or "reduce_for_guide" in own) and "curvature" not in own:
             cls.curvature = Objective.curvature  # type: ignore[method-assign]  # a parent's is of another bound
-        if not isinstance(cls.gradients, Mapping):
+        if not isinstance(cls.gradients, dict):
             cls.gradients = _rows(cls.__name__, cls.gradients)
 
     def __init__(
@@ -329,6 +329,7 @@ class Objective(pyro.infer.ELBO):
         return terms(guide)
 
     def _read(self, run: Run) -> Densities:
+        scale = datum_scale(run)  # first, since its message is more specific than those of the terms
         guide, row = run.guide, self.estimator
         if row.signal is not None:
             scored = {name: guide[name] for name in run.scored}
@@ -342,7 +343,7 @@ class Objective(pyro.infer.ELBO):
             log_density(run, self._guide_terms(run, guide)),
             None if run.stopped is None else log_density(run, self._guide_terms(run, run.stopped)),
             torch.zeros_like(log_p) if row.signal is None else score,
-            datum_scale(run),
+            scale,
             [run.samples],
             [run.num_particles],
         )

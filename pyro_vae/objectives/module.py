@@ -39,9 +39,10 @@ class ObjectiveModule(ELBOModule):
 
     @takes_program
     def __init__(self, objective: Objective, model: PyroFunction, guide: PyroFunction) -> None:
-        super().__init__(None, None, objective)
-        # Set beside the modules below: a method that is an attribute of a module registers none of its parameters.
-        self.__dict__["model"], self.__dict__["guide"] = model, guide
+        nn.Module.__init__(self)
+        # Not as attributes of the module, which would register a model that is a module twice.
+        vars(self).update(model=model, guide=guide)
+        self.elbo: Objective = objective
         self.program = nn.ModuleList(find_modules(model, guide))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

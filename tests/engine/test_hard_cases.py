@@ -180,7 +180,7 @@ def test_a_learned_flow_with_an_inverse(kind):
 def test_a_flow_without_an_inverse_is_refused_where_one_is_needed():
     model, guide = autoregressive(T.planar(3))
     pv.IWAE(4).loss_and_grads(model, guide, torch.randn(5, 3))
-    with pytest.raises(ValueError, match=r"a flow without an inverse, most likely.*gradient='pathwise'"):
+    with pytest.raises(ValueError, match=r"most likely a flow without an inverse.*gradient='pathwise'"):
         pv.IWAE(4, "dreg").loss_and_grads(model, guide, torch.randn(5, 3))
 
 
@@ -714,9 +714,7 @@ def test_folded_families_have_no_closed_form():
         return dist.TransformedDistribution(folded(mean), [dist.transforms.ExpTransform()])
 
     for family in (folded, nested):
-        with pytest.raises(
-            pv.NoClosedFormError, match=r"no closed form at site 'z' for the pair KL\((Folded|Transformed)"
-        ):
+        with pytest.raises(pv.NoClosedFormError, match=r"no closed form at site 'z' for KL\((Folded|Transformed)"):
             pv.ELBO().loss(program(family(-1.0), True), program(family(1.0), False), X)
     x, grid = X.abs(), torch.linspace(1e-9, 12, 100_001, dtype=torch.float64)[:, None]
     log_q = folded(1.0).log_prob(grid)

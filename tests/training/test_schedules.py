@@ -124,7 +124,7 @@ def test_a_run_goes_on_with_the_same_schedule_alone(tmp_path):
     check_same(whole, broken)
     for other in (pv.schedules.warm_up(16), pv.schedules.cyclical(15), 1.0):
         with pytest.raises(
-            ValueError, match=r"written with objective=.ELBO\(beta=warm_up\(steps=15, start=0.0, stop=1.0\)"
+            ValueError, match=r"other settings: expected objective=.ELBO\(beta=warm_up\(steps=15, start=0.0, stop=1.0\)"
         ):
             fit(make_vae(), pv.ELBO(beta=other), epochs=7, checkpoint=path)
 
@@ -200,7 +200,7 @@ def test_a_plateau_is_not_looked_for_while_beta_moves():
 def test_another_scheduler_is_no_way_to_go_on(tmp_path):
     path = tmp_path / "checkpoint.pt"
     fit(make_vae(), epochs=1, checkpoint=path, lr_scheduler=functools.partial(schedulers.ExponentialLR, gamma=0.7))
-    message = r"written with lr_scheduler='ExponentialLR\(gamma=0.7.*', and lr_scheduler="
+    message = r"other settings: expected lr_scheduler='ExponentialLR\(gamma=0.7.*', got lr_scheduler="
     for other in (None, SCHEDULERS["cosine"], functools.partial(schedulers.ExponentialLR, gamma=0.6)):
         with pytest.raises(ValueError, match=message):
             fit(make_vae(), checkpoint=path, lr_scheduler=other)
@@ -284,7 +284,7 @@ def test_patience_is_there_from_the_first_epoch_or_never(tmp_path, first, then):
     path = tmp_path / "checkpoint.pt"
     options = {"validation": HELD_OUT, "checkpoint": path}
     fit(make_vae(), epochs=1, patience=first, **options)
-    message = rf"was written {'without' if first is None else 'with'} patience, and patience={then} is asked for"
+    message = rf"was written {'without' if first is None else 'with'} patience: expected .*, got patience={then}"
     with pytest.raises(ValueError, match=message):
         fit(make_vae(), patience=then, **options)
 
@@ -321,7 +321,7 @@ def test_ctrl_c_leaves_what_was_learned_and_keeps_the_best_in_the_checkpoint(tmp
     path, vae = tmp_path / "checkpoint.pt", make_vae()
     options = TOO_FAST | {"batch_size": 16, "seed": 3, "patience": 30, "checkpoint": path}
     with pytest.warns(
-        UserWarning, match=r"keep what was learned, not those of the best epoch, \d; the ch.* holds epoch 10"
+        UserWarning, match=r"are those of the last step, not those of the best epoch, \d; the ch.* holds epoch 10"
     ):
         history = pv.fit(vae.model, vae.guide, Interrupting(), pv.ELBO(), **options)
     assert validation_bound(vae) == history.validation_bound.iloc[-1] < history.validation_bound.max()
@@ -339,9 +339,9 @@ ELSEWHERE = schedulers.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=1.0))
     [
         (
             {"patience": 0, "validation": HELD_OUT},
-            "patience to be a positive integer, of epochs, got 0. None never stops",
+            "patience to be a positive number of epochs, an integer, got 0. None never stops",
         ),
-        ({"patience": 1.5, "validation": HELD_OUT}, "patience to be a positive integer, of epochs, got 1.5"),
+        ({"patience": 1.5, "validation": HELD_OUT}, "patience to be a positive number of epochs, an integer, got 1.5"),
         ({"patience": 3}, "expected validation data with it, got none. Pass validation=..., or drop patience"),
         ({"patience": 3, "validation": HELD_OUT[:0]}, "expected validation data with it, got none"),
         (

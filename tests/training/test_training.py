@@ -310,11 +310,11 @@ def test_checkpoints_of_something_else_are_refused_untouched(tmp_path):
     path = tmp_path / "checkpoint.pt"
     fit_with_checkpoint(path, 2)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"written with lr=0.001, and lr=0.01 is asked for: expected the same"):
+    with pytest.raises(ValueError, match=r"other settings: expected lr=0.001, got lr=0.01. Pass the same"):
         fit_with_checkpoint(path, 3, lr=1e-2)
-    with pytest.raises(ValueError, match=r"written with batch_size=16, and batch_size=8 is asked"):
+    with pytest.raises(ValueError, match=r"other settings: expected batch_size=16, got batch_size=8"):
         fit_with_checkpoint(path, 3, batch_size=8)
-    with pytest.raises(ValueError, match=r"holds 2 epochs, and 1 in all are asked for"):
+    with pytest.raises(ValueError, match=r"holds 2 epochs: expected at least as many in all, got epochs=1"):
         fit_with_checkpoint(path, 1)
     pyro.clear_param_store()
     other = pv.mlp_vae((6,), latent_dim=3, hidden_dims=(8,), likelihood="gaussian")
@@ -337,8 +337,8 @@ def test_checkpoints_of_something_else_are_refused_untouched(tmp_path):
     ("kwargs", "message"),
     [
         ({"epochs": 0}, "epochs to be a positive integer"),
-        ({"lr": 0.0}, "lr positive"),
-        ({"lr": math.nan}, "lr positive"),
+        ({"lr": 0.0}, "lr to be positive"),
+        ({"lr": math.nan}, "lr to be positive"),
         ({"batch_size": 0}, "batch_size to be a positive integer, got 0"),
         ({"epochs": 2.5}, "epochs to be a positive integer"),
         ({"data": TensorDataset(X)}, "got TensorDataset. Use .* a DataLoader"),
@@ -420,7 +420,7 @@ def test_pyros_objectives_resume_and_other_settings_do_not(tmp_path):
         vae = small_vae()
         pv.fit(vae.model, vae.guide, X, pyro.infer.Trace_ELBO(), epochs=epochs, checkpoint=path, seed=1)
     for other in (pyro.infer.Trace_ELBO(num_particles=2), pv.ELBO(), pv.ELBO(1, "monte_carlo")):
-        with pytest.raises(ValueError, match=r"objective='Trace_ELBO\(num_particles=1\)', and objective="):
+        with pytest.raises(ValueError, match=r"objective='Trace_ELBO\(num_particles=1\)', got objective="):
             pv.fit(vae.model, vae.guide, X, other, epochs=3, checkpoint=path, seed=1)
 
 
