@@ -30,6 +30,7 @@ from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, prior, run_at, sample_sites, shape_beside
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.likelihood import Evidence, summarise
 from pyro_vae.evaluation.supports import same_support
@@ -99,13 +100,13 @@ def ais(
     model: Program,
     guide: Program | None,
     x: Any,
-    num_steps: int = 1000,
-    num_chains: int = 16,
+    num_steps: int = NUM_STEPS,
+    num_chains: int = NUM_CHAINS,
     *,
     start: Literal["prior", "guide"] = "prior",
     schedule: Schedule | Sequence[float] | Tensor = "sigmoid",
-    num_leapfrog: int = 10,
-    step_size: float = 0.3,
+    num_leapfrog: int = NUM_LEAPFROG,
+    step_size: float = STEP_SIZE,
     seed: int | None = None,
     progress: bool = True,
 ) -> AnnealedLikelihood:
@@ -170,13 +171,13 @@ def bdmc(
     model: Program,
     guide: Program | None,
     x: Any,
-    num_steps: int = 1000,
-    num_chains: int = 16,
+    num_steps: int = NUM_STEPS,
+    num_chains: int = NUM_CHAINS,
     *,
     start: Literal["prior", "guide"] = "prior",
     schedule: Schedule | Sequence[float] | Tensor = "sigmoid",
-    num_leapfrog: int = 10,
-    step_size: float = 0.3,
+    num_leapfrog: int = NUM_LEAPFROG,
+    step_size: float = STEP_SIZE,
     seed: int | None = None,
     progress: bool = True,
 ) -> Sandwich:
@@ -422,7 +423,7 @@ def _settings(num_steps: int, num_chains: int, schedule: Any, num_leapfrog: int,
     check_count("num_chains", num_chains, 2, ", to have an error bar")
     check_count("num_leapfrog", num_leapfrog, 1)
     if not step_size > 0:
-        raise PyroVAEError(f"expected a positive step_size, got {step_size!r}. Try 0.3.")
+        raise PyroVAEError(f"expected a positive step_size, got {step_size!r}. Try {STEP_SIZE}.")
     even = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     if isinstance(schedule, str):
         if schedule not in ("sigmoid", "linear"):

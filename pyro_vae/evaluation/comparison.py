@@ -20,6 +20,7 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.modules import Program, evaluating, find_modules
 from pyro_vae.engine.program import find_parameters, sample_sites, trace_once
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import (
     Estimate,
     Pieces,
@@ -32,7 +33,6 @@ from pyro_vae.evaluation.estimate import (
 from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 
-SAMPLES = 1000  # for log p(x)
 ROWS_AT_ONCE = 2**15  # data times particles: 100 MB for each float32 tensor of 784 pixels
 
 
@@ -42,7 +42,7 @@ def compare(
     x: Any,
     objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None = None,
     *,
-    repeats: int = 10,
+    repeats: int = COMPARE_REPEATS,
     log_likelihood: Evidence | None = None,
     compile: bool = False,
     seed: int | None = None,
@@ -150,7 +150,7 @@ def _compare(
         )
     with torch.no_grad(), rng.seeded(seed):
         vectorize = all(objective.vectorize_particles for _, objective in named)
-        evidence = estimate_evidence(model, guide, data, SAMPLES, vectorize, progress, compile)
+        evidence = estimate_evidence(model, guide, data, COMPARE_SAMPLES, vectorize, progress, compile)
     best = evidence.per_datum
     if log_likelihood is not None and log_likelihood.mean > evidence.mean:
         best = log_likelihood.per_datum

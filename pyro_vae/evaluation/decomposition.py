@@ -15,6 +15,7 @@ from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, run_at
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
 
@@ -53,7 +54,13 @@ class Decomposition:
 
 
 def decompose_elbo(
-    model: Program, guide: Program, x: Any, num_samples: int = 10, *, seed: int | None = None, progress: bool = True
+    model: Program,
+    guide: Program,
+    x: Any,
+    num_samples: int = DECOMPOSITION_SAMPLES,
+    *,
+    seed: int | None = None,
+    progress: bool = True,
 ) -> Decomposition:
     r"""Take the ELBO, averaged over data, apart.
 

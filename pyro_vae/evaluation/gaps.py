@@ -19,6 +19,7 @@ from pyro_vae.engine.agreement import family, not_reparameterised, unwrapped
 from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Run, draw, find_max_plate_nesting
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
 from pyro_vae.evaluation.likelihood import Evidence, Summary, check_same_data, draw_weights, summarise, warn_of_high_k
@@ -72,10 +73,10 @@ def inference_gaps(
     model: Program,
     guide: Program,
     x: Any,
-    num_samples: int = 5000,
+    num_samples: int = NUM_SAMPLES,
     *,
-    num_steps: int = 1000,
-    lr: float = 0.02,
+    num_steps: int = GAPS_STEPS,
+    lr: float = GAPS_LR,
     log_likelihood: Evidence | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -132,7 +133,7 @@ def inference_gaps(
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     check_count("num_steps", num_steps, 1)
     if not 0 < lr < math.inf:
-        raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try 0.02.")
+        raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {GAPS_LR}.")
     args = arguments(x)
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)

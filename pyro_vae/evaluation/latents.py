@@ -14,19 +14,18 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Flow, Particles, Run, find_max_plate_nesting, run_particles
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
-
-THRESHOLD = 0.01  # Burda, Grosse and Salakhutdinov's
 
 
 def active_units(
     model: Program,
     guide: Program,
     x: Any,
-    num_samples: int = 10,
+    num_samples: int = ACTIVE_SAMPLES,
     *,
-    threshold: float = THRESHOLD,
+    threshold: float = ACTIVE_THRESHOLD,
     seed: int | None = None,
 ) -> pd.DataFrame:
     r"""Which latent dimensions move with x, and what each costs: a report of posterior collapse, a row for each dimension.
@@ -70,7 +69,9 @@ def active_units(
     """
     check_count("num_samples", num_samples, 2)
     if not threshold >= 0:
-        raise PyroVAEError(f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took 0.01.")
+        raise PyroVAEError(
+            f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
+        )
     args = arguments(x)
     parts: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
     with checked(model, guide, args) as data, rng.seeded(seed):

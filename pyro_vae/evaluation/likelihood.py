@@ -18,6 +18,7 @@ from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import find_max_plate_nesting
 from pyro_vae.engine.weights import log_weights
 from pyro_vae.errors import NotFiniteError, PyroVAEError
+from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.estimate import Args, Estimate, Pieces, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.psis import HIGH, pareto_k
 
@@ -121,7 +122,7 @@ def log_likelihood(
     model: Program,
     guide: Program,
     x: Any,
-    num_samples: int = 5000,
+    num_samples: int = NUM_SAMPLES,
     *,
     seed: int | None = None,
     vectorize_particles: bool = True,
