@@ -31,8 +31,9 @@ from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, prior, ru
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.likelihood import Evidence, summarise
+from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.supports import same_support
 
 ACCEPTANCE = 0.65  # what the step size is adapted to, as Neal's analysis of HMC advises
@@ -155,7 +156,7 @@ def ais(
     base = _base(guide, start)
     settings = _settings(num_steps, num_chains, schedule, num_leapfrog, step_size)
     with checked(model, base, args) as data, rng.seeded(seed):
-        pieces = data.of(rows_at_once(args) // num_chains)
+        pieces = data.minibatches(rows_at_once(args) // num_chains)
         weights, accepted = [], []
         with _bar(settings, len(pieces), 1, progress) as bar:
             for piece in pieces:
@@ -216,7 +217,7 @@ def bdmc(
     settings = _settings(num_steps, num_chains, schedule, num_leapfrog, step_size)
     with checked(model, base, args) as data, rng.seeded(seed):
         forward, backward, accepted, simulated = [], [], [], []
-        pieces = data.of(rows_at_once(args) // num_chains)
+        pieces = data.minibatches(rows_at_once(args) // num_chains)
         with _bar(settings, len(pieces), 2, progress) as bar:
             for piece in pieces:
                 piece, latents = _simulate(model, piece)

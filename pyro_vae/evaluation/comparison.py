@@ -21,16 +21,9 @@ from pyro_vae.engine.modules import Program, evaluating, find_modules
 from pyro_vae.engine.program import find_parameters, sample_sites, trace_once
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
-from pyro_vae.evaluation.estimate import (
-    Estimate,
-    Pieces,
-    arguments,
-    check_count,
-    check_plate,
-    is_divisible,
-    supports_alike,
-)
+from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
+from pyro_vae.evaluation.pieces import Pieces, arguments, check_count, check_plate, is_divisible, same_supports
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 
 ROWS_AT_ONCE = 2**15  # data times particles: 100 MB for each float32 tensor of 784 pixels
@@ -114,8 +107,8 @@ def compare(
     with evaluating(find_modules(model, guide)):
         in_model, in_guide = map(sample_sites, trace_once(model, guide, *args))
         check_plate(in_model, in_guide, len(args[0]))
-        alike = not compile or supports_alike(in_model, in_guide)
-        data = Pieces(args, is_divisible(model, guide, args), alike)
+        same = not compile or same_supports(in_model, in_guide)
+        data = Pieces(args, is_divisible(model, guide, args), same)
         return _compare(model, guide, data, objectives, repeats, log_likelihood, compile, seed, progress)
 
 
@@ -191,7 +184,7 @@ def _measure(
     """A row of the table, and the bound of each datum, averaged over repeats."""
     objective = copy.copy(objective)  # whose losses are no steps of a schedule, and whose settings are those of now
     vars(objective).update(objective.scheduled())
-    args, chunks = data.args, data.of(ROWS_AT_ONCE // objective.num_samples)
+    args, chunks = data.args, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
 

@@ -16,8 +16,9 @@ from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, run_at
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
+from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, rows_at_once
 
 PAIRS_AT_ONCE = 2**21  # of samples, data and dimensions, whose log-densities are in memory
 DATA_AT_ONCE = 512  # whose guide is run for a block of samples
@@ -100,12 +101,12 @@ def decompose_elbo(
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     args = arguments(x)
     with checked(model, guide, args) as data, rng.seeded(seed):
-        batches = data.of(rows_at_once(args) // num_samples)
+        batches = data.minibatches(rows_at_once(args) // num_samples)
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
         samples = [_Samples.draw(model, guide, batch, num_samples, nesting) for batch in batches]
         dimensions = samples[0].dimensions
         number, size = len(args[0]), max(1, dimensions)
-        columns = data.of(min(DATA_AT_ONCE, PAIRS_AT_ONCE // size))
+        columns = data.minibatches(min(DATA_AT_ONCE, PAIRS_AT_ONCE // size))
         step = max(1, PAIRS_AT_ONCE // (size * len(columns[0][0])))
         total = sum(-(-s.number // step) for s in samples) * len(columns)
         mixed = []

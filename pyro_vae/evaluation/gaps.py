@@ -20,9 +20,10 @@ from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Run, draw, find_max_plate_nesting
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
 from pyro_vae.evaluation.likelihood import Evidence, Summary, check_same_data, draw_weights, summarise, warn_of_high_k
+from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, rows_at_once
 from pyro_vae.objectives import ELBO
 
 PARTICLES = 8  # of the ELBO that is maximised for each datum
@@ -139,7 +140,7 @@ def inference_gaps(
         check_same_data(log_likelihood, args)
     best, own = [], []
     with checked(model, guide, args) as data, rng.seeded(seed):
-        pieces = data.of(rows_at_once(args) // PARTICLES)
+        pieces = data.minibatches(rows_at_once(args) // PARTICLES)
         nesting = find_max_plate_nesting(model, guide, pieces[0], {}, in_plate=True)
         with tqdm(
             total=len(pieces) * num_steps, leave=False, disable=None if progress else True, unit="step", desc="gaps"

@@ -15,8 +15,8 @@ from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Flow, Particles, Run, find_max_plate_nesting, run_particles
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
-from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
+from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
 
 
 def active_units(
@@ -75,7 +75,7 @@ def active_units(
     args = arguments(x)
     parts: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
     with checked(model, guide, args) as data, rng.seeded(seed):
-        batches = data.of(rows_at_once(args) // num_samples)
+        batches = data.minibatches(rows_at_once(args) // num_samples)
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
         particles = Particles(num_samples, True, nesting)
         for batch in batches:

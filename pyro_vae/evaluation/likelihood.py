@@ -19,7 +19,8 @@ from pyro_vae.engine.program import find_max_plate_nesting
 from pyro_vae.engine.weights import log_weights
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
-from pyro_vae.evaluation.estimate import Args, Estimate, Pieces, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.evaluation.pieces import Args, Pieces, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.psis import HIGH, pareto_k
 
 ADVICE = "Train a more flexible guide, take more samples, or check the number with pv.ais, which needs no guide."
@@ -208,7 +209,7 @@ def estimate_evidence(
     """The estimates for all data, a minibatch after another; see :func:`pyro_vae.log_likelihood`."""
     rows, nesting = rows_at_once(data.args), None
     batch_size = max(1, rows // num_samples if vectorize else min(rows, WEIGHTS_AT_ONCE // num_samples))
-    batches = data.of(batch_size)
+    batches = data.minibatches(batch_size)
     if vectorize:
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
 
@@ -257,7 +258,7 @@ def draw_weights(
 
 def _compiled_draw(model: Program, guide: Program, data: Pieces, num_samples: int, nesting: int | None) -> Draw:
     """Draws log-weights (K, N) of minibatches, as :func:`draw_weights` does, by compiled code."""
-    if not data.alike:
+    if not data.same_supports:
         raise PyroVAEError(
             "compiled code looks at no sample: expected a guide on the support of the model's latents, got one that reaches "
             "beyond, where each sample must be looked at. Use a guide on that support, or compile=False."

@@ -823,7 +823,7 @@ def test_compiled_log_likelihood_is_exact_within_its_error(inductor, monkeypatch
 
 
 def test_compiled_log_likelihood_of_several_portions_and_batches(without_inductor, monkeypatch):
-    monkeypatch.setattr("pyro_vae.evaluation.estimate.ELEMENTS_AT_ONCE", 3 * 2 * 70)
+    monkeypatch.setattr("pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE", 3 * 2 * 70)
     program = LinearGaussian(3, 2, 7, wrong=True)
     for number in (50, 700):  # two data in a minibatch, and the last alone; ten portions
         ll = pv.log_likelihood(program.model, program.guide, program.x, number, compile=True, seed=0)

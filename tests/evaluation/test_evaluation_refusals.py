@@ -200,7 +200,7 @@ def test_one_datum_has_no_error_bar(evaluation):
     if evaluation is EVALUATIONS["to_arviz"]:
         assert evaluation(vae.model, vae.guide, binary()[:1])["posterior"]["z"].shape == (1, 5, 1, 2)
     else:
-        with pytest.raises(ValueError, match="at least 2 data, whose spread is the error bar, got 1"):
+        with pytest.raises(ValueError, match="at least 2 data, since their spread is the error bar, got 1"):
             evaluation(vae.model, vae.guide, binary()[:1])
 
 

@@ -235,7 +235,7 @@ def test_decomposition_at_its_ends():
 
 
 def test_decomposition_in_pieces_and_of_several_sites(monkeypatch):
-    from pyro_vae.evaluation import decomposition, estimate
+    from pyro_vae.evaluation import decomposition, pieces
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -252,10 +252,10 @@ def test_decomposition_in_pieces_and_of_several_sites(monkeypatch):
     whole = pv.decompose_elbo(model, guide, x, 60, seed=0)
     monkeypatch.setattr(decomposition, "PAIRS_AT_ONCE", 100)
     monkeypatch.setattr(decomposition, "DATA_AT_ONCE", 5)
-    monkeypatch.setattr(estimate, "ELEMENTS_AT_ONCE", 200)
-    pieces = pv.decompose_elbo(model, guide, x, 60, seed=1)
+    monkeypatch.setattr(pieces, "ELEMENTS_AT_ONCE", 200)
+    in_pieces = pv.decompose_elbo(model, guide, x, 60, seed=1)
     for name in ("elbo", "reconstruction", "mutual_information", "marginal_kl", "dimension_wise_kl"):
-        first, second = getattr(whole, name), getattr(pieces, name)
+        first, second = getattr(whole, name), getattr(in_pieces, name)
         assert abs(first.value - second.value) < 4 * math.hypot(first.standard_error, second.standard_error)
 
     def chained(x):

@@ -79,10 +79,10 @@ def test_numbers_are_those_of_the_weights():
 @pytest.mark.parametrize("elements", [8, 64, 1000])
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_pieces_change_nothing_but_the_noise(monkeypatch, elements, vectorize):
-    from pyro_vae.evaluation import estimate
+    from pyro_vae.evaluation import pieces
 
     program = wide((2, 1, 7))
-    monkeypatch.setattr(estimate, "ELEMENTS_AT_ONCE", elements)
+    monkeypatch.setattr(pieces, "ELEMENTS_AT_ONCE", elements)
     monkeypatch.setattr(likelihood, "WEIGHTS_AT_ONCE", 500)
     result = pv.log_likelihood(
         program.model, program.guide, program.x, 150, vectorize_particles=vectorize, progress=False
@@ -246,7 +246,7 @@ def test_overall_error_is_over_data():
 @pytest.mark.parametrize("kind", ["all rows", "rows by index", "one network"])
 def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
     """Pieces of the data would meet other data's parameters, without an error where the plate's indices pick them."""
-    from pyro_vae.evaluation import estimate
+    from pyro_vae.evaluation import pieces
 
     program = wide((3, 2, 12))
     loc = program.x @ program.A.T + program.c
@@ -257,8 +257,8 @@ def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
             at = {"all rows": rows, "rows by index": rows[index], "one network": x @ program.A.T + program.c}[kind]
             pyro.sample("z", dist.MultivariateNormal(at, scale_tril=program.L.tril()))
 
-    assert estimate.is_divisible(program.model, guide, (program.x,)) == (kind == "one network")
-    monkeypatch.setattr(estimate, "ELEMENTS_AT_ONCE", 2000)
+    assert pieces.is_divisible(program.model, guide, (program.x,)) == (kind == "one network")
+    monkeypatch.setattr(pieces, "ELEMENTS_AT_ONCE", 2000)
     exact = program.log_evidence()
     result = pv.log_likelihood(program.model, guide, program.x, 500, seed=0)
     assert (((result.per_datum - exact) / result.per_datum_error).abs() < 4.5).all()
