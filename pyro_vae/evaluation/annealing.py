@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pyro import poutine
@@ -32,7 +32,7 @@ from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
 from pyro_vae.evaluation.estimate import Estimate
-from pyro_vae.evaluation.likelihood import Evidence, summarise
+from pyro_vae.evaluation.evidence import Evidence
 from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, rows_at_once
 from pyro_vae.evaluation.supports import same_support
 
@@ -56,6 +56,13 @@ class AnnealedLikelihood(Evidence):
 
     log_weights: Tensor = field(repr=False)
     acceptance: Tensor = field(repr=False)
+
+    _not_per_datum: ClassVar[tuple[str, ...]] = ("num_samples", "acceptance")
+
+    @classmethod
+    def from_weights(cls, log_w: Tensor, /, **other_fields: Any) -> Self:
+        """The record of log-weights (C, N); see :meth:`pyro_vae.Evidence.from_weights`."""
+        return super().from_weights(log_w, log_weights=log_w, **other_fields)
 
     def __str__(self) -> str:
         return (
@@ -165,7 +172,7 @@ def ais(
                 log_w, acceptance = path.anneal(path.start(), settings.temperatures, steps, num_leapfrog, bar)
                 weights.append(log_w)
                 accepted.append(acceptance)
-    return _annealed(torch.cat(weights, 1), torch.cat(accepted, 1))
+    return _joined(weights, accepted)
 
 
 def bdmc(
@@ -228,12 +235,11 @@ def bdmc(
                     path.at(latents), settings.temperatures.flip(0), steps.flip(0), num_leapfrog, bar
                 )
                 forward.append(log_w)
-                backward.append(-summarise(reverse).per_datum)
+                backward.append(-Evidence.from_weights(reverse).per_datum)
                 accepted.append(acceptance)
                 simulated.append(piece)
     columns = tuple(torch.cat(column) for column in zip(*simulated, strict=True))
-    lower = _annealed(torch.cat(forward, 1), torch.cat(accepted, 1))
-    return Sandwich(lower, torch.cat(backward), columns[0] if len(columns) == 1 else columns)
+    return Sandwich(_joined(forward, accepted), torch.cat(backward), columns[0] if len(columns) == 1 else columns)
 
 
 @dataclass(frozen=True)
@@ -449,11 +455,9 @@ def _bar(settings: _Settings, pieces: int, runs: int, progress: bool) -> Any:
     return tqdm(total=total, leave=False, disable=None if progress else True, unit="step", desc="annealing")
 
 
-def _annealed(log_w: Tensor, acceptance: Tensor) -> AnnealedLikelihood:
-    found = summarise(log_w)
-    return AnnealedLikelihood(
-        found.per_datum, found.error, found.ess, found.zeros.long(), len(log_w), log_w, acceptance.mean(1)
-    )
+def _joined(log_weights: list[Tensor], acceptance: list[Tensor]) -> AnnealedLikelihood:
+    """The record of all data from each piece's log-weights (C, n) and acceptance (T - 1, n)."""
+    return AnnealedLikelihood.from_weights(torch.cat(log_weights, 1), acceptance=torch.cat(acceptance, 1).mean(1))
 
 
 def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:

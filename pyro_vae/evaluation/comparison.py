@@ -22,7 +22,8 @@ from pyro_vae.engine.program import find_parameters, sample_sites, trace_once
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
-from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
+from pyro_vae.evaluation.evidence import Evidence, check_same_data
+from pyro_vae.evaluation.likelihood import estimate_evidence
 from pyro_vae.evaluation.pieces import Pieces, arguments, check_count, check_plate, is_divisible, same_supports
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 

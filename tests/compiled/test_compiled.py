@@ -648,7 +648,7 @@ def test_a_guide_beyond_the_models_support_is_refused_by_compiled_evaluation():
         lambda: pv.log_likelihood(model, guide, x, 50, compile=True),
         lambda: pv.compare(model, guide, x, pv.IWAE(2), compile=True),
     ):
-        with pytest.raises(ValueError, match="compiled code looks at no sample: expected a guide on the support"):
+        with pytest.raises(ValueError, match="compiled code does not check samples: expected a guide on the support"):
             evaluate()
 
 

@@ -187,7 +187,7 @@ def test_zero_weights_count_and_are_reported():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Uniform(-1e9, 1.0))
 
-    with pytest.warns(UserWarning, match=r"100\.0% of the data have weights of zero alone"):
+    with pytest.warns(UserWarning, match=r"100\.0% of the data have only weights of zero"):
         lost = pv.log_likelihood(model, elsewhere, x, 50)
     assert (lost.per_datum == -math.inf).all()
     assert lost.pareto_k.isnan().all()
