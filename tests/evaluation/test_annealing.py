@@ -292,7 +292,7 @@ def test_refusals_of_programs():
             pyro.sample("x", dist.Normal(z[..., None] + before, 1.0).to_event(1), obs=x)
 
     refused(
-        "another density, or mask, when the model is called with the data that it simulated",
+        "another density, or mask, when the model is called with its simulated data",
         forcing,
         x=torch.randn(4, 3),
         function=pv.bdmc,
