@@ -1,4 +1,4 @@
-"""How good a model is, and how far off the number: estimates of log p(x), gaps, decompositions, comparisons."""
+"""Evaluations of a model: log p(x), inference gaps, the parts of the ELBO, active units, comparison of objectives."""
 
 from pyro_vae.evaluation.annealing import AnnealedLikelihood, Sandwich, ais, bdmc
 from pyro_vae.evaluation.comparison import compare

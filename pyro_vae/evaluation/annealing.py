@@ -5,8 +5,8 @@ Annealed densities lead from a base that can be sampled, the prior or the guide,
     log f_b(z) = (1 - b) log base(z) + b log p(x, z),      0 = b_0 < b_1 < ... < b_T = 1.
 
 A chain starts at a sample from the base and makes one Hamiltonian transition at each b. The product of the ratios
-f_{b_t} / f_{b_{t-1}} at its states is an unbiased weight for p(x). The reversed chain, from a posterior sample, gives an
-unbiased weight for 1 / p(x).
+f_{b_t} / f_{b_{t-1}} at its states is an unbiased weight for p(x). The reversed chain, from a posterior sample, gives
+an unbiased weight for 1 / p(x).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class AnnealedLikelihood(Evidence):
 
     def __str__(self) -> str:
         return (
-            f"log p(x) >= {self.estimate} nats per datum (AIS, {len(self.acceptance) + 1} steps, {self.num_samples} chains, "
-            f"N = {len(self.per_datum)}; Monte Carlo error {self.monte_carlo_error:.2g}, median ESS "
+            f"log p(x) >= {self.estimate} nats per datum (AIS, {len(self.acceptance) + 1} steps, {self.num_samples} "
+            f"chains, N = {len(self.per_datum)}; Monte Carlo error {self.monte_carlo_error:.2g}, median ESS "
             f"{self.ess.median():.1f}, acceptance {self.acceptance.mean():.2f}{self._zeros()})"
         )
 
@@ -113,7 +113,8 @@ def ais(
     r"""Estimate log p(x) of each datum by annealed importance sampling with Hamiltonian transitions.
 
     .. math:: \log \hat p(x_n) = \log \frac1C \sum_c w_{cn}, \qquad
-        \log w_{cn} = \sum_{t=1}^T (b_t - b_{t-1}) \bigl[\log p(x_n, z^{(t-1)}_{cn}) - \log \mathrm{base}(z^{(t-1)}_{cn})\bigr]
+        \log w_{cn} = \sum_{t=1}^T (b_t - b_{t-1})
+        \bigl[\log p(x_n, z^{(t-1)}_{cn}) - \log \mathrm{base}(z^{(t-1)}_{cn})\bigr]
 
     The weights are unbiased for p(x), so the mean of their logarithm is a lower bound. It becomes tight as T grows,
     whatever the guide. A trial with a fifth of the steps adapts the step size for each datum and each step. The chains
@@ -128,7 +129,8 @@ def ais(
         num_steps: T, the number of temperatures after the base, at least 2.
         num_chains: C, at least 2.
         start: the base, ``"prior"`` or ``"guide"``.
-        schedule: the temperatures: ``"sigmoid"``, dense at both ends; ``"linear"``; or T + 1 increasing numbers from 0 to 1.
+        schedule: the temperatures: ``"sigmoid"``, dense at both ends; ``"linear"``; or T + 1 increasing numbers from 0
+            to 1.
         num_leapfrog: the number of leapfrog steps in a transition.
         step_size: the leapfrog step size before adaptation.
         seed: the seed of the random numbers; None continues from the generators' state.
@@ -136,8 +138,8 @@ def ais(
 
     Raises:
         ValueError: an argument is invalid, a latent site is discrete or has bounds that depend on another latent, the
-            guide is not a density of the latents, the data contain NaN or infinity, or the program has no log-weight per
-            datum (see :func:`pyro_vae.log_weights`).
+            guide is not a density of the latents, the data contain NaN or infinity, or the program has no log-weight
+            per datum (see :func:`pyro_vae.log_weights`).
         FloatingPointError: a log-weight is NaN or plus infinity.
 
     Example:
@@ -150,7 +152,8 @@ def ais(
 
     References:
         Neal (2001), *Annealed Importance Sampling*, Statistics and Computing.
-        Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*, ICLR.
+        Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
+        ICLR.
     """
     args = arguments(x)
     base = _base(guide, start)
@@ -187,18 +190,19 @@ def bdmc(
     .. math:: \mathbb E \log \hat p_{\text{forward}}(x) \le \log p(x) \le
         \mathbb E \Bigl[ -\log \tfrac1C \sum_c w^{-1}_{cn} \Bigr], \qquad x, z \sim p(x, z)
 
-    The z of a simulated datum is an exact posterior sample. Reverse chains from there give weights :math:`w^{-1}` that are
-    unbiased for 1 / p(x). The gap bounds the mean error of :func:`pyro_vae.ais` with these settings on the model's own
-    data. For real data it is evidence, not proof.
+    The z of a simulated datum is an exact posterior sample. Reverse chains from there give weights :math:`w^{-1}` that
+    are unbiased for 1 / p(x). The gap bounds the mean error of :func:`pyro_vae.ais` with these settings on the model's
+    own data. For real data it is evidence, not proof.
 
     Arguments:
-        model, guide, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress: see :func:`pyro_vae.ais`.
-        x: data of the number and shapes to simulate. Arguments that the model observes are replaced by simulated ones; the
-            others, such as labels, are kept.
+        model, guide, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress: see
+            :func:`pyro_vae.ais`.
+        x: data of the number and shapes to simulate. Arguments that the model observes are replaced by simulated ones;
+            the others, such as labels, are kept.
 
     Raises:
-        ValueError: an error of :func:`pyro_vae.ais`; or the model can't be simulated, because it has factors or observes
-            something that is not an argument.
+        ValueError: an error of :func:`pyro_vae.ais`; or the model can't be simulated, because it has factors or
+            observes something that is not an argument.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -210,7 +214,8 @@ def bdmc(
 
     References:
         Grosse, Ghahramani and Adams (2015), *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo*.
-        Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*, ICLR.
+        Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
+        ICLR.
     """
     args = arguments(x)
     base = _base(guide, start)
@@ -286,8 +291,8 @@ def _settings(num_steps: int, num_chains: int, schedule: Any, num_leapfrog: int,
         rising = temperatures.dim() == 1 and bool((temperatures.diff() > 0).all())
         if not rising or len(temperatures) != num_steps + 1 or temperatures[0] != 0 or temperatures[-1] != 1:
             raise PyroVAEError(
-                f"expected a schedule of num_steps + 1 = {num_steps + 1} increasing temperatures from 0 to 1, got shape "
-                f"{tuple(temperatures.shape)} and values {temperatures.flatten()[:3].tolist()} ... . Pass "
+                f"expected a schedule of num_steps + 1 = {num_steps + 1} increasing temperatures from 0 to 1, got "
+                f"shape {tuple(temperatures.shape)} and values {temperatures.flatten()[:3].tolist()} ... . Pass "
                 "torch.linspace(0, 1, num_steps + 1), for example."
             )
     return _Settings(temperatures, num_leapfrog)

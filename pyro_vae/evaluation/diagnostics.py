@@ -1,4 +1,4 @@
-"""Diagnostics of each datum's importance weights: Pareto k-hat (by ArviZ), effective sample size, and their warnings."""
+"""Diagnostics of each datum's importance weights: Pareto k-hat (by ArviZ), effective sample size, warnings."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def effective_sample_size(weights: Tensor) -> Tensor:
 def pareto_k(log_weights: Tensor) -> Tensor:
     r"""The shape k of a generalised Pareto distribution fitted to each datum's largest importance weights.
 
-    The weights have about 1/k finite moments. Below 0.5 their variance is finite and standard errors are valid. Up to 0.7
-    averages still converge at a practical rate. Above 0.7 neither the average nor its standard error is reliable.
+    The weights have about 1/k finite moments. Below 0.5 their variance is finite and standard errors are valid. Up to
+    0.7 averages still converge at a practical rate. Above 0.7 neither the average nor its standard error is reliable.
 
     Arguments:
         log_weights: (K, N).
 
     Returns:
-        (N,); NaN where no fit is possible: fewer than 25 samples, a tail of equal weights, a NaN, or only weights of zero.
+        (N,); NaN where no fit is possible: fewer than 25 samples, a tail of equal weights, a NaN, or only weights of
+        zero.
 
     Raises:
         ValueError: `log_weights` is not a matrix.
@@ -54,7 +55,8 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     """
     if log_weights.dim() != 2:
         raise PyroVAEError(
-            f"expected log_weights of shape (K, N), got {tuple(log_weights.shape)}. For one datum, pass log_weights[:, None]."
+            f"expected log_weights of shape (K, N), got {tuple(log_weights.shape)}. For one datum, pass "
+            "log_weights[:, None]."
         )
     rows = log_weights.detach().double().T.cpu().numpy()
     number = rows.shape[1]

@@ -53,8 +53,9 @@ class Evidence:
         """
         if bool((log_w.isnan() | (log_w == math.inf)).any()):
             raise NotFiniteError(
-                "expected log-weights that are finite, or minus infinity for a weight of zero, got NaN or plus infinity. "
-                "Look for scales of zero or densities that overflow: pv.log_weights(...).isfinite() shows for which data."
+                "expected log-weights that are finite, or minus infinity for a weight of zero, got NaN or plus "
+                "infinity. Look for scales of zero or densities that overflow: pv.log_weights(...).isfinite() shows for "
+                "which data."
             )
         number = len(log_w)
         top = log_w.max(0).values
@@ -127,8 +128,8 @@ class LogLikelihood(Evidence):
     @classmethod
     def joined(cls, parts: Iterable[Self], num_data: int, device: torch.device) -> Self:
         """One record of all data from those of consecutive minibatches."""
-        # Each part is copied into one preallocated block and dropped. Small tensors kept for each minibatch would pin the
-        # memory of the large ones between them.
+        # Each part is copied into one preallocated block and dropped. Small tensors kept for each minibatch would pin
+        # the memory of the large ones between them.
         names = cls._per_datum_fields()
         block = torch.empty(len(names), num_data, dtype=torch.float64, device=device)
         done = num_samples = 0

@@ -30,8 +30,8 @@ from pyro_vae.objectives import ELBO
 
 PARTICLES = 8  # particles of the ELBO that is maximised for each datum
 ADVICE = (
-    "These weights are from the best member of the guide's family, so the approximation gap is probably too small. Pass "
-    "log_likelihood=pv.ais(...)."
+    "These weights are from the best member of the guide's family, so the approximation gap is probably too small. "
+    "Pass log_likelihood=pv.ais(...)."
 )
 AVERAGED = 0.5  # share of the iterates, at the end, whose average reduces the gradient's noise
 
@@ -70,8 +70,8 @@ class Gaps:
 
     def __str__(self) -> str:
         return (
-            f"log p(x) - ELBO = {self.total} nats per datum = {self.approximation} (approximation) + {self.amortisation} "
-            f"(amortisation), N = {len(self.elbo)}"
+            f"log p(x) - ELBO = {self.total} nats per datum = {self.approximation} (approximation) + "
+            f"{self.amortisation} (amortisation), N = {len(self.elbo)}"
         )
 
 
@@ -94,16 +94,16 @@ def inference_gaps(
         + \underbrace{\max_{q^* \in \mathcal Q} \mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)}_{\text{amortisation gap}}
 
     The family :math:`\mathcal Q` of a guide site is its distribution's, with every parameter free for every datum. Adam
-    maximises the ELBO over the family, from the encoder's parameters, by the sticking-the-landing gradient. Its step size
-    falls to zero, and the last half of the iterates is averaged.
+    maximises the ELBO over the family, from the encoder's parameters, by the sticking-the-landing gradient. Its step
+    size falls to zero, and the last half of the iterates is averaged.
 
     Arguments:
         model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
             `model` and `guide`.
         guide: its guide. The distributions at its sites must depend on the data alone, not on one another's samples.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-        num_samples: the number of samples for each ELBO and for log p(x), at least 2. The proposals for log p(x) are the
-            fitted guides.
+        num_samples: the number of samples for each ELBO and for log p(x), at least 2. The proposals for log p(x) are
+            the fitted guides.
         num_steps: the number of steps of Adam.
         lr: the first step size, for the unconstrained parameters.
         log_likelihood: a better estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`. Where the
@@ -273,22 +273,22 @@ def _has_family(fn: Any) -> bool:
 
 
 def _check(run: Run) -> None:
-    """Raise an error unless every guide site has a parametric, reparameterised family that depends on the data alone."""
+    """Raise an error unless each guide site has a parametric, reparameterised family that depends on x alone."""
     for name, site in run.guide.items():
         if name not in run.model or not _has_family(site["fn"]):
             raise PyroVAEError(
-                f"guide site '{name}' has a distribution whose parameters are not known ({family(site['fn'])}): expected a "
-                "parametric family, such as a normal, at each latent site, so that its best member can be found. Pass a guide "
-                "with such sites."
+                f"guide site '{name}' has a distribution whose parameters are not known ({family(site['fn'])}): "
+                "expected a parametric family, such as a normal, at each latent site, so that its best member can be "
+                "found. Pass a guide with such sites."
             )
         if not same_for_all_particles(site):
             raise PyroVAEError(
-                f"guide site '{name}' depends on another site's sample: expected a guide whose distributions depend on the "
-                "data alone, since a conditional family has no free parameters for each datum. Sample the latents from one "
-                "joint distribution, such as a multivariate normal."
+                f"guide site '{name}' depends on another site's sample: expected a guide whose distributions depend on "
+                "the data alone, since a conditional family has no free parameters for each datum. Sample the latents "
+                "from one joint distribution, such as a multivariate normal."
             )
     for name in not_reparameterised(run.guide):
         raise PyroVAEError(
-            f"guide site '{name}' can't be reparameterised ({family(run.guide[name]['fn'])}): expected a distribution with "
-            "rsample, to maximise the ELBO by its pathwise gradient. Choose a reparameterised family."
+            f"guide site '{name}' can't be reparameterised ({family(run.guide[name]['fn'])}): expected a distribution "
+            "with rsample, to maximise the ELBO by its pathwise gradient. Choose a reparameterised family."
         )

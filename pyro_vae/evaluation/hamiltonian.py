@@ -48,8 +48,8 @@ class State:
 class Chains:
     """`num_chains` chains for each datum, between the density of a base (the prior if None, or a guide) and p(x, z).
 
-    A datum's density depends on its own latents alone, so every chain of every datum is a system of its own. One backward
-    pass through the sum of their densities differentiates all of them.
+    A datum's density depends on its own latents alone, so every chain of every datum is a system of its own. One
+    backward pass through the sum of their densities differentiates all of them.
     """
 
     def __init__(self, model: Program, base: Program | None, args: Args, num_chains: int) -> None:
@@ -186,18 +186,18 @@ def _sum_from(value: Tensor, dim: int) -> Tensor:
 
 
 def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
-    """Raise an error unless each latent has a continuous, flat space that is the same in model, guide and a second run."""
+    """Raise an error unless each latent has one continuous, flat space in model, guide and a second run."""
     for name, site in guide.items():
         if name not in model or isinstance(unwrapped(site["fn"]), Delta):
             raise PyroVAEError(
-                f"guide site '{name}' is auxiliary, or a point: expected a guide with a density at each latent site of the "
-                "model alone, since annealing moves the latents themselves. Pass start='prior'."
+                f"guide site '{name}' is auxiliary, or a point: expected a guide with a density at each latent site of "
+                "the model alone, since annealing moves the latents themselves. Pass start='prior'."
             )
         own, base, kind = model[name]["fn"].support, site["fn"].support, family(model[name]["fn"])
         if own.is_discrete:
             raise PyroVAEError(
-                f"model site '{name}' is discrete ({kind}): expected continuous latents, which Hamiltonian transitions can "
-                "move. Sum it out of the model, or use pv.log_likelihood."
+                f"model site '{name}' is discrete ({kind}): expected continuous latents, which Hamiltonian transitions "
+                "can move. Sum it out of the model, or use pv.log_likelihood."
             )
         if kind in CIRCULAR or not _has_flat_space(own):
             raise PyroVAEError(
@@ -206,13 +206,13 @@ def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
             )
         if not same_support(own, again[name]["fn"].support):
             raise PyroVAEError(
-                f"model site '{name}' has a support that depends on another latent: expected fixed bounds. Sample it on "
-                "fixed bounds and transform it."
+                f"model site '{name}' has a support that depends on another latent: expected fixed bounds. Sample it "
+                "on fixed bounds and transform it."
             )
         if not same_support(own, base):
             raise PyroVAEError(
-                f"model and guide disagree on the support of site '{name}': expected one support, got {own} in the model "
-                f"and {base} in the guide. Choose a guide on {own}, or pass start='prior'."
+                f"model and guide disagree on the support of site '{name}': expected one support, got {own} in the "
+                f"model and {base} in the guide. Choose a guide on {own}, or pass start='prior'."
             )
 
 

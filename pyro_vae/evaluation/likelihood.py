@@ -42,9 +42,9 @@ def log_likelihood(
     .. math:: \log \hat p(x_n) = \log \frac1K \sum_{k=1}^K w_{kn}, \qquad
         w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} \mid x_n)}, \quad z_{kn} \sim q(z \mid x_n)
 
-    The mean of the weights is unbiased for p(x). Its logarithm is too low by about half of its squared standard error; it
-    is the IWAE bound with K particles. K-hat and the effective sample size show whether K samples are enough. Minibatches
-    and particles are run in pieces of one size, so memory use depends on neither N nor K.
+    The mean of the weights is unbiased for p(x). Its logarithm is too low by about half of its squared standard error;
+    it is the IWAE bound with K particles. K-hat and the effective sample size show whether K samples are enough.
+    Minibatches and particles are run in pieces of one size, so memory use depends on neither N nor K.
 
     Arguments:
         model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
@@ -55,9 +55,9 @@ def log_likelihood(
         num_samples: K, at least 2.
         seed: the seed of the random numbers; None continues from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
-        compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles anew,
-            which pays off where the call takes minutes. The random numbers are drawn in portions of other sizes, so the
-            estimate differs.
+        compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
+            anew, which pays off where the call takes minutes. The random numbers are drawn in portions of other sizes,
+            so the estimate differs.
         progress: whether to show a progress bar, in a terminal.
 
     Returns:
@@ -65,8 +65,8 @@ def log_likelihood(
 
     Raises:
         ValueError: fewer than 2 samples or data, NaN or infinity in the data, data outside the support of the
-            likelihood, or a program without a log-weight per datum (see :func:`pyro_vae.log_weights`); with `compile`, a
-            program that can't be traced, with the line at fault.
+            likelihood, or a program without a log-weight per datum (see :func:`pyro_vae.log_weights`); with `compile`,
+            a program that can't be traced, with the line at fault.
         FloatingPointError: a log-weight is NaN or plus infinity.
 
     Warns:
@@ -95,8 +95,8 @@ def log_likelihood(
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     if compile and not vectorize_particles:
         raise PyroVAEError(
-            "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got False. Drop "
-            "one of the two."
+            "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got "
+            "False. Drop one of the two."
         )
     args = arguments(x)
     with checked(model, guide, args) as data, rng.seeded(seed):
@@ -166,8 +166,9 @@ def _compiled_draw(model: Program, guide: Program, data: Pieces, num_samples: in
     """A function that draws log-weights (K, N) of a minibatch by compiled code."""
     if not data.same_supports:
         raise PyroVAEError(
-            "compiled code does not check samples: expected a guide on the support of the model's latents, got a guide whose "
-            "support exceeds it, so that each sample must be checked. Use a guide on that support, or compile=False."
+            "compiled code does not check samples: expected a guide on the support of the model's latents, got a guide "
+            "whose support exceeds it, so that each sample must be checked. Use a guide on that support, or "
+            "compile=False."
         )
 
     def weigh(number: int, *batch: Tensor) -> Tensor:

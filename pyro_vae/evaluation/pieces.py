@@ -1,4 +1,4 @@
-"""The data x of an evaluation: which types are taken (tensors, no DataLoader), checks, and pieces that fit in memory."""
+"""The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class Pieces:
 def checked(model: Program, guide: Program | None, args: Args) -> Iterator[Pieces]:
     """Check the program by one run on all data with Pyro's validation, then yield the data for an evaluation.
 
-    Inside the context modules are in evaluation mode, no gradients are recorded, and Pyro's validation is off. Validation
-    checks every density and would take a third of the time.
+    Inside the context modules are in evaluation mode, no gradients are recorded, and Pyro's validation is off.
+    Validation checks every density and would take a third of the time.
     """
     guide = prior(model) if guide is None else guide
-    # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system and
-    # fetches it again page by page, which takes a third of the time.
+    # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system
+    # and fetches it again page by page, which takes a third of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     with evaluating(find_modules(model, guide)), torch.no_grad():
         pieces = Pieces(args, is_divisible(model, guide, args))
@@ -94,7 +94,8 @@ def checked(model: Program, guide: Program | None, args: Args) -> Iterator[Piece
 def is_divisible(model: Program, guide: Program, args: Args) -> bool:
     """Whether a datum has the same densities in every minibatch, so that the data may be split.
 
-    It is false for a guide with parameters for each datum: on other rows that guide fails, or uses another datum's parameters.
+    It is false for a guide with parameters for each datum: on other rows that guide fails, or uses another datum's
+    parameters.
     """
     half = min(len(args[0]) // 2, 4)
     first, second = (tuple(column[start : 2 * half] for column in args) for start in (0, half))
@@ -151,7 +152,7 @@ def check_plate(model: Sites, guide: Sites, number: int) -> None:
     plate = find_batch_plate(labelled(model, guide))
     if plate.size != number:
         raise PyroVAEError(
-            f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over all rows of x. "
-            "Pass data along the first dimension of x, and no subsample_size to an evaluation. Where two plates hold every "
-            "site, the data are the rows of the outer one."
+            f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over all rows "
+            "of x. Pass data along the first dimension of x, and no subsample_size to an evaluation. Where two plates "
+            "hold every site, the data are the rows of the outer one."
         )

@@ -18,8 +18,8 @@ def simulate_data(model: Program, args: Args) -> tuple[Args, dict[str, Tensor]]:
     """Draw x and z from p(x, z): the arguments with the drawn x in place of the observed one, and z by site.
 
     Raises:
-        ValueError: the model has a factor, observes something that is not an argument, or has another density when it is
-            called with the simulated data.
+        ValueError: the model has a factor, observes something that is not an argument, or has another density when it
+            is called with the simulated data.
     """
     observed = sample_sites(poutine.trace(model).get_trace(*args))
     trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)

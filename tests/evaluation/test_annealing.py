@@ -239,7 +239,7 @@ def test_refusals_of_programs():
             pyro.sample("z", dist.Uniform(0.0, 1.0))
 
     pv.ais(positive, normal, x, start="guide", **QUICK)
-    refused("does not reach the model's whole support at site 'z'", positive, unit, x, start="guide")
+    refused("does not cover the model's support at site 'z'", positive, unit, x, start="guide")
 
     def circular(x):
         with pyro.plate("data", len(x)):

@@ -250,7 +250,7 @@ def test_decomposition_in_pieces_and_of_several_sites(monkeypatch):
 
     x = torch.randn(23, dtype=torch.float64)
     whole = pv.decompose_elbo(model, guide, x, 60, seed=0)
-    monkeypatch.setattr(decomposition, "PAIRS_AT_ONCE", 100)
+    monkeypatch.setattr(decomposition, "DENSITIES_AT_ONCE", 100)
     monkeypatch.setattr(decomposition, "DATA_AT_ONCE", 5)
     monkeypatch.setattr(pieces, "ELEMENTS_AT_ONCE", 200)
     in_pieces = pv.decompose_elbo(model, guide, x, 60, seed=1)

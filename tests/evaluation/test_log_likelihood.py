@@ -124,7 +124,7 @@ def narrow(spread):
 
 @pytest.mark.parametrize("spread", [0.4, 0.5, 0.6, 0.7, 0.8])
 def test_pareto_k_follows_the_tail_of_a_narrow_guide(spread):
-    """The tail is a power only in the limit, which a normal's nears slowly: hence many samples, and the fit's own error."""
+    """A normal's tail approaches a power law slowly, hence many samples and a margin of the fit's own error."""
     model, guide = narrow(spread)
     log_w = pv.log_weights(model, guide, torch.zeros(40, dtype=torch.float64), num_particles=20_000)
     shapes = pv.pareto_k(log_w)
