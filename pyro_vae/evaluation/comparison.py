@@ -76,7 +76,7 @@ def compare(
             `model` and `guide`.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-            Modules of which model or guide is a method are measured in evaluation mode.
+            The program's modules are in evaluation mode.
         objectives: one objective, a list, or a dictionary from names to objectives. None stands for the ELBO with
             closed-form KL, the ELBO with Monte Carlo KL and 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.

@@ -67,8 +67,9 @@ def decompose_elbo(
     r"""Decompose the ELBO, averaged over data, into reconstruction, mutual information and marginal KL.
 
     .. math:: \frac1N \sum_n \mathrm{ELBO}(x_n) =
-        \underbrace{\frac1N \sum_n \mathbb E_{q(z \mid x_n)} \log p(x_n \mid z)}_{\text{reconstruction}} - \underbrace{\frac1N \sum_n \mathrm{KL}\bigl(q(z \mid x_n) \,\|\, q(z)\bigr)}
-        _{\text{mutual information}} - \underbrace{\mathrm{KL}\bigl(q(z) \,\|\, p(z)\bigr)}_{\text{marginal KL}},
+        \underbrace{\frac1N \sum_n \mathbb E_{q(z \mid x_n)} \log p(x_n \mid z)}_{\text{reconstruction}}
+        - \underbrace{\frac1N \sum_n \mathrm{KL}\bigl(q(z \mid x_n) \,\|\, q(z)\bigr)}_{\text{mutual information}}
+        - \underbrace{\mathrm{KL}\bigl(q(z) \,\|\, p(z)\bigr)}_{\text{marginal KL}},
         \qquad q(z) = \frac1N \sum_n q(z \mid x_n)
 
     q(z) is the exact mixture over the N data of x. Its cost is the density of each of the N S samples under each of the

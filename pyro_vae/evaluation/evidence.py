@@ -54,8 +54,8 @@ class Evidence:
         if bool((log_w.isnan() | (log_w == math.inf)).any()):
             raise NotFiniteError(
                 "expected log-weights that are finite, or minus infinity for a weight of zero, got NaN or plus "
-                "infinity. Look for scales of zero or densities that overflow: pv.log_weights(...).isfinite() shows for "
-                "which data."
+                "infinity. Look for scales of zero or densities that overflow: pv.log_weights(...).isfinite() shows "
+                "for which data."
             )
         number = len(log_w)
         top = log_w.max(0).values
@@ -131,7 +131,7 @@ class LogLikelihood(Evidence):
         # Each part is copied into one preallocated block and dropped. Small tensors kept for each minibatch would pin
         # the memory of the large ones between them.
         names = cls._per_datum_fields()
-        block = torch.empty(len(names), num_data, dtype=torch.float64, device=device)
+        block = torch.full((len(names), num_data), math.nan, dtype=torch.float64, device=device)
         done = num_samples = 0
         for part in parts:
             size, num_samples = len(part.per_datum), part.num_samples

@@ -51,7 +51,7 @@ def log_likelihood(
             `model` and `guide`.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-            Modules of which model or guide is a method are run in evaluation mode.
+            The program's modules are in evaluation mode.
         num_samples: K, at least 2.
         seed: the seed of the random numbers; None continues from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
