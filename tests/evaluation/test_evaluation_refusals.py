@@ -1,4 +1,4 @@
-"""Bad data are refused by every evaluation, before any work, in words that say what to do."""
+"""Every evaluation refuses invalid data and programs before it starts, with a message that names the fix."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def normal(x):
 @everywhere
 @pytest.mark.parametrize("validation", [True, False])
 def test_data_outside_the_support_of_any_program(evaluation, validation):
-    """The 3,000th datum is a negative count: whatever Pyro's own setting, an evaluation looks first."""
+    """The 3,000th datum is a negative count. Evaluations check all data, whether Pyro's validation is on or off."""
     x = torch.ones(3000)
     x[-1] = -2.0
     if evaluation in (EVALUATIONS["compare"], EVALUATIONS["to_arviz"]) and not validation:
@@ -81,7 +81,7 @@ def test_data_outside_the_support_of_any_program(evaluation, validation):
 
 @everywhere
 def test_a_plate_that_is_not_over_the_rows_of_x(evaluation):
-    """A random half of the data, drawn anew at each run, or data that lie along another dimension."""
+    """The plate holds a random half of the data, or the data lie along another dimension."""
 
     def half(x):
         scale = pyro.param("scale", torch.ones(()))
@@ -114,7 +114,7 @@ def test_a_plate_that_is_not_over_the_rows_of_x(evaluation):
 
 @pytest.mark.parametrize("name", ["log_likelihood", "inference_gaps"])
 def test_a_guide_on_another_support(name):
-    """One that leaves latents out is refused by name; one that goes too far, by Pyro at the first sample there."""
+    """A guide that misses a part of the support is refused; outside the support Pyro refuses the first sample."""
 
     def positive(x):
         with pyro.plate("data", len(x)):
@@ -157,7 +157,7 @@ def test_masked_latents_have_no_posterior(name):
 
 
 def test_modules_in_a_closure_evaluate_too():
-    """Batch norm that a plain function calls: its statistics are used, not those of the data, and stay as they were."""
+    """Batch norm in a plain function is in evaluation mode: its statistics are used and do not change."""
     norm = torch.nn.BatchNorm1d(1).double()
     norm.running_mean.fill_(0.5)
 
