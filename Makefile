@@ -22,7 +22,7 @@ docs: $(VENV)/installed-docs  ## the pages' code and the gallery's scripts, run;
 	$(BIN)/python docs/check_site.py docs/_build/html
 
 arviz: $(VENV)/installed-dev  ## what depends on ArviZ's version: make arviz PYTHON=python3.13 VENV=.venv-3.13 has 1.x
-	$(BIN)/python -m pytest tests/test_arviz_io.py tests/evaluation/test_log_likelihood.py
+	$(BIN)/python -m pytest tests/test_arviz_io.py tests/evaluation/test_diagnostics.py tests/evaluation/test_log_likelihood.py
 
 bench: .venv-bench/installed  ## a step beside Pyro's, PyTorch's, NumPyro's and pythae's, in an environment of their own: tables, runs/bench
 	.venv-bench/bin/python -m pytest -q -m docs tests/test_docs.py -k coming-from

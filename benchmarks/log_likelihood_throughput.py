@@ -15,7 +15,7 @@ import pyro
 import torch
 
 import pyro_vae as pv
-from pyro_vae.evaluation.estimate import rows_at_once
+from pyro_vae.evaluation.pieces import rows_at_once
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--num-samples", type=int, default=5000)

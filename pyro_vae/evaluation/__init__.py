@@ -1,13 +1,14 @@
-"""How good a model is, and how far off the number: estimates of log p(x), gaps, decompositions, comparisons."""
+"""Evaluations of a model: log p(x), inference gaps, the parts of the ELBO, active units, comparison of objectives."""
 
 from pyro_vae.evaluation.annealing import AnnealedLikelihood, Sandwich, ais, bdmc
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.decomposition import Decomposition, decompose_elbo
+from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.evaluation.evidence import Evidence, LogLikelihood
 from pyro_vae.evaluation.gaps import Gaps, inference_gaps
 from pyro_vae.evaluation.latents import active_units
-from pyro_vae.evaluation.likelihood import Evidence, LogLikelihood, log_likelihood
-from pyro_vae.evaluation.psis import pareto_k
+from pyro_vae.evaluation.likelihood import log_likelihood
 
 __all__ = [
     "AnnealedLikelihood",

@@ -1,4 +1,4 @@
-"""Compares objectives on one model and guide: their values, their noise, their gradients and their cost."""
+"""The table of compare: objectives on one model and guide by bound, noise, gradient, time and gap to log p(x)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,14 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.modules import Program, evaluating, find_modules
 from pyro_vae.engine.program import find_parameters, sample_sites, trace_once
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.estimate import (
-    Estimate,
-    Pieces,
-    arguments,
-    check_count,
-    check_plate,
-    is_divisible,
-    supports_alike,
-)
-from pyro_vae.evaluation.likelihood import Evidence, check_same_data, estimate_evidence
+from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
+from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.evaluation.evidence import Evidence, check_same_data
+from pyro_vae.evaluation.likelihood import estimate_evidence
+from pyro_vae.evaluation.pieces import Pieces, arguments, check_count, check_plate, is_divisible, same_supports
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 
-SAMPLES = 1000  # for log p(x)
-ROWS_AT_ONCE = 2**15  # data times particles: 100 MB for each float32 tensor of 784 pixels
+ROWS_AT_ONCE = 2**15  # data times particles in one run: 100 MB for each float32 tensor of 784 pixels
 
 
 def compare(
@@ -43,59 +37,65 @@ def compare(
     x: Any,
     objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None = None,
     *,
-    repeats: int = 10,
+    repeats: int = COMPARE_REPEATS,
     log_likelihood: Evidence | None = None,
     compile: bool = False,
     seed: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    r"""Measure objectives on the same data: a row for each.
+    r"""Compare objectives on the same data: a table with a row for each objective.
 
-    With :math:`L_{rn}` the bound of datum n in repeat r, and :math:`g_r` the gradient of the mean bound over x:
+    :math:`L_{rn}` is the bound of datum n in repeat r, and :math:`g_r` the gradient of the mean bound over x. The
+    columns:
 
     ``bound``
         :math:`\frac1N \sum_n \bar L_n` with :math:`\bar L_n = \frac1R \sum_r L_{rn}`, in nats per datum.
     ``bound_se``
-        its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`. All rows share the data, so
-        a difference between two rows is far surer than their standard errors.
+        its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`. All rows share the data, so the
+        difference between two rows has a much smaller standard error.
     ``estimator_std``
         the standard deviation of one datum's estimate over repeats,
         :math:`\sqrt{\frac1N \sum_n \operatorname{var}_r L_{rn}}`, in nats.
     ``grad_snr_model``, ``grad_snr_guide``
         the signal-to-noise ratio of the gradient as a vector, :math:`\|\mathbb E g\| / \sqrt{\operatorname{tr Cov} g}`,
         over the model's and over the guide's parameters. :math:`\|\bar g\|^2` overstates the signal by
-        :math:`\operatorname{tr Cov} g / R`, which is taken off; 0 says that no signal shows in so few repeats. With
-        10 repeats the column is rough.
+        :math:`\operatorname{tr Cov} g / R`, which is subtracted. 0 means that R repeats show no signal. With 10 repeats
+        the column is rough.
     ``milliseconds``
-        the median time of the loss and its gradients on all of x, by the wall clock.
+        the median wall-clock time of the loss and its gradients on all of x; lower is faster.
     ``gap``, ``gap_se``
-        :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`: how far the bound lies below the best estimate of log p(x), and
-        the standard error of this paired difference over data, in nats. The estimate is the higher one of IWAE with 1000
-        particles and `log_likelihood`, where that is given: both have log p(x) above their mean.
+        :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`, the best estimate of log p(x) minus the bound, and the
+        standard error of this paired difference over data, in nats. The best estimate is IWAE with 1000 particles, or
+        `log_likelihood` where that is higher. The mean of either is at most log p(x).
     ``pareto_k``
-        the median over data of :func:`pyro_vae.pareto_k` of the guide's weights, which all rows share. Above 0.7,
-        importance weights carry all rows with many particles further down than their errors say; NaN: none can be computed.
+        the median over data of :func:`pyro_vae.pareto_k` of the guide's weights, the same in all rows. Above 0.7, the
+        bounds with many particles are probably too low, by more than their standard errors. NaN where no fit is
+        possible.
 
     Arguments:
-        model: a Pyro model with a batch plate.
+        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
+            `model` and `guide`.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-            Modules that model or guide is a method of are measured in evaluation mode.
-        objectives: one, a list, or a dictionary that gives each its name; None takes the ELBO with closed-form KL, by
-            Monte Carlo with 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
+            The program's modules are in evaluation mode.
+        objectives: one objective, a list, or a dictionary from names to objectives. None stands for the ELBO with
+            closed-form KL, the ELBO with Monte Carlo KL and 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
-        log_likelihood: an estimate of log p(x) of the same data, by :func:`pyro_vae.ais` say.
-        compile: whether to differentiate each by compiled code, see :func:`pyro_vae.compile_step`, of which `milliseconds` then
-            are; compiling takes minutes for the usual rows.
-        seed: where each objective's random numbers start; None goes on from the generators' state.
-        progress: whether to show which row is being measured, in a terminal.
+        log_likelihood: an estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`.
+        compile: whether to compute the gradients by compiled code, see :func:`pyro_vae.compile_step`. `milliseconds` is
+            then its time. Compiling the default rows takes minutes.
+        seed: the seed of each objective's random numbers; None continues from the generators' state.
+        progress: whether to show the current row, in a terminal.
 
     Returns:
         The table, with rows by objective and number of particles.
 
     Raises:
-        ValueError: fewer than 2 repeats or data, two objectives of one name and number of particles, or a program
-            without a bound per datum (see :func:`pyro_vae.log_weights`).
+        ValueError: fewer than 2 repeats or data, two objectives with the same name and number of particles, or a
+            program without a bound per datum (see :func:`pyro_vae.log_weights`).
+
+    Warns:
+        UserWarning: `objectives` is None, and the program has no closed-form KL, so that its row is left out.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -115,8 +115,8 @@ def compare(
     with evaluating(find_modules(model, guide)):
         in_model, in_guide = map(sample_sites, trace_once(model, guide, *args))
         check_plate(in_model, in_guide, len(args[0]))
-        alike = not compile or supports_alike(in_model, in_guide)
-        data = Pieces(args, is_divisible(model, guide, args), alike)
+        same = not compile or same_supports(in_model, in_guide)
+        data = Pieces(args, is_divisible(model, guide, args), same)
         return _compare(model, guide, data, objectives, repeats, log_likelihood, compile, seed, progress)
 
 
@@ -136,7 +136,10 @@ def _compare(
     chosen = [chosen] if isinstance(chosen, Objective) else chosen
     for objective in chosen.values() if isinstance(chosen, Mapping) else chosen:
         if not isinstance(objective, Objective):
-            raise PyroVAEError(f"expected objectives of pyro_vae, which have a bound per datum, got {objective!r}.")
+            raise PyroVAEError(
+                f"expected objectives of pyro_vae, which have a bound per datum, got {objective!r}. Pass pv.ELBO(), "
+                "for example."
+            )
         if compile:
             check_compiled(objective)
     named = list(chosen.items()) if isinstance(chosen, Mapping) else [(o.name, o) for o in chosen]
@@ -146,12 +149,12 @@ def _compare(
     parameters = find_parameters(model, guide, *args)
     if not parameters[0] and not parameters[1]:
         raise PyroVAEError(
-            "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide has a "
-            "pyro.param or pyro.module statement."
+            "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide "
+            "has a pyro.param or pyro.module statement. Add one."
         )
     with torch.no_grad(), rng.seeded(seed):
         vectorize = all(objective.vectorize_particles for _, objective in named)
-        evidence = estimate_evidence(model, guide, data, SAMPLES, vectorize, progress, compile)
+        evidence = estimate_evidence(model, guide, data, COMPARE_SAMPLES, vectorize, progress, compile)
     best = evidence.per_datum
     if log_likelihood is not None and log_likelihood.mean > evidence.mean:
         best = log_likelihood.per_datum
@@ -190,9 +193,9 @@ def _measure(
     compile: bool,
 ) -> tuple[dict[str, float], Tensor]:
     """A row of the table, and the bound of each datum, averaged over repeats."""
-    objective = copy.copy(objective)  # whose losses are no steps of a schedule, and whose settings are those of now
+    objective = copy.copy(objective)  # with fixed settings, since a measured loss is not a step of its schedules
     vars(objective).update(objective.scheduled())
-    args, chunks = data.args, data.of(ROWS_AT_ONCE // objective.num_samples)
+    args, chunks = data.args, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
 
@@ -205,7 +208,7 @@ def _measure(
     gradient: Callable[..., Tensor] = gradient_of
     if compile:
         gradient = CompiledFunction(gradient_of, model, guide)
-        with rng.preserved():  # compiled before any clock runs
+        with rng.preserved():  # compile before the timing
             for chunk in {len(chunk[0]): chunk for chunk in chunks}.values():
                 gradient(*chunk)
     bounds, seconds, gradients = [], [], []
@@ -231,14 +234,14 @@ def _measure(
 
 
 def _now(x: Tensor) -> float:
-    """The time, once x's device has done what it was told."""
+    """The time after all work queued on x's device has finished."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter()
 
 
 def _signal_to_noise(gradients: Tensor) -> float:
-    """Of gradients (R, P) as vectors, without what R repeats of mere noise would leave of signal; NaN if P is 0."""
+    """The signal-to-noise ratio of gradients (R, P), corrected for the noise in their mean; NaN if P is 0."""
     if gradients.shape[1] == 0:
         return math.nan
     gradients = gradients.double()

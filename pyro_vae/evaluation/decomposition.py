@@ -1,4 +1,4 @@
-"""The ELBO's parts: reconstruction, what z says about which datum it was, and how far the aggregate posterior is off."""
+"""The parts of the ELBO: reconstruction, mutual information, and the KL of the aggregate posterior to the prior."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, run_at
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
+from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
+from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, rows_at_once
 
-PAIRS_AT_ONCE = 2**21  # of samples, data and dimensions, whose log-densities are in memory
-DATA_AT_ONCE = 512  # whose guide is run for a block of samples
+DENSITIES_AT_ONCE = 2**21  # log-densities in memory: samples times data times dimensions
+DATA_AT_ONCE = 512  # data in one run of the guide on a block of samples
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    r"""What :func:`pyro_vae.decompose_elbo` returns; all in nats per datum, each with its Monte Carlo standard error.
+    r"""The result of :func:`pyro_vae.decompose_elbo`, in nats per datum, with Monte Carlo standard errors.
 
     Attributes:
-        elbo: reconstruction - mutual information - marginal KL.
+        elbo: the ELBO, which is reconstruction - mutual information - marginal KL.
         reconstruction: :math:`\mathbb E_q \log p(x \mid z)`.
-        mutual_information: of the datum's index and z, between 0 and log N.
-        marginal_kl: KL(q(z) || p(z)), of the aggregate posterior q(z), the mixture of all q(z|x_n), to the prior.
-        dimension_wise_kl: the sum over dimensions of KL(q(z_j) || p(z_j)): what of the marginal KL is no dependence
-            between dimensions. None where the marginals of q(z|x) or p(z) are not known: latents that depend on one
-            another's samples, flows.
+        mutual_information: the mutual information between the datum's index and z, from 0 to log N.
+        marginal_kl: KL(q(z) || p(z)), where the aggregate posterior q(z) is the mixture of all q(z|x_n).
+        dimension_wise_kl: :math:`\sum_j \mathrm{KL}(q(z_j) \,\|\, p(z_j))`, the part of the marginal KL that is not due
+            to dependence between dimensions. None where the marginals of q(z|x) or p(z) are not known: latents that
+            depend on one another's samples, and flows.
         num_data: N.
     """
 
@@ -47,36 +49,45 @@ class Decomposition:
     def __str__(self) -> str:
         parts = "unknown" if self.dimension_wise_kl is None else str(self.dimension_wise_kl)
         return (
-            f"ELBO {self.elbo} = reconstruction {self.reconstruction} - mutual information {self.mutual_information} (at most "
-            f"log N = {math.log(self.num_data):.2f}) - marginal KL {self.marginal_kl} (dimension-wise {parts}), nats per datum"
+            f"ELBO {self.elbo} = reconstruction {self.reconstruction} - mutual information {self.mutual_information} "
+            f"(at most log N = {math.log(self.num_data):.2f}) - marginal KL {self.marginal_kl} (dimension-wise "
+            f"{parts}), nats per datum"
         )
 
 
 def decompose_elbo(
-    model: Program, guide: Program, x: Any, num_samples: int = 10, *, seed: int | None = None, progress: bool = True
+    model: Program,
+    guide: Program,
+    x: Any,
+    num_samples: int = DECOMPOSITION_SAMPLES,
+    *,
+    seed: int | None = None,
+    progress: bool = True,
 ) -> Decomposition:
-    r"""Take the ELBO, averaged over data, apart.
+    r"""Decompose the ELBO, averaged over data, into reconstruction, mutual information and marginal KL.
 
-    .. math:: \frac1N \sum_n \mathrm{ELBO}(x_n) = \underbrace{\frac1N \sum_n \mathbb E_{q(z \mid x_n)} \log p(x_n \mid z)}
-        _{\text{reconstruction}} - \underbrace{\frac1N \sum_n \mathrm{KL}\bigl(q(z \mid x_n) \,\|\, q(z)\bigr)}
-        _{\text{mutual information}} - \underbrace{\mathrm{KL}\bigl(q(z) \,\|\, p(z)\bigr)}_{\text{marginal KL}},
+    .. math:: \frac1N \sum_n \mathrm{ELBO}(x_n) =
+        \underbrace{\frac1N \sum_n \mathbb E_{q(z \mid x_n)} \log p(x_n \mid z)}_{\text{reconstruction}}
+        - \underbrace{\frac1N \sum_n \mathrm{KL}\bigl(q(z \mid x_n) \,\|\, q(z)\bigr)}_{\text{mutual information}}
+        - \underbrace{\mathrm{KL}\bigl(q(z) \,\|\, p(z)\bigr)}_{\text{marginal KL}},
         \qquad q(z) = \frac1N \sum_n q(z \mid x_n)
 
-    q(z) is the mixture over all N data that are passed, so nothing is left out; its cost is the density of each of the
-    N S samples under each of the N components. All three parts depend on N, and the standard errors are those of the
-    samples, for these data. Mutual information is at most log N: near that, every datum has a part of the latent space to
-    itself, and the two KL parts say how few data there are rather than how q(z) lies to p(z).
+    q(z) is the exact mixture over the N data of x. Its cost is the density of each of the N S samples under each of the
+    N components. All three parts depend on N, and the standard errors are those of the samples, for these data. Mutual
+    information is at most log N. Near that limit the components hardly overlap: the two KL terms then reflect the small
+    number of data, not the distance of q(z) from p(z).
 
     Arguments:
-        model: a Pyro model with a batch plate.
-        guide: its guide, a density of the model's latents.
+        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
+            `model` and `guide`.
+        guide: its guide. It must be a density of the model's latents alone.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-        num_samples: S, from each q(z|x_n); at least 2.
-        seed: where the random numbers start; None goes on from the generators' state.
+        num_samples: S, the number of samples from each q(z|x_n), at least 2.
+        seed: the seed of the random numbers; None continues from the generators' state.
         progress: whether to show a progress bar, in a terminal.
 
     Raises:
-        ValueError: the guide has auxiliary sites, or as :func:`pyro_vae.log_likelihood`.
+        ValueError: the guide has auxiliary sites, or an error of :func:`pyro_vae.log_likelihood`.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -88,18 +99,19 @@ def decompose_elbo(
 
     References:
         Hoffman and Johnson (2016), *ELBO Surgery*, NIPS workshop on advances in approximate Bayesian inference.
-        Chen, Li, Grosse and Duvenaud (2018), *Isolating Sources of Disentanglement in Variational Autoencoders*, NeurIPS.
+        Chen, Li, Grosse and Duvenaud (2018), *Isolating Sources of Disentanglement in Variational Autoencoders*,
+        NeurIPS.
     """
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     args = arguments(x)
     with checked(model, guide, args) as data, rng.seeded(seed):
-        batches = data.of(rows_at_once(args) // num_samples)
+        batches = data.minibatches(rows_at_once(args) // num_samples)
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
         samples = [_Samples.draw(model, guide, batch, num_samples, nesting) for batch in batches]
         dimensions = samples[0].dimensions
         number, size = len(args[0]), max(1, dimensions)
-        columns = data.of(min(DATA_AT_ONCE, PAIRS_AT_ONCE // size))
-        step = max(1, PAIRS_AT_ONCE // (size * len(columns[0][0])))
+        columns = data.minibatches(min(DATA_AT_ONCE, DENSITIES_AT_ONCE // size))
+        step = max(1, DENSITIES_AT_ONCE // (size * len(columns[0][0])))
         total = sum(-(-s.number // step) for s in samples) * len(columns)
         mixed = []
         with tqdm(total=total, leave=False, disable=None if progress else True, unit="block", desc="q(z)") as bar:
@@ -107,7 +119,7 @@ def decompose_elbo(
                 mixed += [_mixture(guide, columns, drawn, rows, nesting, number, bar) for rows in drawn.blocks(step)]
     log_mixture = torch.cat([joint for joint, _ in mixed])
     marginals = torch.cat([each for _, each in mixed]) if dimensions else None
-    # Samples of a minibatch come particle by particle.
+    # The samples of a minibatch are ordered by particle first.
     shaped = [part.reshape(num_samples, -1, *part.shape[1:]) for part in log_mixture.split([s.number for s in samples])]
     log_q = torch.cat(shaped, 1)
 
@@ -135,11 +147,11 @@ class _Samples:
     """S samples for each datum of a minibatch, with their log-densities (S, n)."""
 
     values: dict[str, Tensor]  # by site, (S, ..., n, ...)
-    plate_dims: dict[str, int]  # where n is, from the left
+    plate_dims: dict[str, int]  # the dimension of n, counted from the left
     log_likelihood: Tensor
     log_prior: Tensor
     log_guide: Tensor
-    prior_by_dimension: Tensor  # (S, n, D), D = 0 where the marginals are not known
+    prior_by_dimension: Tensor  # (S, n, D), with D = 0 where the marginals are not known
     number: int
 
     @property
@@ -154,8 +166,8 @@ class _Samples:
         for name in run.guide:
             if name not in latent:
                 raise PyroVAEError(
-                    f"guide site '{name}' is auxiliary: expected a guide with a density at the model's latents alone, since "
-                    "the aggregate posterior of another is not known."
+                    f"guide site '{name}' is auxiliary: expected a guide with a density at the model's latents alone, "
+                    "since the aggregate posterior of an auxiliary variable is not known. Drop the site."
                 )
         observed = {name: site for name, site in run.model.items() if site["is_observed"]}
         known = all(_known(run.guide[name]) and _known(site) for name, site in latent.items())
@@ -174,11 +186,11 @@ class _Samples:
         )
 
     def blocks(self, step: int) -> list[Tensor]:
-        """All samples, some at a time, by their place among the S n of this minibatch."""
+        """The indices of this minibatch's S n samples, in blocks of `step`."""
         return list(torch.arange(self.number).split(step))
 
     def at(self, rows: Tensor) -> dict[str, Tensor]:
-        """Samples as particles (rows, ..., 1, ...), to be held against all data."""
+        """The samples at these indices as particles (rows, ..., 1, ...), which broadcast over other data."""
         taken = {}
         for name, value in self.values.items():
             dim = self.plate_dims[name]
@@ -194,7 +206,7 @@ def _known(site: Any) -> bool:
 def _mixture(
     guide: Program, columns: list[Args], drawn: _Samples, rows: Tensor, nesting: int, number: int, bar: Any
 ) -> tuple[Tensor, Tensor]:
-    """The log-density of samples under q(z), (rows,), and that of each dimension, (rows, D)."""
+    """The log-densities of samples under q(z), (rows,), and under each marginal q(z_j), (rows, D)."""
     values = drawn.at(rows)
     joint, each = [], []
 
@@ -224,7 +236,7 @@ def _mixture(
 
 
 def _stratified(values: Tensor) -> Estimate:
-    """The mean of (S, N) values, S independent ones for each datum, with the standard error for these data."""
+    """The mean of S independent values for each datum, (S, N), with its Monte Carlo standard error for these data."""
     samples, number = values.shape
     error = (values.var(0).sum() / samples).sqrt() / number
     return Estimate(values.mean().item(), error.item())

@@ -1,5 +1,14 @@
 """The default numbers of the evaluations, for the functions, the report and the command line."""
 
-NUM_SAMPLES = 5000  # importance samples for each datum
-NUM_STEPS = 1000  # temperatures of annealed importance sampling
-NUM_CHAINS = 16  # annealed chains for each datum
+NUM_SAMPLES = 5000  # importance samples for each datum: log_likelihood, inference_gaps
+NUM_STEPS = 1000  # temperatures of annealed importance sampling: ais, bdmc
+NUM_CHAINS = 16  # annealed chains for each datum: ais, bdmc
+NUM_LEAPFROG = 10  # leapfrog steps of a Hamiltonian transition: ais, bdmc
+STEP_SIZE = 0.3  # leapfrog step size before adaptation: ais, bdmc
+GAPS_STEPS = 1000  # steps of Adam: inference_gaps
+GAPS_LR = 0.02  # first step size of Adam: inference_gaps
+DECOMPOSITION_SAMPLES = 10  # samples from each q(z|x_n): decompose_elbo
+ACTIVE_SAMPLES = 10  # samples from each q(z|x_n): active_units
+ACTIVE_THRESHOLD = 0.01  # variance of a posterior mean above which its dimension is active, as Burda et al. chose it
+COMPARE_REPEATS = 10  # repeats of each bound and its gradient: compare
+COMPARE_SAMPLES = 1000  # importance samples for compare's own estimate of log p(x)

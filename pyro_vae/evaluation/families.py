@@ -1,4 +1,4 @@
-"""What is known of a site's distribution: its parameters, its dimensions one by one, whether it hangs on other samples."""
+"""Properties of a site's distribution: its parameters, its marginals, whether it depends on other sites' samples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pyro_vae.engine.batch_plate import Site
 from pyro_vae.engine.program import Run
 from pyro_vae.errors import PyroVAEError
 
-# Of constructor arguments that say the same thing twice, those to drop.
+# Constructor arguments that repeat another one, so that only the other is kept.
 REDUNDANT = {"covariance_matrix", "precision_matrix", "probs"}
 
 
 def constructor_arguments(fn: Any) -> dict[str, Tensor]:
-    """The tensors that a distribution is made from, by the names its constructor has; none if they are not known."""
+    """The tensors to construct a distribution from, by argument name; empty if they are not known."""
     base = unwrapped(fn)
     names = [name for name in base.arg_constraints if name not in REDUNDANT]
     if "probs" in base.arg_constraints and "logits" not in names:
@@ -27,23 +27,23 @@ def constructor_arguments(fn: Any) -> dict[str, Tensor]:
 
 
 def same_for_all_particles(site: Site) -> bool:
-    """Whether a site of a run with several particles has one distribution, whatever the samples before it."""
+    """Whether all particles of a run have the same distribution at a site, so that it depends on no earlier sample."""
     values = constructor_arguments(site["fn"])
     return bool(values) and all(bool((value == value[:1]).all()) for value in values.values())
 
 
 def refuse_masks(run: Run) -> None:
-    """Refuse latents that are masked for some data: these have no posterior to speak of."""
+    """Raise an error if a latent site is masked, since a masked latent has no posterior."""
     for name, site in run.model.items():
         if not site["is_observed"] and (masks(site) or masks(run.guide[name])):
             raise PyroVAEError(
-                f"site '{name}' is masked: expected latents that count for every datum, since a masked one has no posterior. "
-                "Pass the data that are not masked, without the mask."
+                f"site '{name}' is masked: expected latents that count for every datum, since a masked latent has no "
+                "posterior. Pass only the unmasked data, without the mask."
             )
 
 
 def univariate(fn: Any) -> Any:
-    """The marginal distribution of each dimension: batch and event alike as the batch; None if it is not known."""
+    """The marginal distribution of each dimension, all as batch dimensions; None if it is not known."""
     base = unwrapped(fn)
     if isinstance(base, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         return dist.Normal(base.loc, base.variance.sqrt())
@@ -51,7 +51,7 @@ def univariate(fn: Any) -> Any:
 
 
 def by_dimension(run: Run, site: Site, value: Tensor) -> Tensor:
-    """A tensor of the shape of the site's value as (K, N, dimensions): nested plates and events flattened together."""
+    """A tensor of the shape of a site's value as (K, N, dimensions), with nested plates and events flattened."""
     outer = value.dim() - site["fn"].event_dim
     columns = value.movedim((outer + run.particle_dim, outer + run.batch_plate.dim), (0, 1))
     return columns.reshape(*columns.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""Whose fault it is that the ELBO lies below log p(x): the guide's family's, or the encoder's."""
+"""Inference gaps: how much of log p(x) - ELBO is due to the guide's family, and how much to its encoder."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ from pyro_vae.engine.agreement import family, not_reparameterised, unwrapped
 from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Run, draw, find_max_plate_nesting
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.estimate import Args, Estimate, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
+from pyro_vae.evaluation.diagnostics import warn_of_high_k
+from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
 from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
-from pyro_vae.evaluation.likelihood import Evidence, Summary, check_same_data, draw_weights, summarise, warn_of_high_k
+from pyro_vae.evaluation.likelihood import draw_weights
+from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, rows_at_once
 from pyro_vae.objectives import ELBO
 
-PARTICLES = 8  # of the ELBO that is maximised for each datum
+PARTICLES = 8  # particles of the ELBO that is maximised for each datum
 ADVICE = (
-    "These are the weights of the best member of the guide's family: the approximation gap is probably too small. Pass "
-    "log_likelihood=pv.ais(...)."
+    "These weights are from the best member of the guide's family, so the approximation gap is probably too small. "
+    "Pass log_likelihood=pv.ais(...)."
 )
-AVERAGED = 0.5  # the last half of the iterates is averaged, which takes the gradient's noise out
+AVERAGED = 0.5  # share of the iterates, at the end, whose average reduces the gradient's noise
 
 
 @dataclass(frozen=True)
 class Gaps:
-    r"""What :func:`pyro_vae.inference_gaps` returns; all in nats per datum.
+    r"""The result of :func:`pyro_vae.inference_gaps`, in nats per datum.
 
     Attributes:
         log_likelihood: log p(x_n), (N,).
@@ -48,23 +52,26 @@ class Gaps:
 
     @property
     def approximation(self) -> Estimate:
-        """log p(x) less the best member's ELBO, which is what the family costs. A more flexible family closes it."""
+        """log p(x) minus the best member's ELBO: the cost of the family. A more flexible family reduces it."""
         return Estimate.of(self.log_likelihood - self.best_elbo)
 
     @property
     def amortisation(self) -> Estimate:
-        """The best member's ELBO less the guide's own, which is what the encoder costs. A larger or longer trained encoder closes it."""
+        """The best member's ELBO minus the guide's own: the cost of the encoder.
+
+        A larger encoder, or longer training, reduces it.
+        """
         return Estimate.of(self.best_elbo - self.elbo)
 
     @property
     def total(self) -> Estimate:
-        """log p(x) less the guide's ELBO, which is KL(q(z|x) || p(z|x))."""
+        """log p(x) minus the guide's ELBO, which is KL(q(z|x) || p(z|x))."""
         return Estimate.of(self.log_likelihood - self.elbo)
 
     def __str__(self) -> str:
         return (
-            f"log p(x) - ELBO = {self.total} nats per datum = {self.approximation} (approximation) + {self.amortisation} "
-            f"(amortisation), N = {len(self.elbo)}"
+            f"log p(x) - ELBO = {self.total} nats per datum = {self.approximation} (approximation) + "
+            f"{self.amortisation} (amortisation), N = {len(self.elbo)}"
         )
 
 
@@ -72,46 +79,48 @@ def inference_gaps(
     model: Program,
     guide: Program,
     x: Any,
-    num_samples: int = 5000,
+    num_samples: int = NUM_SAMPLES,
     *,
-    num_steps: int = 1000,
-    lr: float = 0.02,
+    num_steps: int = GAPS_STEPS,
+    lr: float = GAPS_LR,
     log_likelihood: Evidence | None = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> Gaps:
-    r"""Split log p(x) - ELBO into the gap of the guide's family and that of its encoder.
+    r"""Split log p(x) - ELBO into the approximation gap of the guide's family and the amortisation gap of its encoder.
 
     .. math:: \log p(x) - \mathrm{ELBO}(q) =
         \underbrace{\log p(x) - \max_{q^* \in \mathcal Q} \mathrm{ELBO}(q^*)}_{\text{approximation gap}}
         + \underbrace{\max_{q^* \in \mathcal Q} \mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)}_{\text{amortisation gap}}
 
-    The family :math:`\mathcal Q` of a guide site is that of its distribution, with every parameter free for every datum.
-    It is fitted by Adam, from where the encoder put it, on the sticking-the-landing gradient of the ELBO, with a step size
-    that falls to zero and the last half of the iterates averaged.
+    The family :math:`\mathcal Q` of a guide site is its distribution's, with every parameter free for every datum. Adam
+    maximises the ELBO over the family, from the encoder's parameters, by the sticking-the-landing gradient. Its step
+    size falls to zero, and the last half of the iterates is averaged.
 
     Arguments:
-        model: a Pyro model with a batch plate.
-        guide: its guide, whose sites' distributions depend on the data alone, not on one another's samples.
+        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
+            `model` and `guide`.
+        guide: its guide. The distributions at its sites must depend on the data alone, not on one another's samples.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-        num_samples: how many samples each ELBO, and log p(x), are estimated with; at least 2. The fitted guides
-            are the proposals for log p(x).
-        num_steps: how many steps of Adam.
-        lr: the first step size, of the unconstrained parameters.
-        log_likelihood: a better estimate of log p(x) of the same data, such as :func:`pyro_vae.ais` gives; a family that is
-            too narrow for the posterior makes a poor proposal even at its best.
-        seed: where the random numbers start; None goes on from the generators' state.
+        num_samples: the number of samples for each ELBO and for log p(x), at least 2. The proposals for log p(x) are
+            the fitted guides.
+        num_steps: the number of steps of Adam.
+        lr: the first step size, for the unconstrained parameters.
+        log_likelihood: a better estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`. Where the
+            family is too narrow for the posterior, even its best member is a poor proposal.
+        seed: the seed of the random numbers; None continues from the generators' state.
         progress: whether to show a progress bar, in a terminal.
 
     Raises:
-        ValueError: a guide site depends on another's sample, has a distribution whose parameters are not known (a
-            flow), or can't be reparameterised; `log_likelihood` is of other data; as :func:`pyro_vae.log_likelihood`.
+        ValueError: a guide site depends on another site's sample, has a distribution whose parameters are not known (a
+            flow), or can't be reparameterised; `log_likelihood` is of other data; or an error of
+            :func:`pyro_vae.log_likelihood`.
 
     Warns:
-        UserWarning: log p(x) is estimated here, and some data have a k-hat above 0.7.
+        UserWarning: `log_likelihood` is None, and some data have a k-hat above 0.7.
 
     Example:
-        The guide has the posterior's family and deviation, and its mean is off by 0.5.
+        The guide has the posterior's family and standard deviation, and its mean is off by 0.5.
 
         >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
         >>> pyro.set_rng_seed(0)
@@ -132,13 +141,13 @@ def inference_gaps(
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     check_count("num_steps", num_steps, 1)
     if not 0 < lr < math.inf:
-        raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try 0.02.")
+        raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {GAPS_LR}.")
     args = arguments(x)
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)
-    best, own = [], []
+    parts: list[tuple[LogLikelihood, LogLikelihood]] = []
     with checked(model, guide, args) as data, rng.seeded(seed):
-        pieces = data.of(rows_at_once(args) // PARTICLES)
+        pieces = data.minibatches(rows_at_once(args) // PARTICLES)
         nesting = find_max_plate_nesting(model, guide, pieces[0], {}, in_plate=True)
         with tqdm(
             total=len(pieces) * num_steps, leave=False, disable=None if progress else True, unit="step", desc="gaps"
@@ -146,31 +155,39 @@ def inference_gaps(
             for piece in pieces:
                 local = _LocalGuide(model, guide, piece, nesting)
                 local.fit(num_steps, lr, bar)
-
-                def pair(local: Program = local, piece: Args = piece) -> list[Summary]:
-                    """Both guides' weights from one noise, which cancels in the amortisation gap."""
-                    state, found = rng.get_state(), []
-                    for each in (local, guide):
-                        rng.set_state(state)
-                        found.append(summarise(draw_weights(model, each, piece, num_samples, nesting=nesting)))
-                    return found
-
-                # The encoder's own member stays where, on samples apart from those that count, the search found no better.
-                fitted, amortised = pair()
-                better = fitted.elbo > amortised.elbo
-                fitted, amortised = pair()
-                best.append(Summary(*(torch.where(better, a, b) for a, b in zip(fitted, amortised, strict=True))))
-                own.append(amortised.elbo)
+                parts.append(_best_and_own(model, local, guide, piece, num_samples, nesting))
+    best, own = (LogLikelihood.joined(each, len(args[0]), args[0].device) for each in zip(*parts, strict=True))
     if log_likelihood is None:
-        warn_of_high_k(torch.cat([summary.pareto_k for summary in best]), ADVICE, stacklevel=2)
-        log_p = torch.cat([summary.per_datum for summary in best])
+        warn_of_high_k(best.pareto_k, ADVICE, stacklevel=2)
+        log_p = best.per_datum
     else:
         log_p = log_likelihood.per_datum
-    return Gaps(log_p, torch.cat([summary.elbo for summary in best]), torch.cat(own))
+    return Gaps(log_p, best.elbo, own.elbo)
+
+
+def _best_and_own(
+    model: Program, local: Program, guide: Program, args: Args, num_samples: int, nesting: int
+) -> tuple[LogLikelihood, LogLikelihood]:
+    """The estimates from the best member of the family for each datum, and those from the guide itself."""
+
+    def estimates() -> list[LogLikelihood]:
+        """Both guides' estimates from the same noise, which cancels in the amortisation gap."""
+        state, found = rng.get_state(), []
+        for each in (local, guide):
+            rng.set_state(state)
+            found.append(LogLikelihood.from_weights(draw_weights(model, each, args, num_samples, nesting=nesting)))
+        return found
+
+    # Where the fit improved nothing, the best member is the encoder's. Separate samples decide that, or the selection
+    # would bias the estimates.
+    fitted, own = estimates()
+    improved = fitted.elbo > own.elbo
+    fitted, own = estimates()
+    return fitted.where(improved, own), own
 
 
 class _LocalGuide:
-    """The guide with the parameters of each site's distribution free, for each datum; at first the guide's own."""
+    """The guide with free parameters for each datum at each site, which start at the guide's own values."""
 
     def __init__(self, model: Program, guide: Program, args: Args, nesting: int) -> None:
         self.model, self.guide, self.args, self.nesting = model, guide, args, nesting
@@ -180,9 +197,8 @@ class _LocalGuide:
         self.free: dict[str, dict[str, Tensor]] = {}
         for name, fn in self.fns.items():
             constraints = unwrapped(fn).arg_constraints
-            values = {
-                key: value[0].detach() for key, value in constructor_arguments(fn).items()
-            }  # one particle's: all are equal
+            # All particles have the same parameters, so the first one's serve.
+            values = {key: value[0].detach() for key, value in constructor_arguments(fn).items()}
             self.free[name] = {k: transform_to(constraints[k]).inv(v).clone() for k, v in values.items()}
 
     def __call__(self, *args: Any) -> Any:
@@ -199,7 +215,7 @@ class _LocalGuide:
 
     @torch.enable_grad()
     def fit(self, num_steps: int, lr: float, bar: Any) -> None:
-        """Maximise the ELBO of every datum, all at once: they share nothing."""
+        """Maximise the ELBO of all data at once; no two data share a parameter."""
         leaves = [value.requires_grad_() for site in self.free.values() for value in site.values()]
         objective = ELBO(PARTICLES, "monte_carlo", "stl", max_plate_nesting=self.nesting)
         adam = torch.optim.Adam(leaves, lr=lr)
@@ -224,7 +240,7 @@ class _LocalGuide:
 
 
 class _Replaced(Messenger):
-    """Puts other distributions at some sites."""
+    """Replaces the distributions of some sites."""
 
     def __init__(self, fns: dict[str, Any]) -> None:
         super().__init__()
@@ -240,7 +256,7 @@ def _masked(fn: Any) -> bool:
 
 
 def _has_family(fn: Any) -> bool:
-    """Whether a distribution can be made again from parameters that are free of one another, with its mask outermost."""
+    """Whether a distribution can be rebuilt from independent parameters and, outermost, its mask."""
     base, values = unwrapped(fn), constructor_arguments(fn)
     bounded = any(isinstance(bound, Tensor) for name in values for bound in vars(base.arg_constraints[name]).values())
     inner = fn.base_dist if _masked(fn) else fn
@@ -257,22 +273,22 @@ def _has_family(fn: Any) -> bool:
 
 
 def _check(run: Run) -> None:
-    """Every site of the guide has a family of its own, whose parameters can be freed."""
+    """Raise an error unless each guide site has a parametric, reparameterised family that depends on x alone."""
     for name, site in run.guide.items():
         if name not in run.model or not _has_family(site["fn"]):
             raise PyroVAEError(
-                f"guide site '{name}' has a distribution whose parameters are not known ({family(site['fn'])}): expected a "
-                "parametric family at each latent site, such as a normal, whose best member can be searched for. Pass a "
-                "guide of such sites."
+                f"guide site '{name}' has a distribution whose parameters are not known ({family(site['fn'])}): "
+                "expected a parametric family, such as a normal, at each latent site, so that its best member can be "
+                "found. Pass a guide with such sites."
             )
         if not same_for_all_particles(site):
             raise PyroVAEError(
-                f"guide site '{name}' depends on another site's sample: expected a guide whose distributions depend on the "
-                "data alone, since a conditional family has no parameters of its own for each datum. Sample the latents "
+                f"guide site '{name}' depends on another site's sample: expected a guide whose distributions depend on "
+                "the data alone, since a conditional family has no free parameters for each datum. Sample the latents "
                 "from one joint distribution, such as a multivariate normal."
             )
     for name in not_reparameterised(run.guide):
         raise PyroVAEError(
-            f"guide site '{name}' can't be reparameterised ({family(run.guide[name]['fn'])}): expected a distribution with "
-            "rsample, to maximise the ELBO by its pathwise gradient."
+            f"guide site '{name}' can't be reparameterised ({family(run.guide[name]['fn'])}): expected a distribution "
+            "with rsample, to maximise the ELBO by its pathwise gradient. Choose a reparameterised family."
         )

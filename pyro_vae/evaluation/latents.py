@@ -1,4 +1,4 @@
-"""Which dimensions of the latent a model uses."""
+"""Active units: which latent dimensions a model uses, and their KL (a report of posterior collapse)."""
 
 from __future__ import annotations
 
@@ -14,49 +14,51 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.modules import Program
 from pyro_vae.engine.program import Run, draw, find_max_plate_nesting
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.estimate import arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
-
-THRESHOLD = 0.01  # Burda, Grosse and Salakhutdinov's
+from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
 
 
 def active_units(
     model: Program,
     guide: Program,
     x: Any,
-    num_samples: int = 10,
+    num_samples: int = ACTIVE_SAMPLES,
     *,
-    threshold: float = THRESHOLD,
+    threshold: float = ACTIVE_THRESHOLD,
     seed: int | None = None,
 ) -> pd.DataFrame:
-    r"""Which latent dimensions move with x, and what each costs: a report of posterior collapse, a row for each dimension.
+    r"""The variance and KL of each latent dimension, to detect posterior collapse: a table with one row for each.
 
     ``variance``
-        :math:`A_j = \operatorname{var}_n \mathbb E_{q(z \mid x_n)} z_j`, over the data.
+        :math:`A_j = \operatorname{var}_n \mathbb E_{q(z \mid x_n)} z_j`, the variance of the posterior mean over data.
     ``variance_se``
         its standard error over data, by the delta method.
     ``kl``
-        :math:`\frac1N \sum_n \mathrm{KL}\bigl(q(z_j \mid x_n) \,\|\, p(z_j)\bigr)` in nats; where dimensions depend on
-        earlier sites' samples, the KL given those, averaged over them. NaN where a dimension has no marginal in closed
-        form (flows).
+        :math:`\frac1N \sum_n \mathrm{KL}\bigl(q(z_j \mid x_n) \,\|\, p(z_j)\bigr)` in nats. Where a dimension depends
+        on earlier sites' samples, it is the conditional KL, averaged over those samples. NaN where a dimension has no
+        marginal in closed form (flows).
     ``kl_se``
         its standard error over data.
     ``active``
         whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
 
     Arguments:
-        model: a Pyro model with a batch plate.
+        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
+            `model` and `guide`.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-        num_samples: how many samples to average over; at least 2. It matters only where means or KL depend on samples.
-        threshold: of the variance; in the squared units of z.
-        seed: where the random numbers start; None goes on from the generators' state.
+        num_samples: the number of samples to average over, at least 2. It matters only where means or KL depend on
+            samples.
+        threshold: the variance above which a dimension is active, in the squared units of z.
+        seed: the seed of the random numbers; None continues from the generators' state.
 
     Returns:
-        The table, with rows by site and dimension (of the site's value, flattened); ``table.active.sum()`` counts.
+        The table, with rows by site and dimension of the site's flattened value. ``table.active.sum()`` is the number
+        of active units.
 
     Raises:
-        ValueError: `threshold` is negative, or as :func:`pyro_vae.log_likelihood`.
+        ValueError: `threshold` is negative, or an error of :func:`pyro_vae.log_likelihood`.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -70,10 +72,12 @@ def active_units(
     """
     check_count("num_samples", num_samples, 2)
     if not threshold >= 0:
-        raise PyroVAEError(f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took 0.01.")
+        raise PyroVAEError(
+            f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
+        )
     args = arguments(x)
     with checked(model, guide, args) as data, rng.seeded(seed):
-        batches = data.of(rows_at_once(args) // num_samples)
+        batches = data.minibatches(rows_at_once(args) // num_samples)
         nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
         parts = [_read(draw(model, guide, batch, num_samples, nesting)) for batch in batches]
     rows, keys = [], []
@@ -81,7 +85,7 @@ def active_units(
         means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))
         for j in range(means.shape[1]):
             square = (means[:, j] - means[:, j].mean()).square()
-            # The spread of a mean over few samples is no spread over data.
+            # The Monte Carlo variance of a mean is not variance over data.
             variance = square.sum().item() / (len(square) - 1) - noise[:, j].mean().item()
             rows.append(
                 {
@@ -97,7 +101,7 @@ def active_units(
 
 
 def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Of each latent site: posterior means, their squared Monte Carlo error, and KL, each (N, dimensions)."""
+    """For each latent site: posterior means, their squared Monte Carlo errors, and KL, each (N, dimensions)."""
     refuse_masks(run)
     found = {}
     for name, site in run.model.items():
@@ -111,8 +115,8 @@ def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 
 def _means(guide: Any, q: Any) -> Tensor:
-    """The means of q(z|x), or samples, which have the same mean, where it is not known."""
-    if q is None or q.has_enumerate_support:  # a categorical's mean is NaN
+    """The means of q(z|x), or samples with that mean where it is not known."""
+    if q is None or q.has_enumerate_support:  # PyTorch gives NaN as a categorical's mean
         return guide["value"].double()
     try:
         return q.mean.expand(guide["value"].shape)
@@ -127,6 +131,6 @@ def _kl(run: Run, guide: Any, q: Any, p: Any) -> Tensor:
         return missing
     try:
         value = kl_divergence(q, p)
-    except NotImplementedError:  # torch knows no closed form: the samples do
+    except NotImplementedError:  # PyTorch has no closed form, so samples estimate it
         value = q.log_prob(guide["value"]) - p.log_prob(guide["value"])
     return by_dimension(run, guide, value.expand(shape))

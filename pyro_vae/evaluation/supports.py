@@ -1,4 +1,4 @@
-"""Where distributions have mass: whether a guide reaches all of a model's support, and whether two are the same."""
+"""Supports of distributions: whether a guide's covers the model's, and whether two are the same."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pyro_vae.errors import PyroVAEError
 
 
 def check_covers(name: str, model: Any, guide: Any) -> bool:
-    """Whether the supports of a latent in model and guide are the same; refuse a guide that leaves out a part of it.
+    """Whether a latent has the same support in model and guide.
 
     Raises:
-        ValueError: where the guide has no samples the average of the weights misses what p(x, z) has there, and no
-            diagnostic can tell.
+        ValueError: the guide's support does not cover the model's. The weights would miss the mass of p(x, z) outside,
+            and no diagnostic could show it.
     """
     own, base = plain(model.support), plain(guide.support)
     here, there = _ends(own), _ends(base)
@@ -30,19 +30,20 @@ def check_covers(name: str, model: Any, guide: Any) -> bool:
         same = whole and bool((there[0] == here[0]).all() and (there[1] == here[1]).all())
     if not whole:
         raise PyroVAEError(
-            f"the guide does not reach the model's whole support at site '{name}': expected one that covers {own}, got "
-            f"{base}. What p(x, z) has elsewhere would be missing from log p(x). Choose a guide on {own}."
+            f"the guide does not cover the model's support at site '{name}': expected a support that covers {own}, got "
+            f"{base}. The mass of p(x, z) outside would be missing from log p(x). Choose a guide on {own}."
         )
     return same
 
 
 def same_support(first: Any, second: Any) -> bool:
-    """Whether one transform makes both from unconstrained space: whether their edges belong to them is no matter."""
+    """Whether one transform maps unconstrained space to both; open and closed bounds count as equal."""
     return _same_transform(biject_to(first), biject_to(second))
 
 
 def _same_transform(first: Any, second: Any) -> bool:
-    if isinstance(first, IndependentTransform) and isinstance(second, IndependentTransform):  # which has no equality
+    # IndependentTransform defines no equality.
+    if isinstance(first, IndependentTransform) and isinstance(second, IndependentTransform):
         return _same_transform(first.base_transform, second.base_transform)
     if type(first).__eq__ in (object.__eq__, Transform.__eq__):
         return type(first) is type(second)

@@ -650,7 +650,7 @@ def test_a_guide_beyond_the_models_support_is_refused_by_compiled_evaluation():
         lambda: pv.log_likelihood(model, guide, x, 50, compile=True),
         lambda: pv.compare(model, guide, x, pv.IWAE(2), compile=True),
     ):
-        with pytest.raises(ValueError, match="compiled code looks at no sample: expected a guide on the support"):
+        with pytest.raises(ValueError, match="compiled code does not check samples: expected a guide on the support"):
             evaluate()
 
 
@@ -825,7 +825,7 @@ def test_compiled_log_likelihood_is_exact_within_its_error(inductor, monkeypatch
 
 
 def test_compiled_log_likelihood_of_several_portions_and_batches(without_inductor, monkeypatch):
-    monkeypatch.setattr("pyro_vae.evaluation.estimate.ELEMENTS_AT_ONCE", 3 * 2 * 70)
+    monkeypatch.setattr("pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE", 3 * 2 * 70)
     program = LinearGaussian(3, 2, 7, wrong=True)
     for number in (50, 700):  # two data in a minibatch, and the last alone; ten portions
         ll = pv.log_likelihood(program.model, program.guide, program.x, number, compile=True, seed=0)

@@ -1,4 +1,4 @@
-"""AIS and BDMC against exact log p(x): unbiased weights, the direction of both bounds, constrained latents."""
+"""pv.ais and pv.bdmc against exact log p(x): unbiased weights, both bounds, constrained latents, refusals."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def exact_of(size, seed, x):
 def test_both_sides_are_exact_within_their_errors(seed, size):
     program = wide(size, seed)
     annealed = pv.ais(program.model, None, program.x, seed=seed, **QUICK)
-    # exp of the error has the mean 1: what the mean of the weights, rather than of their logarithm, is unbiased for
+    # The weights are unbiased for p(x), not their logarithms, so the ratio has mean 1.
     ratio = (annealed.log_weights - program.log_evidence()).exp().mean(0)
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(ratio))
 
     sandwich = pv.bdmc(program.model, None, program.x, seed=seed, **QUICK)
     exact = exact_of(size, seed, sandwich.x)
-    reverse = (exact - sandwich.upper_per_datum).exp()  # unbiased for 1, likewise
+    reverse = (exact - sandwich.upper_per_datum).exp()  # unbiased for 1
     assert abs(reverse.mean() - 1) < 4 * reverse.std() / math.sqrt(len(reverse))
     lower, upper = pv.Estimate.of(sandwich.lower.per_datum - exact), pv.Estimate.of(sandwich.upper_per_datum - exact)
     assert lower.value < 4 * lower.standard_error
@@ -41,7 +41,7 @@ def test_both_sides_are_exact_within_their_errors(seed, size):
 
 
 def test_forward_is_below_and_reverse_above():
-    """With few steps and chains both are far off, each on its own side."""
+    """With few steps and chains the lower bound is far below log p(x), and the upper bound far above."""
     program = wide((10, 4, 200))
     few = QUICK | {"num_steps": 8, "num_chains": 2}
     sandwich = pv.bdmc(program.model, None, program.x, seed=0, **few)
@@ -89,7 +89,7 @@ def test_the_step_size_adapts_from_anywhere(step_size):
 
 
 def beta_gamma(x):
-    """Two constrained latents, with exact p(x): a Beta-Bernoulli, and a Gamma-Poisson, both in a nested plate."""
+    """Three constrained latents with exact p(x): Beta-Bernoulli in a nested plate, Gamma-Poisson, and Dirichlet."""
     with pyro.plate("data", len(x)):
         rate = pyro.sample("rate", dist.Gamma(2.0, 1.5))
         share = pyro.sample("share", dist.Beta(2.0, 3.0))
@@ -126,7 +126,7 @@ def test_constrained_latents():
 
 
 def test_nested_plates_move_datum_by_datum():
-    """Latents of shape (3, N): energies are summed over the nested plate, and not over data."""
+    """Latents of shape (3, N): energies are summed over the nested plate, but not over data."""
 
     def model(x):
         with pyro.plate("data", len(x)), pyro.plate("parts", 3):
@@ -141,7 +141,7 @@ def test_nested_plates_move_datum_by_datum():
 
 
 def test_a_diverging_trajectory_is_rejected():
-    """A density that is NaN beyond 3 is met by every long step; the estimate is that of the density cut there."""
+    """Long steps reach the region beyond 3 where the density is NaN; the estimate is that of the truncated density."""
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -163,7 +163,7 @@ def wide_start(x):
 
 
 def test_labels_stay_and_data_are_simulated():
-    """A conditional model: bdmc replaces x, in the shape it is passed in, and keeps y."""
+    """In a conditional model, bdmc replaces x by simulated data of the same shape and keeps y."""
 
     def model(x, y):
         with pyro.plate("data", len(x)):
@@ -239,7 +239,7 @@ def test_refusals_of_programs():
             pyro.sample("z", dist.Uniform(0.0, 1.0))
 
     pv.ais(positive, normal, x, start="guide", **QUICK)
-    refused("does not reach the model's whole support at site 'z'", positive, unit, x, start="guide")
+    refused("does not cover the model's support at site 'z'", positive, unit, x, start="guide")
 
     def circular(x):
         with pyro.plate("data", len(x)):
@@ -292,7 +292,7 @@ def test_refusals_of_programs():
             pyro.sample("x", dist.Normal(z[..., None] + before, 1.0).to_event(1), obs=x)
 
     refused(
-        "another density, or mask, when the model is called with the data that it simulated",
+        "another density, or mask, when the model is called with its simulated data",
         forcing,
         x=torch.randn(4, 3),
         function=pv.bdmc,

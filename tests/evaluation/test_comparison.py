@@ -48,7 +48,7 @@ def test_bounds_errors_and_deviations():
         row = table.loc[key]
         noise = row.estimator_std / math.sqrt(40 * 300)
         assert abs(row.bound - exact.mean()) < 4 * noise
-        # the spread over data is that of the exact bounds, and what noise 40 repeats leave
+        # the variance over data is that of the exact bounds plus the noise of 40 repeats
         expected = math.sqrt((exact.var().item() + row.estimator_std**2 / 40) / 300)
         assert row.bound_se == pytest.approx(expected, rel=0.02)
     one, sixteen = table.loc[("ELBO, Monte Carlo KL", 1)], table.loc[("ELBO, Monte Carlo KL", 16)]
@@ -69,7 +69,7 @@ def test_gap_is_to_the_best_estimate_of_log_evidence():
     exact = program.log_evidence() - program.exact_elbo()
     noise = math.hypot(row.estimator_std / math.sqrt(5 * 300), 1 / math.sqrt(1000 * 300))
     assert abs(row.gap - exact.mean()) < 4 * noise
-    assert (table.gap + table.bound).std() < 1e-9  # all rows have one estimate
+    assert (table.gap + table.bound).std() < 1e-9  # all rows share one estimate of log p(x)
     assert table.pareto_k.nunique() == 1
     assert table.pareto_k.iloc[0] < 0.3
     for evidence, better in ((pv.ais(model, None, program.x, 30, 2), False), (annealed_above(program), True)):
@@ -96,7 +96,7 @@ def test_zero_variance_has_zero_deviation():
 
 @pytest.mark.slow
 def test_gradient_signal_to_noise_is_that_of_many_gradients():
-    """Against mean and covariance of the gradient, estimated apart from the package by plain autograd."""
+    """Against the mean and covariance of many gradients by plain autograd, without the package."""
     program = LinearGaussian(3, 2, 5, wrong=True)
     model, guide = parametrised(program)
     table = pv.compare(model, guide, program.x, [pv.IWAE(4)], repeats=1500, seed=0)
@@ -118,7 +118,7 @@ def test_signal_to_noise_of_pure_noise_is_not_overstated():
     ratios = []
     for _ in range(200):
         ratios.append(_signal_to_noise(torch.randn(5, 1000)) ** 2)
-    # without the correction it would be 1 / 5
+    # without the correction the mean would be 1 / 5
     assert sum(ratios) / len(ratios) < 0.02
 
 
@@ -127,7 +127,7 @@ def test_large_batches_are_measured_in_parts(monkeypatch):
     whole = pv.compare(*parametrised(program), program.x, [pv.IWAE(4)], repeats=2)
     monkeypatch.setattr("pyro_vae.evaluation.comparison.ROWS_AT_ONCE", 28)
     parts = pv.compare(*parametrised(program), program.x, [pv.IWAE(4)], repeats=2)
-    # with the exact posterior neither has any noise
+    # with the exact posterior as guide, neither bound has noise
     assert whole.bound.item() == pytest.approx(parts.bound.item(), abs=1e-9)
     assert whole.bound_se.item() == pytest.approx(parts.bound_se.item(), abs=1e-9)
 
@@ -142,7 +142,7 @@ def test_the_default_table():
         ("IWAE", 1), ("IWAE", 4), ("IWAE", 16), ("IWAE", 64), ("IWAE", 256),
     ]  # fmt: skip
     assert table.bound["IWAE"].is_monotonic_increasing
-    # one seed for each row: IWAE with one particle is the Monte Carlo ELBO to the last digits
+    # all rows have one seed, so IWAE with one particle equals the Monte Carlo ELBO up to rounding
     assert table.bound["IWAE", 1] == pytest.approx(table.bound["ELBO, Monte Carlo KL", 1], rel=1e-5)
     closed, sampled = table.loc[("ELBO, closed-form KL", 1)], table.loc[("ELBO, Monte Carlo KL", 1)]
     noise = math.hypot(closed.estimator_std, sampled.estimator_std) / math.sqrt(5 * len(digits.test))

@@ -1,4 +1,4 @@
-"""Bad data are refused by every evaluation, before any work, in words that say what to do."""
+"""Every evaluation refuses invalid data and programs before it starts, with a message that names the fix."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def normal(x):
 @everywhere
 @pytest.mark.parametrize("validation", [True, False])
 def test_data_outside_the_support_of_any_program(evaluation, validation):
-    """The 3,000th datum is a negative count: whatever Pyro's own setting, an evaluation looks first."""
+    """The 3,000th datum is a negative count. Evaluations check all data, whether Pyro's validation is on or off."""
     x = torch.ones(3000)
     x[-1] = -2.0
     if evaluation in (EVALUATIONS["compare"], EVALUATIONS["to_arviz"]) and not validation:
@@ -81,7 +81,7 @@ def test_data_outside_the_support_of_any_program(evaluation, validation):
 
 @everywhere
 def test_a_plate_that_is_not_over_the_rows_of_x(evaluation):
-    """A random half of the data, drawn anew at each run, or data that lie along another dimension."""
+    """The plate holds a random half of the data, or the data lie along another dimension."""
 
     def half(x):
         scale = pyro.param("scale", torch.ones(()))
@@ -114,7 +114,7 @@ def test_a_plate_that_is_not_over_the_rows_of_x(evaluation):
 
 @pytest.mark.parametrize("name", ["log_likelihood", "inference_gaps"])
 def test_a_guide_on_another_support(name):
-    """One that leaves latents out is refused by name; one that goes too far, by Pyro at the first sample there."""
+    """A guide that misses a part of the support is refused; outside the support Pyro refuses the first sample."""
 
     def positive(x):
         with pyro.plate("data", len(x)):
@@ -137,7 +137,7 @@ def test_a_guide_on_another_support(name):
     x = torch.ones(4)
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=r"log_prob at site 'z'|within the support"):
         EVALUATIONS[name](positive, normal_guide, x)
-    with pytest.raises(ValueError, match="the guide does not reach the model's whole support at site 'z'"):
+    with pytest.raises(ValueError, match="the guide does not cover the model's support at site 'z'"):
         EVALUATIONS[name](real, positive_guide, x)
 
 
@@ -157,7 +157,7 @@ def test_masked_latents_have_no_posterior(name):
 
 
 def test_modules_in_a_closure_evaluate_too():
-    """Batch norm that a plain function calls: its statistics are used, not those of the data, and stay as they were."""
+    """Batch norm in a plain function is in evaluation mode: its statistics are used and do not change."""
     norm = torch.nn.BatchNorm1d(1).double()
     norm.running_mean.fill_(0.5)
 
@@ -200,7 +200,7 @@ def test_one_datum_has_no_error_bar(evaluation):
     if evaluation is EVALUATIONS["to_arviz"]:
         assert evaluation(vae.model, vae.guide, binary()[:1])["posterior"]["z"].shape == (1, 5, 1, 2)
     else:
-        with pytest.raises(ValueError, match="at least 2 data, whose spread is the error bar, got 1"):
+        with pytest.raises(ValueError, match="at least 2 data, since their spread is the error bar, got 1"):
             evaluation(vae.model, vae.guide, binary()[:1])
 
 

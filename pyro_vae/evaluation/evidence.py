@@ -1,0 +1,183 @@
+"""Records of estimates of log p(x) for each datum, with errors and diagnostics, made from importance weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pyro_vae.errors import NotFiniteError, PyroVAEError
+from pyro_vae.evaluation.diagnostics import HIGH_K, effective_sample_size, pareto_k
+from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.evaluation.pieces import Args
+
+
+@dataclass(frozen=True)
+class Evidence:
+    r"""Estimates of log p(x_n) from K importance weights for each datum.
+
+    Attributes:
+        per_datum: :math:`\log \frac1K \sum_k w_{kn}` in nats, (N,); minus infinity where all weights are zero.
+        per_datum_error: its Monte Carlo standard error by the delta method,
+            :math:`\operatorname{std}_k(w_{kn}) / (\sqrt K \, \bar w_n)`, in nats, (N,). It is too small where k-hat is
+            above 0.7.
+        ess: the effective sample size :math:`(\sum_k w_{kn})^2 / \sum_k w_{kn}^2`, between 1 and K, (N,).
+        zero_weights: the number of weights that are zero, (N,). They count in all the other numbers.
+        num_samples: K.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> evidence = pv.Evidence.from_weights(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))
+        >>> evidence.ess.tolist(), evidence.zero_weights.tolist()
+        ([2.0, 1.0], [0, 1])
+    """
+
+    per_datum: Tensor
+    per_datum_error: Tensor
+    ess: Tensor
+    zero_weights: Tensor
+    num_samples: int
+
+    _not_per_datum: ClassVar[tuple[str, ...]] = ("num_samples",)
+
+    @classmethod
+    def from_weights(cls, log_w: Tensor, /, **other_fields: Any) -> Self:
+        """The record of log-weights (K, N); `other_fields` are those that a subclass adds.
+
+        Raises:
+            FloatingPointError: a log-weight is NaN or plus infinity.
+        """
+        if bool((log_w.isnan() | (log_w == math.inf)).any()):
+            raise NotFiniteError(
+                "expected log-weights that are finite, or minus infinity for a weight of zero, got NaN or plus "
+                "infinity. Look for scales of zero or densities that overflow: pv.log_weights(...).isfinite() shows "
+                "for which data."
+            )
+        number = len(log_w)
+        top = log_w.max(0).values
+        weights = (log_w - torch.where(top.isfinite(), top, 0.0)).exp()
+        mean = weights.mean(0)
+        return cls(
+            per_datum=top + mean.log(),
+            per_datum_error=weights.std(0) / (math.sqrt(number) * mean),
+            ess=effective_sample_size(weights),
+            zero_weights=(log_w == -math.inf).sum(0),
+            num_samples=number,
+            **other_fields,
+        )
+
+    @property
+    def estimate(self) -> Estimate:
+        """The mean over data, with its standard error over data, which includes the Monte Carlo error."""
+        return Estimate.of(self.per_datum)
+
+    @property
+    def mean(self) -> float:
+        """The mean over data, in nats per datum."""
+        return self.estimate.value
+
+    @property
+    def standard_error(self) -> float:
+        r"""The standard error of the mean over data, :math:`\operatorname{std}_n / \sqrt N`, in nats."""
+        return self.estimate.standard_error
+
+    @property
+    def monte_carlo_error(self) -> float:
+        r"""The Monte Carlo error of the mean for these data, :math:`\frac1N \sqrt{\sum_n \mathrm{se}_n^2}`, in nats."""
+        return self.per_datum_error.square().sum().sqrt().item() / len(self.per_datum_error)
+
+    def of(self, rows: slice) -> Self:
+        """The record of some of the data."""
+        return replace(self, **{name: getattr(self, name)[..., rows] for name in self._per_datum_fields()})
+
+    @classmethod
+    def _per_datum_fields(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.name not in cls._not_per_datum]
+
+    def _zeros(self) -> str:
+        lost = int((self.zero_weights == self.num_samples).sum())
+        some = int((self.zero_weights > 0).sum())
+        if not some:
+            return ""
+        return (
+            f"; weights of zero at {some} data, all of them at {lost}" if lost else f"; weights of zero at {some} data"
+        )
+
+
+@dataclass(frozen=True)
+class LogLikelihood(Evidence):
+    r"""The result of :func:`pyro_vae.log_likelihood`; see :class:`pyro_vae.Evidence` for the other attributes.
+
+    Attributes:
+        elbo: the mean log-weight :math:`\frac1K \sum_k \log w_{kn}`, which estimates the ELBO, in nats, (N,).
+        pareto_k: :func:`pyro_vae.pareto_k` of each datum's weights, (N,); NaN where no fit is possible.
+    """
+
+    elbo: Tensor = field(repr=False)
+    pareto_k: Tensor = field(repr=False)
+
+    @classmethod
+    def from_weights(cls, log_w: Tensor, /, **other_fields: Any) -> Self:
+        """The record of log-weights (K, N); see :meth:`pyro_vae.Evidence.from_weights`."""
+        return super().from_weights(log_w, elbo=log_w.mean(0), pareto_k=pareto_k(log_w), **other_fields)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self], num_data: int, device: torch.device) -> Self:
+        """One record of all data from those of consecutive minibatches."""
+        # Each part is copied into one preallocated block and dropped. Small tensors kept for each minibatch would pin
+        # the memory of the large ones between them.
+        names = cls._per_datum_fields()
+        block = torch.full((len(names), num_data), math.nan, dtype=torch.float64, device=device)
+        done = num_samples = 0
+        for part in parts:
+            size, num_samples = len(part.per_datum), part.num_samples
+            for row, name in zip(block, names, strict=True):
+                row[done : done + size] = getattr(part, name)
+            done += size
+            del part
+        columns = dict(zip(names, block, strict=True))
+        columns["zero_weights"] = columns["zero_weights"].long()
+        return cls(**columns, num_samples=num_samples)
+
+    def where(self, condition: Tensor, other: Self) -> Self:
+        """The record with these values for data where `condition` (N,) holds, and those of `other` elsewhere."""
+        chosen: dict[str, Any] = {
+            name: torch.where(condition, getattr(self, name), getattr(other, name)) for name in self._per_datum_fields()
+        }
+        return replace(self, **chosen)
+
+    @property
+    def share_high_k(self) -> float:
+        """The share of data whose k-hat is above 0.7."""
+        return (self.pareto_k > HIGH_K).double().mean().item()
+
+    @property
+    def share_no_k(self) -> float:
+        """The share of data without a k-hat."""
+        return self.pareto_k.isnan().double().mean().item()
+
+    @property
+    def kl_to_posterior(self) -> Estimate:
+        """KL(q(z|x) || p(z|x)) = log p(x) - ELBO, averaged over data: how much a perfect guide would raise the ELBO."""
+        return Estimate.of(self.per_datum - self.elbo)
+
+    def __str__(self) -> str:
+        without = f", {self.share_no_k:.1%} without" if self.share_no_k else ""
+        return (
+            f"log p(x) = {self.estimate} nats per datum (importance sampling, K = {self.num_samples}, "
+            f"N = {len(self.per_datum)}; Monte Carlo error {self.monte_carlo_error:.2g}, median ESS "
+            f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self.share_high_k:.1%}{without}{self._zeros()})"
+        )
+
+
+def check_same_data(evidence: Evidence, args: Args) -> None:
+    """Raise an error unless the estimates are as many as the data."""
+    if len(evidence.per_datum) != len(args[0]):
+        raise PyroVAEError(
+            f"expected log_likelihood to be of the same data, got {len(evidence.per_datum)} of them for {len(args[0])} "
+            "data. Estimate it on x."
+        )

@@ -1,0 +1,224 @@
+"""Hamiltonian Monte Carlo for many data at once: chains in unconstrained space, transitions, step size adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_vae.engine.agreement import family, unwrapped
+from pyro_vae.engine.batch_plate import Sites
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, prior, run_at, shape_beside
+from pyro_vae.engine.weights import log_density, per_datum, terms
+from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.pieces import Args
+from pyro_vae.evaluation.supports import same_support
+
+ACCEPTANCE = 0.65  # acceptance rate that the step size is adapted to, from Neal's analysis of HMC
+GAIN = 0.3  # change of the log step size for each unit of excess acceptance, in each transition of the trial
+TRIAL = 5  # the trial has one transition for every five
+CIRCULAR = {"VonMises", "SineBivariateVonMises"}  # families that declare real support and have periodic densities
+JITTER = 0.2  # relative jitter of the step size, so that no trajectory is exactly one period long
+
+
+@dataclass(frozen=True)
+class State:
+    """The chains' unconstrained positions, with both log-densities (C, N) and their derivatives there."""
+
+    position: dict[str, Tensor]
+    log_base: Tensor
+    log_joint: Tensor
+    base_slope: dict[str, Tensor]
+    joint_slope: dict[str, Tensor]
+
+    def log_density(self, temperature: float) -> Tensor:
+        """The annealed log-density, (C, N)."""
+        return (1 - temperature) * self.log_base + temperature * self.log_joint
+
+    def slope(self, name: str, temperature: float) -> Tensor:
+        """The derivative of the annealed log-density in a site's position."""
+        return (1 - temperature) * self.base_slope[name] + temperature * self.joint_slope[name]
+
+
+class Chains:
+    """`num_chains` chains for each datum, between the density of a base (the prior if None, or a guide) and p(x, z).
+
+    A datum's density depends on its own latents alone, so every chain of every datum is a system of its own. One
+    backward pass through the sum of their densities differentiates all of them.
+    """
+
+    def __init__(self, model: Program, base: Program | None, args: Args, num_chains: int) -> None:
+        self.model, self.base, self.args, self.num_chains = model, base, args, num_chains
+        self.guide = prior(model) if base is None else base
+        self.nesting = find_max_plate_nesting(model, self.guide, args, {}, in_plate=True)
+        first, second = self._draw(), self._draw()
+        self.example = first  # for the shapes of the sites
+        self.names = [name for name, site in first.model.items() if not site["is_observed"]]
+        _check_latents(first.model, first.guide, second.model)
+        self.transforms = {name: biject_to(first.model[name]["fn"].support) for name in self.names}
+
+    def _draw(self) -> Run:
+        return draw(self.model, self.guide, self.args, self.num_chains, self.nesting)
+
+    def start(self) -> State:
+        """The state at samples from the base."""
+        run = self._draw()
+        return self._state_at({name: run.guide[name]["value"] for name in self.names})
+
+    def start_at(self, latents: dict[str, Tensor]) -> State:
+        """The state with all chains at the same latents."""
+        values = {}
+        for name in self.names:
+            shape = self.example.guide[name]["value"].shape
+            value = latents[name]
+            values[name] = value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape)).expand(shape)
+        return self._state_at(values)
+
+    def _state_at(self, values: dict[str, Tensor]) -> State:
+        return self.densities_at({name: self.transforms[name].inv(value) for name, value in values.items()})
+
+    @torch.enable_grad()
+    def densities_at(self, position: dict[str, Tensor]) -> State:
+        """Both log-densities at an unconstrained position, including the log-Jacobian, with their derivatives."""
+        leaves = {name: value.detach().requires_grad_() for name, value in position.items()}
+        values = {name: self.transforms[name](leaf) for name, leaf in leaves.items()}
+
+        def read(run: Run) -> tuple[Tensor, Tensor]:
+            volume: Any = 0.0
+            for name in self.names:
+                log_volume = self.transforms[name].log_abs_det_jacobian(leaves[name], values[name])
+                log_volume = _sum_from(log_volume, run.guide[name]["unscaled_log_prob"].dim())
+                volume = volume + per_datum(run, run.guide[name], log_volume)
+            return log_density(run, terms(run.guide)) + volume, log_density(run, terms(run.model)) + volume
+
+        densities = run_at(self.model, self.base, self.args, values, self.num_chains, self.nesting, read=read)
+        slopes = [
+            torch.autograd.grad(
+                density.sum(), list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for density in densities
+        ]
+        log_base, log_joint = (density.detach().double() for density in densities)
+        base_slope, joint_slope = (dict(zip(leaves, slope, strict=True)) for slope in slopes)
+        detached = {name: leaf.detach() for name, leaf in leaves.items()}
+        return State(detached, log_base, log_joint, base_slope, joint_slope)
+
+    def adapt(self, temperatures: Tensor, step_size: float, num_leapfrog: int, bar: Any) -> Tensor:
+        """A step size for each transition and datum, (T - 1, N), from a trial with fewer transitions."""
+        number = len(temperatures) - 2
+        trial = torch.linspace(0, number - 1, trial_length(number)).round().long().unique()
+        state, log_step = self.start(), None
+        found = []
+        for t in trial.tolist():
+            if log_step is None:
+                log_step = torch.full_like(state.log_base[0], step_size).log()
+            state, probability = self.transition(state, temperatures[t + 1].item(), log_step.exp(), num_leapfrog)
+            log_step = log_step + GAIN * (probability.mean(0) - ACCEPTANCE)
+            found.append(log_step)
+            bar.update()
+        nearest = torch.bucketize(torch.arange(number), trial).clamp(max=len(trial) - 1)
+        return torch.stack(found)[nearest].exp()
+
+    def transition(
+        self, state: State, temperature: float, step_size: Tensor, num_leapfrog: int
+    ) -> tuple[State, Tensor]:
+        """One transition at one temperature: the new state and the acceptance probabilities (C, N)."""
+        jitter = 1 + JITTER * (2 * torch.rand_like(state.log_base) - 1)
+        steps = self._by_site(jitter * step_size)
+        momentum = {name: torch.randn_like(value) for name, value in state.position.items()}
+        energy = self._kinetic(momentum) - state.log_density(temperature)
+        proposal = state
+        for _ in range(num_leapfrog):
+            half = {n: p + 0.5 * steps[n] * proposal.slope(n, temperature) for n, p in momentum.items()}
+            position = {n: proposal.position[n] + steps[n] * p for n, p in half.items()}
+            proposal = self.densities_at(position)
+            momentum = {n: p + 0.5 * steps[n] * proposal.slope(n, temperature) for n, p in half.items()}
+        change = energy - (self._kinetic(momentum) - proposal.log_density(temperature))
+        # A diverging trajectory ends in NaN. It is rejected, like one of infinite energy.
+        probability = torch.where(change.isnan(), 0.0, change.clamp(max=0).exp())
+        return self._choose(torch.rand_like(probability) < probability, proposal, state), probability
+
+    def _choose(self, accept: Tensor, proposal: State, state: State) -> State:
+        accept_by_site = self._by_site(accept)
+
+        def pick(new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: torch.where(accept_by_site[name], new[name], old[name]) for name in new}
+
+        return State(
+            pick(proposal.position, state.position),
+            torch.where(accept, proposal.log_base, state.log_base),
+            torch.where(accept, proposal.log_joint, state.log_joint),
+            pick(proposal.base_slope, state.base_slope),
+            pick(proposal.joint_slope, state.joint_slope),
+        )
+
+    def _by_site(self, matrix: Tensor) -> dict[str, Tensor]:
+        """A matrix (C, N) in each site's dtype, in a shape that broadcasts to the site's value."""
+        shaped = {}
+        for name in self.names:
+            site = self.example.guide[name]
+            values = matrix.reshape(shape_beside(self.example, site))
+            shaped[name] = values.to(site["value"]) if matrix.is_floating_point() else values
+        return shaped
+
+    def _kinetic(self, momentum: dict[str, Tensor]) -> Tensor:
+        energy: Any = 0.0
+        for name, p in momentum.items():
+            site = self.example.guide[name]
+            squares = _sum_from(0.5 * p.square(), site["unscaled_log_prob"].dim())
+            energy = energy + per_datum(self.example, site | {"mask": None}, squares)
+        return energy
+
+
+def trial_length(number: int) -> int:
+    """How many transitions the trial for `number` transitions has."""
+    return max(min(number, 50), number // TRIAL)
+
+
+def _sum_from(value: Tensor, dim: int) -> Tensor:
+    """Sum over the event dimensions, from `dim` on."""
+    return value.flatten(dim).sum(-1) if value.dim() > dim else value
+
+
+def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
+    """Raise an error unless each latent has one continuous, flat space in model, guide and a second run."""
+    for name, site in guide.items():
+        if name not in model or isinstance(unwrapped(site["fn"]), Delta):
+            raise PyroVAEError(
+                f"guide site '{name}' is auxiliary, or a point: expected a guide with a density at each latent site of "
+                "the model alone, since annealing moves the latents themselves. Pass start='prior'."
+            )
+        own, base, kind = model[name]["fn"].support, site["fn"].support, family(model[name]["fn"])
+        if own.is_discrete:
+            raise PyroVAEError(
+                f"model site '{name}' is discrete ({kind}): expected continuous latents, which Hamiltonian transitions "
+                "can move. Sum it out of the model, or use pv.log_likelihood."
+            )
+        if kind in CIRCULAR or not _has_flat_space(own):
+            raise PyroVAEError(
+                f"model site '{name}' is on a curved or periodic space ({kind}): expected latents with a one-to-one "
+                "transform to as many unconstrained numbers. Use pv.log_likelihood."
+            )
+        if not same_support(own, again[name]["fn"].support):
+            raise PyroVAEError(
+                f"model site '{name}' has a support that depends on another latent: expected fixed bounds. Sample it "
+                "on fixed bounds and transform it."
+            )
+        if not same_support(own, base):
+            raise PyroVAEError(
+                f"model and guide disagree on the support of site '{name}': expected one support, got {own} in the "
+                f"model and {base} in the guide. Choose a guide on {own}, or pass start='prior'."
+            )
+
+
+def _has_flat_space(support: Any) -> bool:
+    try:
+        transform = biject_to(support)
+    except NotImplementedError:
+        return False
+    return bool(transform.domain.event_dim == transform.codomain.event_dim)

@@ -1,0 +1,158 @@
+"""The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.engine.batch_plate import Sites, find_batch_plate
+from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.modules import Program, evaluating, find_modules
+from pyro_vae.engine.program import labelled, prior, sample_sites, trace_once
+from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.supports import check_covers
+
+ELEMENTS_AT_ONCE = 2**21  # data elements times particles in one run: 8 MB of float32; fewer cost more of Python's time
+
+Args = tuple[Tensor, ...]  # the program's arguments; the rows of every tensor are the data
+
+
+def arguments(x: Any) -> Args:
+    """The program's arguments as tensors: at least 2 data, since their spread is the error bar, and all finite."""
+    data = Minibatches(x, None, "x")
+    if data.size is None:
+        raise PyroVAEError("expected x to be tensors, got a DataLoader. Pass a split of pv.data, or its tensors.")
+    if data.size < 2:
+        raise PyroVAEError(
+            f"expected at least 2 data, since their spread is the error bar, got {data.size}. Pass more rows. "
+            "pv.log_weights takes a single one."
+        )
+    (args,) = Minibatches(x, data.size, "x").in_order()
+    return args
+
+
+def check_count(name: str, value: Any, at_least: int, why: str = "") -> None:
+    """Raise an error unless the argument `name` is an integer of `at_least` or more."""
+    if not isinstance(value, int) or value < at_least:
+        raise PyroVAEError(f"expected {name} to be an integer, at least {at_least}{why}, got {value!r}.")
+
+
+def rows_at_once(args: Args) -> int:
+    """How many rows, which are data times particles, one run of the program should have."""
+    return max(1, ELEMENTS_AT_ONCE // max(1, args[0][0].numel()))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Checked data that may be split into minibatches.
+
+    Attributes:
+        args: the program's arguments.
+        divisible: whether the program gives a datum the same densities in every minibatch.
+        same_supports: whether model and guide have the same support at every latent site.
+    """
+
+    args: Args
+    divisible: bool
+    same_supports: bool = True
+
+    def minibatches(self, size: int) -> list[Args]:
+        """Minibatches of `size` data; one with all data where the program is not divisible."""
+        if not self.divisible:
+            return [self.args]
+        return list(zip(*(column.split(max(1, size)) for column in self.args), strict=True))
+
+
+@contextmanager
+def checked(model: Program, guide: Program | None, args: Args) -> Iterator[Pieces]:
+    """Check the program by one run on all data with Pyro's validation, then yield the data for an evaluation.
+
+    Inside the context modules are in evaluation mode, no gradients are recorded, and Pyro's validation is off.
+    Validation checks every density and would take a third of the time.
+    """
+    guide = prior(model) if guide is None else guide
+    # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system
+    # and fetches it again page by page, which takes a third of the time.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+    with evaluating(find_modules(model, guide)), torch.no_grad():
+        pieces = Pieces(args, is_divisible(model, guide, args))
+        for piece in pieces.minibatches(rows_at_once(args)):
+            with pyro.validation_enabled():
+                same_supports = _check(trace_once(model, guide, *piece), len(piece[0]))
+        # Where the guide's support exceeds the model's, Pyro must check every sample.
+        with pyro.validation_enabled(not same_supports):
+            yield replace(pieces, same_supports=same_supports)
+
+
+def is_divisible(model: Program, guide: Program, args: Args) -> bool:
+    """Whether a datum has the same densities in every minibatch, so that the data may be split.
+
+    It is false for a guide with parameters for each datum: on other rows that guide fails, or uses another datum's
+    parameters.
+    """
+    half = min(len(args[0]) // 2, 4)
+    first, second = (tuple(column[start : 2 * half] for column in args) for start in (0, half))
+    try:
+        whole = [sample_sites(trace) for trace in trace_once(model, guide, *first)]
+        plate = find_batch_plate(labelled(*whole))
+        values = {}
+        for name, site in whole[1].items():
+            values[name] = site["value"].narrow(plate.dim - site["fn"].event_dim, half, half)
+        part = [sample_sites(trace) for trace in trace_once(model, guide, *second, values=values)]
+        return all(
+            torch.allclose(
+                site["unscaled_log_prob"].narrow(plate.dim, half, half),
+                other[name]["unscaled_log_prob"],
+                rtol=1e-4,
+                atol=1e-3,
+                equal_nan=True,
+            )
+            for sites, other in zip(whole, part, strict=True)
+            for name, site in sites.items()
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, KeyError):
+        return False  # a program that fails on any data fails again on all data, with its own message
+
+
+def _check(traces: tuple[Trace, Trace], number: int) -> bool:
+    """Check the data's supports, the batch plate and the guide's supports.
+
+    Returns:
+        Whether model and guide have the same support at every latent site.
+    """
+    try:
+        model, guide = (sample_sites(trace) for trace in traces)
+    except ValueError as error:
+        error.add_note(
+            "pyro_vae checks all data before an evaluation: expected values in the support of the distribution at that "
+            "site. Convert or drop the values outside, or choose another distribution."
+        )
+        raise
+    check_plate(model, guide, number)
+    return same_supports(model, guide)
+
+
+def same_supports(model: Sites, guide: Sites) -> bool:
+    """Whether model and guide have the same supports; an error where the guide misses a part of the model's."""
+    same = [check_covers(name, model[name]["fn"], guide[name]["fn"]) for name in guide if name in model]
+    return all(same)
+
+
+def check_plate(model: Sites, guide: Sites, number: int) -> None:
+    """Raise an error unless the batch plate has one row for each of `number` rows of x."""
+    plate = find_batch_plate(labelled(model, guide))
+    if plate.size != number:
+        raise PyroVAEError(
+            f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over all rows "
+            "of x. Pass data along the first dimension of x, and no subsample_size to an evaluation. Where two plates "
+            "hold every site, the data are the rows of the outer one."
+        )

@@ -1,0 +1,54 @@
+"""Simulated data for bdmc: the model's own draws of x and z, with x as arguments of the model."""
+
+from __future__ import annotations
+
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from torch import Tensor
+
+from pyro_vae.engine.agreement import equal, same_masks, unwrapped
+from pyro_vae.engine.modules import Program
+from pyro_vae.engine.program import sample_sites
+from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.pieces import Args
+
+
+def simulate_data(model: Program, args: Args) -> tuple[Args, dict[str, Tensor]]:
+    """Draw x and z from p(x, z): the arguments with the drawn x in place of the observed one, and z by site.
+
+    Raises:
+        ValueError: the model has a factor, observes something that is not an argument, or has another density when it
+            is called with the simulated data.
+    """
+    observed = sample_sites(poutine.trace(model).get_trace(*args))
+    trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)
+    drawn = sample_sites(trace)
+    replaced, latents = list(args), {}
+    for name, site in observed.items():
+        value = site["value"]
+        if not site["is_observed"]:
+            latents[name] = drawn[name]["value"]
+            continue
+        if isinstance(unwrapped(site["fn"]), Unit):
+            raise PyroVAEError(
+                f"model site '{name}' is a factor: expected a model that can be simulated. Use pv.ais, on data."
+            )
+        places = [i for i, a in enumerate(args) if a.numel() == value.numel() and equal(a.reshape(value.shape), value)]
+        if not places:
+            raise PyroVAEError(
+                f"model site '{name}' observes something that is not an argument of the model: expected obs= to be an "
+                "unchanged argument, so that simulated data can take its place. Preprocess x before the call."
+            )
+        for place in places:
+            replaced[place] = drawn[name]["value"].reshape(args[place].shape).to(args[place])
+    again = sample_sites(poutine.trace(poutine.replay(model, trace=trace)).get_trace(*replaced))
+    for name in observed:
+        first, second = drawn[name]["unscaled_log_prob"], again[name]["unscaled_log_prob"]
+        same = torch.allclose(first, second, rtol=1e-3, atol=1e-2, equal_nan=True)
+        if not same or not same_masks(drawn[name], again[name]):
+            raise PyroVAEError(
+                f"model site '{name}' has another density, or mask, when the model is called with its simulated data: "
+                "expected a model that uses x only in obs=, so that one run can simulate it. Use pv.ais, on data."
+            )
+    return tuple(replaced), latents

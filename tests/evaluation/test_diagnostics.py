@@ -1,0 +1,93 @@
+"""Pareto k-hat against known tails and against ArviZ, and the warning of a high k-hat."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+
+
+def narrow(spread):
+    """A posterior and a guide that are normal, of standard deviations 1 and `spread`: the tail is 1 - spread^2."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 2**0.5))
+            pyro.sample("x", dist.Normal(z, 2**0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, spread))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("spread", [0.4, 0.5, 0.6, 0.7, 0.8])
+def test_pareto_k_follows_the_tail_of_a_narrow_guide(spread):
+    """A normal's tail approaches a power law slowly, hence many samples and a margin of the fit's own error."""
+    model, guide = narrow(spread)
+    log_w = pv.log_weights(model, guide, torch.zeros(40, dtype=torch.float64), num_particles=20_000)
+    shapes = pv.pareto_k(log_w)
+    tail = math.ceil(3 * math.sqrt(20_000))
+    k = 1 - spread**2
+    assert abs(shapes.mean().item() - k) < 2 * (1 + k) / math.sqrt(tail)
+    assert shapes.std().item() == pytest.approx((1 + k) / math.sqrt(tail), rel=0.6)
+
+
+def test_pareto_k_is_the_same_on_both_lines_of_arviz():
+    """ArviZ 0.23 and 1.3 differ by 0.01: their tails differ by one sample, and their log-ratios in sign."""
+    generator = torch.Generator().manual_seed(0)
+    log_w = -0.8 * torch.rand(4000, 3, generator=generator, dtype=torch.float64).log()
+    log_w[:, 1] *= 0.5
+    log_w[:, 2] = -log_w[:, 2]  # bounded above, which a wrong sign would confuse with a heavy tail
+    shapes = pv.pareto_k(log_w)
+    torch.testing.assert_close(
+        shapes[:2], torch.tensor([0.8, 0.4], dtype=torch.float64), rtol=0, atol=4 * 1.8 / math.sqrt(190)
+    )
+    assert shapes[2] < 0
+
+
+def test_pareto_k_takes_weights_as_log_weights_gives_them():
+    """Log-weights may require gradients."""
+    log_w = torch.randn(100, 2, requires_grad=True)
+    torch.testing.assert_close(pv.pareto_k(log_w), pv.pareto_k(log_w.detach()))
+
+
+def test_pareto_k_that_cannot_be_computed_is_nan():
+    log_w = torch.randn(100, 4, dtype=torch.float64)
+    log_w[:, 0] = 1.5
+    log_w[:, 1] = -math.inf
+    log_w[3, 2] = math.nan
+    shapes = pv.pareto_k(log_w)
+    assert shapes.isnan().tolist() == [True, True, True, False]
+    assert pv.pareto_k(torch.randn(10, 2)).isnan().all()
+
+
+def test_high_k_is_warned_of_with_what_to_do():
+    model, guide = narrow(0.3)
+    with pytest.warns(UserWarning, match=r"of the data have a Pareto k-hat above 0\.7.*more flexible guide.*pv\.ais"):
+        result = pv.log_likelihood(model, guide, torch.zeros(20), 2000)
+    assert result.share_high_k > 0.5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:arviz")
+@pytest.mark.parametrize("number", [25, 100, 224, 226, 230, 1000, 5000, 20_001])
+def test_pareto_k_is_arvizs_of_the_whole_sample(number):
+    log_w = 2 * torch.randn(number, 3, dtype=torch.float64)
+    rows = log_w.T.numpy()
+    try:
+        from arviz_stats.base import array_stats
+
+        whole = array_stats.psislw(-rows, axis=-1)[1]
+    except ImportError:
+        import arviz
+
+        whole = arviz.psislw(rows)[1]
+    whole = np.where(np.isfinite(whole), whole, np.nan)
+    np.testing.assert_allclose(pv.pareto_k(log_w).numpy(), whole, rtol=1e-9)
