@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.compiled.recording import record, unchanged, writes_undone
 from pyro_vae.engine import rng
-from pyro_vae.engine.modules import PyroFunction, eval_mode, find_modules
+from pyro_vae.engine.modules import eval_mode
 from pyro_vae.errors import MissingCompilerError, PyroVAEError
 
 MAX_KINDS = 8  # of arguments that one function is compiled for
@@ -58,20 +58,18 @@ class CompiledFunction:
 
     Arguments:
         function: the function to compile; it returns tensors, or None among them.
-        model: the model that it runs.
-        guide: the guide that it runs.
+        modules: the modules of the program that it runs.
         on_compile: called with None before each compilation, and with its result after it.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
-        model: PyroFunction,
-        guide: PyroFunction,
+        modules: list[nn.Module],
         on_compile: OnCompile | None = None,
     ) -> None:
         self.function = function
-        self.modules = find_modules(model, guide)
+        self.modules = modules
         self.on_compile = on_compile
         self.compiled: dict[Any, Compiled] = {}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.compiled.function import CompiledFunction, OnCompile
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.parameters import require_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
@@ -91,7 +91,7 @@ class CompiledStep:
                 self.optimizer.zero_grad()  # a parameter that is frozen now must not step by its last gradient
             self._compiled_objective = copy.copy(self.objective)  # its settings become tensors
             self.loss_and_gradients = CompiledFunction(
-                self._loss_and_gradients, self.model, self.guide, self.on_compile
+                self._loss_and_gradients, find_modules(self.model, self.guide), self.on_compile
             )
         settings = {name: self._constant(value) for name, value in self.objective.scheduled().items()}
         loss, *gradients = self.loss_and_gradients(settings, args, kwargs)

@@ -183,7 +183,3 @@ def _in_other_turn(first: Site, second: Site) -> bool:
     """Whether two sites are in different turns of one sequential plate, which do not depend on each other."""
     turns = {frame.name: frame.counter for frame in first["cond_indep_stack"] if not frame.vectorized}
     return any(turns.get(frame.name, frame.counter) != frame.counter for frame in second["cond_indep_stack"])
-
-
-from pyro_vae.engine.sites import equal  # noqa
-from pyro_vae.engine.supports import interval, plain  # noqa

@@ -52,7 +52,3 @@ def eval_mode(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
         hook.remove()
         for part in training:
             part.training = True
-
-
-evaluating = eval_mode
-Program = PyroFunction

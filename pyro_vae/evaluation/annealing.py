@@ -21,7 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.engine import rng
-from pyro_vae.engine.modules import Program
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
 from pyro_vae.evaluation.estimate import Estimate
@@ -96,9 +98,10 @@ class Sandwich:
         )
 
 
+@takes_program
 def ais(
-    model: Program,
-    guide: Program | None,
+    model: PyroFunction,
+    guide: PyroFunction | None,
     x: Any,
     num_steps: int = NUM_STEPS,
     num_chains: int = NUM_CHAINS,
@@ -146,7 +149,7 @@ def ais(
         >>> import torch, pyro, pyro_vae as pv
         >>> pyro.set_rng_seed(0)
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
-        >>> annealed = pv.ais(vae.model, None, torch.randn(8, 5), num_steps=50, num_chains=4, seed=0)
+        >>> annealed = pv.ais(vae, torch.randn(8, 5), num_steps=50, num_chains=4, seed=0)
         >>> annealed.per_datum.shape
         torch.Size([8])
 
@@ -156,14 +159,14 @@ def ais(
         ICLR.
     """
     args = arguments(x)
-    base = _base(guide, start)
+    program = Program(model, _base(guide, start), args)
     settings = _settings(num_steps, num_chains, schedule, num_leapfrog, step_size)
-    with checked(model, base, args) as data, rng.seeded(seed):
+    with checked(program) as data, rng.seeded(seed):
         pieces = data.minibatches(rows_at_once(args) // num_chains)
         weights, accepted = [], []
         with _bar(settings, len(pieces), 1, progress) as bar:
             for piece in pieces:
-                chains = Chains(model, base, piece, num_chains)
+                chains = Chains(program.on(piece), num_chains)
                 steps = chains.adapt(settings.temperatures, step_size, num_leapfrog, bar)
                 log_w, acceptance = _anneal(chains, chains.start(), settings, steps, bar)
                 weights.append(log_w)
@@ -171,9 +174,10 @@ def ais(
     return _joined(weights, accepted)
 
 
+@takes_program
 def bdmc(
-    model: Program,
-    guide: Program | None,
+    model: PyroFunction,
+    guide: PyroFunction | None,
     x: Any,
     num_steps: int = NUM_STEPS,
     num_chains: int = NUM_CHAINS,
@@ -208,7 +212,7 @@ def bdmc(
         >>> import torch, pyro, pyro_vae as pv
         >>> pyro.set_rng_seed(0)
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
-        >>> sandwich = pv.bdmc(vae.model, None, torch.randn(8, 5), num_steps=50, num_chains=4, seed=0)
+        >>> sandwich = pv.bdmc(vae, torch.randn(8, 5), num_steps=50, num_chains=4, seed=0)
         >>> bool(sandwich.upper.value > sandwich.lower.mean)
         True
 
@@ -218,15 +222,15 @@ def bdmc(
         ICLR.
     """
     args = arguments(x)
-    base = _base(guide, start)
+    program = Program(model, _base(guide, start), args)
     settings = _settings(num_steps, num_chains, schedule, num_leapfrog, step_size)
-    with checked(model, base, args) as data, rng.seeded(seed):
+    with checked(program) as data, rng.seeded(seed):
         forward, backward, accepted, simulated = [], [], [], []
         pieces = data.minibatches(rows_at_once(args) // num_chains)
         with _bar(settings, len(pieces), 2, progress) as bar:
             for piece in pieces:
                 piece, latents = simulate_data(model, piece)
-                chains = Chains(model, base, piece, num_chains)
+                chains = Chains(program.on(piece), num_chains)
                 steps = chains.adapt(settings.temperatures, step_size, num_leapfrog, bar)
                 log_w, acceptance = _anneal(chains, chains.start(), settings, steps, bar)
                 reverse, _ = _anneal(chains, chains.start_at(latents), settings.reversed(), steps.flip(0), bar)
@@ -266,7 +270,7 @@ def _joined(log_weights: list[Tensor], acceptance: list[Tensor]) -> AnnealedLike
     return AnnealedLikelihood.from_weights(torch.cat(log_weights, 1), acceptance=torch.cat(acceptance, 1).mean(1))
 
 
-def _base(guide: Program | None, start: str) -> Program | None:
+def _base(guide: PyroFunction | None, start: str) -> PyroFunction | None:
     if start not in ("prior", "guide"):
         raise PyroVAEError(f"expected start to be 'prior' or 'guide', got {start!r}.")
     if start == "guide" and guide is None:

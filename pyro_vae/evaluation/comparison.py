@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.compiled.step import check_compiled
 from pyro_vae.engine import rng
-from pyro_vae.engine.modules import Program, evaluating, find_modules
-from pyro_vae.engine.program import find_parameters, sample_sites, trace_once
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction, eval_mode
+from pyro_vae.engine.parameters import find_parameters
+from pyro_vae.engine.program import Program, sample_sites
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
@@ -31,9 +33,10 @@ from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 ROWS_AT_ONCE = 2**15  # data times particles in one run: 100 MB for each float32 tensor of 784 pixels
 
 
+@takes_program
 def compare(
-    model: Program,
-    guide: Program,
+    model: PyroFunction,
+    guide: PyroFunction,
     x: Any,
     objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None = None,
     *,
@@ -101,7 +104,7 @@ def compare(
         >>> import torch, pyro, pyro_vae as pv
         >>> pyro.set_rng_seed(0)
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
-        >>> table = pv.compare(vae.model, vae.guide, torch.randn(64, 5), [pv.ELBO(), pv.IWAE(64)], seed=0)
+        >>> table = pv.compare(vae, torch.randn(64, 5), [pv.ELBO(), pv.IWAE(64)], seed=0)
         >>> bool(table.bound["IWAE", 64] > table.bound["ELBO, closed-form KL", 1])
         True
 
@@ -112,17 +115,17 @@ def compare(
     check_count("repeats", repeats, 2, ", whose spread is the estimator's")
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)
-    with evaluating(find_modules(model, guide)):
-        in_model, in_guide = map(sample_sites, trace_once(model, guide, *args))
+    program = Program(model, guide, args)
+    with eval_mode(program.modules()):
+        in_model, in_guide = map(sample_sites, program.trace())
         check_plate(in_model, in_guide, len(args[0]))
         same = not compile or same_supports(in_model, in_guide)
-        data = Pieces(args, is_divisible(model, guide, args), same)
-        return _compare(model, guide, data, objectives, repeats, log_likelihood, compile, seed, progress)
+        data = Pieces(args, is_divisible(program), same)
+        return _compare(program, data, objectives, repeats, log_likelihood, compile, seed, progress)
 
 
 def _compare(
-    model: Program,
-    guide: Program,
+    program: Program,
     data: Pieces,
     objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None,
     repeats: int,
@@ -131,8 +134,7 @@ def _compare(
     seed: int | None,
     progress: bool,
 ) -> pd.DataFrame:
-    args = data.args
-    chosen = _defaults(model, guide, args) if objectives is None else objectives
+    chosen = _defaults(program) if objectives is None else objectives
     chosen = [chosen] if isinstance(chosen, Objective) else chosen
     for objective in chosen.values() if isinstance(chosen, Mapping) else chosen:
         if not isinstance(objective, Objective):
@@ -146,7 +148,7 @@ def _compare(
     keys = [(name, objective.num_particles) for name, objective in named]
     if len(set(keys)) < len(keys):
         raise PyroVAEError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
-    parameters = find_parameters(model, guide, *args)
+    parameters = find_parameters(program)
     if not parameters[0] and not parameters[1]:
         raise PyroVAEError(
             "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide "
@@ -154,7 +156,7 @@ def _compare(
         )
     with torch.no_grad(), rng.seeded(seed):
         vectorize = all(objective.vectorize_particles for _, objective in named)
-        evidence = estimate_evidence(model, guide, data, COMPARE_SAMPLES, vectorize, progress, compile)
+        evidence = estimate_evidence(program, data, COMPARE_SAMPLES, vectorize, progress, compile)
     best = evidence.per_datum
     if log_likelihood is not None and log_likelihood.mean > evidence.mean:
         best = log_likelihood.per_datum
@@ -163,29 +165,28 @@ def _compare(
     for name, objective in bar:
         bar.set_description(f"{name}, K = {objective.num_particles}")
         with rng.seeded(seed):
-            row, per_datum = _measure(model, guide, data, objective, parameters, repeats, compile)
+            row, per_datum = _measure(program, data, objective, parameters, repeats, compile)
         gap = Estimate.of(best - per_datum)
         row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": evidence.pareto_k.nanmedian().item()}
         rows.append(row)
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
 
 
-def _defaults(model: Program, guide: Program, args: tuple[Tensor, ...]) -> list[Objective]:
+def _defaults(program: Program) -> list[Objective]:
     objectives: list[Objective] = [ELBO(1, "monte_carlo"), ELBO(16, "monte_carlo")]
     objectives += [IWAE(num_particles) for num_particles in (1, 4, 16, 64, 256)]
     closed_form = ELBO()
     try:
         with torch.no_grad(), rng.preserved():
-            closed_form.bound(model, guide, *args)
+            closed_form.bound(program.model, program.guide, *program.args)
     except NoClosedFormError as error:
-        warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=4)
+        warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=5)
         return objectives
     return [closed_form, *objectives]
 
 
 def _measure(
-    model: Program,
-    guide: Program,
+    program: Program,
     data: Pieces,
     objective: Objective,
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
@@ -201,20 +202,22 @@ def _measure(
 
     @torch.enable_grad()
     def gradient_of(*chunk: Tensor) -> Tensor:
-        loss = objective.differentiable_loss(model, guide, *chunk)
+        loss = objective.differentiable_loss(program.model, program.guide, *chunk)
         parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten() for part in parts])
 
     gradient: Callable[..., Tensor] = gradient_of
     if compile:
-        gradient = CompiledFunction(gradient_of, model, guide)
+        gradient = CompiledFunction(gradient_of, program.modules())
         with rng.preserved():  # compile before the timing
             for chunk in {len(chunk[0]): chunk for chunk in chunks}.values():
                 gradient(*chunk)
     bounds, seconds, gradients = [], [], []
     for _ in range(repeats):
         with torch.no_grad():
-            bounds.append(torch.cat([objective.bound(model, guide, *chunk) for chunk in chunks]).double())
+            bounds.append(
+                torch.cat([objective.bound(program.model, program.guide, *chunk) for chunk in chunks]).double()
+            )
         started = _now(args[0])
         gradients.append(sum(map(gradient, *zip(*chunks, strict=True)), torch.zeros(())))
         seconds.append(_now(args[0]) - started)

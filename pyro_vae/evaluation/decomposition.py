@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.engine import rng
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, run_at
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
@@ -55,9 +56,10 @@ class Decomposition:
         )
 
 
+@takes_program
 def decompose_elbo(
-    model: Program,
-    guide: Program,
+    model: PyroFunction,
+    guide: PyroFunction,
     x: Any,
     num_samples: int = DECOMPOSITION_SAMPLES,
     *,
@@ -93,7 +95,7 @@ def decompose_elbo(
         >>> import torch, pyro, pyro_vae as pv
         >>> pyro.set_rng_seed(0)
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
-        >>> parts = pv.decompose_elbo(vae.model, vae.guide, torch.randn(32, 5), seed=0)
+        >>> parts = pv.decompose_elbo(vae, torch.randn(32, 5), seed=0)
         >>> bool(0 < parts.mutual_information.value < math.log(32))
         True
 
@@ -104,10 +106,12 @@ def decompose_elbo(
     """
     check_count("num_samples", num_samples, 2, ", to have an error bar")
     args = arguments(x)
-    with checked(model, guide, args) as data, rng.seeded(seed):
+    program = Program(model, guide, args)
+    with checked(program) as data, rng.seeded(seed):
         batches = data.minibatches(rows_at_once(args) // num_samples)
-        nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
-        samples = [_Samples.draw(model, guide, batch, num_samples, nesting) for batch in batches]
+        program = program.on(batches[0]).with_nesting()
+        samples = [_Samples.draw(program.on(batch), num_samples) for batch in batches]
+        only_guide = replace(program, model=guide, guide=None)
         dimensions = samples[0].dimensions
         number, size = len(args[0]), max(1, dimensions)
         columns = data.minibatches(min(DATA_AT_ONCE, DENSITIES_AT_ONCE // size))
@@ -116,7 +120,7 @@ def decompose_elbo(
         mixed = []
         with tqdm(total=total, leave=False, disable=None if progress else True, unit="block", desc="q(z)") as bar:
             for drawn in samples:
-                mixed += [_mixture(guide, columns, drawn, rows, nesting, number, bar) for rows in drawn.blocks(step)]
+                mixed += [_mixture(only_guide, columns, drawn, rows, number, bar) for rows in drawn.blocks(step)]
     log_mixture = torch.cat([joint for joint, _ in mixed])
     marginals = torch.cat([each for _, each in mixed]) if dimensions else None
     # The samples of a minibatch are ordered by particle first.
@@ -159,8 +163,8 @@ class _Samples:
         return self.prior_by_dimension.shape[-1]
 
     @classmethod
-    def draw(cls, model: Program, guide: Program, batch: Args, num_samples: int, nesting: int) -> _Samples:
-        run = draw(model, guide, batch, num_samples, nesting)
+    def draw(cls, program: Program, num_samples: int) -> _Samples:
+        run = program.run(num_samples)
         refuse_masks(run)
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}
         for name in run.guide:
@@ -174,7 +178,7 @@ class _Samples:
         each = (
             [by_dimension(run, s, univariate(s["fn"]).log_prob(s["value"])) for s in latent.values()] if known else []
         )
-        shape = (num_samples, len(batch[0]))
+        shape = (num_samples, len(program.args[0]))
         return cls(
             {name: site["value"] for name, site in run.guide.items()},
             {n: s["value"].dim() - s["fn"].event_dim + run.batch_plate.dim for n, s in run.guide.items()},
@@ -182,7 +186,7 @@ class _Samples:
             log_density(run, terms(latent)).double(),
             log_density(run, terms(run.guide)).double(),
             torch.cat(each, -1).double() if each else torch.zeros(*shape, 0, dtype=torch.float64),
-            num_samples * len(batch[0]),
+            num_samples * len(program.args[0]),
         )
 
     def blocks(self, step: int) -> list[Tensor]:
@@ -204,20 +208,11 @@ def _known(site: Any) -> bool:
 
 
 def _mixture(
-    guide: Program, columns: list[Args], drawn: _Samples, rows: Tensor, nesting: int, number: int, bar: Any
+    guide: Program, columns: list[Args], drawn: _Samples, rows: Tensor, number: int, bar: Any
 ) -> tuple[Tensor, Tensor]:
     """The log-densities of samples under q(z), (rows,), and under each marginal q(z_j), (rows, D)."""
     values = drawn.at(rows)
     joint, each = [], []
-
-    def read(run: Run) -> tuple[Tensor, Tensor | None]:
-        by_site = []
-        if drawn.dimensions:
-            for site in run.guide.values():
-                log_prob = univariate(site["fn"]).log_prob(site["value"])
-                by_site.append(by_dimension(run, site, log_prob))
-        return log_density(run, terms(run.guide)), torch.cat(by_site, -1) if by_site else None
-
     for column in columns:
         wide = {
             name: value.expand(
@@ -225,10 +220,12 @@ def _mixture(
             )
             for name, value in values.items()
         }
-        both, single = run_at(guide, None, column, wide, len(rows), nesting, read=read)
-        joint.append(both.double().logsumexp(1))
-        if single is not None:
-            each.append(single.double().logsumexp(1))
+        run = guide.on(column).run_at(wide, len(rows))
+        joint.append(log_density(run, terms(run.guide)).double().logsumexp(1))
+        if drawn.dimensions:
+            marginals = [(site, univariate(site["fn"]).log_prob(site["value"])) for site in run.guide.values()]
+            by_site = torch.cat([by_dimension(run, site, log_prob) for site, log_prob in marginals], -1)
+            each.append(by_site.double().logsumexp(1))
         bar.update()
     log_joint = torch.stack(joint).logsumexp(0) - math.log(number)
     log_each = torch.stack(each).logsumexp(0) - math.log(number) if each else log_joint.new_zeros(len(rows), 0)

@@ -7,9 +7,8 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_vae.engine.agreement import masks, unwrapped
-from pyro_vae.engine.batch_plate import Site
 from pyro_vae.engine.program import Run
+from pyro_vae.engine.sites import Site, masks, unwrapped
 from pyro_vae.errors import PyroVAEError
 
 # Constructor arguments that repeat another one, so that only the other is kept.

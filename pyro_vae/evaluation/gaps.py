@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch.distributions import transform_to
 from tqdm.auto import tqdm
 
 from pyro_vae.engine import rng
-from pyro_vae.engine.agreement import family, not_reparameterised, unwrapped
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Run, draw, find_max_plate_nesting
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program, Run, prior
+from pyro_vae.engine.sites import family, not_reparameterised, unwrapped
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k
@@ -25,7 +26,7 @@ from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
 from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
 from pyro_vae.evaluation.likelihood import draw_weights
-from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
 from pyro_vae.objectives import ELBO
 
 PARTICLES = 8  # particles of the ELBO that is maximised for each datum
@@ -75,9 +76,10 @@ class Gaps:
         )
 
 
+@takes_program
 def inference_gaps(
-    model: Program,
-    guide: Program,
+    model: PyroFunction,
+    guide: PyroFunction,
     x: Any,
     num_samples: int = NUM_SAMPLES,
     *,
@@ -146,36 +148,35 @@ def inference_gaps(
     if log_likelihood is not None:
         check_same_data(log_likelihood, args)
     parts: list[tuple[LogLikelihood, LogLikelihood]] = []
-    with checked(model, guide, args) as data, rng.seeded(seed):
+    program = Program(model, guide, args)
+    with checked(program) as data, rng.seeded(seed):
         pieces = data.minibatches(rows_at_once(args) // PARTICLES)
-        nesting = find_max_plate_nesting(model, guide, pieces[0], {}, in_plate=True)
+        program = program.on(pieces[0]).with_nesting()
         with tqdm(
             total=len(pieces) * num_steps, leave=False, disable=None if progress else True, unit="step", desc="gaps"
         ) as bar:
             for piece in pieces:
-                local = _LocalGuide(model, guide, piece, nesting)
+                local = _LocalGuide(program.on(piece))
                 local.fit(num_steps, lr, bar)
-                parts.append(_best_and_own(model, local, guide, piece, num_samples, nesting))
+                parts.append(_best_and_own(program.on(piece), local, num_samples))
     best, own = (LogLikelihood.joined(each, len(args[0]), args[0].device) for each in zip(*parts, strict=True))
     if log_likelihood is None:
-        warn_of_high_k(best.pareto_k, ADVICE, stacklevel=2)
+        warn_of_high_k(best.pareto_k, ADVICE, stacklevel=3)
         log_p = best.per_datum
     else:
         log_p = log_likelihood.per_datum
     return Gaps(log_p, best.elbo, own.elbo)
 
 
-def _best_and_own(
-    model: Program, local: Program, guide: Program, args: Args, num_samples: int, nesting: int
-) -> tuple[LogLikelihood, LogLikelihood]:
+def _best_and_own(program: Program, local: PyroFunction, num_samples: int) -> tuple[LogLikelihood, LogLikelihood]:
     """The estimates from the best member of the family for each datum, and those from the guide itself."""
 
     def estimates() -> list[LogLikelihood]:
         """Both guides' estimates from the same noise, which cancels in the amortisation gap."""
         state, found = rng.get_state(), []
-        for each in (local, guide):
+        for each in (replace(program, guide=local), program):
             rng.set_state(state)
-            found.append(LogLikelihood.from_weights(draw_weights(model, each, args, num_samples, nesting=nesting)))
+            found.append(LogLikelihood.from_weights(draw_weights(each, num_samples)))
         return found
 
     # Where the fit improved nothing, the best member is the encoder's. Separate samples decide that, or the selection
@@ -189,9 +190,9 @@ def _best_and_own(
 class _LocalGuide:
     """The guide with free parameters for each datum at each site, which start at the guide's own values."""
 
-    def __init__(self, model: Program, guide: Program, args: Args, nesting: int) -> None:
-        self.model, self.guide, self.args, self.nesting = model, guide, args, nesting
-        run = draw(model, guide, args, 2, nesting)
+    def __init__(self, program: Program) -> None:
+        self.program, self.guide = program, program.guide or prior(program.model)
+        run = program.run(2)
         _check(run)
         self.fns = {name: site["fn"] for name, site in run.guide.items()}
         self.free: dict[str, dict[str, Tensor]] = {}
@@ -217,13 +218,13 @@ class _LocalGuide:
     def fit(self, num_steps: int, lr: float, bar: Any) -> None:
         """Maximise the ELBO of all data at once; no two data share a parameter."""
         leaves = [value.requires_grad_() for site in self.free.values() for value in site.values()]
-        objective = ELBO(PARTICLES, "monte_carlo", "stl", max_plate_nesting=self.nesting)
+        objective = ELBO(PARTICLES, "monte_carlo", "stl", max_plate_nesting=self.program.nesting)
         adam = torch.optim.Adam(leaves, lr=lr)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_steps)
         total = [torch.zeros_like(leaf) for leaf in leaves]
         first = int((1 - AVERAGED) * num_steps)
         for step in range(num_steps):
-            loss = objective.differentiable_loss(self.model, self, *self.args)
+            loss = objective.differentiable_loss(self.program.model, self, *self.program.args)
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
                 leaf.grad = gradient
             adam.step()

@@ -10,14 +10,11 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae.engine.agreement import family, unwrapped
-from pyro_vae.engine.batch_plate import Sites
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Run, draw, find_max_plate_nesting, prior, run_at, shape_beside
+from pyro_vae.engine.program import Program
+from pyro_vae.engine.sites import Sites, family, unwrapped
+from pyro_vae.engine.supports import same_support
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.pieces import Args
-from pyro_vae.evaluation.supports import same_support
 
 ACCEPTANCE = 0.65  # acceptance rate that the step size is adapted to, from Neal's analysis of HMC
 GAIN = 0.3  # change of the log step size for each unit of excess acceptance, in each transition of the trial
@@ -46,28 +43,25 @@ class State:
 
 
 class Chains:
-    """`num_chains` chains for each datum, between the density of a base (the prior if None, or a guide) and p(x, z).
+    """`num_chains` chains for each datum, between the density of a base and p(x, z).
+
+    The base is the program's guide; without one, it is the prior.
 
     A datum's density depends on its own latents alone, so every chain of every datum is a system of its own. One
     backward pass through the sum of their densities differentiates all of them.
     """
 
-    def __init__(self, model: Program, base: Program | None, args: Args, num_chains: int) -> None:
-        self.model, self.base, self.args, self.num_chains = model, base, args, num_chains
-        self.guide = prior(model) if base is None else base
-        self.nesting = find_max_plate_nesting(model, self.guide, args, {}, in_plate=True)
-        first, second = self._draw(), self._draw()
+    def __init__(self, program: Program, num_chains: int) -> None:
+        self.program, self.num_chains = program.with_nesting(), num_chains
+        first, second = self.program.run(num_chains), self.program.run(num_chains)
         self.example = first  # for the shapes of the sites
         self.names = [name for name, site in first.model.items() if not site["is_observed"]]
         _check_latents(first.model, first.guide, second.model)
         self.transforms = {name: biject_to(first.model[name]["fn"].support) for name in self.names}
 
-    def _draw(self) -> Run:
-        return draw(self.model, self.guide, self.args, self.num_chains, self.nesting)
-
     def start(self) -> State:
         """The state at samples from the base."""
-        run = self._draw()
+        run = self.program.run(self.num_chains)
         return self._state_at({name: run.guide[name]["value"] for name in self.names})
 
     def start_at(self, latents: dict[str, Tensor]) -> State:
@@ -87,16 +81,13 @@ class Chains:
         """Both log-densities at an unconstrained position, including the log-Jacobian, with their derivatives."""
         leaves = {name: value.detach().requires_grad_() for name, value in position.items()}
         values = {name: self.transforms[name](leaf) for name, leaf in leaves.items()}
-
-        def read(run: Run) -> tuple[Tensor, Tensor]:
-            volume: Any = 0.0
-            for name in self.names:
-                log_volume = self.transforms[name].log_abs_det_jacobian(leaves[name], values[name])
-                log_volume = _sum_from(log_volume, run.guide[name]["unscaled_log_prob"].dim())
-                volume = volume + per_datum(run, run.guide[name], log_volume)
-            return log_density(run, terms(run.guide)) + volume, log_density(run, terms(run.model)) + volume
-
-        densities = run_at(self.model, self.base, self.args, values, self.num_chains, self.nesting, read=read)
+        run = self.program.run_at(values, self.num_chains)
+        volume: Any = 0.0
+        for name in self.names:
+            log_volume = self.transforms[name].log_abs_det_jacobian(leaves[name], values[name])
+            log_volume = _sum_from(log_volume, run.guide[name]["unscaled_log_prob"].dim())
+            volume = volume + per_datum(run, run.guide[name], log_volume)
+        densities = [log_density(run, terms(sites)) + volume for sites in (run.guide, run.model)]
         slopes = [
             torch.autograd.grad(
                 density.sum(), list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
@@ -162,7 +153,7 @@ class Chains:
         shaped = {}
         for name in self.names:
             site = self.example.guide[name]
-            values = matrix.reshape(shape_beside(self.example, site))
+            values = matrix.reshape(self.example.shape_beside(site))
             shaped[name] = values.to(site["value"]) if matrix.is_floating_point() else values
         return shaped
 

@@ -11,17 +11,19 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae.engine import rng
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import Run, draw, find_max_plate_nesting
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program, Run
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
 from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
 
 
+@takes_program
 def active_units(
-    model: Program,
-    guide: Program,
+    model: PyroFunction,
+    guide: PyroFunction,
     x: Any,
     num_samples: int = ACTIVE_SAMPLES,
     *,
@@ -64,7 +66,7 @@ def active_units(
         >>> import torch, pyro, pyro_vae as pv
         >>> pyro.set_rng_seed(0)
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
-        >>> pv.active_units(vae.model, vae.guide, torch.randn(32, 5)).index.tolist()
+        >>> pv.active_units(vae, torch.randn(32, 5)).index.tolist()
         [('z', 0), ('z', 1)]
 
     References:
@@ -76,10 +78,11 @@ def active_units(
             f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
         )
     args = arguments(x)
-    with checked(model, guide, args) as data, rng.seeded(seed):
+    program = Program(model, guide, args)
+    with checked(program) as data, rng.seeded(seed):
         batches = data.minibatches(rows_at_once(args) // num_samples)
-        nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
-        parts = [_read(draw(model, guide, batch, num_samples, nesting)) for batch in batches]
+        program = program.on(batches[0]).with_nesting()
+        parts = [_read(program.on(batch).run(num_samples)) for batch in batches]
     rows, keys = [], []
     for name in parts[0]:
         means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))

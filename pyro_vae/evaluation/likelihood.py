@@ -11,9 +11,11 @@ from tqdm.auto import tqdm
 
 from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.engine import rng
-from pyro_vae.engine.modules import Program
-from pyro_vae.engine.program import find_max_plate_nesting
-from pyro_vae.engine.weights import log_weights
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.particles import Particles
+from pyro_vae.engine.program import Program
+from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
@@ -26,9 +28,10 @@ RUNS_AT_ONCE = 16  # runs of the model on the samples of one run of the guide
 WEIGHTS_AT_ONCE = 2**22  # log-weights of a minibatch in memory where particles run one at a time
 
 
+@takes_program
 def log_likelihood(
-    model: Program,
-    guide: Program,
+    model: PyroFunction,
+    guide: PyroFunction,
     x: Any,
     num_samples: int = NUM_SAMPLES,
     *,
@@ -98,17 +101,16 @@ def log_likelihood(
             "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got "
             "False. Drop one of the two."
         )
-    args = arguments(x)
-    with checked(model, guide, args) as data, rng.seeded(seed):
-        result = estimate_evidence(model, guide, data, num_samples, vectorize_particles, progress, compile)
-    warn_of_zero_weights(result.zero_weights, num_samples, ADVICE, stacklevel=2)
-    warn_of_high_k(result.pareto_k, ADVICE, stacklevel=2)
+    program = Program(model, guide, arguments(x))
+    with checked(program) as data, rng.seeded(seed):
+        result = estimate_evidence(program, data, num_samples, vectorize_particles, progress, compile)
+    warn_of_zero_weights(result.zero_weights, num_samples, ADVICE, stacklevel=3)
+    warn_of_high_k(result.pareto_k, ADVICE, stacklevel=3)
     return result
 
 
 def estimate_evidence(
-    model: Program,
-    guide: Program,
+    program: Program,
     data: Pieces,
     num_samples: int,
     vectorize: bool,
@@ -116,18 +118,16 @@ def estimate_evidence(
     compile: bool = False,
 ) -> LogLikelihood:
     """Estimate log p(x) of all data, one minibatch after another; see :func:`pyro_vae.log_likelihood`."""
-    rows, nesting = rows_at_once(data.args), None
+    rows = rows_at_once(data.args)
     batch_size = max(1, rows // num_samples if vectorize else min(rows, WEIGHTS_AT_ONCE // num_samples))
     batches = data.minibatches(batch_size)
     if vectorize:
-        nesting = find_max_plate_nesting(model, guide, batches[0], {}, in_plate=True)
+        program = program.on(batches[0]).with_nesting()
 
     def uncompiled(batch: Args) -> Tensor:
-        return draw_weights(model, guide, batch, num_samples, vectorize, nesting)
+        return draw_weights(program.on(batch), num_samples, vectorize)
 
-    draw: Draw = uncompiled
-    if compile:
-        draw = _compiled_draw(model, guide, data, num_samples, nesting)
+    draw: Draw = _compiled_draw(program, data, num_samples) if compile else uncompiled
     num_data, device = len(data.args[0]), data.args[0].device
     bar = tqdm(total=num_data, leave=False, disable=None if progress else True, unit="datum", desc="log p(x)")
 
@@ -140,29 +140,21 @@ def estimate_evidence(
         return LogLikelihood.joined(estimates(), num_data, device)
 
 
-def draw_weights(
-    model: Program, guide: Program, batch: Args, num_samples: int, vectorize: bool = True, nesting: int | None = None
-) -> Tensor:
+def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> Tensor:
     """Log-weights (K, N) of a minibatch, in float64, from runs with as many particles as fit in memory."""
-    chunk_size = _even_chunks(num_samples, max(1, rows_at_once(batch) // len(batch[0]))) if vectorize else None
+    rows = max(1, rows_at_once(program.args) // len(program.args[0]))
+    chunk_size = _even_chunks(num_samples, rows) if vectorize else None
     at_once = RUNS_AT_ONCE * chunk_size if chunk_size else num_samples
     pieces, left = [], num_samples
     while left:
-        piece = log_weights(
-            model,
-            guide,
-            *batch,
-            num_particles=min(at_once, left),
-            vectorize_particles=vectorize,
-            max_plate_nesting=nesting,
-            chunk_size=chunk_size,
-        )
+        particles = Particles(min(at_once, left), vectorize, chunk_size)
+        piece = torch.cat(particles.read(program, log_weights_of))
         pieces.append(piece.double())
         left -= len(piece)
     return torch.cat(pieces)
 
 
-def _compiled_draw(model: Program, guide: Program, data: Pieces, num_samples: int, nesting: int | None) -> Draw:
+def _compiled_draw(program: Program, data: Pieces, num_samples: int) -> Draw:
     """A function that draws log-weights (K, N) of a minibatch by compiled code."""
     if not data.same_supports:
         raise PyroVAEError(
@@ -172,10 +164,9 @@ def _compiled_draw(model: Program, guide: Program, data: Pieces, num_samples: in
         )
 
     def weigh(number: int, *batch: Tensor) -> Tensor:
-        log_w = log_weights(model, guide, *batch, num_particles=number, max_plate_nesting=nesting)
-        return log_w.double()
+        return log_weights_of(program.on(batch).run(number)).double()
 
-    compiled = CompiledFunction(weigh, model, guide)
+    compiled = CompiledFunction(weigh, program.modules())
 
     def draw(batch: Args) -> Tensor:
         # Half the rows of an uncompiled run: compiled code has little overhead to spread, and fewer rows fit the cache.

@@ -9,15 +9,15 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.engine.batch_plate import Sites, find_batch_plate
+from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.minibatches import Minibatches
-from pyro_vae.engine.modules import Program, evaluating, find_modules
-from pyro_vae.engine.program import labelled, prior, sample_sites, trace_once
+from pyro_vae.engine.modules import eval_mode
+from pyro_vae.engine.program import Program, sample_sites
+from pyro_vae.engine.sites import Sites, labelled
+from pyro_vae.engine.supports import check_covers
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.supports import check_covers
 
 ELEMENTS_AT_ONCE = 2**21  # data elements times particles in one run: 8 MB of float32; fewer cost more of Python's time
 
@@ -71,41 +71,42 @@ class Pieces:
 
 
 @contextmanager
-def checked(model: Program, guide: Program | None, args: Args) -> Iterator[Pieces]:
-    """Check the program by one run on all data with Pyro's validation, then yield the data for an evaluation.
+def checked(program: Program) -> Iterator[Pieces]:
+    """Check the program by one run on all data with Pyro's validation, then yield its data for an evaluation.
 
     Inside the context modules are in evaluation mode, no gradients are recorded, and Pyro's validation is off.
     Validation checks every density and would take a third of the time.
     """
-    guide = prior(model) if guide is None else guide
     # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system
     # and fetches it again page by page, which takes a third of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)
-    with evaluating(find_modules(model, guide)), torch.no_grad():
-        pieces = Pieces(args, is_divisible(model, guide, args))
-        for piece in pieces.minibatches(rows_at_once(args)):
+    with eval_mode(program.modules()), torch.no_grad():
+        pieces = Pieces(program.args, is_divisible(program))
+        for piece in pieces.minibatches(rows_at_once(program.args)):
             with pyro.validation_enabled():
-                same_supports = _check(trace_once(model, guide, *piece), len(piece[0]))
+                model, guide = (sample_sites(trace) for trace in program.on(piece).trace())
+                check_plate(model, guide, len(piece[0]))
+                same = same_supports(model, guide)
         # Where the guide's support exceeds the model's, Pyro must check every sample.
-        with pyro.validation_enabled(not same_supports):
-            yield replace(pieces, same_supports=same_supports)
+        with pyro.validation_enabled(not same):
+            yield replace(pieces, same_supports=same)
 
 
-def is_divisible(model: Program, guide: Program, args: Args) -> bool:
+def is_divisible(program: Program) -> bool:
     """Whether a datum has the same densities in every minibatch, so that the data may be split.
 
     It is false for a guide with parameters for each datum: on other rows that guide fails, or uses another datum's
     parameters.
     """
-    half = min(len(args[0]) // 2, 4)
-    first, second = (tuple(column[start : 2 * half] for column in args) for start in (0, half))
+    half = min(len(program.args[0]) // 2, 4)
+    first, second = (tuple(column[start : 2 * half] for column in program.args) for start in (0, half))
     try:
-        whole = [sample_sites(trace) for trace in trace_once(model, guide, *first)]
+        whole = [sample_sites(trace) for trace in program.on(first).trace()]
         plate = find_batch_plate(labelled(*whole))
         values = {}
         for name, site in whole[1].items():
             values[name] = site["value"].narrow(plate.dim - site["fn"].event_dim, half, half)
-        part = [sample_sites(trace) for trace in trace_once(model, guide, *second, values=values)]
+        part = [sample_sites(trace) for trace in program.on(second).trace(values)]
         return all(
             torch.allclose(
                 site["unscaled_log_prob"].narrow(plate.dim, half, half),
@@ -121,24 +122,6 @@ def is_divisible(model: Program, guide: Program, args: Args) -> bool:
         raise
     except (RuntimeError, ValueError, IndexError, KeyError):
         return False  # a program that fails on any data fails again on all data, with its own message
-
-
-def _check(traces: tuple[Trace, Trace], number: int) -> bool:
-    """Check the data's supports, the batch plate and the guide's supports.
-
-    Returns:
-        Whether model and guide have the same support at every latent site.
-    """
-    try:
-        model, guide = (sample_sites(trace) for trace in traces)
-    except ValueError as error:
-        error.add_note(
-            "pyro_vae checks all data before an evaluation: expected values in the support of the distribution at that "
-            "site. Convert or drop the values outside, or choose another distribution."
-        )
-        raise
-    check_plate(model, guide, number)
-    return same_supports(model, guide)
 
 
 def same_supports(model: Sites, guide: Sites) -> bool:

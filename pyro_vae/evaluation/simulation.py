@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
 from torch import Tensor
 
-from pyro_vae.engine.agreement import equal, same_masks, unwrapped
-from pyro_vae.engine.modules import Program
+from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import sample_sites
+from pyro_vae.engine.sites import equal, is_factor, same_masks
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.pieces import Args
 
 
-def simulate_data(model: Program, args: Args) -> tuple[Args, dict[str, Tensor]]:
+def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tensor]]:
     """Draw x and z from p(x, z): the arguments with the drawn x in place of the observed one, and z by site.
 
     Raises:
@@ -30,7 +29,7 @@ def simulate_data(model: Program, args: Args) -> tuple[Args, dict[str, Tensor]]:
         if not site["is_observed"]:
             latents[name] = drawn[name]["value"]
             continue
-        if isinstance(unwrapped(site["fn"]), Unit):
+        if is_factor(site):
             raise PyroVAEError(
                 f"model site '{name}' is a factor: expected a model that can be simulated. Use pv.ais, on data."
             )

@@ -16,7 +16,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_vae.engine.modules import evaluating
+from pyro_vae.engine.modules import eval_mode
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 
@@ -125,7 +125,7 @@ def in_evaluation_mode(method: Method) -> Method:
 
     @wraps(method)
     def wrapper(pair: Pair, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), evaluating([pair]):
+        with torch.no_grad(), eval_mode([pair]):
             return method(pair, *args, **kwargs)
 
     return cast(Method, wrapper)

@@ -173,7 +173,7 @@ def fit(
         warnings.warn(
             f"training stopped by Ctrl-C in epoch {loop.epoch}, step {loop.step}: the parameters are those of the last "
             f"step{best}{kept}.",
-            stacklevel=2,
+            stacklevel=3,
         )
     finally:
         bar.close()
