@@ -86,12 +86,17 @@ def _check_frequencies(report: Report, points: Tensor, mass: Tensor, draws: Tens
 def moments(rule: Rule, mass: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mean, the standard deviation and the error of the mean, each (*batch, D), of points (S, *batch, D)."""
     total, _ = rule.integral(mass)
-    mean, error = rule.integral(mass.unsqueeze(-1) * points)
+    mean, error = rule.integral(_weighed(mass, points))
     mean = mean / total.unsqueeze(-1)
-    variance, _ = rule.integral(mass.unsqueeze(-1) * (points - mean).square())
+    variance, _ = rule.integral(_weighed(mass, (points - mean).square()))
     spread = (variance / total.unsqueeze(-1)).sqrt()
     usable = spread.isfinite() & (spread > 1e-9 * (1 + mean.abs()))
     return mean, torch.where(usable, spread, 1.0), error
+
+
+def _weighed(mass: Tensor, values: Tensor) -> Tensor:
+    """Values (S, *batch, D) times a density, also where they overflow far from it."""
+    return torch.where(mass.unsqueeze(-1) > 0, mass.unsqueeze(-1) * values, 0.0)
 
 
 def check_moments(report: Report, rule: Rule, mass: Tensor, points: Tensor, distribution: Any) -> None:
@@ -101,7 +106,7 @@ def check_moments(report: Report, rule: Rule, mass: Tensor, points: Tensor, dist
     if stated is not None:
         cause = "`mean` is of another distribution than `log_prob`."
         report.close("mean", stated, mean, 1e-5 * (mean.abs() + spread) + error, cause, "the mean of the density,")
-    variance, error = rule.integral(mass.unsqueeze(-1) * (points - mean).square())
+    variance, error = rule.integral(_weighed(mass, (points - mean).square()))
     stated = _stated(distribution, "variance", mean)
     if stated is not None:
         cause = "`variance` is of another distribution than `log_prob`."
@@ -120,6 +125,13 @@ def _stated(distribution: Any, name: str, like: Tensor) -> Tensor | None:
     return value.detach().reshape(like.shape) if bool(value.isfinite().all()) else None
 
 
+def _gradients(value: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The derivative of a scalar by each tensor, zero where it does not depend on one."""
+    if not value.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in tensors.values()]
+    return list(torch.autograd.grad(value, list(tensors.values()), allow_unused=True, materialize_grads=True))
+
+
 def check_slopes(report: Report, function: Callable[[], Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Check the gradient of a float64 scalar by each tensor against finite differences along random directions."""
     cause = "Something is detached, computed in NumPy, or has a derivative of its own that is wrong."
@@ -127,7 +139,7 @@ def check_slopes(report: Report, function: Callable[[], Tensor], tensors: Mappin
         return
     step = 1e-5
     value = function()
-    found = torch.autograd.grad(value, list(tensors.values()), allow_unused=True, materialize_grads=True)
+    found = _gradients(value, tensors)
     for (name, tensor), gradient in zip(tensors.items(), found, strict=True):
         kept = tensor.detach().clone()
         for _ in range(2):
@@ -154,8 +166,8 @@ def check_float32(
     roundings of the inputs, passed on by the derivatives, and of the sum of `size` terms.
     """
     expected = wide()
-    gradients = torch.autograd.grad(expected.sum(), list(tensors.values()), allow_unused=True, materialize_grads=True)
-    passed_on = sum((g * t.detach()).abs().sum().item() for g, t in zip(gradients, tensors.values(), strict=True))
+    gradients = zip(_gradients(expected.sum(), tensors), tensors.values(), strict=True)
+    passed_on = sum((gradient * tensor.detach()).abs().sum().item() for gradient, tensor in gradients)
     found = narrow()
     cause = "Digits cancel: subtract nothing that is large and almost equal, and make tensors in the features' type."
     report.require(found.dtype == torch.float32, "float32", "a log-density of float32", found.dtype, cause)

@@ -201,7 +201,7 @@ def _check_batches(report: Report, module: nn.Module, event_shape: tuple[int, ..
         report.require(z.shape == expected, "shapes", f"samples of shape {expected}", tuple(z.shape), cause)
         report.require(z.dtype == torch.float64, "shapes", "samples of x's type, torch.float64", z.dtype, cause)
         report.require(not z.requires_grad, "shapes", "samples without gradients from `sample`", "some", cause)
-        log_prob = q.log_prob(z)
+        log_prob = q.log_prob(z.clone())
         rows = x.reshape(-1, *event_shape)
         by_row = z.reshape(3, len(rows), -1)
         alone = [module(rows[n : n + 1]).log_prob(by_row[:, n : n + 1])[:, 0] for n in range(len(rows))]

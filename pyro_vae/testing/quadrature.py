@@ -90,7 +90,7 @@ def line(constraint: Any, draws: Tensor) -> Rule:
     u = centre + spread * t.sinh()
     points = onto(u)
     log_weights = onto.log_abs_det_jacobian(u, points) + (spread * t.cosh() * step).log()
-    valid = points.isfinite() & log_weights.isfinite() & constraint.check(points) & (log_weights < 700)
+    valid = points.isfinite() & log_weights.isfinite() & constraint.check(points) & (log_weights.abs() < 700)
     points = torch.where(valid, points, draws[0])
     return Rule(points, torch.where(valid, log_weights.exp(), 0.0), GRIDS)
 
@@ -128,7 +128,7 @@ def over_events(distribution: Any) -> Rule:
     points = onto(u)
     jacobian = onto.log_abs_det_jacobian(u, points).reshape(len(u), -1).sum(-1)
     log_weights = jacobian + root.diagonal().log().sum() + (grid.cosh() * step).log().sum(-1)
-    valid = points.flatten(1).isfinite().all(-1) & log_weights.isfinite() & (log_weights < 700)
+    valid = points.flatten(1).isfinite().all(-1) & log_weights.isfinite() & (log_weights.abs() < 700)
     valid = valid & constraint.check(points)
     points = torch.where(valid.reshape(-1, *[1] * (points.dim() - 1)), points, points[len(points) // 2])
     return Rule(points, torch.where(valid, log_weights.exp(), 0.0), GRIDS)
