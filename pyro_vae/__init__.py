@@ -16,7 +16,7 @@ In six lines::
     print(pv.compare(vae.model, vae.guide, digits.test.x))
 """
 
-from pyro_vae import data, networks, plots, schedules
+from pyro_vae import data, networks, plots, schedules, testing
 from pyro_vae.arviz_io import to_arviz
 from pyro_vae.compiled.step import compile_step
 from pyro_vae.engine.weights import log_weights
@@ -151,5 +151,6 @@ __all__ = [
     "pareto_k",
     "plots",
     "schedules",
+    "testing",
     "to_arviz",
 ]

@@ -158,7 +158,7 @@ class LowRankEvent(dist.TorchDistribution):
         y, W, u, cholesky = self._explained(value)
         log_scale, size = self.scale.log(), y.new_tensor(y.shape[-1])
         if self.observed is not None:
-            log_scale, size = torch.where(self.observed, log_scale, 0.0), self.observed.sum(-1)
+            log_scale, size = torch.where(self.observed, log_scale, 0.0), self.observed.sum(-1).to(y.dtype)
         quadratic = (y - _rows(W, u)).square().sum(-1) + u.square().sum(-1)
         half_log_det = log_scale.sum(-1) + cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype)
         return -0.5 * (quadratic + size * math.log(2 * math.pi)) - half_log_det
