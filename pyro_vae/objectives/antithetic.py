@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pyro.distributions import Bernoulli
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.engine.sites import PARTICLE_PLATE, Site, being_recorded, family, layers, unwrapped
@@ -36,7 +37,7 @@ class Antithetic(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         base = unwrapped(fn)
-        if msg["done"] or msg["is_observed"] or msg["value"] is not None or getattr(fn, "has_rsample", True):
+        if site_is_subsample(msg) or msg["done"] or msg["is_observed"] or msg["value"] is not None or getattr(fn, "has_rsample", True):
             return
         if not isinstance(base, Bernoulli):
             raise PyroVAEError(

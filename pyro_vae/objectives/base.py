@@ -183,10 +183,10 @@ class Objective(pyro.infer.ELBO):
                 f"gradient={self.gradient!r} compares each particle with others: expected num_particles to be at least "
                 f"{fewest}{even}, got {self.num_samples}. Take {fewest}, or gradient='score'."
             )
-        if self.estimator.sampler is not None and not self.vectorize_particles:
+        if self.estimator.sampler is not None and (self.chunk_size is not None or not self.vectorize_particles):
             raise PyroVAEError(
-                f"gradient={self.gradient!r} draws all particles together: expected vectorize_particles=True, got False. "
-                "Use gradient='vimco'."
+                f"gradient={self.gradient!r} compares particles of one run: expected vectorize_particles=True and no "
+                "chunk_size, got particles in several runs. Drop these, or use gradient='vimco'."
             )
 
     def __call__(self, model: Any, guide: PyroFunction | None = None) -> ObjectiveModule:
