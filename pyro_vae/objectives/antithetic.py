@@ -37,7 +37,13 @@ class Antithetic(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         base = unwrapped(fn)
-        if site_is_subsample(msg) or msg["done"] or msg["is_observed"] or msg["value"] is not None or getattr(fn, "has_rsample", True):
+        if (
+            site_is_subsample(msg)
+            or msg["done"]
+            or msg["is_observed"]
+            or msg["value"] is not None
+            or getattr(fn, "has_rsample", True)
+        ):
             return
         if not isinstance(base, Bernoulli):
             raise PyroVAEError(

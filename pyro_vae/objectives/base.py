@@ -189,11 +189,12 @@ class Objective(pyro.infer.ELBO):
                 "chunk_size, got particles in several runs. Drop these, or use gradient='vimco'."
             )
 
-    def __call__(self, model: Any, guide: PyroFunction | None = None) -> ObjectiveModule:
+    @takes_program
+    def __call__(self, model: PyroFunction, guide: PyroFunction) -> ObjectiveModule:
         """The loss as a module with the program's parameters: called with the program's arguments, it returns the loss.
 
         Arguments:
-            model: a Pyro model; or a model/guide pair, or a tuple ``(model, guide)``, without a `guide`.
+            model: a Pyro model; or a model/guide pair, or a tuple ``(model, guide)``, in place of `model` and `guide`.
             guide: its guide.
         """
         return ObjectiveModule(self, model, guide)

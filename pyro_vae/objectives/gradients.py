@@ -27,7 +27,7 @@ near the exact posterior all weights are equal, and b is zero. For the ELBO, g i
 ``vimco`` is REINFORCE with a leave-one-out baseline. The baseline of ``score`` is the mean log-weight of the other
 data, that of ``vimco`` the mean of the datum's other particles.
 
-``disarm`` draws Bernoulli latents as antithetic pairs; R'' has the k-th log-weight replaced by its partner's. With
+``disarm`` serves the ELBO only. It draws Bernoulli latents as antithetic pairs; R'' has the k-th log-weight replaced by its partner's. With
 logits :math:`\alpha_d`, sample b and partner b', the score of dimension d is
 :math:`(b_d - b'_d)\, \sigma(|\alpha_d|)\, \nabla_\phi \alpha_d`.
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.errors import PyroVAEError
 
@@ -23,7 +22,7 @@ class ObjectiveModule(ELBOModule):
 
     Arguments:
         objective: the objective.
-        model: a Pyro model; or a model/guide pair, or a tuple ``(model, guide)``, in place of `model` and `guide`.
+        model: a Pyro model.
         guide: its guide.
 
     Raises:
@@ -37,7 +36,6 @@ class ObjectiveModule(ELBOModule):
         >>> loss(torch.randn(4, 5)).backward()
     """
 
-    @takes_program
     def __init__(self, objective: Objective, model: PyroFunction, guide: PyroFunction) -> None:
         nn.Module.__init__(self)
         # Not as attributes of the module, which would register a model that is a module twice.

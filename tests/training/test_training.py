@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import LinearGaussian
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
@@ -464,3 +465,30 @@ def test_looking_at_a_program_leaves_batch_norm_alone():
     tables = [pv.compare(vae.model, vae.guide, X, pv.IWAE(3), repeats=2, seed=0).iloc[:, :5] for _ in range(2)]
     assert torch.equal(statistics.running_mean, before)
     assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("objective", [pv.ELBO(), pv.IWAE(4, "dreg")], ids=repr)
+def test_the_model_runs_twice_up_to_the_first_step(objective):
+    """Once to find its parameters and plates, and once for the first loss, which is validated."""
+    program, runs = LinearGaussian(2, 1, 8), 0
+    weights = torch.nn.Parameter(program.W)
+
+    def model(x):
+        nonlocal runs
+        runs += 1
+        program.W = pyro.param("W", weights)
+        program.model(x)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    hook = register_optimizer_step_pre_hook(stop)
+    try:
+        with pytest.raises(Stopped):
+            pv.fit(model, program.guide, program.x, objective, epochs=1, progress=False)
+    finally:
+        hook.remove()
+    assert runs == 2

@@ -1,0 +1,90 @@
+"""The table of gradient estimators as code: names, rows, a new row; and an objective's repr."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers.programs import LinearGaussian
+
+import pyro_vae as pv
+from pyro_vae.objectives.gradients import ESTIMATORS, Estimator
+
+
+class Own(pv.Objective):
+    family = "own"
+
+    def __init__(self, power, num_particles=2, gradient="pathwise", **options):
+        self.power = power
+        super().__init__(num_particles, gradient, **options)
+
+    def reduce(self, log_weights):
+        return log_weights.mean(0)
+
+
+def test_names_without_a_row_are_refused_when_the_class_is_made():
+    with pytest.raises(pv.PyroVAEError, match=r"expected Wrong.gradients to name estimators of .*got 'gumbel'"):
+
+        class Wrong(pv.Objective):
+            gradients = ("pathwise", "gumbel")
+
+
+def test_a_tuple_of_names_stays_valid():
+    class Few(Own):
+        gradients = ("pathwise", "vimco")
+
+    assert Few.gradients == {name: ESTIMATORS[name] for name in ("pathwise", "vimco")}
+    assert Few(3.0, gradient="vimco").name == "own, VIMCO"
+    with pytest.raises(pv.PyroVAEError, match="expected gradient to be one of pathwise, vimco, got 'stl'"):
+        Few(3.0, gradient="stl")
+
+
+def test_a_new_estimator_is_one_row():
+    """REINFORCE without a baseline: the factor on the score is R minus c."""
+
+    def signal(objective, log_weights, c):
+        return objective.reduce(log_weights).expand_as(log_weights) - c
+
+    class Reinforced(Own):
+        gradients = Own.gradients | {"reinforce": Estimator(", REINFORCE", "some", signal=signal)}
+
+    program = LinearGaussian(2, 1, 3)
+    objective = Reinforced(3.0, gradient="reinforce")
+    assert objective.name == "own, REINFORCE"
+    program.A.requires_grad_()
+    objective.differentiable_loss(program.model, program.guide, program.x).backward()
+    assert program.A.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "shown"),
+    [
+        (pv.ELBO(), "ELBO(num_particles=1, kl='analytic')"),
+        (pv.ELBO(4, "monte_carlo", "stl"), "ELBO(num_particles=4, kl='monte_carlo', gradient='stl')"),
+        (pv.ELBO(beta=0.5, free_bits=0.1), "ELBO(num_particles=1, kl='analytic', beta=0.5, free_bits=0.1)"),
+        (pv.IWAE(16, "dreg", chunk_size=4), "IWAE(num_particles=16, gradient='dreg', chunk_size=4)"),
+        (pv.Renyi(0.5, 8), "Renyi(alpha=0.5, num_particles=8)"),
+        (pv.MIWAE(2, 3), "MIWAE(num_outer=2, num_particles=3)"),
+        (pv.RWS(4, 0.5), "RWS(num_particles=4, sleep=0.5)"),
+        (pv.TVO(4, (0, 0.5, 1)), "TVO(num_particles=4, partitions=(0.0, 0.5, 1.0))"),
+        (Own(3.0), "Own(power=3.0, num_particles=2)"),
+        (Own(3.0, 5, vectorize_particles=False), "Own(power=3.0, num_particles=5, vectorize_particles=False)"),
+    ],
+)
+def test_the_repr_shows_the_arguments(objective, shown):
+    assert repr(objective) == shown
+
+
+def test_values_outside_the_support_are_a_refusal_of_this_package():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z, validate_args=True), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(pv.PyroVAEError, match=r"(?s)log_prob at site 'x'.*expected values in the support"):
+        pv.ELBO().loss(model, guide, torch.tensor([0.5, 1.0]))

@@ -1,0 +1,42 @@
+"""Checkpoints of earlier versions still load, and their trainings go on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyro
+import torch
+
+import pyro_vae as pv
+
+OLD = Path(__file__).parent / "data" / "version_0_1_0.pt"  # two epochs of the program below, by version 0.1.0
+X = torch.linspace(-1, 1, 60).reshape(20, 3)
+
+
+def program():
+    return pv.mlp_vae((3,), latent_dim=1, hidden_dims=(4,), likelihood="gaussian")
+
+
+def test_parameters_of_version_0_1_0_load():
+    vae = program()
+    before = vae.posterior.encoder[1].weight.clone()
+    pv.load_parameters(OLD, vae, X)
+    assert not torch.equal(before, vae.posterior.encoder[1].weight)
+    assert torch.isfinite(pv.ELBO().bound(vae, X)).all()
+
+
+def test_a_training_of_version_0_1_0_goes_on(tmp_path):
+    """It ends with the parameters of an unbroken training, up to the rounding of another processor."""
+    path = shutil.copy(OLD, tmp_path / "checkpoint.pt")
+    options = {"epochs": 4, "batch_size": 8, "seed": 0, "validation": X[:4], "patience": 5, "progress": False}
+    pyro.set_rng_seed(0)
+    unbroken = program()
+    whole = pv.fit(unbroken, X, pv.IWAE(3, "dreg"), **options)
+    pyro.clear_param_store()
+    resumed = program()
+    history = pv.fit(resumed, X, pv.IWAE(3, "dreg"), checkpoint=path, **options)
+    assert len(history) == 4
+    torch.testing.assert_close(*(torch.tensor(h.train_bound.to_numpy()) for h in (history, whole)), rtol=1e-4, atol=0)
+    for own, other in zip(resumed.parameters(), unbroken.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
