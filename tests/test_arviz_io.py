@@ -175,7 +175,9 @@ def test_refusals(program):
     ):
         with pytest.raises(ValueError, match=match):
             pv.to_arviz(program, program.x, **{"num_samples": 5} | settings)
-    with pytest.raises(ValueError, match="something with a model and a guide, got function"):
+    with pytest.raises(
+        ValueError, match=r"expected a model and a guide, or one thing that has both, .*got the function model alone"
+    ):
         pv.to_arviz(program.model.__func__, program.x)
     with pytest.raises(ValueError, match="x to be finite"):
         pv.to_arviz(program, torch.full((2, 3), math.nan, dtype=torch.float64))

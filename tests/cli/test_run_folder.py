@@ -32,7 +32,9 @@ def test_a_run_refuses_other_options(run):
     said = refusal("train", "digits", *TINY, "--epochs", 3, "--out", run, "--latent-dim", 3)
     assert f"expected latent_dim=2, as in the run in {run}, got latent_dim=3" in said
     assert "--out" in said
-    assert "3 epochs, and 2 in all" in refusal("train", "digits", *TINY, "--epochs", 2, "--out", run)
+    assert "holds 3 epochs: expected at least as many in all, got epochs=2" in refusal(
+        "train", "digits", *TINY, "--epochs", 2, "--out", run
+    )
 
 
 def test_train_refuses_the_folder_of_something_else(tmp_path):

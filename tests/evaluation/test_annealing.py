@@ -9,8 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.programs import LinearGaussian
-from test_log_likelihood import MODELS, wide
+from helpers.programs import MODELS, LinearGaussian, wide
 
 import pyro_vae as pv
 

@@ -8,12 +8,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.programs import LinearGaussian, z_score
+from helpers.programs import LinearGaussian, MODELS, wide, z_score
 
 import pyro_vae as pv
 from pyro_vae.evaluation import likelihood
 
-MODELS = [
     (1, 1, 30),
     (2, 1, 30),
     (1, 2, 30),
@@ -25,14 +24,6 @@ MODELS = [
     (10, 5, 30),
     (20, 6, 30),
 ]
-
-
-def wide(size, seed=0, factor=1.2):
-    """A program whose guide is slightly shifted and wider than the posterior, so that the weights are bounded."""
-    program = LinearGaussian(*size, seed=seed)
-    program.L = factor * program.L
-    program.c = program.c + 0.1 * program.L.diagonal()
-    return program
 
 
 @pytest.mark.parametrize(("seed", "size"), list(enumerate(MODELS)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import pytest
-from test_log_likelihood import wide
+from helpers.programs import wide
 
 import pyro_vae as pv
+from pyro_vae.engine.program import Program
 
 
 @pytest.mark.parametrize("kind", ["all rows", "rows by index", "one network"])
@@ -24,7 +25,7 @@ def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
             at = {"all rows": rows, "rows by index": rows[index], "one network": x @ program.A.T + program.c}[kind]
             pyro.sample("z", dist.MultivariateNormal(at, scale_tril=program.L.tril()))
 
-    assert pieces.is_divisible(program.model, guide, (program.x,)) == (kind == "one network")
+    assert pieces.is_divisible(Program(program.model, guide, (program.x,))) == (kind == "one network")
     monkeypatch.setattr(pieces, "ELEMENTS_AT_ONCE", 2000)
     exact = program.log_evidence()
     result = pv.log_likelihood(program.model, guide, program.x, 500, seed=0)

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+MODELS = [
 SIZES = [(1, 1, 3), (5, 2, 4), (3, 4, 6)]  # data dimensions, latent dimensions, number of data
 
 
@@ -80,3 +81,11 @@ class LinearGaussian:
         reconstruction = reconstruction - len(self.b) * (math.log(self.sigma) + 0.5 * math.log(2 * math.pi))
         kl = 0.5 * (scale_tril.square().sum() + loc.square().sum(-1) - loc.shape[1])
         return reconstruction - kl + scale_tril.diagonal().log().sum()
+
+
+def wide(size, seed=0, factor=1.2):
+    """A program whose guide is slightly shifted and wider than the posterior, so that the weights are bounded."""
+    program = LinearGaussian(*size, seed=seed)
+    program.L = factor * program.L
+    program.c = program.c + 0.1 * program.L.diagonal()
+    return program
