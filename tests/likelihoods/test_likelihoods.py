@@ -92,28 +92,17 @@ def test_every_name_has_a_case():
     assert {family.__name__ for family in BY_NAME.values()} <= set(pv.__all__)
 
 
-DISCRETE = ["bernoulli", "categorical", "logistic", "logistic, 5 levels", "logistic, mixture", "poisson"]
+COUNTS = ("poisson", "negative_binomial")  # whose rates grow as exponentials of the features
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
-@pytest.mark.parametrize("case", [*DISCRETE, "negative binomial"])
-def test_probabilities_sum_to_one(case, spread):
+@every
+def test_all_that_a_likelihood_has_to_be(case, spread, without_inductor):
     name, options, _ = CASES[case]
-    pixel = pixels(case, spread if name not in ("poisson", "negative_binomial") else min(spread, 1.0))
-    if name == "discretized_logistic":
-        levels = options.get("levels", 256)
-        values = torch.arange(levels) / torch.tensor(levels - 1.0, dtype=torch.float64)
-    else:
-        values = torch.arange({"bernoulli": 2, "categorical": 5}.get(name, 2000), dtype=torch.float64)
-    total = torch.stack([pixel.log_prob(value.expand(5)) for value in values]).logsumexp(0)
-    torch.testing.assert_close(total, torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("case", ["gaussian, per pixel", "student t", "student t, learned", "student t, per pixel"])
-def test_densities_of_real_pixels_integrate_to_one(case):
-    t, pixel = torch.linspace(-40, 40, 8001, dtype=torch.float64), pixels(case)
-    integrand = (pixel.log_prob(t.sinh()[:, None].expand(-1, 5)) + t.cosh().log()[:, None]).exp()
-    torch.testing.assert_close(integrand.sum(0) * 0.01, torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
+    levels = options.get("levels", 256)
+    support = torch.arange(levels) / (levels - 1) if name == "discretized_logistic" else None
+    spread = min(spread, 1.0) if name in COUNTS else spread
+    pv.testing.check_likelihood(BY_NAME[name], support=support, spread=spread, compiled=spread == 1.0, **options)
 
 
 @pytest.mark.parametrize(
@@ -179,30 +168,6 @@ def test_agreement_with_scipy():
     np.testing.assert_allclose(pixel.log_prob(level / 15).exp(), np.diff(edges), rtol=1e-10)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "categorical" and "low rank" not in case])
-def test_samples_have_the_mean_and_the_variance(case):
-    pixel = pixels(case, spread=0.5)
-    with torch.no_grad():
-        x = pixel.sample((20_000,))
-        assert (z_score(x, pixel.mean) < 4.5).all()
-        assert (z_score((x - pixel.mean).square(), pixel.variance) < 4.5).all()
-
-
-def test_categorical_samples_have_its_probabilities():
-    pixel = pixels("categorical")
-    x = pixel.sample((20_000,))
-    assert x.dtype == torch.float64
-    assert (z_score(nn.functional.one_hot(x.long(), 5).double(), pixel.probs) < 4).all()
-
-
-def test_logistic_samples_have_its_probabilities():
-    pixel = pixels("logistic, 5 levels", spread=0.5)
-    values = torch.arange(5).double() / 4
-    x = pixel.sample((20_000,))
-    expected = torch.stack([pixel.log_prob(value.expand(5)) for value in values]).exp()
-    assert (z_score((x[:, None] == values[:, None]).double(), expected) < 4).all()
-
-
 @pytest.mark.parametrize("shared", [True, False])
 def test_low_rank_is_the_dense_normal(shared):
     likelihood, features, dense = low_rank(batch=(3,), shared=shared)
@@ -246,14 +211,6 @@ def test_low_rank_in_float32_is_that_in_float64():
     of_sums = unit * size * magnitudes
     error = (narrow.log_prob(x).double() - exact).abs()
     assert (error <= of_residual + of_sums).all(), (error / (of_residual + of_sums)).max()
-
-
-def test_low_rank_integrates_to_one():
-    likelihood, features, _ = low_rank(size=2, batch=())
-    line = torch.linspace(-12, 12, 601, dtype=torch.float64)
-    x = torch.cartesian_prod(line, line).reshape(-1, 2, 1)
-    normal = likelihood.event_distribution(*features, mask=None)
-    assert (normal.log_prob(x).exp().sum() * 0.04**2).item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -436,35 +393,15 @@ def test_decode_and_convolutions(case):
 
 
 @every
-@pytest.mark.parametrize("batch", [(6,), (3, 6)])
-def test_a_mask_leaves_the_density_of_what_is_observed(case, batch):
-    """Against the same elements alone: independent ones in a sum, correlated ones elsewhere in this file."""
+def test_a_vae_with_it_takes_masks_and_its_own_samples(case):
     vae, x = build(case)
-    z, mask = torch.randn(*batch, 2, dtype=torch.float64), torch.rand(6, 2, 3) > 0.4
-    masked = vae.likelihood(z, mask=mask)
-    log_prob = masked.log_prob(x)
-    assert log_prob.shape == batch
-    full = torch.ones(6, 2, 3, dtype=torch.bool)
-    torch.testing.assert_close(vae.likelihood(z, mask=full).log_prob(x), vae.likelihood(z).log_prob(x))
-    other = torch.where(mask, x, CASES[case][2](6, 2, 3))
-    torch.testing.assert_close(masked.log_prob(other), log_prob)
-    if "low rank" not in case:
-        alone = vae.likelihood(z).base_dist.log_prob(x)
-        torch.testing.assert_close(log_prob, (alone * mask).sum((-1, -2)))
+    mask = torch.rand(6, 2, 3) > 0.4
+    assert vae.likelihood(torch.randn(3, 6, 2).double(), mask=mask).log_prob(x).shape == (3, 6)
     assert pv.ELBO().bound(lambda: vae.model(x, mask), lambda: vae.guide(x, mask)).isfinite().all()
-
-
-@every
-def test_samples_are_data(case):
-    vae, x = build(case)
     drawn = Predictive(poutine.uncondition(vae.model), num_samples=3)(x)["x"]
-    assert drawn.shape == (3, *x.shape)
-    assert drawn.dtype == x.dtype
+    assert (drawn.shape, drawn.dtype) == ((3, *x.shape), x.dtype)
     vae.likelihood.check(drawn)
     assert pv.IWAE(2).bound(vae.model, vae.guide, drawn[0]).isfinite().all()
-    wider = vae.likelihood(torch.zeros(6, 2).double()).expand((4, 6))
-    assert wider.sample().shape == (4, 6, 2, 3)
-    assert wider.log_prob(x).shape == (4, 6)
 
 
 def test_learned_parameters_start_where_they_say():
