@@ -334,3 +334,8 @@ def test_a_posterior_of_the_user():
     svi = pyro.infer.SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), loss=pv.ELBO(1, "monte_carlo"))
     assert math.isfinite(svi.step(x))
     torch.testing.assert_close(vae.embed(x), vae.posterior(x).mean)
+
+
+@every
+def test_pv_testing_accepts_each_posterior(name, without_inductor):
+    pv.testing.check_posterior(build(name), compiled=name != "spline")

@@ -359,3 +359,8 @@ def test_a_flow_in_plain_functions_is_restored_from_a_checkpoint(kind, tmp_path)
     pv.load_parameters(tmp_path / "a.pt", model, guide, x)
     z = torch.randn(6, 2)
     assert torch.equal(vae.prior().log_prob(z), other.prior().log_prob(z))
+
+
+@every
+def test_pv_testing_accepts_each_prior(name, without_inductor):
+    pv.testing.check_prior(build(name)[0].prior, compiled="spline" not in name)

@@ -50,7 +50,8 @@ def check_posterior(
 
     ``shapes``
         for x of shape (*batch, *event), the distribution has batch shape `batch` and a vector as event, also with no
-        batch dimension and with two. Each datum's density is that of the datum alone.
+        batch dimension and with two. Samples and `embed` have these shapes. Each datum's density is that of the datum
+        alone.
     ``density``
         :math:`\int q(z \mid x)\, \mathrm d z = 1`, by quadrature.
     ``samples``
@@ -201,6 +202,15 @@ def _check_batches(report: Report, module: nn.Module, event_shape: tuple[int, ..
         report.require(z.shape == expected, "shapes", f"samples of shape {expected}", tuple(z.shape), cause)
         report.require(z.dtype == torch.float64, "shapes", "samples of x's type, torch.float64", z.dtype, cause)
         report.require(not z.requires_grad, "shapes", "samples without gradients from `sample`", "some", cause)
+        if q.has_rsample:
+            shape = q.rsample((3,)).shape
+            report.require(shape == expected, "shapes", f"shape {expected} from `rsample`", tuple(shape), cause)
+        embedded = _embedded(module, x)
+        if embedded is not None:
+            wanted = (*batch, *q.event_shape)
+            report.require(
+                embedded.shape == wanted, "shapes", f"shape {wanted} from `embed`", tuple(embedded.shape), cause
+            )
         log_prob = q.log_prob(z.clone())
         rows = x.reshape(-1, *event_shape)
         by_row = z.reshape(3, len(rows), -1)
@@ -208,6 +218,15 @@ def _check_batches(report: Report, module: nn.Module, event_shape: tuple[int, ..
         expected_log_prob = torch.stack(alone, 1).reshape(3, *batch)
         tolerance = 1e-8 * (1 + expected_log_prob.abs())
         report.close("shapes", log_prob, expected_log_prob, tolerance, cause, "each datum's log-density alone,")
+
+
+def _embedded(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The embedding of x; None where there is none, as of a distribution without a mean."""
+    try:
+        embedded: Tensor | None = module.embed(x) if hasattr(module, "embed") else None  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    return embedded
 
 
 def _check_expanded(report: Report, module: nn.Module) -> None:

@@ -13,17 +13,6 @@ from helpers.programs import LinearGaussian, MODELS, wide, z_score
 import pyro_vae as pv
 from pyro_vae.evaluation import likelihood
 
-    (1, 1, 30),
-    (2, 1, 30),
-    (1, 2, 30),
-    (3, 2, 30),
-    (2, 3, 30),
-    (5, 2, 30),
-    (4, 4, 30),
-    (8, 3, 30),
-    (10, 5, 30),
-    (20, 6, 30),
-]
 
 
 @pytest.mark.parametrize(("seed", "size"), list(enumerate(MODELS)))

@@ -10,7 +10,18 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-MODELS = [
+MODELS = [  # of log p(x): data dimensions, latent dimensions, number of data
+    (1, 1, 30),
+    (2, 1, 30),
+    (1, 2, 30),
+    (3, 2, 30),
+    (2, 3, 30),
+    (5, 2, 30),
+    (4, 4, 30),
+    (8, 3, 30),
+    (10, 5, 30),
+    (20, 6, 30),
+]
 SIZES = [(1, 1, 3), (5, 2, 4), (3, 4, 6)]  # data dimensions, latent dimensions, number of data
 
 

@@ -1,4 +1,7 @@
-"""Each estimator of a gradient against the exact one, by quadrature or enumeration over all particles."""
+"""What biased estimators of a gradient converge to, exactly; refusals; and which estimators are without noise or with less.
+
+That unbiased ones have the exact mean is in test_bounds.py.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import LinearGaussian, z_score
-from helpers.toys import Discrete, Mixed, MixturePrior, OneSite, SharedPrior, TwoSites, X
+from helpers.toys import CONTINUOUS, DISCRETE, Discrete, Mixed, MixturePrior, OneSite, SharedPrior, TwoSites, X
 from pyro.distributions.testing.rejection_gamma import RejectionGamma
 
 import pyro_vae as pv
+from pyro_vae.testing.programs import Outcomes
 
 COPIES, CALLS = 400, 60
 NODES = {OneSite: 40, SharedPrior: 40, MixturePrior: 60, TwoSites: 12, Discrete: 1, Mixed: 16}
-CONTINUOUS = [OneSite, SharedPrior, MixturePrior, TwoSites]
-DISCRETE = [Discrete, Mixed]
 
 BOUNDS = {
     "ELBO": lambda gradient: pv.ELBO(2, "monte_carlo", gradient),
@@ -54,18 +56,15 @@ def distance(estimates, exact):
     return z_score(estimates[:, moving], exact[moving]).max()
 
 
-@pytest.mark.parametrize("toy", CONTINUOUS + DISCRETE, ids=name)
-@pytest.mark.parametrize("kind", ["pathwise", "dreg", "score", "vimco"])
+@pytest.mark.parametrize("toy", DISCRETE, ids=name)
+@pytest.mark.parametrize("kind", ["pathwise", "dreg"])
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_unbiased_for_the_gradient_of_the_bounds_mean(bound, kind, toy):
+def test_a_discrete_guide_has_no_path(bound, kind, toy):
     objective, program = BOUNDS[bound](kind), toy()
-    if toy in DISCRETE and kind in ("pathwise", "dreg"):
-        site = program.latents[0]
-        with pytest.raises(ValueError, match=f"guide site '{site}' can't be reparameterised.*'score'.*'vimco'"):
-            objective.differentiable_loss(program.model, program.guide, X)
-        return
-    exact = gradient(-program.grid(NODES[toy]).mean(objective.reduce, 2).sum(), program)
-    assert distance(estimates(objective, program), exact) < 4
+    with pytest.raises(
+        ValueError, match=f"guide site '{program.latents[0]}' can't be reparameterised.*'score'.*'vimco'"
+    ):
+        objective.differentiable_loss(program.model, program.guide, X)
 
 
 def score_left_out(grid, objective):
@@ -85,9 +84,9 @@ def score_left_out(grid, objective):
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_sticking_the_landing_is_biased_by_the_score_it_leaves_out(bound, toy):
     objective, program = BOUNDS[bound]("stl"), toy()
-    grid = program.grid(NODES[toy])
+    grid = Outcomes(program, NODES[toy])
     unbiased = gradient(-grid.mean(objective.reduce, 2).sum(), program)
-    left_out = gradient(score_left_out(program.grid(NODES[toy]), objective).sum(), program)
+    left_out = gradient(score_left_out(Outcomes(program, NODES[toy]), objective).sum(), program)
     found = estimates(objective, program)
     assert distance(found, unbiased - left_out) < 4
     if bound == "ELBO":
@@ -97,52 +96,9 @@ def test_sticking_the_landing_is_biased_by_the_score_it_leaves_out(bound, toy):
 
 
 @pytest.mark.parametrize("toy", [OneSite, SharedPrior, TwoSites, Discrete, Mixed], ids=name)
-@pytest.mark.parametrize(
-    ("kl", "kind"),
-    [
-        *(("analytic", kind) for kind in ("pathwise", "score", "vimco")),
-        *(("monte_carlo", kind) for kind in ("pathwise", "stl", "dreg", "score", "vimco")),
-    ],
-)
-def test_beta_multiplies_the_kl_in_either_form(kl, kind, toy):
-    if toy in DISCRETE and kind not in ("score", "vimco"):
-        pytest.skip("refused, as tested above")
-    program = toy()
-    grid = program.grid(NODES[toy])
-    exact = (grid.probability * (grid.log_likelihood + 3 * (grid.log_prior - grid.log_q))).sum(0)
-    objective = pv.ELBO(2, kl, kind, beta=3.0)
-    assert distance(estimates(objective, program), gradient(-exact.sum(), program)) < 4
-    with torch.no_grad():
-        bounds = objective.bound(program.model, program.guide, X.repeat(20_000)).reshape(-1, 2)
-    assert (z_score(bounds, exact.detach()) < 4).all()
-
-
-@pytest.mark.parametrize("kind", ["pathwise", "dreg", "score", "vimco"])
-def test_piwae_follows_one_bound_for_the_model_and_one_for_the_guide(kind):
-    program, objective = OneSite(), pv.PIWAE(2, 2, kind)
-    for_model, for_guide = (
-        gradient(-program.grid(14).mean(bound.reduce, 4).sum(), program) for bound in (pv.IWAE(4), pv.MIWAE(2, 2))
-    )
-    assert list(program.p) == [*OneSite.model_parameters, *OneSite.guide_parameters]
-    exact = torch.cat([for_model[:3], for_guide[3:]])
-    found = estimates(objective, program)
-    assert distance(found, exact) < 4
-    if kind == "dreg":  # the two bounds are far enough apart for this test to tell
-        assert distance(found[:, :3], for_guide[:3]) > 5
-        assert distance(found[:, 3:], for_model[3:]) > 5
-
-
-def test_miwae_with_two_groups():
-    program = OneSite()
-    exact = gradient(-program.grid(14).mean(pv.MIWAE(2, 2).reduce, 4).sum(), program)
-    for kind in ("pathwise", "dreg", "score", "vimco"):
-        assert distance(estimates(pv.MIWAE(2, 2, kind), program), exact) < 4
-
-
-@pytest.mark.parametrize("toy", [OneSite, SharedPrior, TwoSites, Discrete, Mixed], ids=name)
 def test_reweighted_wake_sleep_is_unbiased_for_theta_and_self_normalised_for_phi(toy):
     program = toy()
-    grid = program.grid(NODES[toy])
+    grid = Outcomes(program, NODES[toy])
     grid.probability = grid.probability.detach()
     log_p, log_q = grid.fixed[0] + grid.fixed[1], grid.fixed[2]
 
@@ -153,7 +109,7 @@ def test_reweighted_wake_sleep_is_unbiased_for_theta_and_self_normalised_for_phi
     exact = gradient(-grid.mean(step, 2, log_p, log_q).sum(), program)
     assert distance(estimates(pv.RWS(2), program), exact) < 4
     # As K grows, phi's step becomes the gradient of -KL(p(z|x) || q(z|x)).
-    grid = program.grid(NODES[toy])
+    grid = Outcomes(program, NODES[toy])
     log_p, log_q = grid.fixed[0] + grid.fixed[1], grid.fixed[2]
     posterior = (grid.probability * (log_p - log_q).exp()).detach()
     limit = gradient(-(posterior / posterior.sum(0) * (log_p + log_q)).sum(), program)
@@ -165,7 +121,7 @@ def test_the_sleep_phase_follows_log_q_of_dreams():
     program = OneSite()
     z = program.p["mean"].detach() + torch.randn(400_000, dtype=torch.float64)
     x = program.p["slope"].detach() * z + program.p["offset"].detach() + 0.7 * torch.randn_like(z)
-    log_q = program.posterior("z", {}, x).log_prob(z)
+    log_q = program.posterior(program.p, "z", {}, x).log_prob(z)
     dreamt = gradient(-log_q.mean() * len(X), program)
     for share in (0.0, 0.3, 1.0):
         wake = gradient(-_wake_phase(program, 1 - share), program)
@@ -174,7 +130,7 @@ def test_the_sleep_phase_follows_log_q_of_dreams():
 
 
 def _wake_phase(program, share):
-    grid = program.grid(40)
+    grid = Outcomes(program, 40)
     grid.probability = grid.probability.detach()
 
     def step(log_p, log_q):
@@ -188,7 +144,7 @@ def _wake_phase(program, share):
 def test_the_covariance_gradient_is_the_papers(toy):
     """Masrani et al. (2019), equation 11, self-normalised, written down from there."""
     program, points = toy(), [0.0, 0.3, 1.0]
-    grid = program.grid(NODES[toy])
+    grid = Outcomes(program, NODES[toy])
     grid.probability = grid.probability.detach()
 
     def papers(log_p, log_q):
@@ -204,7 +160,7 @@ def test_the_covariance_gradient_is_the_papers(toy):
     exact = gradient(-grid.mean(papers, 2, grid.fixed[0] + grid.fixed[1], grid.fixed[2]).sum(), program)
     found = estimates(pv.TVO(2, points, "covariance"), program)
     assert distance(found, exact) < 4
-    unbiased = gradient(-program.grid(NODES[toy]).mean(pv.TVO(2, points).reduce, 2).sum(), program)
+    unbiased = gradient(-Outcomes(program, NODES[toy]).mean(pv.TVO(2, points).reduce, 2).sum(), program)
     assert z_score(found, unbiased).max() > 5  # biased at two particles, as the docstring says
 
 
