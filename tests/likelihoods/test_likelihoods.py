@@ -402,6 +402,9 @@ def test_a_vae_with_it_takes_masks_and_its_own_samples(case):
     assert (drawn.shape, drawn.dtype) == ((3, *x.shape), x.dtype)
     vae.likelihood.check(drawn)
     assert pv.IWAE(2).bound(vae.model, vae.guide, drawn[0]).isfinite().all()
+    wider = vae.likelihood(torch.zeros(6, 2).double()).expand((4, 6))
+    assert wider.sample().shape == (4, 6, 2, 3)
+    assert wider.log_prob(x).shape == (4, 6)
 
 
 def test_learned_parameters_start_where_they_say():
