@@ -44,6 +44,7 @@ OUTSIDE = (-1.5, 0.31, 1.5, 1e6)  # of which those outside the support have to b
 def check_likelihood(
     likelihood: type[Likelihood] | Likelihood,
     *,
+    event_shape: tuple[int, ...] | None = None,
     support: Support = None,
     spread: float = 1.0,
     compiled: bool = False,
@@ -57,7 +58,7 @@ def check_likelihood(
 
     ``shapes``
         for z of shape (*batch, Z), the distribution has batch shape `batch` and event shape `event`, also with no batch
-        dimension and with two; so do its log-density, its samples, `expand` and `decode`.
+        dimension and with two; so do its log-density, its samples and `decode`.
     ``density``
         :math:`\sum_x p(x \mid z) = 1`, or :math:`\int p(x \mid z)\, \mathrm d x = 1`, by quadrature.
     ``samples``
@@ -83,6 +84,8 @@ def check_likelihood(
     Arguments:
         likelihood: a subclass of :class:`pyro_vae.Likelihood`, or an instance. An instance is copied with its
             parameters, and gets another decoder.
+        event_shape: the shape of one datum of a class. None is (2, 3), and (2, 1) for the joint density of dependent
+            elements.
         support: the support of an element, where its distribution does not state it: (low, high), or its values as a
             tensor.
         spread: the standard deviation of the features.
@@ -103,16 +106,16 @@ def check_likelihood(
         >>> pv.testing.check_likelihood(Laplace)
     """
     with reproducible(seed):
-        made = _Made(likelihood, options)
+        made = _Made(likelihood, event_shape, options)
         report = Report(made.name)
-        module, features = made.module((2, 3)), made.features((4,), (2, 3), spread)
+        module, features = made.module(made.event), made.features((4,), made.event, spread)
         distribution = module.event_distribution(*features, mask=None)
         with torch.no_grad():
             x = distribution.sample()
         constraint = element_constraint(distribution, support)
         _check_support(report, module, constraint, x)
         _check_shapes(report, module, x)
-        small = module if made.independent else made.module((2, 1))
+        small = module if made.independent else made.module(made.small)
         _check_values(report, small, made, support, spread)
         _check_slopes(report, module, features, x)
         _check_finite(report, module, made, x)
@@ -126,22 +129,30 @@ def check_likelihood(
 class _Made:
     """Makes float64 likelihoods of a class, or copies of an instance, with parameters that float32 holds exactly."""
 
-    def __init__(self, likelihood: type[Likelihood] | Likelihood, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        likelihood: type[Likelihood] | Likelihood,
+        event_shape: tuple[int, ...] | None,
+        options: dict[str, Any],
+    ) -> None:
         of_class = isinstance(likelihood, type) and issubclass(likelihood, Likelihood)
         if not of_class and not isinstance(likelihood, Likelihood):
             raise PyroVAEError(f"expected a subclass of pyro_vae.Likelihood or an instance, got {likelihood!r}.")
-        if options and not of_class:
-            raise PyroVAEError(f"expected no options next to an instance, got {options}. Pass the class, or drop them.")
+        given = options if event_shape is None else {"event_shape": event_shape, **options}
+        if given and not of_class:
+            raise PyroVAEError(f"expected no options next to an instance, got {given}. Pass the class, or drop them.")
         self.likelihood, self.options = likelihood, options
         self.family: type[Likelihood] = likelihood if of_class else type(likelihood)  # type: ignore[assignment]
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         self.name = f"{self.family.__name__}({shown})" if shown else self.family.__name__
         self.independent = self.family.event_distribution is Likelihood.event_distribution
-        shape = likelihood.event_shape if isinstance(likelihood, Likelihood) else ()
-        if not self.independent and math.prod(shape) > 2:
+        shape = likelihood.event_shape if isinstance(likelihood, Likelihood) else event_shape
+        self.event = (2, 3) if shape is None else shape
+        self.small = (2, 1) if shape is None else shape
+        if not self.independent and math.prod(self.small) > 2:
             raise PyroVAEError(
                 f"expected an event of at most two elements, whose joint density a grid can integrate, got {shape} "
-                "of dependent elements. Pass the class, or an instance with event_shape=(2,)."
+                "of dependent elements. Pass the class, or event_shape=(2,)."
             )
 
     def module(self, event_shape: tuple[int, ...]) -> Likelihood:
@@ -187,7 +198,6 @@ def _check_shapes(report: Report, module: Likelihood, x: Tensor) -> None:
             shapes = {
                 "samples": drawn.shape,
                 "log-densities": (*distribution.log_prob(drawn).shape, *event),
-                "samples of an expanded one": distribution.expand((2, *batch)).sample().shape,
                 "decoded means": (2, *module.decode(torch.randn(*batch, LATENT_DIM, dtype=torch.float64)).shape),
             }
         for name, shape in shapes.items():
@@ -202,12 +212,12 @@ def _check_values(report: Report, module: Likelihood, made: _Made, support: Supp
     """Density, samples and moments of each element, or of a small event."""
     with torch.no_grad():
         if made.independent:
-            distribution = module.pixel_distribution(*made.features((4,), (2, 3), spread))
+            distribution = module.pixel_distribution(*made.features((4,), made.event, spread))
             rule = over_elements(distribution, support)
             points = rule.points.unsqueeze(-1)
             draws = distribution.sample((SAMPLES,)).unsqueeze(-1)
         else:
-            distribution = module.event_distribution(*made.features((), (2, 1), spread), mask=None)
+            distribution = module.event_distribution(*made.features((), made.small, spread), mask=None)
             rule = over_events(distribution)
             points = rule.points.flatten(1)
             draws = distribution.sample((SAMPLES,)).flatten(1)
@@ -289,7 +299,7 @@ def _check_masks(
 
 def _check_marginal(report: Report, module: Likelihood, made: _Made, spread: float, cause: str) -> None:
     """With the second of two dependent elements missing, the density is the integral over it."""
-    features = made.features((), (2, 1), spread)
+    features = made.features((), made.small, spread)
     whole = module.event_distribution(*features, mask=None)
     draws = whole.sample((DRAWS,)).flatten(1)
     seen = draws[0, 0]
