@@ -8,11 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.programs import LinearGaussian, MODELS, wide, z_score
+from helpers.programs import MODELS, LinearGaussian, wide, z_score
 
 import pyro_vae as pv
 from pyro_vae.evaluation import likelihood
-
 
 
 @pytest.mark.parametrize(("seed", "size"), list(enumerate(MODELS)))
