@@ -103,11 +103,11 @@ for name, choice in choices.items():
     vae = pv.mlp_vae((1, SIDE, SIDE), hidden_dims=(128,), **choice)
     objective = pv.ELBO(beta=pv.schedules.warm_up(WARM_UP * len(train) // BATCH))
     history = pv.fit(
-        vae.model, vae.guide, train, objective, epochs=options.epochs, batch_size=BATCH, lr=3e-3, seed=options.seed,
+        vae, train, objective, epochs=options.epochs, batch_size=BATCH, lr=3e-3, seed=options.seed,
         lr_scheduler=lambda optimizer: CosineAnnealingLR(optimizer, options.epochs),
     )  # fmt: skip
     print(f"{name}: trained in {history.seconds.sum():.0f} s")
-    found[name] = pv.log_likelihood(vae.model, vae.guide, test, options.num_samples, seed=options.seed)
+    found[name] = pv.log_likelihood(vae, test, options.num_samples, seed=options.seed)
     print(f"    {found[name]}")
     with torch.no_grad():
         given = vae.likelihood(vae.prior().sample((len(test),)))

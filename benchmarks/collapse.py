@@ -49,13 +49,13 @@ for name in ("q(z|x)", "q(z)"):
     if name == "q(z)":
         vae.posterior = pv.Unconditional(LATENT, digits.event_shape)
     pv.fit(
-        vae.model, vae.guide, digits.train, pv.ELBO(), epochs=options.epochs, batch_size=64, lr=2e-3, seed=options.seed,
+        vae, digits.train, pv.ELBO(), epochs=options.epochs, batch_size=64, lr=2e-3, seed=options.seed,
         lr_scheduler=lambda optimizer: CosineAnnealingLR(optimizer, options.epochs),
     )  # fmt: skip
     pyro.set_rng_seed(options.seed)
     with torch.no_grad():
-        elbo[name] = pv.ELBO(100).bound(vae.model, vae.guide, x)
-    parts[name] = pv.decompose_elbo(vae.model, vae.guide, x, options.num_samples, seed=options.seed)
+        elbo[name] = pv.ELBO(100).bound(vae, x)
+    parts[name] = pv.decompose_elbo(vae, x, options.num_samples, seed=options.seed)
     outputs[name] = vae.decode(vae.prior().sample((500,)))
     spread[name] = pv.Estimate.of(torch.stack([group.std(0).mean() for group in outputs[name].chunk(10)]))
 

@@ -41,8 +41,8 @@ for compile in (False, True):
     elapsed[compile] = history.seconds.cumsum()
     pyro.set_rng_seed(0)
     with torch.no_grad():
-        elbo = torch.cat([pv.ELBO().bound(vae.model, vae.guide, x) for x in mnist.test.x.split(1000)])
-        iwae = torch.cat([pv.IWAE(64).bound(vae.model, vae.guide, x) for x in mnist.test.x.split(100)])
+        elbo = torch.cat([pv.ELBO().bound(vae, x) for x in mnist.test.x.split(1000)])
+        iwae = torch.cat([pv.IWAE(64).bound(vae, x) for x in mnist.test.x.split(100)])
     name = "compiled" if compile else "uncompiled"
     print(f"{name:10s}  {elapsed[compile].iloc[-1]:6.1f} s for {options.epochs} epochs, ", end="")
     print(f"{history.seconds.iloc[1:].median():.2f} s an epoch after the first; on all test images, nats per datum:")

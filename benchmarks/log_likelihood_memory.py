@@ -55,5 +55,5 @@ else:
     x = torch.load(options.child[0])
     vae = pv.mlp_vae((1, 28, 28), latent_dim=20, hidden_dims=(400,))
     print(peak_memory())
-    pv.log_likelihood(vae.model, vae.guide, x, int(options.child[1]), progress=False)
+    pv.log_likelihood(vae, x, int(options.child[1]), progress=False)
     print(peak_memory())

@@ -43,7 +43,7 @@ def products(rows: int) -> None:
 def evaluation(num_data: int, compile: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # k-hat is high: the networks are untrained
-        pv.log_likelihood(vae.model, vae.guide, x[:num_data], options.num_samples, compile=compile, progress=False)
+        pv.log_likelihood(vae, x[:num_data], options.num_samples, compile=compile, progress=False)
 
 
 def seconds(contestant, *arguments) -> float:

@@ -54,7 +54,7 @@ vae = pv.mlp_vae(
     data.event_shape, latent_dim=settings["latent_dim"], hidden_dims=settings["hidden_dims"], likelihood="gaussian", scale="learned"
 )  # fmt: skip
 history = pv.fit(
-    vae.model, vae.guide, (train, seen), pv.IWAE(20, "dreg"), epochs=settings["epochs"], batch_size=settings["batch_size"],
+    vae, (train, seen), pv.IWAE(20, "dreg"), epochs=settings["epochs"], batch_size=settings["batch_size"],
     validation=(validation, seen_validation), patience=20, seed=options.seed,
 )  # fmt: skip
 print(

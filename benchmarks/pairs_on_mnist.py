@@ -96,12 +96,12 @@ for name, build in ROWS.items():
     started = time.perf_counter()
     objective = pv.ELBO(kl="monte_carlo", beta=warm_up)
     pv.fit(
-        pair.model, pair.guide, mnist.train, objective, epochs=options.epochs, batch_size=128, compile=True, seed=0
+        pair, mnist.train, objective, epochs=options.epochs, batch_size=128, compile=True, seed=0
     )  # fmt: skip
     minutes = (time.perf_counter() - started) / 60
-    found = pv.log_likelihood(pair.model, pair.guide, test, options.num_samples, compile=True, seed=0)
+    found = pv.log_likelihood(pair, test, options.num_samples, compile=True, seed=0)
     first = found.per_datum if first is None else first
-    active = pv.active_units(pair.model, pair.guide, test, seed=0)
+    active = pv.active_units(pair, test, seed=0)
     table.add_row(
         name, f"{minutes:.1f}", str(pv.Estimate.of(found.elbo)), str(found.estimate), str(pv.Estimate.of(found.per_datum - first)),
         str(found.kl_to_posterior), f"{found.share_high_k:.1%}", f"{int(active.active.sum())} of {len(active)}",

@@ -79,9 +79,9 @@ unit_likelihood = pv.Gaussian(vae.likelihood.decoder, shape)
 unit = pv.VAE(prior=vae.prior, likelihood=unit_likelihood, posterior=vae.posterior).double()
 
 pyro.set_rng_seed(1)
-of_sigma = pv.ELBO().bound(vae.model, vae.guide, grey).detach()
+of_sigma = pv.ELBO().bound(vae, grey).detach()
 pyro.set_rng_seed(1)
-of_beta = pv.ELBO(beta=sigma**2).bound(unit.model, unit.guide, grey).detach()
+of_beta = pv.ELBO(beta=sigma**2).bound(unit, grey).detach()
 
 left = sigma**2 * (of_sigma + D / 2 * math.log(2 * math.pi * sigma**2))
 right = of_beta + D / 2 * math.log(2 * math.pi)
@@ -112,7 +112,7 @@ def squared_residuals(vae, x):
 def fit(vae, epochs, batch_size, lr):
     """Adam with a step size that falls to zero, so that the end is not noisy."""
     cosine = functools.partial(CosineAnnealingLR, T_max=epochs)
-    args = (vae.model, vae.guide, digits.train, pv.ELBO())
+    args = (vae, digits.train, pv.ELBO())
     pv.fit(*args, epochs=epochs, batch_size=batch_size, lr=lr, lr_scheduler=cosine, seed=0, progress=False)
 
 
@@ -121,8 +121,8 @@ for scale in (1.0, 0.5, "learned", 0.05):
     vae = pv.mlp_vae(shape, latent_dim=16, hidden_dims=(128,), likelihood="gaussian", scale=scale)
     fit(vae, epochs=60, batch_size=128, lr=1e-2)
     pyro.set_rng_seed(2)
-    vaes[scale], units = vae, pv.active_units(vae.model, vae.guide, held_out)
-    bounds[scale] = pv.ELBO(64).bound(vae.model, vae.guide, held_out).detach()
+    vaes[scale], units = vae, pv.active_units(vae, held_out)
+    bounds[scale] = pv.ELBO(64).bound(vae, held_out).detach()
     sigma = vae.likelihood.log_scale.exp().item() if scale == "learned" else scale
     row = {
         "sigma": f"{sigma:.3f}{' learned' if scale == 'learned' else '        '}",
@@ -175,7 +175,7 @@ best.eval().requires_grad_(False)  # in training mode Pyro warns of frozen param
 best.likelihood.log_scale.requires_grad_(True)
 fit(best, epochs=100, batch_size=len(digits.train), lr=1e-2)
 learned_variance = best.likelihood.log_scale.exp().square().item()
-settled_bound = pv.ELBO(64).bound(best.model, best.guide, held_out).mean().item()
+settled_bound = pv.ELBO(64).bound(best, held_out).mean().item()
 print(f"sigma^2 trained with the networks        {lagging_variance:.5f}")
 print(f"sigma^2 with the networks frozen         {learned_variance:.5f}")
 print(f"mean squared residual, training data     {residual_variance:.5f}")

@@ -41,12 +41,12 @@ def train(objective):
     pyro.set_rng_seed(0)
     vae = pv.mlp_vae(digits.event_shape, latent_dim=5, hidden_dims=(100,))
     settings = {"epochs": 30, "batch_size": 64, "lr": 3e-3, "seed": 0, "progress": False}
-    history = pv.fit(vae.model, vae.guide, digits.train, objective, **settings)
+    history = pv.fit(vae, digits.train, objective, **settings)
     return vae, history.seconds.sum()
 
 
 vae, elbo_seconds = train(pv.ELBO())
-reference = pv.log_likelihood(vae.model, vae.guide, x, 2000, seed=0, progress=False)
+reference = pv.log_likelihood(vae, x, 2000, seed=0, progress=False)
 shapes = f"median {reference.pareto_k.median():.2f}, above 0.7 for {reference.share_high_k:.1%}"
 print(f"log p(x) of {len(x)} test digits: {reference.estimate} nats per digit, error over digits")
 print(f"Monte Carlo error of that: {reference.monte_carlo_error:.4f} nats")
@@ -80,7 +80,7 @@ for samples, repeats in (((1, 4), 64), ((16, 64), 8)):
         if k > 1:
             objectives += [pv.Renyi(0.5, k), pv.CIWAE(0.5, k), pv.TVO(k), pv.MIWAE(4, k // 4), pv.JVI(k)]
     settings = {"repeats": repeats, "log_likelihood": reference, "seed": 1, "progress": False}
-    part = pv.compare(vae.model, vae.guide, x, objectives, **settings)
+    part = pv.compare(vae, x, objectives, **settings)
     tables.append(part.assign(samples=[objective.num_samples for objective in objectives]))
 table = pd.concat(tables)
 table = pd.concat([rows for _, rows in table.groupby(level="objective", sort=False)])
@@ -118,7 +118,7 @@ guide_parameters = list(vae.posterior.parameters())
 
 
 def gradient(objective):
-    bound = objective.bound(vae.model, vae.guide, x[:50]).mean()
+    bound = objective.bound(vae, x[:50]).mean()
     return torch.cat([part.flatten() for part in torch.autograd.grad(bound, guide_parameters)]).double()
 
 
@@ -158,7 +158,7 @@ ax.legend(loc="center right", frameon=False)
 # gap is :math:`\log p(x)` less the ELBO, whatever was trained with. Errors are over digits, of differences
 # paired over them; they do not include the luck of a training run.
 vae_iwae, iwae_seconds = train(pv.IWAE(16, "dreg"))
-trained_iwae = pv.log_likelihood(vae_iwae.model, vae_iwae.guide, x, 2000, seed=0, progress=False)
+trained_iwae = pv.log_likelihood(vae_iwae, x, 2000, seed=0, progress=False)
 print("Held out, in nats per digit:")
 for name, result in (("ELBO", reference), ("IWAE(16), DReG", trained_iwae)):
     parts = f"log p(x) {result.mean:.2f}   ELBO {result.elbo.mean():.2f}   gap {result.kl_to_posterior}"
@@ -217,10 +217,10 @@ print(f"training time, IWAE over ELBO   {iwae_seconds / elbo_seconds:.1f}")
 # gradient="stl")``.
 flow = pv.mlp_vae(digits.event_shape, latent_dim=5, hidden_dims=(100,), posterior=pv.FlowPosterior)
 try:
-    pv.ELBO(10).bound(flow.model, flow.guide, x)
+    pv.ELBO(10).bound(flow, x)
 except pv.NoClosedFormError as error:
     print(textwrap.fill(f"closed form: {error}", 100))
-bound = pv.IWAE(10, "dreg").bound(flow.model, flow.guide, x)
+bound = pv.IWAE(10, "dreg").bound(flow, x)
 print("IWAE(10), DReG, before training:", pv.Estimate.of(bound), "nats per digit")
 
 # %%
@@ -237,7 +237,7 @@ pyro.set_rng_seed(3)
 
 @torch.no_grad()
 def average(objective):
-    return torch.stack([objective.bound(vae.model, vae.guide, x) for _ in range(16)]).mean(0)
+    return torch.stack([objective.bound(vae, x) for _ in range(16)]).mean(0)
 
 
 one, many = average(pv.ELBO(1, "monte_carlo")), average(pv.ELBO(16, "monte_carlo"))

@@ -49,13 +49,13 @@ def new_vae():
 
 vae = new_vae()
 settings = {"batch_size": 100, "lr": 3e-3, "seed": 0, "progress": False}
-pv.fit(vae.model, vae.guide, digits.train, pv.ELBO(), epochs=3, **settings)
+pv.fit(vae, digits.train, pv.ELBO(), epochs=3, **settings)
 pool = digits.train.x[:300]
 parameters = list(vae.parameters())
 
 
 def gradient(x, samples):
-    bound = pv.ELBO(samples, max_plate_nesting=1).bound(vae.model, vae.guide, x).mean()
+    bound = pv.ELBO(samples, max_plate_nesting=1).bound(vae, x).mean()
     return torch.cat([part.flatten() for part in torch.autograd.grad(bound, parameters)]).double()
 
 
@@ -119,10 +119,10 @@ for M, L, epochs in ((100, 1, 20), (20, 5, 4), (10, 10, 2)):
     for lr in (1e-3, 3e-3, 1e-2):
         trained = new_vae()
         settings = {"epochs": epochs, "batch_size": M, "lr": lr, "seed": 0, "progress": False}
-        pv.fit(trained.model, trained.guide, digits.train, pv.ELBO(L), **settings)
+        pv.fit(trained, digits.train, pv.ELBO(L), **settings)
         pyro.set_rng_seed(2)
         with torch.no_grad():
-            runs.append([M, L, lr, pv.ELBO(64).bound(trained.model, trained.guide, digits.test.x)])
+            runs.append([M, L, lr, pv.ELBO(64).bound(trained, digits.test.x)])
 best = {L: max((run[3] for run in runs if run[1] == L), key=torch.mean) for L in (1, 5, 10)}
 rows = []
 for M, L, lr, bound in runs:

@@ -55,14 +55,14 @@ def train(objective, latent_dim, blind=False):
     if blind:
         vae.posterior = pv.Unconditional(latent_dim, digits.event_shape)
     pv.fit(
-        vae.model, vae.guide, digits.train, objective, epochs=20, batch_size=100, lr=1e-2, seed=0, progress=False,
+        vae, digits.train, objective, epochs=20, batch_size=100, lr=1e-2, seed=0, progress=False,
         lr_scheduler=lambda optimizer: CosineAnnealingLR(optimizer, 20),
     )  # fmt: skip
     return vae
 
 
 def take_apart(vae):
-    return pv.decompose_elbo(vae.model, vae.guide, x, num_samples=20, seed=0, progress=False)
+    return pv.decompose_elbo(vae, x, num_samples=20, seed=0, progress=False)
 
 
 pairs = {"amortised": train(pv.ELBO(), 2), "blind": train(pv.ELBO(), 2, blind=True)}
@@ -122,7 +122,7 @@ objectives["warm-up to 4"] = pv.ELBO(beta=pv.schedules.warm_up(steps, stop=4))
 rows, kl = {}, {}
 for name, objective in objectives.items():
     vae = train(objective, 8)
-    part, units = take_apart(vae), pv.active_units(vae.model, vae.guide, x)
+    part, units = take_apart(vae), pv.active_units(vae, x)
     with torch.no_grad():
         kl[name] = kl_divergence(vae.posterior(x), vae.prior())
     rows[name] = {"KL": kl[name].mean().item()} | {term: getattr(part, term).value for term in terms[::-1]}
@@ -211,7 +211,7 @@ for name, vae in pairs.items():
     part = parts[name]
     total = part.reconstruction.value - part.mutual_information.value - part.marginal_kl.value
     assert abs(total - part.elbo.value) < 1e-9, f"{name}: the parts make {total}, the ELBO is {part.elbo.value}"
-    bounds = [pv.ELBO().bound(vae.model, vae.guide, x).mean().detach() for _ in range(100)]
+    bounds = [pv.ELBO().bound(vae, x).mean().detach() for _ in range(100)]
     again = pv.Estimate.of(torch.stack(bounds))
     score = (part.elbo.value - again.value) / np.hypot(part.elbo.standard_error, again.standard_error)
     assert abs(score) < 4, f"{name}: the parts make {part.elbo}, the closed-form ELBO is {again}: z = {score:.1f}"

@@ -104,7 +104,7 @@ for name, options in choices.items():
     pyro.set_rng_seed(0)
     vae = vaes[name] = pv.mlp_vae((1, SIDE, SIDE), latent_dim=1, hidden_dims=(64,), **options)
     pv.fit(
-        vae.model, vae.guide, x_train, pv.ELBO(), epochs=EPOCHS, batch_size=100, lr=1e-2, seed=0,
+        vae, x_train, pv.ELBO(), epochs=EPOCHS, batch_size=100, lr=1e-2, seed=0,
         progress=False, lr_scheduler=lambda optimizer: CosineAnnealingLR(optimizer, EPOCHS),
     )  # fmt: skip
 

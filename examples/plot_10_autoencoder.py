@@ -45,7 +45,7 @@ for latent_dim in (2, 16):
     vaes[latent_dim] = pv.mlp_vae(digits.event_shape, latent_dim=latent_dim, hidden_dims=(200,))
     autoencoders[latent_dim] = pv.mlp_autoencoder(digits.event_shape, latent_dim=latent_dim, hidden_dims=(200,))
     for pair in (vaes[latent_dim], autoencoders[latent_dim]):
-        pv.fit(pair.model, pair.guide, digits.train, pv.ELBO(), **settings)
+        pv.fit(pair, digits.train, pv.ELBO(), **settings)
 
 
 def log_p_given_code(pair):

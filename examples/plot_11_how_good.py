@@ -44,7 +44,7 @@ warnings.filterwarnings("ignore", message=".*Pareto k-hat")  # printed and drawn
 pyro.set_rng_seed(0)
 digits = pv.data.load("digits", binarize="dynamic")
 vae = pv.mlp_vae(digits.event_shape, latent_dim=5, hidden_dims=(100,))
-pv.fit(vae.model, vae.guide, digits.train, pv.ELBO(), epochs=40, batch_size=128, lr=5e-3, seed=0, progress=False)
+pv.fit(vae, digits.train, pv.ELBO(), epochs=40, batch_size=128, lr=5e-3, seed=0, progress=False)
 x = digits.test.x[:30]
 
 
@@ -54,7 +54,7 @@ def narrow_guide(x):
         pyro.sample("z", dist.Normal(q.loc, q.scale / 4).to_event(1))
 
 
-wide = pv.log_likelihood(vae.model, vae.guide, x, 5000, seed=0, progress=False)
+wide = pv.log_likelihood(vae, x, 5000, seed=0, progress=False)
 narrow = pv.log_likelihood(vae.model, narrow_guide, x, 5000, seed=0, progress=False)
 print("30 test digits, one model, nats per datum:")
 for name, found in (("its guide", wide), ("narrow guide", narrow)):
@@ -93,7 +93,7 @@ print(fill(str(sandwich), 90))
 #
 # .. math:: \log p(x) - \mathrm{ELBO}(q) = \underbrace{\log p(x) - \mathrm{ELBO}(q^*)}_{\text{approximation: the family}}
 #     + \underbrace{\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)}_{\text{amortisation: the encoder}}
-gaps = pv.inference_gaps(vae.model, vae.guide, x, 1000, num_steps=100, lr=0.05, log_likelihood=wide, seed=0,
+gaps = pv.inference_gaps(vae, x, 1000, num_steps=100, lr=0.05, log_likelihood=wide, seed=0,
                          progress=False)  # fmt: skip
 print(fill(str(gaps), 100))
 

@@ -76,8 +76,8 @@ pv.fit(one.model, one.guide, digits.train, pv.ELBO(), **settings)
 bounds, rows = {}, []
 for name, pair in (("one layer", one), ("two layers", two)):
     with torch.no_grad():
-        bounds[name] = pv.IWAE(500).bound(pair.model, pair.guide, x)
-        found = [pv.Estimate.of(pv.ELBO(20).bound(pair.model, pair.guide, x)), pv.Estimate.of(bounds[name])]
+        bounds[name] = pv.IWAE(500).bound(pair, x)
+        found = [pv.Estimate.of(pv.ELBO(20).bound(pair, x)), pv.Estimate.of(bounds[name])]
     rows.append([name, sum(p.numel() for p in pair.parameters()), *map(str, found)])
 print(pd.DataFrame(rows, columns=["", "parameters", "ELBO", "IWAE, 500"]).to_string(index=False))
 gain = pv.Estimate.of(bounds["two layers"] - bounds["one layer"])

@@ -12,8 +12,8 @@ In six lines::
 
     digits = pv.data.load("digits", binarize="dynamic")
     vae = pv.mlp_vae(digits.event_shape, latent_dim=2, hidden_dims=(200,))
-    history = pv.fit(vae.model, vae.guide, digits.train, pv.ELBO(), epochs=50, batch_size=64, lr=1e-3)
-    print(pv.compare(vae.model, vae.guide, digits.test.x))
+    history = pv.fit(vae, digits.train, pv.ELBO(), epochs=50, batch_size=64, lr=1e-3)
+    print(pv.compare(vae, digits.test.x))
 """
 
 from pyro_vae import data, networks, plots, schedules, testing

@@ -26,7 +26,7 @@ def compare(
     folder = RunFolder(path)
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]
-    table = pv.compare(vae.model, vae.guide, x, repeats=repeats, compile=compile, seed=seed)
+    table = pv.compare(vae, x, repeats=repeats, compile=compile, seed=seed)
     table.to_csv(path / "compare.csv")
     figures.draw_comparison(folder, table)
     Console().print(format_comparison(table, len(x), repeats))

@@ -146,7 +146,7 @@ class RunFolder:
             FileNotFoundError: the checkpoint or the data set is missing.
         """
         dataset, vae = build(self.read_config())
-        pv.load_parameters(self.checkpoint, vae.model, vae.guide, dataset.test.x[:1])
+        pv.load_parameters(self.checkpoint, vae, dataset.test.x[:1])
         return dataset, vae
 
 

@@ -148,7 +148,7 @@ def train(
     folder.write_config(config)  # not before fit has accepted the checkpoint
     history.to_csv(folder.path / "history.csv")
     # After Ctrl-C the networks have parameters from within an epoch; the checkpoint has those of the epoch's end.
-    pv.load_parameters(folder.checkpoint, vae.model, vae.guide, dataset.test.x[:1])
+    pv.load_parameters(folder.checkpoint, vae, dataset.test.x[:1])
     drawn = figures.draw_training(folder, vae, dataset, history, seed)
 
     best = checkpoints.load(folder.checkpoint).get("best")

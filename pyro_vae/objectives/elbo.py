@@ -75,10 +75,10 @@ class ELBO(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.ELBO(num_particles=4).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        >>> pv.ELBO(num_particles=4).bound(vae, torch.randn(5, 3)).shape
         torch.Size([5])
         >>> warm_up = pv.ELBO(beta=lambda step: min(1.0, (step + 1) / 1000))
-        >>> warm_up.differentiable_loss(vae.model, vae.guide, torch.randn(5, 3)).backward()
+        >>> warm_up.differentiable_loss(vae, torch.randn(5, 3)).backward()
         >>> warm_up.step
         1
 

@@ -47,7 +47,7 @@ class IWAE(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.IWAE(64, gradient="dreg").bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        >>> pv.IWAE(64, gradient="dreg").bound(vae, torch.randn(5, 3)).shape
         torch.Size([5])
 
     References:
@@ -92,7 +92,7 @@ class Renyi(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.Renyi(0.5, 16).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        >>> pv.Renyi(0.5, 16).bound(vae, torch.randn(5, 3)).shape
         torch.Size([5])
 
     References:
@@ -148,7 +148,7 @@ class MIWAE(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.MIWAE(8, 8).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        >>> pv.MIWAE(8, 8).bound(vae, torch.randn(5, 3)).shape
         torch.Size([5])
 
     References:
@@ -209,7 +209,7 @@ class PIWAE(MIWAE):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.PIWAE(8, 8).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        >>> pv.PIWAE(8, 8).bound(vae, torch.randn(5, 3)).shape
         torch.Size([5])
 
     References:
@@ -250,7 +250,7 @@ class CIWAE(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.CIWAE(0.5, 16).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        >>> pv.CIWAE(0.5, 16).bound(vae, torch.randn(5, 3)).shape
         torch.Size([5])
 
     References:
@@ -307,7 +307,7 @@ class JVI(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.JVI(16, order=1).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        >>> pv.JVI(16, order=1).bound(vae, torch.randn(5, 3)).shape
         torch.Size([5])
 
     References:

@@ -43,7 +43,7 @@ class TVO(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.TVO(16, partitions=5).bound(vae.model, vae.guide, torch.randn(5, 3)).shape
+        >>> pv.TVO(16, partitions=5).bound(vae, torch.randn(5, 3)).shape
         torch.Size([5])
 
     References:

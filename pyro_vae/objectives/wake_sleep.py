@@ -46,7 +46,7 @@ class RWS(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.RWS(16, sleep=0.5).differentiable_loss(vae.model, vae.guide, torch.randn(5, 3)).backward()
+        >>> pv.RWS(16, sleep=0.5).differentiable_loss(vae, torch.randn(5, 3)).backward()
 
     References:
         Bornschein and Bengio (2015), *Reweighted Wake-Sleep*, ICLR.

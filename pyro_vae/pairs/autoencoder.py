@@ -26,7 +26,7 @@ class Autoencoder(Pair):
     Example:
         >>> import torch, pyro_vae as pv
         >>> autoencoder = pv.mlp_autoencoder((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
-        >>> history = pv.fit(autoencoder.model, autoencoder.guide, torch.randn(100, 5), pv.ELBO(), epochs=1)
+        >>> history = pv.fit(autoencoder, torch.randn(100, 5), pv.ELBO(), epochs=1)
         >>> autoencoder.reconstruct(torch.randn(3, 5)).shape
         torch.Size([3, 5])
 

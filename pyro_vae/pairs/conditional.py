@@ -35,7 +35,7 @@ class ConditionalVAE(Pair):
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_conditional_vae((5,), latent_dim=2, label_dim=3, hidden_dims=(16,), likelihood="gaussian")
         >>> x, y = torch.randn(100, 5), torch.randint(3, (100,))
-        >>> history = pv.fit(vae.model, vae.guide, (x, y), pv.ELBO(), epochs=1)
+        >>> history = pv.fit(vae, (x, y), pv.ELBO(), epochs=1)
         >>> vae.generate(torch.tensor([0, 1, 2, 2])).shape
         torch.Size([4, 5])
 

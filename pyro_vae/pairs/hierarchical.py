@@ -132,7 +132,7 @@ class HierarchicalVAE(Pair):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_hierarchical_vae((5,), latent_dims=(4, 2), hidden_dims=(16, 8), likelihood="gaussian")
-        >>> history = pv.fit(vae.model, vae.guide, torch.randn(100, 5), pv.ELBO(), epochs=1)
+        >>> history = pv.fit(vae, torch.randn(100, 5), pv.ELBO(), epochs=1)
         >>> [z.shape[-1] for z in vae.embed(torch.randn(3, 5))]
         [4, 2]
 

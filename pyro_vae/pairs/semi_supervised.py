@@ -52,7 +52,7 @@ class SemiSupervisedVAE(Pair):
         ...     (5,), latent_dim=2, num_classes=3, hidden_dims=(16,), likelihood="gaussian", classifier_weight=10.0
         ... )
         >>> x, y = torch.randn(100, 5), torch.randint(-1, 3, (100,))  # -1 is an unobserved label
-        >>> history = pv.fit(vae.model, vae.guide, (x, y), pv.ELBO(gradient="score"), epochs=1)
+        >>> history = pv.fit(vae, (x, y), pv.ELBO(gradient="score"), epochs=1)
         >>> vae.classify(x).shape
         torch.Size([100, 3])
 
