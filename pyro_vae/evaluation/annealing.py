@@ -79,7 +79,7 @@ class Sandwich:
 
     @property
     def upper(self) -> Estimate:
-        """The upper bound: its mean over data with its standard error."""
+        """The mean of the upper bound over data, with its standard error."""
         return Estimate.of(self.upper_per_datum)
 
     @property

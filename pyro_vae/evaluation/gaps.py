@@ -53,12 +53,12 @@ class Gaps:
 
     @property
     def approximation(self) -> Estimate:
-        """log p(x) minus the best member's ELBO: the cost of the family. A more flexible family reduces it."""
+        """log p(x) minus the best member's ELBO, which is the cost of the family. A more flexible family reduces it."""
         return Estimate.of(self.log_likelihood - self.best_elbo)
 
     @property
     def amortisation(self) -> Estimate:
-        """The best member's ELBO minus the guide's own: the cost of the encoder.
+        """The best member's ELBO minus the guide's own, which is the cost of the encoder.
 
         A larger encoder, or longer training, reduces it.
         """

@@ -172,7 +172,7 @@ class Objective(pyro.infer.ELBO):
         self.max_plate_nesting = max_plate_nesting
         self.chunk_size = chunk_size
         self._check_particles()
-        self.step = 0  #: how many differentiable losses it has computed: the argument of a schedule
+        self.step = 0  #: how many differentiable losses it has computed, which is the argument of a schedule
         self._found_nesting: tuple[PyroFunction, PyroFunction, int] | None = None
 
     def _check_particles(self) -> None:

@@ -1,4 +1,4 @@
-r"""Estimators of a bound's gradient: the table of them as code. A new estimator is one row of :data:`ESTIMATORS`.
+r"""Estimators of a bound's gradient: the table of them as code. A new estimator is one row of `ESTIMATORS`.
 
 A bound is a function R of a datum's K log-weights. Every estimator of its gradient has the form
 

@@ -57,10 +57,10 @@ def check_objective(
     ``float32``
         `reduce` in float32 against float64, also for log-weights that are far apart.
     ``mean``
-        the mean of 10,000 bounds from :meth:`Objective.bound` against the exact mean, by a z-test, in float64 and
+        the mean of 10,000 bounds from :meth:`pyro_vae.Objective.bound` against the exact mean, by a z-test, in float64 and
         float32.
     ``loss``
-        :meth:`Objective.differentiable_loss` is minus the sum of the bounds.
+        :meth:`pyro_vae.Objective.differentiable_loss` is minus the sum of the bounds.
     ``gradient NAME``
         each estimator in `objective.gradients` against the derivative of the exact mean, by a z-test. The model's
         parameters follow `reduce`, the guide's follow `reduce_for_guide`.
