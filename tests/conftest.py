@@ -16,5 +16,5 @@ def fresh_pyro():
 
 @pytest.fixture
 def without_inductor(monkeypatch):
-    """Runs the traced graph as it is: all that this package does to a program, and no compiler's work."""
+    """Runs the recorded graph without the compiler."""
     monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: graph)

@@ -1,1 +1,1 @@
-"""A Pyro program as compiled code."""
+"""A Pyro program as compiled code: `recording` makes a graph, `function` compiles it, `step` trains with it."""

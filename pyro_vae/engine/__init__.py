@@ -1,1 +1,1 @@
-"""Private: any Pyro program, a model and its guide, to log-weights per particle and datum. It knows no objective."""
+"""Private: runs any Pyro program and returns its log-weights per particle and datum. It knows no objective."""

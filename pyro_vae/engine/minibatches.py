@@ -1,4 +1,4 @@
-"""Tensors, splits and data loaders, all as one stream of minibatches."""
+"""Training and evaluation data (tensors, splits, tuples, a DataLoader) as one stream of minibatches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from pyro_vae.engine import rng
 from pyro_vae.errors import PyroVAEError
 
-Batch = tuple[Any, ...]  # what a program is called with
+Batch = tuple[Any, ...]  # a program's arguments
 
 
 class Minibatches:
-    """Data of any kind that :func:`fit` takes, as minibatches: tuples of a program's arguments."""
+    """The data of :func:`pyro_vae.fit` or of an evaluation as minibatches: tuples of a program's arguments."""
 
     def __init__(self, data: Any, batch_size: int | None, name: str) -> None:
         self.loader = data if isinstance(data, DataLoader) else None
@@ -61,11 +61,11 @@ class Minibatches:
         self.steps = math.ceil(self.size / self.batch_size)
 
     def has_data(self) -> bool:
-        """Whether there is anything to take."""
+        """Whether there is at least one minibatch."""
         return self.steps != 0
 
     def example(self) -> Batch:
-        """A first minibatch, to try the program on; takes no random numbers from the training."""
+        """A first minibatch, for a trial run; the random numbers of the training stay as they are."""
         with rng.preserved():
             if self.loader is not None:
                 states = self.generator_states()
@@ -75,12 +75,12 @@ class Minibatches:
             return self._take(slice(0, self.batch_size))
 
     def at_hand(self, column: int) -> Tensor | None:
-        """All data of a column, where it is a tensor and no loader's."""
+        """All data of a column, if it is a tensor and not a DataLoader."""
         whole = None if self.loader is not None else self.columns[column]
         return whole if isinstance(whole, Tensor) else None
 
     def shuffled(self) -> Iterator[Batch]:
-        """One epoch, in a new random order; whole, where one minibatch holds all: its rows may have parameters."""
+        """One epoch in a new random order. A single minibatch keeps its order, since its rows may have parameters."""
         if self.loader is not None or self.steps == 1:
             yield from self.in_order()
             return
@@ -103,11 +103,11 @@ class Minibatches:
             yield self._take(slice(start, start + (self.batch_size or 1)))
 
     def generator_states(self) -> list[Tensor]:
-        """The states of the DataLoader's own generators, if it has any."""
+        """The states of the DataLoader's random number generators, if it has any."""
         return [generator.get_state() for generator in self._generators()]
 
     def set_generator_states(self, states: list[Tensor]) -> None:
-        """Put the DataLoader's own generators back."""
+        """Restore the DataLoader's random number generators."""
         for generator, state in zip(self._generators(), states, strict=True):
             generator.set_state(state)
 

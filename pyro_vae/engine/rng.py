@@ -1,4 +1,4 @@
-"""The state of every random generator that a Pyro program may draw from: torch, CUDA, NumPy and Python."""
+"""The states of the random number generators of a Pyro program: torch, CUDA, NumPy and Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ State = dict[str, Any]
 
 
 def get_state() -> State:
-    """The generators' states, to be handed back to :func:`set_state`; of types that ``weights_only`` loads."""
+    """The states of all generators, in types that ``torch.load(weights_only=True)`` can read."""
     state = pyro.util.get_rng_state()
     algorithm, keys, *rest = state["numpy"]
     state["numpy"] = [algorithm, torch.from_numpy(keys.astype(np.int64)), *rest]
@@ -24,7 +24,7 @@ def get_state() -> State:
 
 
 def set_state(state: State) -> None:
-    """Put the generators back to where :func:`get_state` found them."""
+    """Restore the states that :func:`get_state` returned."""
     algorithm, keys, *rest = state["numpy"]
     pyro.util.set_rng_state(state | {"numpy": (algorithm, keys.numpy().astype(np.uint32), *rest)})
     if "cuda" in state:
@@ -33,7 +33,7 @@ def set_state(state: State) -> None:
 
 @contextmanager
 def preserved(seed: int | None = None) -> Iterator[None]:
-    """Leave the generators as they were found; inside, start them from `seed` when one is given."""
+    """Seed the generators inside, if there is a seed, and restore their states afterwards."""
     state = get_state()
     try:
         if seed is not None:
@@ -44,5 +44,5 @@ def preserved(seed: int | None = None) -> Iterator[None]:
 
 
 def seeded(seed: int | None) -> AbstractContextManager[None]:
-    """Inside, the generators start from `seed`, and are put back after; without one they just go on."""
+    """Seed the generators inside and restore their states afterwards; without a seed, change nothing."""
     return nullcontext() if seed is None else preserved(seed)

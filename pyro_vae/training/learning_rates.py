@@ -1,4 +1,4 @@
-"""PyTorch's own schedulers of the step size: which ones `fit` can step after each epoch, and how."""
+"""Schedulers of the step size, PyTorch's own: checks that `fit` can step one after each epoch, and the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_vae.errors import PyroVAEError
 def make(
     function: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer, validates: bool
 ) -> LRScheduler:
-    """What the function makes of the optimiser; refuse what can't be stepped after each epoch."""
+    """The scheduler that the function makes; refuse one that can't be stepped after each epoch."""
     scheduler = function(optimizer) if callable(function) else function
     if not callable(function) or not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
         another = " of another optimizer" if isinstance(scheduler, LRScheduler) else ""
@@ -44,14 +44,14 @@ def make(
 
 
 def describe(scheduler: LRScheduler) -> str:
-    """A scheduler's type and settings, to recognise it by before its first step."""
+    """A scheduler's type and settings before its first step, by which a checkpoint recognises it."""
     progress = {"last_epoch", "_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr"}
     settings = [f"{name}={value!r}" for name, value in scheduler.state_dict().items() if name not in progress]
     return f"{type(scheduler).__name__}({', '.join(settings)})"
 
 
 def step(scheduler: LRScheduler, validation_bound: float, anew: bool) -> None:
-    """End an epoch; with `anew`, its validation bound is not comparable with those of the epochs before."""
+    """End an epoch; with `anew`, earlier validation bounds are not comparable with this one."""
     if not isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step()
         return
