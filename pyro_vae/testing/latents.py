@@ -25,11 +25,11 @@ from pyro_vae.testing.densities import (
     check_float32,
     check_moments,
     check_samples,
-    check_slopes,
     moments,
 )
 from pyro_vae.testing.quadrature import Rule, over_events
 from pyro_vae.testing.reports import Report, reproducible
+from pyro_vae.testing.slopes import check_slopes, derivatives
 
 EVENT_SHAPE = (2, 2)
 CALLS, ROWS = 50, 400  # of the pathwise derivative: as many means of as many samples
@@ -296,16 +296,13 @@ def _check_path(report: Report, make: Callable[[], Any], rule: Rule, mass: Tenso
         return
     baseline, _ = rule.integral(mass * function(rule.points))
 
-    def gradient(value: Tensor) -> Tensor:
-        found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        return torch.cat([part.flatten() for part in found])
-
     differences = []
     for _ in range(CALLS):
         z = make().rsample((ROWS,))
         fixed = z.detach().clone()
         by_path, by_score = function(z).mean(), ((function(fixed) - baseline) * make().log_prob(fixed)).mean()
-        differences.append(gradient(by_path - by_score))
+        parts = derivatives(by_path - by_score, leaves)
+        differences.append(torch.cat([part.flatten() for part in parts]))
     names = [name for name, tensor in tensors.items() for _ in range(tensor.numel())]
     draws = torch.stack(differences)
     report.z_test(

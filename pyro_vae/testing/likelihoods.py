@@ -22,7 +22,6 @@ from pyro_vae.testing.densities import (
     check_float32,
     check_moments,
     check_samples,
-    check_slopes,
 )
 from pyro_vae.testing.quadrature import (
     DRAWS,
@@ -35,6 +34,7 @@ from pyro_vae.testing.quadrature import (
     over_events,
 )
 from pyro_vae.testing.reports import Report, reproducible
+from pyro_vae.testing.slopes import check_slopes
 
 LATENT_DIM = 2
 FAR = 10.0  # a feature that a decoder may well give

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,6 +18,7 @@ from pyro_vae.testing.compiled import check_compiled
 from pyro_vae.testing.programs import BernoulliProgram, NormalProgram, Outcomes, SmallProgram, X, leaves
 from pyro_vae.testing.reductions import check_reduction
 from pyro_vae.testing.reports import Report, reproducible
+from pyro_vae.testing.slopes import derivatives
 
 COPIES = 10_000  # of each datum, which one call of the objective bounds
 MOST_TUPLES = 2**18  # outcomes of all particles together, over which an exact mean is a sum
@@ -224,6 +226,10 @@ def _exact(objective: Objective, program: SmallProgram, mean: Mean) -> Known:
         outcomes = Outcomes(program, num_nodes, X, p_model, p_guide)
         matrices = outcomes.log_likelihood, outcomes.log_prior, outcomes.log_q
         value = outcomes.mean(mean, objective.num_samples, *matrices)
+        if not value.requires_grad:
+            raise PyroVAEError(
+                "expected exact to be differentiable, got a value without gradients. Write it in PyTorch."
+            )
         guide = value if one_bound else outcomes.mean(for_guide, objective.num_samples, *matrices)
         by_model = torch.autograd.grad(value.sum(), list(p_model.values()), retain_graph=True, allow_unused=True)
         by_guide = torch.autograd.grad(guide.sum(), list(p_guide.values()), allow_unused=True)
@@ -264,8 +270,8 @@ def _normal(program: SmallProgram) -> list[bool]:
     return found
 
 
-def _served(known: Sequence[Known], run: Callable[[Known], None]) -> Iterator[PyroVAEError]:
-    """Runs a check on each program, and gives the refusals of those that are not served."""
+def _refusals(known: Sequence[Known], run: Callable[[Known], None]) -> Iterator[PyroVAEError]:
+    """Run a check on each program, and give the refusals."""
     for case in known:
         try:
             run(case)
@@ -290,14 +296,17 @@ def _check_value(report: Report, objective: Objective, known: Sequence[Known]) -
         report.z_test("mean", bounds.reshape(COPIES, -1), case.value, cause, slack=slack, what=lambda index: name)
 
     for dtype in (torch.float64, torch.float32):
-        refusals = list(_served(known, lambda case, dtype=dtype: run(case, dtype)))  # type: ignore[misc]
-        _require_served(report, "mean", refusals, known)
+        refusals = list(_refusals(known, partial(run, dtype=dtype)))
+        _require_one(report, "mean", refusals, known)
 
 
-def _require_served(report: Report, check: str, refusals: Sequence[PyroVAEError], known: Sequence[Known]) -> None:
+def _require_one(report: Report, check: str, refusals: Sequence[PyroVAEError], known: Sequence[Known]) -> None:
     if len(refusals) == len(known):
         report.fail(
-            check, "a program that it serves", f"refusals only: {refusals[0]}", "Pass `programs` that it serves."
+            check,
+            "one program at least that takes it",
+            f"refusals only: {refusals[0]}",
+            "Pass `programs` that take it.",
         )
 
 
@@ -317,7 +326,7 @@ def _check_gradient(
         cause = "The differentiable loss is another number than the bound."
         rounding = 1e-10 * (1 + bounds.abs().sum().item())
         report.close("loss", loss, -bounds.sum(), rounding, cause, f"minus the sum of the bounds ({name}),")
-        found = torch.autograd.grad(loss, program.parameters(), allow_unused=True, materialize_grads=True)
+        found = derivatives(loss, program.parameters())
         draws = -torch.stack(found, -1).reshape(COPIES, len(X), -1)
         kept = case.model_only if biased else torch.ones_like(case.model_only)
         names = [parameter for parameter, keep in zip(program.p, kept.tolist(), strict=True) if keep]
@@ -331,7 +340,7 @@ def _check_gradient(
             what=lambda index: f"on {where}, the derivative by {names[index[1]]}",
         )
 
-    _require_served(report, check, list(_served(known, run)), known)
+    _require_one(report, check, list(_refusals(known, run)), known)
 
 
 def _check_apart(
@@ -356,7 +365,7 @@ def _check_apart(
                     loss = objective.differentiable_loss(program.model, program.guide, x)
                 except PyroVAEError:
                     break
-                found = torch.autograd.grad(loss, program.parameters(), allow_unused=True, materialize_grads=True)
+                found = derivatives(loss, program.parameters())
                 values.append(torch.stack([loss, *found]).detach())
             if len(values) == 2:
                 cause = "Something depends on how many particles run at once. Let `reduce` alone combine them."
@@ -375,4 +384,4 @@ def _check_compiled(report: Report, variants: Variants, programs: Sequence[Small
             continue
         check_compiled(report, program.model, program.guide, objective, program.parameters(), X)
     if refusals == len(programs):
-        report.fail("compiled", "a program that it serves", "refusals only", "Pass `programs` that it serves.")
+        report.fail("compiled", "one program at least that takes it", "refusals only", "Pass `programs` that take it.")
