@@ -336,6 +336,7 @@ def test_a_posterior_of_the_user():
     torch.testing.assert_close(vae.embed(x), vae.posterior(x).mean)
 
 
+@pytest.mark.slow
 @every
 def test_pv_testing_accepts_each_posterior(name, without_inductor):
     family, options = FAMILIES[name]

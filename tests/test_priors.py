@@ -361,6 +361,7 @@ def test_a_flow_in_plain_functions_is_restored_from_a_checkpoint(kind, tmp_path)
     assert torch.equal(vae.prior().log_prob(z), other.prior().log_prob(z))
 
 
+@pytest.mark.slow
 @every
 def test_pv_testing_accepts_each_prior(name, without_inductor):
     pv.testing.check_prior(build(name)[0].prior, compiled="spline" not in name)

@@ -18,7 +18,7 @@ OPTIONS = {
 COUNTS = ("poisson", "negative_binomial")
 
 
-@pytest.mark.parametrize("spread", [0.3, 1.0])
+@pytest.mark.parametrize("spread", [pytest.param(0.3, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("name", BY_NAME)
 def test_pv_testing_accepts_each_likelihood(name, spread, without_inductor):
     options = OPTIONS.get(name, {})
