@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from pyro_vae import errors
 from pyro_vae.errors import PyroVAEError
 
 GENERATED = (
@@ -264,7 +265,9 @@ class _Writes(TorchDispatchMode):
 
 def users_line(error: BaseException) -> str:
     """The innermost line of the user's own code in an error's traceback."""
-    torch_itself, pyro_itself, ours = (Path(str(file)).parent for file in (torch.__file__, pyro.__file__, __file__))
+    torch_itself, pyro_itself, ours = (
+        Path(str(file)).parent for file in (torch.__file__, pyro.__file__, errors.__file__)
+    )
     standard = Path(contextlib.__file__).parent
     frames = [f for f in traceback.extract_tb(error.__traceback__) if torch_itself not in Path(f.filename).parents]
     frames = [

@@ -149,6 +149,11 @@ class Program:
     needs: Needs = Needs()
     nesting: int | None = None
 
+    @property
+    def guide_or_prior(self) -> PyroFunction:
+        """The guide; without one, the model's own latent sites. A guide may be a module without parts, which is false."""
+        return prior(self.model) if self.guide is None else self.guide
+
     def on(self, args: tuple[Any, ...]) -> Program:
         """The same program with other arguments, and no keyword arguments."""
         return replace(self, args=args, kwargs={})
@@ -168,7 +173,7 @@ class Program:
     def run_guide(self, number: int = 1) -> Drawn:
         """Draw particles from the guide."""
         particle_dim = None if number == 1 else -self._known_nesting() - 1
-        guide = _in_particles(self.guide or prior(self.model), number, particle_dim)
+        guide = _in_particles(self.guide_or_prior, number, particle_dim)
         drawing = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
         with drawing:
             trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
@@ -210,7 +215,7 @@ class Program:
         Without a guide the model runs once, and its own latent sites are the run's guide.
         """
         given, particle_dim = _given(values), -self._known_nesting() - 1
-        first = _in_particles(self.guide or self.model, number, particle_dim)
+        first = _in_particles(self.model if self.guide is None else self.guide, number, particle_dim)
         sites = sample_sites(poutine.trace(poutine.replay(first, trace=given)).get_trace(*self.args, **self.kwargs))
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
         if self.guide is None:
@@ -226,7 +231,7 @@ class Program:
 
     def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
         """Pyro's traces of one run of the model and of the guide, at given values if any; nothing else notices the run."""
-        guide = self.guide or prior(self.model)
+        guide = self.guide_or_prior
         if values is not None:
             guide = poutine.replay(guide, trace=_given(values))
         with self.unnoticed():

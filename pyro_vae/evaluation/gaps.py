@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.program import Program, Run, prior
+from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import family, not_reparameterised, unwrapped
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
@@ -191,7 +191,7 @@ class _LocalGuide:
     """The guide with free parameters for each datum at each site, which start at the guide's own values."""
 
     def __init__(self, program: Program) -> None:
-        self.program, self.guide = program, program.guide or prior(program.model)
+        self.program, self.guide = program, program.guide_or_prior
         run = program.run(2)
         _check(run)
         self.fns = {name: site["fn"] for name, site in run.guide.items()}

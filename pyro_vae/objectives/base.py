@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -153,7 +152,7 @@ class Objective(pyro.infer.ELBO):
         if ("reduce" in own or "reduce_for_guide" in own) and "curvature" not in own:
             cls.curvature = Objective.curvature  # type: ignore[method-assign]  # a parent's is of another bound
         if not isinstance(cls.gradients, dict):
-            cls.gradients = _rows(cls.__name__, cls.gradients)
+            cls.gradients = gradients.rows_of(cls.__name__, cls.gradients, super(cls, cls).gradients)
 
     def __init__(
         self,
@@ -168,7 +167,7 @@ class Objective(pyro.infer.ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         if gradient not in self.gradients:
             raise PyroVAEError(f"expected gradient to be one of {', '.join(self.gradients)}, got {gradient!r}.")
-        self.gradient, self.estimator = gradient, self.gradients[gradient]
+        self.gradient = gradient
         self.max_plate_nesting = max_plate_nesting
         self.chunk_size = chunk_size
         self._check_particles()
@@ -198,6 +197,11 @@ class Objective(pyro.infer.ELBO):
             guide: its guide.
         """
         return ObjectiveModule(self, model, guide)
+
+    @property
+    def estimator(self) -> Estimator:
+        """The row of its gradient; derived, so that an objective holds no function and can be pickled."""
+        return self.gradients[self.gradient]
 
     @property
     def num_samples(self) -> int:
@@ -376,18 +380,6 @@ class Objective(pyro.infer.ELBO):
     # Abstract in pyro.infer.ELBO, and used by its own machinery alone.
     def _get_trace(self, model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any) -> Any:
         raise TypeError("a pyro_vae objective has no single trace: use pyro_vae.log_weights for its parts.")
-
-
-def _rows(owner: str, names: Iterable[str]) -> dict[str, Estimator]:
-    """The rows of these estimators; refuse a name without one."""
-    names = (names,) if isinstance(names, str) else tuple(names)
-    for name in names:
-        if name not in ESTIMATORS:
-            raise PyroVAEError(
-                f"expected {owner}.gradients to name estimators of {', '.join(ESTIMATORS)}, got {name!r}. For a new one, "
-                "pass a dictionary: gradients = pv.Objective.gradients | {name: Estimator(...)}."
-            )
-    return {name: ESTIMATORS[name] for name in names}
 
 
 def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae.engine.sites import Site
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import antithetic
 
 Reduction = Callable[[Tensor], Tensor]  # log-weights (K, N) to a value for each datum (N,)
@@ -194,3 +195,15 @@ DISARM = Estimator(
     sampler=antithetic.Antithetic,
     score_term=antithetic.score_term,
 )
+
+
+def rows_of(owner: str, names: Iterable[str], rows: dict[str, Estimator]) -> dict[str, Estimator]:
+    """The rows of these estimators, as the parent class has them; refuse a name without one."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in rows:
+            raise PyroVAEError(
+                f"expected {owner}.gradients to name estimators of {', '.join(rows)}, got {name!r}. For a new one, "
+                "pass a dictionary: gradients = pv.Objective.gradients | {name: Estimator(...)}."
+            )
+    return {name: rows[name] for name in names}

@@ -14,6 +14,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.compiled.function import CompiledFunction
+from pyro_vae.compiled.recording import users_line
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative, of the loss and of the gradient's length
 
@@ -885,3 +886,15 @@ def test_compiled_fit_refuses_what_the_pair_refuses(make, loader, without_induct
         options = {}
     with pytest.raises(ValueError, match=message):
         pv.fit(vae.model, vae.guide, data, pv.ELBO(gradient="score"), epochs=1, compile=True, **options)
+
+
+def test_the_line_named_is_the_users_own_also_below_a_function_of_the_package():
+    """The error arises in objectives/; the line is that of this file."""
+
+    def my_model():
+        pv.JVI(1, order=3)
+
+    with pytest.raises(ValueError) as error:
+        my_model()
+    assert "test_compiled.py" in users_line(error.value)
+    assert "in my_model" in users_line(error.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -38,6 +40,34 @@ def test_a_tuple_of_names_stays_valid():
     assert Few(3.0, gradient="vimco").name == "own, VIMCO"
     with pytest.raises(pv.PyroVAEError, match="expected gradient to be one of pathwise, vimco, got 'stl'"):
         Few(3.0, gradient="stl")
+
+
+def test_names_mean_the_rows_of_the_parent():
+    class Few(pv.RWS):
+        gradients = ("pathwise",)
+
+    class Linear(pv.ELBO):
+        gradients = ("dreg", "disarm")
+
+    assert Few.gradients == pv.RWS.gradients
+    assert Linear.gradients == {name: pv.ELBO.gradients[name] for name in ("dreg", "disarm")}
+
+
+@pytest.mark.parametrize("objective", [pv.IWAE(2, "vimco"), pv.RWS(3), pv.ELBO(2, "monte_carlo", "disarm")], ids=repr)
+def test_objectives_can_be_pickled(objective):
+    assert repr(pickle.loads(pickle.dumps(objective))) == repr(objective)
+
+
+def test_a_guide_without_parts_is_still_the_guide():
+    """An empty ModuleDict is false; the prior must not stand in for it."""
+    program = LinearGaussian(2, 1, 3)
+
+    class Guide(torch.nn.ModuleDict):
+        def forward(self, x):
+            program.guide(x)
+
+    log_w = pv.log_weights(program.model, Guide(), program.x, num_particles=3)
+    torch.testing.assert_close(log_w, program.log_evidence().expand(3, 3))
 
 
 def test_a_new_estimator_is_one_row():
