@@ -29,7 +29,9 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
         >>> pv.ELBO().bound(vae, x).shape == pv.ELBO().bound(vae.model, vae.guide, x).shape
         True
     """
-    place = list(inspect.signature(function).parameters).index("model")
+    parameters = inspect.signature(function).parameters
+    place = list(parameters).index("model")
+    guide_optional = "None" in str(parameters["guide"].annotation)  # as annealing from the prior has it
 
     @functools.wraps(function)
     def with_program(*args: Any, **kwargs: Any) -> T:
@@ -39,6 +41,10 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
             and not (len(args) > place + 1 and _may_be_guide(args[place + 1]))
         ):
             args = (*args[:place], *_both(args[place]), *args[place + 1 :])
+        if not guide_optional and len(args) > place + 1 and "guide" not in kwargs and args[place + 1] is None:
+            raise PyroVAEError(
+                f"{function.__name__} expected a guide, got None. Pass a Pyro guide; only pv.ais and pv.bdmc can do without."
+            )
         return function(*args, **kwargs)
 
     return with_program

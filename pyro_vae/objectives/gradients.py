@@ -96,6 +96,16 @@ class Estimator:
     sampler: Callable[[int, int], Messenger] | None = None
     score_term: Callable[[Site], Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        if (self.signal is None) != (self.path == "all") or (
+            self.signal is not None and (self.curved or not self.score)
+        ):
+            raise PyroVAEError(
+                "expected an estimator of reparameterised sites (path='all', no signal), or one with a signal for the "
+                f"others (path='some' or 'none', score=True, curved=False), got {self}. A score that is left out, or a "
+                "path with a curvature, is biased beside sites without a path."
+            )
+
 
 def slope(reduce: Reduction, log_weights: Tensor) -> Tensor:
     """g: the derivative of the reduction by each log-weight, (K, N)."""

@@ -76,7 +76,7 @@ class Loop:
             settings.append(self._scheduled())
             # The first step validates the program's distributions, before any work; its own checks stay on.
             first = not self.rows and step == 1
-            with pyro.validation_enabled(True) if first else pyro.distributions.validation_enabled(False):
+            with pyro.distributions.validation_enabled(first):
                 if self.compiled is None:
                     self.optimizer.zero_grad()
                     loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
@@ -123,7 +123,12 @@ class Loop:
             return math.nan
         total, count = 0.0, 0
         own = self.held_out.generator_states()
-        with torch.no_grad(), rng.preserved(seed=0), eval_mode(self.modules):
+        with (
+            torch.no_grad(),
+            rng.preserved(seed=0),
+            eval_mode(self.modules),
+            pyro.distributions.validation_enabled(not self.rows),  # the data are the same in each epoch
+        ):
             for batch in self.held_out.in_order():
                 total += self.objective.loss(self.program.model, self.program.guide, *batch)
                 count += len(batch[0])

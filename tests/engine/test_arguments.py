@@ -89,6 +89,17 @@ def test_keywords_and_none_stay_valid():
     assert pv.ais((program.model, None), program.x, 3, 2, progress=False).per_datum.shape == (4,)
 
 
+def test_no_guide_is_refused_but_where_the_prior_serves():
+    program = LinearGaussian(2, 1, 4)
+    for call in (
+        lambda: pv.IWAE(2).bound(program.model, None, program.x),
+        lambda: pv.log_likelihood((program.model, None), program.x, 30),
+        lambda: pv.fit((program.model, None), program.x, pv.ELBO(), epochs=1),
+    ):
+        with pytest.raises(pv.PyroVAEError, match="expected a guide, got None"):
+            call()
+
+
 def test_guides_that_are_objects_of_pyro():
     """An EasyGuide has a model and a guide, and is called itself; an AutoGuide has a model alone."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -56,6 +57,12 @@ def test_names_mean_the_rows_of_the_parent():
 @pytest.mark.parametrize("objective", [pv.IWAE(2, "vimco"), pv.RWS(3), pv.ELBO(2, "monte_carlo", "disarm")], ids=repr)
 def test_objectives_can_be_pickled(objective):
     assert repr(pickle.loads(pickle.dumps(objective))) == repr(objective)
+
+
+@pytest.mark.parametrize("changes", [{"score": False}, {"curved": True}, {"path": "all"}])
+def test_rows_that_would_be_biased_are_refused(changes):
+    with pytest.raises(pv.PyroVAEError, match="expected an estimator of reparameterised sites"):
+        replace(ESTIMATORS["vimco"], **changes)
 
 
 def test_a_guide_without_parts_is_still_the_guide():
