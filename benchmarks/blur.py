@@ -1,12 +1,13 @@
-"""What independent pixels cost: a Gaussian and a low-rank Gaussian likelihood on images whose noise is correlated.
+"""How much log p(x) independent pixels lose on images with correlated noise, against a low-rank Gaussian.
 
     python benchmarks/blur.py                    (2 minutes on one core; the figure is runs/blur.png)
 
-An image is a blob at a random place, and smooth noise: x = t(u) + e, with u uniform on a square, and e normal with a known
-covariance between pixels. There are two factors, so log p(x) of the images is an integral over a square, done on a grid: no model can
-have more on average. Two VAEs have the same networks, Adam and epochs, and z of 4 dimensions; a third has independent pixels and room
-in z for the noise too. The KL is warmed up for all alike: without it, F takes the blobs as well, before z has learned them, and the
-means say nothing. Errors are over the test images, of which differences are paired.
+An image is a blob at a random place plus smooth noise: x = t(u) + e. The place u is uniform on a square, and e is
+normal with a known covariance between pixels. So the true log p(x) is an integral over a square, which a grid
+computes. No model has a higher mean. Two VAEs have the same networks, Adam and epochs, and z of 4 dimensions. A third
+has independent pixels and enough dimensions of z for the noise too. The KL has the same warm-up in all three. Without
+it, the low-rank factor F learns the blobs before z does, and the means carry no information. Errors are over the test
+images, and differences are paired.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import pyro_vae as pv
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SIDE, WIDTH = 12, 1.8  # pixels: the image's, and the blob's
-REACH, LOUD, WHITE = 1.5, 0.2, 0.05  # the noise: pixels of correlation, scale, and scale of what is alone at each pixel
+SIDE, WIDTH = 12, 1.8  # in pixels: the image's side, the blob's width
+REACH, LOUD, WHITE = 1.5, 0.2, 0.05  # the noise: range in pixels, scale, and scale of its independent part
 
 LATENT, ROOMY = 4, 24  # dimensions of z
 WARM_UP, BATCH = 40, 100  # epochs, images
@@ -43,7 +44,7 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("runs"), help="Folder for the figure.")
 options = parser.parse_args()
 torch.set_num_threads(1)
-warnings.filterwarnings("ignore", ".*Pareto k-hat")  # what is printed says it too
+warnings.filterwarnings("ignore", ".*Pareto k-hat")  # the printed estimate shows k-hat too
 pyro.set_rng_seed(options.seed)
 
 pixels = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).float()
@@ -59,13 +60,13 @@ def template(u):
 
 
 def make(number):
-    """Images and their templates, (number, 1, SIDE, SIDE) each."""
+    """Images with noise and their blobs without it, (number, 1, SIDE, SIDE) each."""
     clean = template(torch.rand(number, 2))
     return (clean + noise.sample((number,))).reshape(-1, 1, SIDE, SIDE), clean.reshape(-1, 1, SIDE, SIDE)
 
 
 def exact(x, cells=48):
-    """log p(x) of images under what made them: the mean over a grid of places, (N,)."""
+    """The true log p(x) of images, (N,): the mean density over a grid of places."""
     places = (torch.arange(cells) + 0.5) / cells
     whiten = torch.linalg.cholesky(covariance.double()).inverse().T
     blobs = template(torch.cartesian_prod(places, places)).double() @ whiten
@@ -74,7 +75,7 @@ def exact(x, cells=48):
 
 
 def correlation(x):
-    """Of pixels and their neighbours to the right and below, over all images, with a jackknife error over groups of them."""
+    """Correlation of pixels with their right and lower neighbours; the jackknife error is over groups of images."""
     x = x.double() - x.double().mean(0)
     sides = (x[..., :, :-1], x[..., :, 1:]), (x[..., :-1, :], x[..., 1:, :])
     sums = [
@@ -114,17 +115,15 @@ for name, choice in choices.items():
         drawn[name], means[name] = given.sample(), given.mean
 
 table = Table(
-    "", "log p(x), nats", "less than the truth's", "neighbours in x", "neighbours in the noise", box=box.SIMPLE_HEAD
+    "", "log p(x), nats", "truth minus this", "neighbours in x", "neighbours in the noise", box=box.SIMPLE_HEAD
 )
 table.add_row("test images", str(pv.Estimate.of(truth)), "", str(correlation(test)), str(correlation(test - clean)))
 for name, x in drawn.items():
     behind = pv.Estimate.of(truth - found[name].per_datum)
     table.add_row(name, str(found[name].estimate), str(behind), str(correlation(x)), str(correlation(x - means[name])))
 print()
-print(
-    "log p(x) per image; the correlation of neighbouring pixels in images and in samples x ~ p(x|z), z ~ p(z); and in their"
-)
-print("noise, x - t(u) or x - E[x|z]:")
+print("log p(x) per image. Correlation of neighbouring pixels in images and in samples x ~ p(x|z), z ~ p(z), and in")
+print("their noise, x - t(u) or x - E[x|z]:")
 Console(width=120).print(table)
 
 options.out.mkdir(parents=True, exist_ok=True)
@@ -141,23 +140,21 @@ figure.savefig(options.out / "blur.png", dpi=120)
 
 above = pv.Estimate.of(found[low_rank].per_datum - truth)
 if above.value > 3 * above.standard_error:
-    raise SystemExit(f"a model has more log p(x) than what made the images, by {above} nats: something is wrong")
+    raise SystemExit(f"expected log p(x) of '{low_rank}' to be at most the true one, got {above} nats above it")
 real, smooth = correlation(test), correlation(drawn[low_rank])
 for name in (independent, roomy):
     gain = pv.Estimate.of(found[low_rank].per_datum - found[name].per_datum)
     score = gain.value / gain.standard_error
     if not score > 10:
         raise SystemExit(
-            f"log p(x) of '{low_rank}' is above that of '{name}' by {gain} nats, {score:.1f} standard errors: not 10"
+            f"expected log p(x) of '{low_rank}' above that of '{name}' by 10 errors, got {gain} nats: {score:.1f}"
         )
     grainy = correlation(drawn[name])
     nearer = abs(grainy.value - real.value) - abs(smooth.value - real.value)
     error = math.hypot(grainy.standard_error, smooth.standard_error)
     if not nearer > 3 * error:
         raise SystemExit(
-            f"samples of '{low_rank}' are not nearer to the images than those of '{name}': {nearer:.3f} ± {error:.3f}"
+            f"expected '{low_rank}' nearer to the images' correlation than '{name}', got {nearer:.3f} ± {error:.3f}"
         )
-    print(
-        f"Correlated pixels have {gain} nats an image more than '{name}', {score:.0f} standard errors, and their samples'"
-    )
-    print(f"neighbouring pixels are nearer to the images', by {nearer:.3f} ± {error:.3f} in correlation.")
+    print(f"log p(x) of correlated pixels minus '{name}': {gain} nats an image, {score:.0f} standard errors.")
+    print(f"The correlation of neighbours is nearer to that in the images, by {nearer:.3f} ± {error:.3f}.")

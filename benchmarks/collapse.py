@@ -1,14 +1,15 @@
-"""Posterior collapse by construction: a guide that does not look at x, beside one that does.
+"""Posterior collapse by construction: a guide that does not depend on x, next to one that does.
 
     python benchmarks/collapse.py                (under a minute; the figure is runs/collapse.png)
 
-Both VAEs have the same decoder with the same first weights, binarised digits, bound, Adam and epochs. The guide of one is
-pv.Unconditional, q(z|x) = q(z) for every x: its decoder has nothing to read off z, and learns to leave z alone and draw the mean image.
+Both VAEs have the same decoder with the same initial weights, binarised digits, bound, Adam and epochs. One guide is
+pv.Unconditional, q(z|x) = q(z) for every x. Its z carries no information about x, so the decoder learns to ignore z
+and to draw the mean image.
 
-Its mutual information of x and z is exactly 0, and so is every term of the estimate, log q(z|x_n) - log q(z), since q(z), a mixture of
-equals, is q(z|x_n): there is no sampling error, and what is left is rounding. Zero is therefore held to 3 standard errors and the
-rounding of log q in float32. Other errors ± are over test images, for mutual information over samples, and for spreads over ten
-groups of the prior's draws.
+Its mutual information of x and z is exactly 0. Every term of the estimate, log q(z|x_n) - log q(z), is 0 too: q(z) is
+a mixture of equal components, so it equals q(z|x_n). The estimate has no sampling error, only rounding. So the
+tolerance for zero is 3 standard errors plus the rounding of log q in float32. Other errors ± are over test images.
+Those of the mutual information are over samples, and those of spreads over ten groups of draws of the prior.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LATENT = 2
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=100)
-parser.add_argument("--num-samples", type=int, default=100, help="From each q(z|x), for the mutual information.")
+parser.add_argument("--num-samples", type=int, default=100, help="Samples of each q(z|x), for the mutual information.")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("runs"), help="Folder for the figure.")
 options = parser.parse_args()
@@ -61,7 +62,7 @@ for name in ("q(z|x)", "q(z)"):
 
 
 def off(name):
-    """The root mean square, over the prior's draws and pixels, of the decoder's output less the mean image."""
+    """The root mean square of the decoder's output minus the mean image, over draws of the prior and pixels."""
     return (outputs[name] - mean_image).square().mean().sqrt().item()
 
 
@@ -75,7 +76,7 @@ for label, show in {
     "mutual information of x and z, nats": lambda name: small(parts[name].mutual_information),
     "KL(q(z) || p(z)), nats": lambda name: small(parts[name].marginal_kl),
     "standard deviation of a pixel of the decoder's output over z ~ p(z)": lambda name: str(spread[name]),
-    "RMS of these outputs less the mean image": lambda name: f"{off(name):.4f}",
+    "RMS of these outputs minus the mean image": lambda name: f"{off(name):.4f}",
 }.items():
     table.add_row(label, show("q(z|x)"), show("q(z)"))
 Console(width=120).print(table)
@@ -84,7 +85,7 @@ options.out.mkdir(parents=True, exist_ok=True)
 figure, axes = plt.subplots(3, 1, figsize=(8, 3.4), layout="constrained")
 titles = {
     "q(z|x)": "guide q(z|x): decoder at 10 draws of z ~ p(z)",
-    "q(z)": "guide q(z), which never sees x: decoder at 10 draws of z ~ p(z)",
+    "q(z)": "guide q(z), which does not depend on x: decoder at 10 draws of z ~ p(z)",
 }
 for ax, (name, title) in zip(axes, titles.items(), strict=False):
     pv.plots.images(outputs[name][:10], columns=10, title=title, ax=ax)
@@ -99,25 +100,20 @@ figure.savefig(options.out / "collapse.png", dpi=120)
 lazy, looking = parts["q(z)"].mutual_information, parts["q(z|x)"].mutual_information
 rounding = torch.finfo(torch.float32).eps * 10 * LATENT  # log q is a few nats a dimension
 if abs(lazy.value) > 3 * lazy.standard_error + rounding:
-    raise SystemExit(
-        f"a guide that doesn't look at x has a mutual information of {small(lazy)} nats, which should be 0"
-    )
+    raise SystemExit(f"expected zero mutual information with a guide that does not depend on x, got {small(lazy)} nats")
 if not looking.value > 10 * looking.standard_error:
-    raise SystemExit(f"the amortised guide's mutual information is {small(looking)} nats: expected it clearly above 0")
+    raise SystemExit(f"expected the amortised guide's mutual information above 10 errors, got {small(looking)} nats")
 gain = pv.Estimate.of(elbo["q(z|x)"] - elbo["q(z)"])
 if not gain.value > 5 * gain.standard_error:
-    raise SystemExit(f"the amortised guide's ELBO is above the other's by {gain} nats: not by 5 standard errors")
+    raise SystemExit(f"expected the amortised guide's ELBO above the other's by 5 errors, got {gain} nats")
 ratio = spread["q(z)"].value / spread["q(z|x)"].value
 if not ratio < 0.1:
-    raise SystemExit(f"the lazy decoder's output varies over z by {ratio:.0%} of the other's: expected less than 10%")
+    raise SystemExit(f"expected the lazy decoder's spread over z below 10% of the other's, got {ratio:.0%}")
 known = (mean_image * (1 - mean_image)).mean().div(len(digits.train)).sqrt().item()
 if not off("q(z)") < known:
     raise SystemExit(
-        f"the lazy decoder is {off('q(z)'):.4f} from the mean image, more than its standard error, {known:.4f}"
+        f"expected the lazy decoder within {known:.4f} of the mean image, its standard error, got {off('q(z)'):.4f}"
     )
-print(
-    f"Looking at x is worth {gain} nats a digit. Without, z says nothing of x ({small(lazy)} nats), and the decoder draws the mean of"
-)
-print(
-    f"the training images: {off('q(z)'):.4f} off, where that of {len(digits.train)} binary images has a standard error of {known:.4f}."
-)
+print(f"A guide that depends on x gains {gain} nats a digit. Without x, z carries {small(lazy)} nats of x, and")
+print(f"the decoder draws the mean of the training images. It differs from the mean by {off('q(z)'):.4f}; the mean of")
+print(f"{len(digits.train)} binary images has a standard error of {known:.4f}.")

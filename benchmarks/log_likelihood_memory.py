@@ -1,7 +1,9 @@
-"""Peak memory of `pv.log_likelihood` at few and at many samples: python benchmarks/log_likelihood_memory.py --root data
+"""Peak memory of `pv.log_likelihood` with few and with many samples.
 
-Each number of samples gets a process of its own, which reads the test images alone, and whose peak resident memory
-Linux reports. About a quarter of an hour.
+    python benchmarks/log_likelihood_memory.py --root data           (about a quarter of an hour)
+
+Each number of samples gets a process of its own, which reads only the test images. Linux reports its peak resident
+memory.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import pyro_vae as pv
 
 
 def peak_memory() -> float:
-    """In MiB, by Linux. The resource module's number is inherited from the parent process."""
+    """Peak resident memory in MiB, from /proc: the resource module's number is inherited from the parent."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 

@@ -1,7 +1,9 @@
-"""How much of the machine's matrix product `pv.log_likelihood` turns into samples: python benchmarks/log_likelihood_throughput.py
+"""The throughput of `pv.log_likelihood`, as a share of the decoder's matrix products alone.
 
-A sample of log p(x, z) - log q(z | x) costs at least the two matrix products of the decoder. Here both are timed in one
-process and on one thread, in turns, in seconds of the processor; medians are printed, and their ratio.
+    python benchmarks/log_likelihood_throughput.py
+
+A sample of log p(x, z) - log q(z | x) costs at least the two matrix products of the decoder. Both are timed in turns,
+in one process on one thread, in seconds of processor time. The script prints medians and their ratio.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def products(rows: int) -> None:
 
 def evaluation(num_data: int, compile: bool) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # k-hat is high: the networks are untrained
+        warnings.simplefilter("ignore")  # k-hat is high, since the networks are untrained
         pv.log_likelihood(vae, x[:num_data], options.num_samples, compile=compile, progress=False)
 
 
@@ -69,14 +71,13 @@ per_sample["compiled"] = 1e6 * (medians["many"] - medians["few"]) / (options.num
 compilation = medians["few"] - 1e-6 * per_sample["compiled"] * samples
 best = min(per_sample[size] for size in sizes)
 
-print(
-    f"{options.num_samples:,} samples of each datum, {options.repeats} repeats, one thread; medians, in microseconds a sample"
-)
+print(f"{options.num_samples:,} samples of each datum, {options.repeats} repeats, one thread")
+print("medians, in microseconds a sample; lower is faster")
 for size in sizes:
     print(f"matrix products alone, {size:4d} rows at once      {per_sample[size]:6.2f}")
 for name, words in (("uncompiled", "log_likelihood"), ("compiled", "log_likelihood(compile=True)")):
     ratio = f"{best / per_sample[name]:.2f} of the products' throughput"
     print(f"{words:40s}{per_sample[name]:12.2f}   {ratio}".rstrip())
 print(
-    f"and {compilation:.1f} s to trace and compile, once in a call; its time for a sample is that of {many - few} more data"
+    f"plus {compilation:.1f} s to record and compile, once a call; the compiled time is that of {many - few} more data"
 )

@@ -1,11 +1,11 @@
-"""Priors, posteriors and layers on MNIST, each trained alike: log p(x), what the guide leaves, active units.
+"""Compare priors, posteriors and layers on MNIST: log p(x), the gap to the ELBO, and active units of eight pairs.
 
     python benchmarks/pairs_on_mnist.py --root data
     python benchmarks/pairs_on_mnist.py --root data --warm-up 10
 
-All have the same encoder and decoder (one hidden layer of 300, 40 latent dimensions; two layers have 40 and 20), Adam, number of
-epochs and seed, and, where it is asked for, the same warm-up of beta. log p(x) is estimated by
-importance sampling on the first of the shuffled test images; differences to the first row are between the same images.
+All pairs have the same encoder and decoder: one hidden layer of 300 and 40 latent dimensions (40 and 20 with two
+layers). Adam, the number of epochs, the seed and the warm-up of beta are the same too. Importance sampling estimates
+log p(x), on test images drawn at random. Differences to the first row are paired by image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ parser.add_argument("--epochs", type=int, default=30)
 parser.add_argument("--warm-up", type=int, default=0, help="Epochs in which beta rises from 0 to 1.")
 parser.add_argument("--num-test", type=int, default=1000, help="Test images, drawn at random with a fixed seed.")
 parser.add_argument("--num-samples", type=int, default=5000)
-parser.add_argument("--only", action="append", help="A row's name; may be given several times.")
+parser.add_argument("--only", action="append", help="Name of a row to compute; can be repeated.")
 options = parser.parse_args()
 
 torch.set_num_threads(1)
@@ -79,7 +79,7 @@ for column in (
     "minutes",
     "ELBO",
     "log p(x)",
-    "more than the first",
+    "minus the first row",
     "log p(x) - ELBO",
     "k-hat > 0.7",
     "active",
@@ -103,7 +103,8 @@ for name, build in ROWS.items():
     first = found.per_datum if first is None else first
     active = pv.active_units(pair, test, seed=0)
     table.add_row(
-        name, f"{minutes:.1f}", str(pv.Estimate.of(found.elbo)), str(found.estimate), str(pv.Estimate.of(found.per_datum - first)),
-        str(found.kl_to_posterior), f"{found.share_high_k:.1%}", f"{int(active.active.sum())} of {len(active)}",
+        name, f"{minutes:.1f}", str(pv.Estimate.of(found.elbo)), str(found.estimate),
+        str(pv.Estimate.of(found.per_datum - first)), str(found.kl_to_posterior), f"{found.share_high_k:.1%}",
+        f"{int(active.active.sum())} of {len(active)}",
     )  # fmt: skip
     Console(width=160).print(table)

@@ -1,6 +1,8 @@
-"""The way of x through one loss and through `fit`: python benchmarks/walk.py
+"""Count the calls, functions and files of the package in one loss, and the frames from `fit` to the model.
 
-It counts this package's own calls, functions and files, and the frames between `fit` and the model, by `sys.setprofile`.
+    python benchmarks/walk.py                    (-v lists the functions)
+
+`sys.setprofile` reports the calls. Only this package's own functions are counted.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import pyro_vae as pv
 
 PACKAGE = Path(pv.__file__).parent
-COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")  # no frames of their own from Python 3.12 on
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")  # they have no frame from Python 3.12 on
 
 
 class Walk:
-    """Every call of a function of the package while it is the profiler, and how deep in the package each one was."""
+    """A profiler that counts the calls of the package's functions and their greatest depth."""
 
     def __init__(self) -> None:
         self.calls: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -35,6 +37,7 @@ class Walk:
 
 
 def walk(function: Callable[[], object]) -> Walk:
+    """Call the function under the profiler."""
     found = Walk()
     sys.setprofile(found)
     try:
@@ -49,6 +52,7 @@ def main() -> None:
     x = torch.rand(64, 4).round()
     vae = pv.mlp_vae((4,), latent_dim=2, hidden_dims=(8,))
     objective = pv.IWAE(4, "dreg")
+    # Model and guide, not the pair: taking a pair apart is one more call, and earlier counts are without it.
     objective.differentiable_loss(vae.model, vae.guide, x)  # the first call finds the plates
     found = walk(lambda: objective.differentiable_loss(vae.model, vae.guide, x).backward())
     files = sorted({file for file, _ in found.calls})
@@ -68,7 +72,7 @@ def main() -> None:
 
 
 def first_step(objective: pv.Objective, compile: bool) -> tuple[int, list[str]]:
-    """How often the model ran before the optimiser's first step, and the frames between `fit` and its last run."""
+    """The number of runs of the model before the first step, and the frames between `fit` and the last run."""
     pyro.clear_param_store()
     vae = pv.mlp_vae((4,), latent_dim=2, hidden_dims=(8,))
     runs, frames = 0, []
@@ -80,7 +84,7 @@ def first_step(objective: pv.Objective, compile: bool) -> tuple[int, list[str]]:
         return vae.model(x)
 
     class Stepped(Exception):
-        """The optimiser's first step."""
+        """Stops `fit` at the optimiser's first step."""
 
     def stop(*_) -> None:
         raise Stepped
@@ -104,7 +108,7 @@ def _name(frame) -> tuple[str, str]:
 
 
 def _stack(frame) -> list[tuple[str, str]]:
-    """The package's frames from here outwards."""
+    """The package's frames, from this one to the outermost."""
     found = []
     while frame is not None:
         if _ours(frame):

@@ -2,27 +2,28 @@ r"""
 What does maximum likelihood choose?
 ====================================
 
-The parameter under which the data that were seen are most probable (Fisher, 1922, *On the Mathematical
-Foundations of Theoretical Statistics*, https://doi.org/10.1098/rsta.1922.0009). Six tosses of a coin show all
-of it: what is maximised, why it is maximised through its logarithm, what more data change, and what it is
-that the model is brought near to. A VAE is trained by the same rule. Its parameters are the weights of
-networks, and its likelihood has an integral in it, which is what the other scripts are about.
+Maximum likelihood chooses the parameter under which the observed data are most probable (Fisher, 1922, *On
+the Mathematical Foundations of Theoretical Statistics*, https://doi.org/10.1098/rsta.1922.0009). Six tosses
+of a coin show how it works: what is maximised, why its logarithm is maximised instead, and what more data
+change. They also show that maximum likelihood brings the model near to the distribution of the data. A VAE is
+trained by the same rule. Its parameters are the weights of networks, and its likelihood contains an integral.
+The other scripts are about that integral.
 """
 
 # %%
 # Six tosses, one parameter
 # -------------------------
-# A coin shows heads with probability :math:`\theta`. We toss it six times, see H T H T H H, and write 1 for
+# A coin shows heads with probability :math:`\theta`. We toss it six times, observe H T H T H H, and write 1 for
 # heads. The tosses are independent, so their probabilities multiply:
 #
 # .. math:: L(\theta) = \prod_{n=1}^6 p_\theta(x_n) = \theta^4 (1 - \theta)^2 , \qquad
 #     \log L(\theta) = 4 \log \theta + 2 \log(1 - \theta)
 #
-# The derivative of the logarithm is :math:`4/\theta - 2/(1 - \theta)`. It is zero at :math:`\hat\theta =
-# 4/6`, the share of heads.
+# The derivative of the logarithm is :math:`4/\theta - 2/(1 - \theta)`. It is zero at :math:`\hat\theta = 4/6`,
+# the proportion of heads.
 #
-# With the data fixed, :math:`L` is a function of :math:`\theta`, and no density: its integral is not 1. With
-# :math:`\theta` fixed, it is a probability of the data, and its sum over all 64 outcomes is 1.
+# With the data fixed, :math:`L` is a function of :math:`\theta`. It is not a density: its integral is not 1.
+# With :math:`\theta` fixed, :math:`L` is the probability of the data, and its sum over all 64 outcomes is 1.
 
 from itertools import product
 
@@ -51,11 +52,11 @@ print(f"its integral over theta:    {area:.5f} = 1 / {1 / area:.0f}")
 print(f"its sum over all outcomes:  {total:.5f}, at theta = {best:.4f}")
 
 # %%
-# The same maximum, uphill
-# ------------------------
-# Networks have no closed form for their maximum, but a gradient. Here is the coin as a Pyro program, fitted
-# as a VAE is. It has no latent variable yet, so the guide is empty, and :class:`pyro_vae.ELBO` is the
-# log-likelihood itself.
+# The same maximum by gradient ascent
+# -----------------------------------
+# Networks have no closed form for the maximum, but they have a gradient. Here is the coin as a Pyro program,
+# fitted in the same way as a VAE. It has no latent variable yet. So the guide is empty, and
+# :class:`pyro_vae.ELBO` equals the log-likelihood.
 
 
 def coin(x):
@@ -86,12 +87,12 @@ for ax, values, label in ((left, curve, "likelihood"), (right, np.log(curve), "l
 right.set_ylim(-20, 0)
 
 # %%
-# Why the logarithm
-# -----------------
-# The product of many probabilities is too small for a floating-point number: 64-bit ones end near
-# :math:`10^{-324}`, and below is zero. Zero has no gradient to follow. The sum of the logarithms has the same
-# maximum, since the logarithm rises with its argument, and it stays in range. A minibatch of small images has
-# thousands of pixels, so this is no rare case.
+# Why the logarithm?
+# ------------------
+# The product of many probabilities is too small for a floating-point number. With 64 bits, a number far below
+# :math:`10^{-323}` is rounded to zero, and zero has no gradient to follow. The logarithm is an increasing
+# function, so the sum of the logarithms has the same maximum, and it stays in range. This is not a rare case: a
+# minibatch of small images has thousands of pixels.
 
 rng = np.random.default_rng(0)
 many = rng.binomial(1, 2 / 3, size=2000)
@@ -102,16 +103,17 @@ print(f"2000 tosses: product {likelihood(2 / 3, many)}, sum of logs {logs.sum():
 # What more data change
 # ---------------------
 # The log-likelihood is a sum, so its curvature at the maximum grows with the number of tosses N. A sharp
-# maximum leaves little doubt; the standard error of the estimate is one over the root of the curvature (in
-# general for large N; for the coin, with the true :math:`\theta` in it, at any N):
+# maximum leaves little uncertainty. The standard error of the estimate is one over the square root of the
+# curvature. In general this holds for large N. For the coin it holds for every N, with the true :math:`\theta`
+# in the formula:
 #
 # .. math:: -\frac{d^2 \log L}{d\theta^2}\bigg|_{\hat\theta} = \frac{N}{\hat\theta (1 - \hat\theta)} , \qquad
 #     \operatorname{se}(\hat\theta) = \sqrt{\frac{\hat\theta (1 - \hat\theta)}{N}}
 #
-# The left figure has the log-likelihood for data with two thirds of heads, less its maximum. On the right we
-# toss a coin with :math:`\theta = 2/3` N times, take the share of heads, and do so 20,000 times over. The
-# estimates' distance from the truth (root of the mean square) falls on the formula: four times the data, half
-# the error. The column z is the distance of the mean square from its formula, in standard errors.
+# The left figure shows the log-likelihood minus its maximum, for data with two thirds of heads. For the right
+# figure we toss a coin with :math:`\theta = 2/3` N times and take the proportion of heads. We repeat this
+# 20,000 times. The root mean squared error of the estimates follows the formula: four times the data halve the
+# error. The column z is the mean squared error minus its formula, in standard errors.
 
 
 def log_likelihood(theta):
@@ -139,7 +141,7 @@ colours = (pv.plots.BLUE, pv.plots.VERMILLION, pv.plots.GREEN)
 for size, colour, style in zip((6, 24, 96), colours, ("-", "--", ":"), strict=True):
     per_toss = truth * np.log(grid / truth) + (1 - truth) * np.log((1 - grid) / (1 - truth))
     left.plot(grid, size * per_toss, color=colour, linestyle=style, linewidth=2, label=f"N = {size}")
-left.set(xlabel="theta, the probability of heads", ylabel="log-likelihood less its maximum (nats)")
+left.set(xlabel="theta, the probability of heads", ylabel="log-likelihood minus its maximum (nats)")
 left.set_ylim(-8, 0.3)
 left.legend(loc="upper left")
 right.loglog(sizes, spread["formula"], color=pv.plots.BLACK, label="formula")
@@ -151,15 +153,15 @@ right.set(xlabel="N, tosses in a data set", ylabel="error of the estimate of the
 right.legend()
 
 # %%
-# What the model is brought near to
+# Maximum likelihood minimises a KL
 # ---------------------------------
-# Let :math:`\hat p` be the distribution of the data, 4/6 heads and 2/6 tails. For every :math:`\theta`,
+# Let :math:`\hat p` be the distribution of the data: 4/6 heads and 2/6 tails. For every :math:`\theta`,
 #
 # .. math:: \frac1N \log L(\theta) = \sum_x \hat p(x) \log p_\theta(x)
 #     = -\mathrm{H}(\hat p) - \mathrm{KL}(\hat p \,\|\, p_\theta)
 #
 # (add and subtract :math:`\sum_x \hat p \log \hat p`). The entropy does not depend on :math:`\theta`. So the
-# maximum of the likelihood is the minimum of the KL from the data's distribution to the model's, and no model
+# parameter that maximises the likelihood minimises the KL from the data's distribution to the model's. No model
 # has a mean log-likelihood above minus the entropy.
 
 thetas = np.array([0.2, 0.5, 4 / 6, 0.9])
@@ -175,16 +177,15 @@ print(table.set_index(thetas.round(2)).rename_axis("theta").round(4).to_string()
 # %%
 # The claim, checked
 # ------------------
-# Gradient ascent ends at the share of heads, the estimates of repeated data sets are as far off as the
-# curvature says, at every N, and the mean log-likelihood is minus the entropy minus the KL.
+# Gradient ascent ends at the proportion of heads. At every N, the error over repeated data sets agrees with the
+# formula from the curvature. The mean log-likelihood equals minus the entropy minus the KL.
 #
-# For a VAE, the :math:`\theta` of this page are the weights of a decoder, and :math:`p_\theta(x)` has an
-# integral over a variable that nobody saw. The next script, :doc:`plot_02_latent_variable`, meets that
-# integral.
+# For a VAE, :math:`\theta` stands for the weights of a decoder, and :math:`p_\theta(x)` contains an integral
+# over a variable that is not observed. The next script, :doc:`plot_02_latent_variable`, is about that integral.
 
 worst_z = spread["z"].abs().max()
 difference = (table["mean log-likelihood"] - table["-entropy - KL"]).abs().max()
 assert abs(climbed - best) < 1e-3, f"gradient ascent ended at {climbed:.5f}, not at {best:.5f}"
-assert worst_z < 4, f"squared error off the formula by z = {worst_z:.1f}"
-assert difference < 1e-12, f"mean log-likelihood and -entropy - KL differ by {difference:.1e} nats"
+assert worst_z < 4, f"the mean squared error differs from its formula by z = {worst_z:.1f}"
+assert difference < 1e-12, f"the mean log-likelihood and -entropy - KL differ by {difference:.1e} nats"
 print(f"theta {climbed:.5f} against {best:.5f}; largest |z| {worst_z:.2f}; identity to {difference:.0e} nats")

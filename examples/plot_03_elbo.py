@@ -2,33 +2,35 @@ r"""
 How far below log p(x) is the ELBO?
 ===================================
 
-By KL(q(z|x) || p(z|x)), exactly, for every guide q (Jordan, Ghahramani, Jaakkola and Saul, 1999, *An
-Introduction to Variational Methods for Graphical Models*, https://doi.org/10.1023/A:1007665907178). So
-raising the ELBO by the guide brings the guide near to the posterior, which nobody has to know for that. We
-follow a path of guides from the prior to the exact posterior of a linear model, of which every term is known.
-Then we write the ELBO in four ways (Kingma and Welling, 2014, *Auto-Encoding Variational Bayes*,
-https://arxiv.org/abs/1312.6114), and see why its prior may be a standard normal (Doersch, 2016, *Tutorial on
-Variational Autoencoders*, https://arxiv.org/abs/1606.05908).
+The ELBO is below log p(x) by exactly KL(q(z|x) || p(z|x)), for every guide q (Jordan, Ghahramani, Jaakkola
+and Saul, 1999, *An Introduction to Variational Methods for Graphical Models*,
+https://doi.org/10.1023/A:1007665907178). So a guide that raises the ELBO comes nearer to the posterior, and
+nobody has to know the posterior for that. We move a guide from the prior to the exact posterior of a linear
+model, in which every term is known. Then we write the ELBO in four ways (Kingma and Welling, 2014,
+*Auto-Encoding Variational Bayes*, https://arxiv.org/abs/1312.6114). Last, we show why the prior may be a
+standard normal (Doersch, 2016, *Tutorial on Variational Autoencoders*, https://arxiv.org/abs/1606.05908).
 """
 
 # %%
 # Two derivations
 # ---------------
-# **Jensen's inequality.** Multiply and divide by the guide; the logarithm of a mean is at least the mean of
-# the logarithms:
+# **Jensen's inequality.** Multiply and divide by the guide. The logarithm of a mean is at least the mean of the
+# logarithms:
 #
 # .. math:: \log p(x) = \log \mathbb E_{q(z \mid x)} \frac{p(x, z)}{q(z \mid x)}
 #     \ge \mathbb E_{q(z \mid x)} \log \frac{p(x, z)}{q(z \mid x)} = \mathrm{ELBO}
 #
-# It says that the ELBO is below, not by how much. **The hidden KL** says that. For every z, :math:`p(x) =
-# p(x, z) / p(z \mid x)`. Take logarithms, add and subtract :math:`\log q`, average over the guide:
+# This shows that the ELBO is a lower bound, but not how far below :math:`\log p(x)` it is.
+#
+# **The KL to the posterior.** The second derivation gives the distance. For every z, :math:`p(x) = p(x, z) /
+# p(z \mid x)`. Take logarithms, add and subtract :math:`\log q`, and average over the guide:
 #
 # .. math:: \log p(x) = \underbrace{\mathbb E_q \log \frac{p(x, z)}{q(z \mid x)}}_{\mathrm{ELBO}}
 #     + \underbrace{\mathbb E_q \log \frac{q(z \mid x)}{p(z \mid x)}}
 #     _{\mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x)) \,\ge\, 0}
 #
-# Here is a model of which all of it is known: two latent dimensions, three observed ones, 200 data from the
-# model itself.
+# Here is a model in which every term is known. It has two latent and three observed dimensions, and we draw 200
+# data from it.
 #
 # .. math:: z \sim \mathcal N(0, I), \quad x \mid z \sim \mathcal N(W z, \sigma^2 I), \quad
 #     p(z \mid x) = \mathcal N(\Sigma W^\top x / \sigma^2, \Sigma), \; \Sigma^{-1} = I + W^\top W / \sigma^2
@@ -59,18 +61,18 @@ log_p = dist.MultivariateNormal(torch.zeros(3, dtype=torch.float64), W @ W.T + n
 print(f"log p(x) = {log_p.mean():.4f} nats per datum, exact")
 
 # %%
-# A path of guides
-# ----------------
-# At t = 0 the guide is the prior, at t = 1 the posterior; between them, mean and covariance are interpolated.
-# The ELBO of a Gaussian guide with mean m and covariance C is a closed form here:
+# Guides between the prior and the posterior
+# ------------------------------------------
+# At t = 0 the guide is the prior, and at t = 1 it is the posterior. Between them, mean and covariance are
+# interpolated. The ELBO of a Gaussian guide with mean m and covariance C has a closed form here:
 #
 # .. math:: \mathrm{ELBO} &= \mathbb E_q \log p(x \mid z) - \mathrm{KL}(q(z \mid x) \,\|\, p(z)) , \\
 #     \mathbb E_q \log p(x \mid z) &= -\tfrac32 \log(2 \pi \sigma^2)
 #     - \frac{\|x - W m\|^2 + \operatorname{tr}(W C W^\top)}{2 \sigma^2}
 #
-# Neither of its terms knows the posterior. Still, adding the KL to the posterior makes :math:`\log p(x)`, for
-# each of the 200 data and all along the path. The guide at t = 0 has the KL to its prior zero and is the
-# worst one.
+# Neither of its terms contains the posterior. Still, the ELBO plus the KL to the posterior is :math:`\log
+# p(x)`, for each of the 200 data and at every t. The guide at t = 0 has zero KL to the prior and is the worst
+# one.
 
 
 def guide_at(t):
@@ -97,15 +99,15 @@ print("mean over data, in nats per datum:")
 print(table.round(4).to_string())
 
 # %%
-# The same from samples
+# The ELBO from samples
 # ---------------------
-# A VAE has no closed form for its reconstruction, and samples the guide. :class:`pyro_vae.ELBO` does that for
-# any Pyro program: with the KL to the prior in closed form, or with both terms sampled. Both have the exact
-# ELBO as mean. ``z`` is the distance of the estimate from it in standard errors, over 200 data with 100
-# samples each.
+# The reconstruction term of a VAE has no closed form, so it is estimated from samples of the guide.
+# :class:`pyro_vae.ELBO` does this for any Pyro program. The KL to the prior is computed in closed form, or
+# sampled too. Both estimates have the exact ELBO as mean. ``z`` is the estimate minus the exact ELBO in
+# standard errors, over 200 data with 100 samples each.
 #
-# At t = 1 the last column has no noise at all: there :math:`p(x, z) / q(z \mid x)` is :math:`p(x)` whatever z
-# is. So no z is given, and the check below asks for equality.
+# At t = 1 the Monte Carlo estimate has no noise at all: there :math:`p(x, z) / q(z \mid x)` is :math:`p(x)` for
+# every z. So the table gives no z-value, and the check below tests equality.
 
 
 def model(x):
@@ -165,8 +167,8 @@ for ax in (left, right):
 # %%
 # Is there another way to write it?
 # ---------------------------------
-# There are many, by splitting :math:`\log p(x, z)`, and by keeping entropies together or apart. All are the
-# same number:
+# There are many: :math:`\log p(x, z)` can be split in different ways, and entropies can be kept together or
+# apart. All give the same number:
 #
 # .. math:: \mathrm{ELBO} &= \mathbb E_q \log p(x \mid z) - \mathrm{KL}(q(z \mid x) \,\|\, p(z))
 #     \qquad \text{reconstruction - KL} \\
@@ -174,9 +176,9 @@ for ax in (left, right):
 #     &= \log p(x) - \mathrm{KL}(q(z \mid x) \,\|\, p(z \mid x)) \qquad \text{evidence - gap} \\
 #     &= \mathbb E_q \log w , \quad w = p(x, z) / q(z \mid x) \qquad \text{mean log-weight}
 #
-# They differ in what one must know. The third needs what is sought. The first two need a mean of the
-# decoder's density under the guide, which sampling gives. The last needs nothing but densities at samples, so
-# it is the one for any program: :func:`pyro_vae.log_weights`.
+# They differ in what must be known. The third needs :math:`\log p(x)`, which is unknown. The first two need the
+# mean of the decoder's log-density under the guide, which sampling estimates. The fourth needs only densities
+# at samples, so it works for any program: :func:`pyro_vae.log_weights`.
 
 pyro.set_rng_seed(1)
 q = guide_at(0.6)
@@ -190,20 +192,20 @@ forms = {
 for name, values in forms.items():
     print(f"{name:<28}{values.mean():.10f}")
 weights_error = pv.Estimate.of(log_w.mean(0) - forms["evidence - gap"])
-print(f"{'mean log-weight, sampled':<28}{log_w.mean():.4f}, off by {weights_error}")
+print(f"{'mean log-weight, sampled':<28}{log_w.mean():.4f}, error {weights_error}")
 
 # %%
 # Why a standard normal prior?
 # ----------------------------
-# Because another one adds nothing that the decoder can't do. Let :math:`z = L u + m` with u standard normal:
-# then z has the prior :math:`\mathcal N(m, S)`, :math:`S = L L^\top`, and a decoder f(z) of z is the decoder
-# f(Lu + m) of u. The same holds of any fixed invertible map. The guide has to move along, :math:`u = L^{-1}(z
-# - m)`; a KL does not change under such a map, and neither does any log-weight, since the Jacobian cancels
-# between :math:`p(z)` and :math:`q(z \mid x)`. So the prior costs nothing where the decoder, and the guide's
-# family, can absorb the map: a linear decoder absorbs L and m, but a guide with independent dimensions does
-# not stay one under every L.
+# Another normal prior adds nothing that the decoder can't do. Let :math:`z = L u + m` with u standard normal.
+# Then z has the prior :math:`\mathcal N(m, S)` with :math:`S = L L^\top`, and a decoder f(z) of z is the
+# decoder f(Lu + m) of u. The same holds for any fixed invertible map. The guide changes with the map: :math:`u
+# = L^{-1}(z - m)`. A KL does not change under such a map. Neither does any log-weight, since the Jacobian
+# cancels between :math:`p(z)` and :math:`q(z \mid x)`. So the prior costs nothing if the decoder and the
+# guide's family can absorb the map. A linear decoder absorbs L and m. A guide with independent dimensions does
+# not stay independent under every L.
 #
-# From one seed, the two pairs give the same log-weight for each sample and datum.
+# With the same seed, the two model/guide pairs give the same log-weight for each sample and datum.
 
 m = torch.tensor([1.0, -0.5], dtype=torch.float64)
 L = torch.tensor([[1.5, 0.0], [0.7, 0.6]], dtype=torch.float64)
@@ -230,12 +232,12 @@ print(f"largest difference {change:.0e} nats")
 # %%
 # The claim, checked
 # ------------------
-# For each datum and all along the path, ELBO and KL to the posterior sum to :math:`\log p(x)`, and the ELBO
-# rises. The sampled ELBOs agree with the exact one, without noise at the posterior. The other prior changes
-# no weight.
+# For each datum and at every t, the ELBO and the KL to the posterior sum to :math:`\log p(x)`. The mean ELBO
+# rises from t = 0 to t = 1. The sampled ELBOs agree with the exact one, without noise at the posterior. The
+# other prior changes no log-weight.
 #
-# What the two terms of the ELBO do in a trained VAE is the matter of :doc:`plot_04_reconstruction_term` and
-# :doc:`plot_05_kl_term`.
+# The next two scripts, :doc:`plot_04_reconstruction_term` and :doc:`plot_05_kl_term`, are about the two terms
+# of the ELBO in a trained VAE.
 
 sums = torch.stack([elbo(guide_at(t)) + kl_divergence(guide_at(t), posterior) for t in fine])
 off = (sums - log_p).abs().max().item()
@@ -243,11 +245,12 @@ spread = max((values - forms["evidence - gap"]).abs().max().item() for values in
 at_posterior = errors["monte_carlo"].pop()
 noisy = [e for estimates in errors.values() for e in estimates] + [weights_error]
 worst_z = max(abs(e.value) / e.standard_error for e in noisy)
-assert off < 1e-9, f"ELBO + KL to the posterior is off log p(x) by {off:.1e} nats"
+assert off < 1e-9, f"ELBO + KL to the posterior differs from log p(x) by {off:.1e} nats"
 assert spread < 1e-9, f"the ways to write the ELBO differ by {spread:.1e} nats"
-assert pd.Series(curve).is_monotonic_increasing, f"the ELBO falls along the path: {curve}"
-assert worst_z < 4, f"a sampled ELBO is {worst_z:.1f} standard errors off the exact one"
-assert abs(at_posterior.value) < 1e-9, f"at the posterior the sampled ELBO is off by {at_posterior.value:.1e}"
+assert pd.Series(curve).is_monotonic_increasing, f"the ELBO does not rise at every t: {curve}"
+assert worst_z < 4, f"a sampled ELBO is {worst_z:.1f} standard errors from the exact one"
+assert abs(at_posterior.value) < 1e-9, f"at the posterior the sampled ELBO differs by {at_posterior.value:.1e}"
 assert change < 1e-9, f"another prior changes a log-weight by {change:.1e} nats"
-print(f"identity to {off:.0e} nats, forms to {spread:.0e}; largest |z| of {len(noisy)}: {worst_z:.2f};")
-print(f"at the posterior {abs(at_posterior.value):.0e} nats; other prior {change:.0e} nats")
+print(f"largest errors: identity {off:.0e} nats, forms {spread:.0e} nats, at the posterior", end=" ")
+print(f"{abs(at_posterior.value):.0e} nats, other prior {change:.0e} nats;")
+print(f"largest |z| of {len(noisy)} sampled means: {worst_z:.2f}")

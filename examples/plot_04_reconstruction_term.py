@@ -3,13 +3,14 @@ What is the reconstruction term?
 ================================
 
 The first term of the ELBO, :math:`\mathbb E_q \log p(x \mid z)`, is a log-likelihood in nats. For a Gaussian
-it is a squared error, for a Bernoulli a cross-entropy: not by analogy but exactly, constants included. The
-constants and the scale matter, because the other term, the KL, is in nats too. The Gaussian's :math:`\sigma`
-sets the exchange rate between the two: :math:`\sigma^2` is the :math:`\beta` of a beta-VAE (Higgins et al.,
-2017, *beta-VAE*, ICLR). A plain sum of squares stands for :math:`\sigma` near 1, far too wide for pixels in
-[0, 1], and the latent variable is given up. The cure is to learn :math:`\sigma`, whose optimum is the root
-mean squared residual (Rybkin, Daniilidis and Levine, 2021, *Simple and Effective VAE Training with Calibrated
-Decoders*, ICML; `arXiv:2006.13202 <https://arxiv.org/abs/2006.13202>`_).
+likelihood it is a squared error, and for a Bernoulli a cross-entropy. This is not an analogy: it is exact,
+constants included. The constants and the scale matter, because the other term, the KL, is in nats too. The
+Gaussian's :math:`\sigma` sets the exchange rate between the two terms: :math:`\sigma^2` is the :math:`\beta`
+of a beta-VAE (Higgins et al., 2017, *beta-VAE*, ICLR). A plain sum of squares corresponds to :math:`\sigma`
+near 1. That is far too wide for pixels in [0, 1], and the VAE then ignores its latent variable. The remedy is
+to learn :math:`\sigma`, whose optimum is the root mean squared residual (Rybkin, Daniilidis and Levine, 2021,
+*Simple and Effective VAE Training with Calibrated Decoders*, ICML; `arXiv:2006.13202
+<https://arxiv.org/abs/2006.13202>`_).
 """
 
 # %%
@@ -20,9 +21,9 @@ Decoders*, ICML; `arXiv:2006.13202 <https://arxiv.org/abs/2006.13202>`_).
 #
 # .. math:: \log p(x \mid z) = -\frac{\lVert x - \mu(z) \rVert^2}{2 \sigma^2} - \frac D2 \log 2 \pi \sigma^2.
 #
-# A Bernoulli, for pixels that are 0 or 1, has logits from the decoder, and :math:`\log p(x \mid z) = \sum_d
-# x_d \log \pi_d + (1 - x_d) \log (1 - \pi_d)`, which is minus the binary cross-entropy. The package's
-# likelihoods stand beside PyTorch's losses, summed over pixels, in float64.
+# A Bernoulli likelihood is for pixels that are 0 or 1. The decoder gives its logits, and :math:`\log p(x \mid
+# z) = \sum_d x_d \log \pi_d + (1 - x_d) \log (1 - \pi_d)` is minus the binary cross-entropy. We compare the
+# package's likelihoods with PyTorch's losses, summed over pixels, in float64.
 import functools
 import math
 
@@ -58,9 +59,9 @@ for name, density, loss in (("Gaussian", gaussian, from_error), ("Bernoulli", be
     )
 
 # %%
-# Grey pixels under a Bernoulli give a loss that can be minimised, but no density: at a logit of 0 it
-# integrates to 1/2 over [0, 1]. The package refuses them; :class:`pyro_vae.ContinuousBernoulli` has the
-# missing constant.
+# Grey pixels under a Bernoulli give a loss that can be minimised, but not a density: at a logit of 0 it
+# integrates to 1/2 over [0, 1]. The package raises an error for grey pixels.
+# :class:`pyro_vae.ContinuousBernoulli` has the missing constant.
 #
 # The exchange rate
 # -----------------
@@ -70,10 +71,10 @@ for name, density, loss in (("Gaussian", gaussian, from_error), ("Bernoulli", be
 #    = -\tfrac12 \mathbb E_q \lVert x - \mu(z) \rVert^2 - \sigma^2\, \mathrm{KL}
 #    = \mathrm{ELBO}_{\sigma = 1,\, \beta = \sigma^2} + \tfrac D2 \log 2 \pi.
 #
-# At a fixed :math:`\sigma` the two objectives differ by a positive factor and a constant, so the same
-# networks maximise both. To set :math:`\beta` under a squared error is to choose :math:`\sigma = \sqrt\beta`.
-# It follows that a mean over pixels, in place of a sum, is :math:`\sigma^2 = D / 2`: here :math:`\sigma =
-# 5.7`. Both objectives below see the same samples of :math:`z`.
+# At a fixed :math:`\sigma` the two objectives differ by a positive factor and a constant, so the same networks
+# maximise both. To set :math:`\beta` with a squared error is to choose :math:`\sigma = \sqrt\beta`. A mean over
+# pixels, in place of a sum, corresponds to :math:`\sigma^2 = D / 2`, here :math:`\sigma = 5.7`. Both objectives
+# below use the same samples of :math:`z`.
 vae = pv.mlp_vae(shape, latent_dim=16, hidden_dims=(128,), likelihood="gaussian", scale=sigma).double()
 unit_likelihood = pv.Gaussian(vae.likelihood.decoder, shape)
 unit = pv.VAE(prior=vae.prior, likelihood=unit_likelihood, posterior=vae.posterior).double()
@@ -91,26 +92,26 @@ print(f"from beta = {sigma**2}:   {right.mean():.6f}   largest difference {(left
 # %%
 # What sigma does to the latent variable
 # --------------------------------------
-# Four VAEs, alike but for :math:`\sigma`, are trained on the grey digits. In a linear VAE a latent dimension
+# We train four VAEs on the grey digits; they differ only in :math:`\sigma`. In a linear VAE a latent dimension
 # is worth its KL only if the data vary along it by more than :math:`\sigma^2` (Tipping and Bishop, 1999,
 # *Probabilistic Principal Component Analysis*, `doi:10.1111/1467-9868.00196
 # <https://doi.org/10.1111/1467-9868.00196>`_; Lucas et al., 2019, *Don't Blame the ELBO*, `arXiv:1911.02469
 # <https://arxiv.org/abs/1911.02469>`_). So we count the principal components of the training data whose
-# variance is above :math:`\sigma^2`, next to the active units of 16. For these networks, which are not
-# linear, the count is a guide and no theorem.
+# variance is above :math:`\sigma^2`, next to the number of active units, out of 16. These networks are not
+# linear, so the count is only a rough prediction.
 component_variances = torch.linalg.eigvalsh(torch.cov(digits.train.x.flatten(1).T))
 held_out, vaes, bounds, rows = digits.test.x, {}, {}, []
 
 
 def squared_residuals(vae, x):
-    """Squared errors of 64 samples of q(z|x), per datum: the mean over samples, the sum over pixels."""
+    """Squared error of each datum: the sum over pixels, averaged over 64 samples of q(z|x)."""
     with torch.no_grad():
         samples = vae.posterior(x).sample((64,))
     return (vae.decode(samples) - x).square().flatten(2).sum(2).mean(0)
 
 
 def fit(vae, epochs, batch_size, lr):
-    """Adam with a step size that falls to zero, so that the end is not noisy."""
+    """Train by Adam with a learning rate that falls to zero, so that the last steps add little noise."""
     cosine = functools.partial(CosineAnnealingLR, T_max=epochs)
     args = (vae, digits.train, pv.ELBO())
     pv.fit(*args, epochs=epochs, batch_size=batch_size, lr=lr, lr_scheduler=cosine, seed=0, progress=False)
@@ -137,14 +138,14 @@ for scale in (1.0, 0.5, "learned", 0.05):
 print(pd.DataFrame(rows).round(3).to_string(index=False))
 
 # %%
-# The table is of held-out digits: the residual in units of grey, reconstruction, KL and bound in nats per
-# digit (of densities, which may be positive).
+# The table is for held-out digits. The residual is in units of grey. Reconstruction, KL and bound are in nats
+# per digit; a log-density may be positive.
 #
-# At :math:`\sigma = 1` no component of the data varies by more than the noise that the decoder claims. The KL
-# is near zero, no unit is active, and each reconstruction is the mean digit. Training has not failed: under
-# so wide a noise a blurred mean is the best explanation. The smallest :math:`\sigma` has the smallest
-# residual and pays for it with the largest KL; its bound is below that of :math:`\sigma = 0.5`, whose digits
-# are far more blurred. A residual alone ranks nothing; the bound does.
+# At :math:`\sigma = 1` no component of the data varies by more than the decoder's noise. The KL is near zero,
+# no unit is active, and each reconstruction is the mean digit. Training has not failed: with such wide noise, a
+# blurred mean is the best explanation. The smallest :math:`\sigma` has the smallest residual and the largest
+# KL. Its bound is below that of :math:`\sigma = 0.5`, whose digits are far more blurred. So a residual alone
+# can't rank models; the bound can.
 originals = held_out[:12]
 figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
 pyro.set_rng_seed(3)
@@ -163,15 +164,15 @@ ax.set_title("Held-out digits and their reconstructions at four sigma")
 #    = \frac{\mathbb E_q \lVert x - \mu(z) \rVert^2}{\sigma^2} - D = 0
 #    \quad\Longleftrightarrow\quad \sigma^2 = \frac1D\, \mathbb E_q \lVert x - \mu(z) \rVert^2,
 #
-# averaged over the training data: the mean squared residual, the noise of :math:`z` included. Put back, it
-# makes the reconstruction term :math:`-\frac D2 \log \mathrm{MSE}` plus a constant. While the networks
-# improve, :math:`\sigma` comes down after the residual and lags. So we freeze the networks and fit
-# :math:`\sigma` alone, by 100 steps on all the data. The curve then keeps these networks and changes only
-# :math:`\sigma`, on the held-out digits.
+# averaged over the training data. This is the mean squared residual, including the noise of :math:`z`. With
+# this :math:`\sigma` the reconstruction term is :math:`-\frac D2 \log \mathrm{MSE}` plus a constant. While the
+# networks improve, :math:`\sigma` follows the residual with a delay. So we freeze the networks and fit
+# :math:`\sigma` alone, by 100 steps on all the data. The curve shows the bound of these networks on the
+# held-out digits at other values of :math:`\sigma`.
 best = vaes["learned"]
 residual_variance = squared_residuals(best, digits.train.x).mean().item() / D
 lagging_variance = best.likelihood.log_scale.exp().square().item()
-best.eval().requires_grad_(False)  # in training mode Pyro warns of frozen parameters
+best.eval().requires_grad_(False)  # Pyro warns about frozen parameters in training mode
 best.likelihood.log_scale.requires_grad_(True)
 fit(best, epochs=100, batch_size=len(digits.train), lr=1e-2)
 learned_variance = best.likelihood.log_scale.exp().square().item()
@@ -185,7 +186,7 @@ kl = rows[2]["KL"]
 error_term = squared_residuals(best, held_out).mean() / (2 * sigmas**2)
 curve = -error_term - D / 2 * (2 * math.pi * sigmas**2).log() - kl
 figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-ax.plot(sigmas, curve, color=pv.plots.BLUE, label="networks of the learned sigma,\nwith sigma moved")
+ax.plot(sigmas, curve, color=pv.plots.BLUE, label="networks of the learned sigma,\nat other values of sigma")
 ax.plot(learned_variance**0.5, settled_bound, "o", color=pv.plots.BLUE, markersize=9, label="learned sigma")
 fixed = [row for row in rows if "learned" not in row["sigma"]]
 places = [float(row["sigma"]) for row in fixed]
@@ -200,18 +201,18 @@ ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 # %%
 # The claim, checked
 # ------------------
-# The identities hold to rounding. The :math:`\sigma^2` that gradient ascent finds is the mean squared
-# residual to 1%, which leaves room for the noise of the samples of :math:`z`. On held-out data the bound of
-# the VAE that learned :math:`\sigma` is above that of each fixed one, by paired differences of more than 5
-# standard errors.
+# The identities hold up to rounding. Gradient ascent finds a :math:`\sigma^2` within 1% of the mean squared
+# residual; this margin allows for the noise of the samples of :math:`z`. On held-out data the bound with the
+# learned :math:`\sigma` is above that with each fixed one, by paired differences of more than 5 standard
+# errors.
 assert (gaussian - from_error).abs().max() < 1e-9, "a Gaussian's log-density is not its squared error"
-assert (bernoulli + cross_entropy).abs().max() < 1e-9, "a Bernoulli's is not minus the cross-entropy"
-assert (left - right).abs().max() < 1e-9, "sigma^2 is not beta"
+assert (bernoulli + cross_entropy).abs().max() < 1e-9, "a Bernoulli's log-density is not minus the cross-entropy"
+assert (left - right).abs().max() < 1e-9, "the ELBO at sigma and the beta-ELBO at beta = sigma^2 differ"
 ratio = learned_variance / residual_variance
 assert abs(ratio - 1) < 0.01, f"learned sigma^2 is {ratio:.3f} of the mean squared residual"
 gains = {scale: pv.Estimate.of(bounds["learned"] - bounds[scale]) for scale in (1.0, 0.5, 0.05)}
 for scale, gain in gains.items():
-    assert gain.value > 5 * gain.standard_error, f"learned sigma gains {gain} nats on sigma = {scale}"
+    assert gain.value > 5 * gain.standard_error, f"learned sigma minus sigma = {scale}: {gain} nats"
 print(f"learned sigma^2 / mean squared residual = {ratio:.4f}")
 for scale, gain in gains.items():
-    print(f"learned sigma above sigma = {scale} by {gain} nats per held-out digit")
+    print(f"bound with learned sigma minus bound with sigma = {scale}: {gain} nats per held-out digit")

@@ -2,22 +2,22 @@ r"""
 What is the KL term, and should it be sampled?
 ==============================================
 
-A KL is an expected extra surprise, in nats: what it costs to expect p when q is the case. It isn't symmetric,
-and the ELBO's way round makes a guide sit on one mode rather than cover all. In the ELBO it can be had in
-closed form or from the samples of z. The mean is the same. Which one is quieter depends on the guide: near
-the posterior the noise of a sampled KL cancels that of the reconstruction, and the whole is exact at the
-posterior itself (Roeder, Wu and Duvenaud, 2017, *Sticking the Landing*, `arXiv:1703.09194
-<https://arxiv.org/abs/1703.09194>`_); for a guide too narrow, it adds noise of its own. What
-reparameterisation saves is of another size (Kingma and Welling, 2014, *Auto-Encoding Variational Bayes*,
+A KL is an expected extra surprise, in nats: the cost of expecting p when q is true. It isn't symmetric, and
+the ELBO's direction makes a guide fit one mode rather than cover all. In the ELBO the KL can be computed in
+closed form or from the samples of z, with the same mean. Which one has less noise depends on the guide. Near
+the posterior the noise of a sampled KL cancels that of the reconstruction, and at the posterior itself the
+sampled ELBO is exact (Roeder, Wu and Duvenaud, 2017, *Sticking the Landing*, `arXiv:1703.09194
+<https://arxiv.org/abs/1703.09194>`_). If the guide is too narrow, a sampled KL adds noise. Reparameterisation
+reduces noise far more than this choice does (Kingma and Welling, 2014, *Auto-Encoding Variational Bayes*,
 `arXiv:1312.6114 <https://arxiv.org/abs/1312.6114>`_).
 """
 
 # %%
 # Expected surprise
 # -----------------
-# The surprise of an outcome is :math:`-\log p`. Outcomes that come from :math:`q` surprise one who knows
-# :math:`q` by the entropy :math:`H(q)` on average, and one who believes :math:`p` by the cross-entropy. The
-# difference is the KL:
+# The surprise of an outcome is :math:`-\log p`. Let the outcomes come from :math:`q`. The mean surprise of
+# someone who believes :math:`q` is the entropy :math:`H(q)`. The mean surprise of someone who believes
+# :math:`p` is the cross-entropy. The difference is the KL:
 #
 # .. math:: \mathrm{KL}(q \,\|\, p) = \underbrace{-\sum_i q_i \log p_i}_{\text{cross-entropy}}
 #    - \underbrace{\Bigl(-\sum_i q_i \log q_i\Bigr)}_{\text{entropy}} \ge 0.
@@ -50,14 +50,15 @@ ax.set(xlabel="expected surprise (nats)", title="Cross-entropy is entropy plus K
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 # %%
-# The two ways round are different numbers. Here q has favourites and p has none.
+# The two directions give different numbers. Here q has preferred outcomes and p has none.
 #
-# Which way round
-# ---------------
-# The ELBO has :math:`\mathrm{KL}(q \,\|\, p)`, with the expectation over the guide: q is punished where it is
-# and p is not. The other way round it is punished where p is and it is not. We fit one normal to a mixture of
-# two, by both. For :math:`\mathrm{KL}(p \,\|\, q)` the best normal has p's mean and variance; for the other
-# we minimise an integral on a grid.
+# Which direction?
+# ----------------
+# The ELBO contains :math:`\mathrm{KL}(q \,\|\, p)`, with the expectation over the guide. It penalises q where q
+# has mass and p has none. The other direction, :math:`\mathrm{KL}(p \,\|\, q)`, penalises q where p has mass
+# and q has none. We fit one normal to a mixture of two normals, by each. For :math:`\mathrm{KL}(p \,\|\, q)`
+# the best normal has p's mean and variance. For :math:`\mathrm{KL}(q \,\|\, p)` we minimise an integral on a
+# grid.
 grid = torch.linspace(-9.0, 9.0, 4001, dtype=torch.float64)
 step = (grid[1] - grid[0]).item()
 weights, means, spread = torch.tensor([0.6, 0.4]), torch.tensor([-2.0, 2.0]), 0.7
@@ -66,12 +67,12 @@ log_p = mixture.log_prob(grid)
 
 
 def kl_on_grid(log_first, log_second):
-    """KL(first || second) by the trapezium rule, whose ends are zero here."""
+    """KL(first || second) by the trapezium rule; the integrand is zero at both ends of the grid."""
     return ((log_first.exp() * (log_first - log_second)).sum() * step).item()
 
 
 def normal(parameters):
-    """log q on the grid, by its mean and the log of its scale."""
+    """The log-density of a normal on the grid. The parameters are its mean and its log-scale."""
     return dist.Normal(parameters[0], math.exp(parameters[1])).log_prob(grid)
 
 
@@ -84,12 +85,12 @@ seeking = min(
 for name, v in (("KL(q || p)", seeking), ("KL(p || q)", covering)):
     log_q = normal(v)
     forward, backward = kl_on_grid(log_q, log_p), kl_on_grid(log_p, log_q)
-    print(f"least {name}: mean {v[0]:5.2f}, scale {math.exp(v[1]):.2f}", end="   ")
+    print(f"minimum of {name}: mean {v[0]:5.2f}, scale {math.exp(v[1]):.2f}", end="   ")
     print(f"KL(q || p) {forward:.2f} nats, KL(p || q) {backward:.2f} nats")
 figure, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
 ax.fill_between(grid, log_p.exp(), color=pv.plots.SKY, alpha=0.6, label="p, two modes")
-ax.plot(grid, normal(seeking).exp(), color=pv.plots.ORANGE, label="q of least KL(q || p)")
-ax.plot(grid, normal(covering).exp(), "--", color=pv.plots.PURPLE, label="q of least KL(p || q)")
+ax.plot(grid, normal(seeking).exp(), color=pv.plots.ORANGE, label="q that minimises KL(q || p)")
+ax.plot(grid, normal(covering).exp(), "--", color=pv.plots.PURPLE, label="q that minimises KL(p || q)")
 ax.set(xlim=(-6, 6), ylim=(0, None), xlabel="z", ylabel="density")
 ax.set_title("KL(q || p) seeks a mode, KL(p || q) covers both")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -97,23 +98,23 @@ ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 # %%
 # Closed form or samples: the value
 # ---------------------------------
-# Take :math:`z \sim \mathcal N(0, I)` and :math:`x \mid z \sim \mathcal N(z, \lambda^{-1} I)` in d
-# dimensions. The posterior has precision :math:`P = 1 + \lambda` and mean :math:`m^* = \lambda x / P`. For a
-# guide :math:`\mathcal N(m, \sigma^2 I)`, with :math:`z = m + \sigma \epsilon`, each estimate of the ELBO is
-# a quadratic in :math:`\epsilon`, and per dimension
+# Take :math:`z \sim \mathcal N(0, I)` and :math:`x \mid z \sim \mathcal N(z, \lambda^{-1} I)` in d dimensions.
+# The posterior has precision :math:`P = 1 + \lambda` and mean :math:`m^* = \lambda x / P`. For a guide
+# :math:`\mathcal N(m, \sigma^2 I)`, with :math:`z = m + \sigma \epsilon`, each estimate of the ELBO is
+# quadratic in :math:`\epsilon`. The variances per dimension are
 #
 # .. math:: \operatorname{var}\bigl[\log p(x \mid z)\bigr]
 #    = \tfrac12 \lambda^2 \sigma^4 + \lambda^2 \sigma^2 (m - x)^2, \qquad
 #    \operatorname{var}\bigl[\log p(x, z) - \log q(z)\bigr]
 #    = \tfrac12 (1 - P \sigma^2)^2 + P^2 \sigma^2 (m - m^*)^2.
 #
-# The first is all the noise that a closed-form KL leaves. The second is that of a Monte Carlo KL: zero at the
-# posterior, and 1/2 per dimension for a narrow guide, wherever that is. We walk from a guide of a tenth of
-# the posterior's scale at the prior's mean (t = 0) to the posterior (t = 1). Rows of x are copies of one
-# datum, so that one call gives 20,000 independent estimates.
+# The first is the variance of the ELBO with a closed-form KL. The second is the variance with a Monte Carlo KL.
+# It is zero at the posterior, and 1/2 per dimension for a very narrow guide, wherever its mean is. We move the
+# guide from t = 0 to the posterior at t = 1. At t = 0 it has the prior's mean and a tenth of the posterior's
+# scale. The rows of x are copies of one datum, so one call gives 20,000 independent estimates.
 d, lam, copies = 5, 4.0, 20_000
 P = 1 + lam
-posterior_mean, posterior_scale = lam / P, P**-0.5  # of x = 1 in every dimension
+posterior_mean, posterior_scale = lam / P, P**-0.5  # for x = 1 in every dimension
 
 
 def model(x):
@@ -123,7 +124,7 @@ def model(x):
 
 
 def estimates(objective, t, d=d):
-    """The ELBO of each copy of x, and its gradient in the guide's mean, which each copy has for itself."""
+    """The ELBO of each copy of x and its gradient in the guide's mean; each copy has a mean of its own."""
     x = torch.ones(copies, d)
     m = torch.full((copies, d), t * posterior_mean, requires_grad=True)
     scale = (0.1 + 0.9 * t) * posterior_scale
@@ -138,7 +139,7 @@ def estimates(objective, t, d=d):
 
 
 def exact_variances(t):
-    """Of the ELBO with closed-form and with Monte Carlo KL, by the formulas."""
+    """Variances of the ELBO with a closed-form and with a Monte Carlo KL, by the formulas."""
     m, variance = t * posterior_mean, ((0.1 + 0.9 * t) * posterior_scale) ** 2
     closed = lam**2 * variance**2 / 2 + lam**2 * variance * (m - 1) ** 2
     sampled = (1 - P * variance) ** 2 / 2 + P**2 * variance * (m - posterior_mean) ** 2
@@ -161,29 +162,29 @@ print(pd.DataFrame(rows).round(3).to_string(index=False))
 print(f"the exact variances cross at t = {crossing:.3f}")
 
 # %%
-# Means in nats, variances in nats squared; z is the difference of the means in standard errors. The means
-# agree. Near the posterior, to sample is better; for the narrow guide, closed form is. (With the prior as
-# guide, a sampled KL is exactly zero and the two are the same.)
+# Means are in nats and variances in nats squared; z is the difference of the means in standard errors. The
+# means agree. Near the posterior the sampled KL has the lower variance; for the narrow guide the closed form
+# does. (With the prior as guide, a sampled KL is exactly zero and both are the same.)
 #
 # Closed form or samples: the gradient
 # ------------------------------------
-# In the guide's mean the variances per dimension are
+# For the gradient in the guide's mean, the variances per dimension are
 #
 # .. math:: \lambda^2 \sigma^2 \;\text{(closed form)}, \qquad P^2 \sigma^2 \;\text{(Monte Carlo)}, \qquad
 #    P^2 \sigma^2 \Bigl(1 - \frac1{P \sigma^2}\Bigr)^2 \;\text{(STL)}.
 #
-# A sampled KL's plain pathwise gradient is here never the quieter one, not even at the posterior, where its
-# value has no noise. The noise left is that of the score, :math:`\partial_m \log q`, whose mean is zero.
-# Sticking the landing (STL) drops it, and then the gradient is exact at the posterior, where its variance of
-# zero is off the logarithmic axis. It is quieter than closed form from :math:`P \sigma^2 = P / (P + \lambda)`
-# on.
+# Here the plain pathwise gradient of a sampled KL always has more noise than that of the closed form. This
+# holds even at the posterior, where the sampled value has no noise. There the noise comes from the score,
+# :math:`\partial_m \log q`, whose mean is zero. Sticking the landing (STL) drops the score. Its gradient is
+# exact at the posterior: its variance is zero there, which a logarithmic axis can't show. STL has less noise
+# than the closed form where :math:`P \sigma^2 > P / (P + \lambda)`.
 path = torch.linspace(0, 1, 200)
 scales = (0.1 + 0.9 * path) * posterior_scale
 stl_crossing = ((P / (P + lam)) ** 0.5 - 0.1) / 0.9
 exact_gradients = [(lam * scales) ** 2, (P * scales) ** 2, (P * scales - 1 / scales) ** 2]
 figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
 for i, (objective, marker, style) in enumerate(zip(objectives, "os^", ("-", "--", ":"), strict=True)):
-    # the package gives STL the colour of the Monte Carlo ELBO
+    # the package would give STL the same colour as the Monte Carlo ELBO
     colour = pv.plots.PURPLE if i == 2 else pv.plots.objective_colour(objective.name)
     values = [results[i][0].var().item() for results in found.values()]
     gradients = [results[i][1].var(0).sum().item() for results in found.values()]
@@ -195,25 +196,26 @@ for i, (objective, marker, style) in enumerate(zip(objectives, "os^", ("-", "--"
     axes[1].plot([], [], style, marker=marker, color=colour, label=objective.name)
 axes[0].axvline(crossing, color="0.6", linewidth=0.8)
 axes[1].axvline(stl_crossing, color="0.6", linewidth=0.8)
-axes[0].set(title="of the value", ylabel="variance (nats²)")
+axes[0].set(title="value", ylabel="variance (nats²)")
 axes[1].set(
-    title="of the gradient in the guide's mean",
+    title="gradient in the guide's mean",
     ylabel="total variance (nats² per unit² of z)",
     yscale="log",
     ylim=(0.1, None),
 )
 for ax in axes:
     ax.set_xlabel("t: from a narrow guide (0) to the posterior (1)")
-figure.suptitle("Noise of the ELBO along a path of guides: formulas (lines) and samples (markers)")
+figure.suptitle("Variance of the ELBO for guides from narrow to exact: formulas (lines) and samples (markers)")
 figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 # %%
 # Reparameterisation against the score function
 # ---------------------------------------------
-# The same gradient can be had without a derivative through z, as the mean of the log-weight, less a baseline,
-# times :math:`\partial_m \log q(z)`. A component of it carries the noise of the log-weight of all dimensions,
-# and that grows with d; the pathwise one sees its own dimension alone. Both below are of the sampled ELBO at
-# t = 0.5.
+# The score function estimates the same gradient without a derivative through z. It is the mean of
+# :math:`\partial_m \log q(z)` times the log-weight minus a baseline. Here the baseline is the mean log-weight
+# of the other copies. Each component carries the noise of the log-weight of all dimensions, and this noise
+# grows with d. A component of the pathwise gradient depends on its own dimension alone. Both estimators are for
+# the sampled ELBO at t = 0.5.
 rows, score_z = [], []
 for dimension in (1, 4, 16, 64):
     pathwise = estimates(pv.ELBO(kl="monte_carlo"), 0.5, dimension)[1]
@@ -226,21 +228,21 @@ for dimension in (1, 4, 16, 64):
 print(pd.DataFrame(rows).round(2).to_string(index=False))
 
 # %%
-# The columns are the mean gradient of a component, with its standard error, and how many times the variance
-# of a component is larger for the score function.
+# The table shows the mean gradient of a component with its standard error. The last column is the variance of a
+# component with the score function, divided by its variance with the pathwise estimator.
 #
 # The claim, checked
 # ------------------
-# Closed form and Monte Carlo have one mean, and which has the smaller variance turns over along the path.
-# Each estimate of a variance is a mean of squared deviations, which has a standard error: it agrees with its
-# formula, for the value and for the gradient, at every t where there is noise.
+# Closed form and Monte Carlo have the same mean, and which one has the lower variance changes between t = 0 and
+# t = 1. Each estimated variance is a mean of squared deviations, so it has a standard error. It agrees with its
+# formula, for the value and for the gradient, at every t with noise.
 worst_mean, worst_score = max(map(abs, z_scores)), max(map(abs, score_z))
 assert worst_mean < 4, f"closed form and Monte Carlo differ by {worst_mean:.1f} standard errors"
 assert worst_score < 4, f"pathwise and score differ by {worst_score:.1f} standard errors"
 
 
 def off_formula(draws, exact):
-    """The variance of draws less a formula, in standard errors."""
+    """The variance of draws minus a formula, in standard errors."""
     measured = pv.Estimate.of((draws - draws.mean(0)).square().flatten(1).sum(1))
     return (measured.value - exact) / measured.standard_error
 
@@ -253,7 +255,7 @@ for t, results in found.items():
     pairs += [(results[i][0][:, None], exact_variances(t)[i]) for i in range(2)]
     variance_z += [off_formula(draws, exact) for draws, exact in pairs if exact > 1e-9]
 worst_variance = max(map(abs, variance_z))
-assert worst_variance < 4, f"a variance is {worst_variance:.1f} standard errors off its formula"
+assert worst_variance < 4, f"a variance is {worst_variance:.1f} standard errors from its formula"
 excess = {}
 for t in (0.0, 1.0):
     squares = [(bound - bound.mean()).square() for bound, _ in found[t][:2]]

@@ -2,26 +2,26 @@ r"""
 Which estimator of the bound should I use?
 ==========================================
 
-Every estimator here reduces the same log-weights of K samples of the guide (a closed-form KL has the
-mean of a part of them in its place), and they differ in three ways: how far below :math:`\log p(x)`
-their mean lies, how noisy their gradient is, and what they cost. More particles make the ELBO quieter
-but never higher. They do raise the importance-weighted bound (Burda, Grosse and Salakhutdinov, 2016,
-*Importance Weighted Autoencoders*, `arXiv:1509.00519 <https://arxiv.org/abs/1509.00519>`_), whose
-pathwise gradient then loses its signal for the guide (Rainforth et al., 2018, *Tighter Variational
-Bounds are Not Necessarily Better*, `arXiv:1802.04537 <https://arxiv.org/abs/1802.04537>`_), unless it is
-doubly reparameterised (Tucker et al., 2019, *Doubly Reparameterized Gradient Estimators for Monte Carlo
-Objectives*, `arXiv:1810.04152 <https://arxiv.org/abs/1810.04152>`_). We measure all three on one small
-VAE. The table by situation is near the end: `Which to choose`_. For ten particles and a flow guide, say,
-it is ``pv.IWAE(10, "dreg")``.
+Every estimator here reduces the log-weights of K samples of the guide; a closed-form KL replaces part of them
+by its mean. The estimators differ in three ways: how far their mean is below :math:`\log p(x)`, how noisy
+their gradient is, and what they cost. More particles reduce the ELBO's noise, but never raise its mean. They
+do raise the importance-weighted bound (Burda, Grosse and Salakhutdinov, 2016, *Importance Weighted
+Autoencoders*, `arXiv:1509.00519 <https://arxiv.org/abs/1509.00519>`_). The pathwise gradient of this bound
+then loses its signal for the guide (Rainforth et al., 2018, *Tighter Variational Bounds are Not Necessarily
+Better*, `arXiv:1802.04537 <https://arxiv.org/abs/1802.04537>`_), unless it is doubly reparameterised (Tucker
+et al., 2019, *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, `arXiv:1810.04152
+<https://arxiv.org/abs/1810.04152>`_). We measure all three on one small VAE. A table of recommendations is
+near the end: `Which to choose`_. For ten particles and a flow guide, for example, it recommends ``pv.IWAE(10,
+"dreg")``.
 """
 
 # %%
-# One model, one guide, and log p(x) as well as it can be had
-# -----------------------------------------------------------
+# One model, one guide, and a reference for log p(x)
+# --------------------------------------------------
 # With :math:`w_k = p(x, z_k) / q(z_k \mid x)` and :math:`z_k \sim q(z \mid x)`, the average of K weights is
-# unbiased for :math:`p(x)`. With 2,000 of them its logarithm is our reference. A Pareto k-hat above 0.7 says
-# that a few weights carry a datum's average, which is then probably too low. We print how many data that
-# concerns, in place of the package's warning.
+# unbiased for :math:`p(x)`. The logarithm of an average of 2,000 weights is our reference. A Pareto k-hat above
+# 0.7 means that a few weights dominate the average of a datum, which is then probably too low. We print the
+# proportion of such data, in place of the package's warning.
 import textwrap
 import warnings
 
@@ -49,29 +49,31 @@ vae, elbo_seconds = train(pv.ELBO())
 reference = pv.log_likelihood(vae, x, 2000, seed=0, progress=False)
 shapes = f"median {reference.pareto_k.median():.2f}, above 0.7 for {reference.share_high_k:.1%}"
 print(f"log p(x) of {len(x)} test digits: {reference.estimate} nats per digit, error over digits")
-print(f"Monte Carlo error of that: {reference.monte_carlo_error:.4f} nats")
+print(f"Monte Carlo error of this mean: {reference.monte_carlo_error:.4f} nats")
 print(f"Pareto k-hat of the weights: {shapes}")
 
 # %%
 # Bounds against the number of samples
 # ------------------------------------
-# Two of them frame the others:
+# Two bounds enclose most of the others:
 #
 # .. math:: \mathrm{ELBO} = \mathbb E\, \frac1K \sum_k \log w_k \;\le\;
 #     \mathrm{IWAE}_K = \mathbb E \log \frac1K \sum_k w_k \;\le\; \log p(x).
 #
-# The mean of K logarithms has the same expectation for any K. The logarithm of the mean of K weights rises
-# with K, since the mean of all its leave-one-out averages is itself and the logarithm is concave. Its
-# distance to :math:`\log p(x)` is close to :math:`\operatorname{Var}(w) / (2 K p(x)^2)` once K is large.
-# Between the two lie :class:`pyro_vae.Renyi` with :math:`0 < \alpha < 1`, :class:`pyro_vae.CIWAE` (their
-# average, at :math:`\beta = 0.5`) and :class:`pyro_vae.TVO`. :class:`pyro_vae.MIWAE` averages M bounds of K
-# samples each, and so is as high as IWAE with K, for M K samples. :class:`pyro_vae.JVI` takes the bias of
-# order 1/K out of IWAE, and is then no bound: it may lie on either side.
+# The mean of K log-weights has the same expectation for every K. The logarithm of the mean weight rises with K.
+# The reason is that a mean of K weights is the mean of its leave-one-out averages, and the logarithm is
+# concave. For large K its distance to :math:`\log p(x)` is close to :math:`\operatorname{Var}(w) / (2 K
+# p(x)^2)`.
 #
-# :func:`pyro_vae.compare` gives each the same random numbers. ``gap`` is :math:`\log p(x)` minus the
-# bound, ``gap_se`` its error over digits, ``estimator_std`` the spread of one digit's estimate, all in
-# nats, and ``ms`` is the time of the loss and its gradient on all digits. Few samples are noisy, so they
-# get more repeats.
+# Three bounds lie between the two: :class:`pyro_vae.Renyi` with :math:`0 < \alpha < 1`, :class:`pyro_vae.CIWAE`
+# (their average, at :math:`\beta = 0.5`) and :class:`pyro_vae.TVO`. :class:`pyro_vae.MIWAE` averages M bounds
+# of K samples each. It has the mean of IWAE with K particles, and costs M K samples. :class:`pyro_vae.JVI`
+# removes the bias of order 1/K from IWAE. It is not a bound: its mean may be below or above :math:`\log p(x)`.
+#
+# :func:`pyro_vae.compare` gives each objective the same random numbers. ``gap`` is :math:`\log p(x)` minus the
+# bound, and ``gap_se`` is its standard error over digits. ``estimator_std`` is the standard deviation of one
+# digit's estimate. All are in nats. ``ms`` is the time of the loss and its gradient on all digits, in
+# milliseconds. Estimates from few samples are noisy, so they get more repeats.
 tables = []
 for samples, repeats in (((1, 4), 64), ((16, 64), 8)):
     objectives = []
@@ -101,19 +103,19 @@ ax.set_title("More samples raise IWAE, not the ELBO")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 # %%
-# More particles make the ELBOs less noisy and leave them where they are. The errors here are over digits,
-# paired with the reference, so they are far smaller than those of the bounds. A sample costs less the more
-# there are: at few of them the time is mostly Python's, which ``compile=True`` takes away. At one particle,
-# ``estimator_std`` is smaller with the sampled KL, whose noise cancels part of the reconstruction's once the
-# guide is near the posterior (:doc:`plot_05_kl_term`).
+# More particles make the ELBO less noisy and leave its mean unchanged. The errors of the gaps are over digits
+# and paired with the reference, so they are far smaller than those of the bounds. More samples cost less time
+# each. With few samples most of the time is Python's overhead, which ``compile=True`` removes. With one
+# particle, ``estimator_std`` is smaller with the sampled KL. Its noise cancels part of the reconstruction's
+# once the guide is near the posterior (:doc:`plot_05_kl_term`).
 #
 # Signal and noise in the guide's gradient
 # ----------------------------------------
-# What trains the guide is the mean of a noisy gradient g. For IWAE this mean falls as 1/K once K is large,
-# since in the limit every guide gives :math:`\log p(x)`. The pathwise estimate's noise falls only as
-# :math:`1/\sqrt K`, so its signal-to-noise ratio (SNR) falls. DReG has the same mean and less noise. We print
-# the noise :math:`\sqrt{\operatorname{tr Cov} g}` of both, and the signal :math:`\lVert \mathbb E g \rVert`
-# as DReG's draws have it, less what noise adds.
+# The mean of a noisy gradient g trains the guide. For IWAE this mean falls as 1/K for large K, since in the
+# limit every guide gives :math:`\log p(x)`. The noise of the pathwise estimate falls only as :math:`1/\sqrt K`,
+# so its signal-to-noise ratio (SNR) falls. DReG has the same mean and less noise. We print the noise
+# :math:`\sqrt{\operatorname{tr Cov} g}` of both estimators. The signal :math:`\lVert \mathbb E g \rVert` is
+# measured from the draws of DReG, and corrected for their noise.
 guide_parameters = list(vae.posterior.parameters())
 
 
@@ -147,16 +149,17 @@ ax.set_title("IWAE's gradient for the guide: DReG is quieter than pathwise at ev
 ax.legend(loc="center right", frameon=False)
 
 # %%
-# At every K, DReG's noise is a small part of the pathwise. Theory promises more: an SNR that rises as
-# :math:`\sqrt K`. It does not rise here. The likely reason is the tail of the weights. They have moments up
-# to order 1/k-hat, two to three for the median digit, and the noise of DReG, which squares them, needs the
-# fourth. In a Gaussian problem with light tails both slopes come out (``benchmarks/gradient_snr.py``).
+# At every K, the noise of DReG is less than half of the pathwise estimator's. Theory predicts more: an SNR that
+# rises as :math:`\sqrt K`. It does not rise here. The likely reason is the heavy tail of the weights. They have
+# moments up to order 1/k-hat, which is two to three for the median digit. DReG squares the weights, so its
+# noise needs the fourth moment. In a Gaussian problem with light tails, both slopes agree with theory
+# (``benchmarks/gradient_snr.py``).
 #
 # Does it train a better model?
 # -----------------------------
-# The same VAE from the same first weights, trained with IWAE of 16 particles and DReG for as many steps. The
-# gap is :math:`\log p(x)` less the ELBO, whatever was trained with. Errors are over digits, of differences
-# paired over them; they do not include the luck of a training run.
+# We train the same VAE from the same initial weights by IWAE with 16 particles and DReG, with the same number
+# of steps. For both VAEs the gap is :math:`\log p(x)` minus the ELBO. Errors are over digits, for differences
+# paired by digit. They do not include the variation between training seeds.
 vae_iwae, iwae_seconds = train(pv.IWAE(16, "dreg"))
 trained_iwae = pv.log_likelihood(vae_iwae, x, 2000, seed=0, progress=False)
 print("Held out, in nats per digit:")
@@ -168,14 +171,15 @@ print(f"ELBO, IWAE - ELBO         {pv.Estimate.of(trained_iwae.elbo - reference.
 print(f"training time, IWAE over ELBO   {iwae_seconds / elbo_seconds:.1f}")
 
 # %%
-# The model is better and its guide is further from the posterior: IWAE asks the guide for samples whose
-# *average* weight is good, not for the posterior. Who wants to use :math:`q(z \mid x)` itself pays for that.
+# The model is better, but its guide is further from the posterior. IWAE trains the guide for a good *average*
+# weight, not for the posterior. This is a disadvantage for a user of :math:`q(z \mid x)` itself.
 #
-# DReG itself is not what costs: once compiled, a step with it takes as long as a pathwise one, and the choice
-# between bounds costs as little (:doc:`/costs`). What costs is K.
+# DReG costs no extra time: a compiled step with it takes as long as a pathwise step. The choice of the bound
+# costs as little (:doc:`/costs`). Only K is expensive.
 #
 # Which to choose
 # ---------------
+#
 # .. list-table::
 #    :header-rows: 1
 #    :widths: 30 32 38
@@ -185,36 +189,38 @@ print(f"training time, IWAE over ELBO   {iwae_seconds / elbo_seconds:.1f}")
 #      - because
 #    * - one particle, guide far from the posterior
 #      - ``pv.ELBO()``, closed-form KL
-#      - the cheapest step; a sampled KL would only add noise
+#      - it is the cheapest step, and a sampled KL would only add noise
 #    * - one particle, guide near the posterior
 #      - ``pv.ELBO(gradient="stl")``
-#      - no noise at all at the exact posterior
-#    * - from some 4 particles on, for the best model
+#      - its gradient has no noise at the exact posterior
+#    * - about 4 particles or more, for the best model
 #      - ``pv.IWAE(K, "dreg")``, or :class:`pyro_vae.PIWAE`
-#      - the bound rises, and the guide's pathwise gradient loses its signal
+#      - the bound rises with K, and the guide's pathwise gradient loses its signal
 #    * - two particles or more, for the best posterior
 #      - ``pv.ELBO(K, gradient="stl")``
-#      - the mean of K, which leaves the bound where it is
+#      - K samples reduce the noise, and the bound stays where it is
 #    * - flow or mixture guide
-#      - the two above, by what it is for
+#      - ``pv.IWAE(K, "dreg")`` or ``pv.ELBO(K, gradient="stl")``, by purpose
 #      - there is no closed-form KL, and neither needs one
 #    * - discrete latents
-#      - ``gradient="vimco"``, ``"score"``, or :class:`pyro_vae.RWS`
-#      - no path through a sample
-#    * - guide that covers the posterior
+#      - ``gradient="vimco"`` from two particles on, else ``"score"``; or :class:`pyro_vae.RWS`
+#      - a discrete sample has no pathwise derivative; ``"vimco"`` has less noise than ``"score"``
+#    * - Bernoulli latents, ELBO with two particles
+#      - ``pv.ELBO(2, gradient="disarm")``
+#      - its antithetic pairs have less noise than ``"vimco"`` with two particles
+#    * - guide that has to cover the posterior
 #      - :class:`pyro_vae.RWS`
 #      - its wake phase lowers KL(p(z|x) || q(z|x))
 #    * - not enough memory
 #      - ``chunk_size=``
-#      - same number, model run in portions
+#      - the result is the same, and the model sees a part of the particles at a time
 #    * - a number to report
 #      - :func:`pyro_vae.log_likelihood`, with its k-hat
-#      - tightest; where k-hat is high, :func:`pyro_vae.ais`
+#      - it is the tightest bound; where k-hat is high, use :func:`pyro_vae.ais`
 #
-# So, for ten particles and a flow guide: ``pv.IWAE(10, "dreg")`` for the best model. A flow's KL has no
-# closed form, ten particles buy a higher bound only if their weights are averaged before the logarithm, and a
-# flow is reparameterised, which is all that DReG asks. For the posterior itself, ``pv.ELBO(10,
-# gradient="stl")``.
+# So for ten particles and a flow guide, take ``pv.IWAE(10, "dreg")`` for the best model. A flow's KL has no
+# closed form. Ten particles raise the bound only if their weights are averaged before the logarithm. A flow is
+# reparameterised, and DReG requires nothing else. For the best posterior, take ``pv.ELBO(10, gradient="stl")``.
 flow = pv.mlp_vae(digits.event_shape, latent_dim=5, hidden_dims=(100,), posterior=pv.FlowPosterior)
 try:
     pv.ELBO(10).bound(flow, x)
@@ -226,12 +232,11 @@ print("IWAE(10), DReG, before training:", pv.Estimate.of(bound), "nats per digit
 # %%
 # The claim, checked
 # ------------------
-# With particles, the ELBO's mean does not move (\|z\| < 4), and each further step up, from ELBO to IWAE
-# with 4, then 16 particles, then to :math:`\log p(x)`, is more than 4 paired standard errors over
-# digits. Each bound is averaged over 16 draws, all of them independent of each other. Digits with a high
-# k-hat have their :math:`\log p(x)` too low, which makes the last step smaller, so that the check is on
-# the safe side. DReG is quieter than the pathwise gradient at every K, and IWAE trained the better model
-# by more than 3 paired errors.
+# With more particles, the ELBO's mean does not change (\|z\| < 4). The steps from the ELBO to IWAE(4), to
+# IWAE(16), and to :math:`\log p(x)` all go up, each by more than 4 paired standard errors over digits. Each
+# bound is the mean of 16 independent draws. For digits with a high k-hat, the estimate of :math:`\log p(x)` is
+# too low. This makes the last step smaller, so the check is conservative. DReG has less noise than the pathwise
+# gradient at every K. The model trained by IWAE is better by more than 3 paired standard errors.
 pyro.set_rng_seed(3)
 
 
@@ -244,7 +249,7 @@ one, many = average(pv.ELBO(1, "monte_carlo")), average(pv.ELBO(16, "monte_carlo
 four, sixteen = average(pv.IWAE(4)), average(pv.IWAE(16))
 change = pv.Estimate.of(many - one)
 z = change.value / change.standard_error
-assert abs(z) < 4, f"the ELBO moved by {change} nats with 16 particles, z = {z:.1f}"
+assert abs(z) < 4, f"the ELBO changed by {change} nats with 16 particles, z = {z:.1f}"
 print(f"ELBO(16) - ELBO(1):       {change} nats, z = {z:.1f}")
 steps = {"IWAE(4) - ELBO(16)": four - many, "IWAE(16) - IWAE(4)": sixteen - four}
 steps["log p(x) - IWAE(16)"] = reference.per_datum - sixteen
@@ -254,6 +259,6 @@ for name, difference in steps.items():
     assert z > 4, f"{name} is {step} nats, z = {z:.1f}"
     print(f"{name + ':':25s} {step} nats, z = {z:.1f}")
 quieter = gradients["noise, DReG"] < gradients["noise, pathwise"]
-assert quieter.all(), f"DReG is not quieter:\n{gradients}"
+assert quieter.all(), f"DReG has more noise than the pathwise gradient:\n{gradients}"
 gained = pv.Estimate.of(trained_iwae.per_datum - reference.per_datum)
-assert gained.value > 3 * gained.standard_error, f"log p(x), trained by IWAE less by ELBO: {gained} nats"
+assert gained.value > 3 * gained.standard_error, f"log p(x) after IWAE minus log p(x) after ELBO: {gained} nats"

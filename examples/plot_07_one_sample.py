@@ -2,19 +2,18 @@ r"""
 Why is one sample per datum enough?
 ===================================
 
-Because a minibatch averages over data as well as over samples of :math:`z`. Its gradient is noisy for two
-reasons: which data are in it, and which :math:`z` were drawn for them. More samples per datum reduce the
-second alone, more data reduce both. At equal cost, then, the ELBO's gradient has the least variance with one
-sample each. Kingma and Welling (2014, *Auto-Encoding Variational Bayes*, `arXiv:1312.6114
-<https://arxiv.org/abs/1312.6114>`_) found one sample enough as long as the minibatch was large, of 100 data
-say.
+A minibatch averages over data as well as over samples of :math:`z`. Its gradient is noisy for two reasons:
+which data it contains, and which :math:`z` were drawn for them. More samples per datum reduce only the second
+noise; more data reduce both. So at equal cost, the ELBO's gradient has the lowest variance with one sample
+per datum. Kingma and Welling (2014, *Auto-Encoding Variational Bayes*, `arXiv:1312.6114
+<https://arxiv.org/abs/1312.6114>`_) found one sample enough if the minibatch is large, for example 100 data.
 """
 
 # %%
 # Two sources of noise
 # --------------------
-# Take M data at random (with replacement) and L samples :math:`z` for each. With :math:`g(x, z)` the gradient
-# of the ELBO of one datum and one sample, the minibatch's gradient and its variance (the trace of its
+# Take M data at random (with replacement) and L samples :math:`z` for each. Let :math:`g(x, z)` be the gradient
+# of the ELBO for one datum and one sample. The minibatch's gradient and its variance (the trace of its
 # covariance) are
 #
 # .. math:: \hat g = \frac1M \sum_{i=1}^M \frac1L \sum_{l=1}^L g(x_i, z_{il}), \qquad
@@ -23,15 +22,15 @@ say.
 # .. math:: V_x = \operatorname{Var}_x \mathbb E_z\, g(x, z), \qquad
 #     V_z = \mathbb E_x \operatorname{Var}_z g(x, z).
 #
-# This is the law of total variance, for M independent terms. The cost is taken to be M L passes through the
-# decoder. With :math:`C = M L` fixed, the variance is :math:`(L V_x + V_z) / C`: every sample beyond the
-# first adds :math:`V_x / C`.
+# This is the law of total variance, for M independent terms. We count M L passes through the decoder as the
+# cost. With :math:`C = M L` fixed, the variance is :math:`(L V_x + V_z) / C`: every sample after the first adds
+# :math:`V_x / C`.
 #
-# We measure both on a VAE after three epochs, with 300 digits. :math:`V_z / 300` is the variance of the
-# gradient of all 300 digits at once, one sample each, which varies by :math:`z` alone; we draw it 100 times.
-# For :math:`V_x` we take two gradients :math:`g_n, g'_n` of each digit alone, with 8 samples. They are
-# independent, so :math:`g_n \cdot g'_n` has the mean :math:`\lVert \mathbb E_z g \rVert^2`, without the noise
-# that a square would add.
+# We measure both variances on a VAE after three epochs, with 300 digits. :math:`V_z / 300` is the variance of
+# the gradient of all 300 digits together, with one sample each. Only :math:`z` varies in it, and we draw it 100
+# times. For :math:`V_x` we take two gradients :math:`g_n, g'_n` of each digit alone, with 8 samples each. They
+# are independent, so :math:`g_n \cdot g'_n` has the mean :math:`\lVert \mathbb E_z g \rVert^2`, without the
+# noise that a square would add.
 import matplotlib.pyplot as plt
 import pandas as pd
 import pyro
@@ -60,7 +59,7 @@ def gradient(x, samples):
 
 
 def variance(draws):
-    """Trace of the covariance, with its error."""
+    """Trace of the covariance of the draws, with its standard error."""
     return pv.Estimate.of((draws - draws.mean(0)).square().sum(1) * len(draws) / (len(draws) - 1))
 
 
@@ -73,15 +72,15 @@ print(f"V_x, from the choice of data:  {V_x}")
 print(f"V_z, from the samples of z:    {V_z}")
 
 # %%
-# (In squared nats per squared unit of the parameters, as all variances here.) For a single datum, :math:`z`
-# is the larger source. Even so a second sample is not worth its cost: another datum brings a new :math:`z`
-# too, and is itself new.
+# (All variances here are in squared nats per squared unit of the parameters.) For a single datum, :math:`z` is
+# the larger source of noise. Even so, a second sample is not worth its cost: another datum brings a new
+# :math:`z` and is itself new.
 #
 # Predicted and measured, at equal cost
 # -------------------------------------
-# Now the variance of minibatch gradients as they are used in training, from 120 minibatches of each kind, all
-# with M L = 100. The error of :math:`V_x` is that over digits. It counts the digits as drawn at random,
-# though they are the very pool of the minibatches, and so is too large rather than too small.
+# Now we measure the variance of gradients of training minibatches, from 120 minibatches of each kind, all with
+# M L = 100. The error of :math:`V_x` is its standard error over digits. It treats the 300 digits as a random
+# sample, although the minibatches come from these same digits. So it is too large rather than too small.
 rows, measured, predicted = [], {}, {}
 for M, L in ((100, 1), (50, 2), (20, 5), (10, 10)):
     minibatches = [pool[torch.randint(len(pool), (M,))] for _ in range(120)]
@@ -107,13 +106,13 @@ ax.set(title="ELBO gradient, 100 decoder passes per step")
 ax.legend(loc="upper left", frameon=False)
 
 # %%
-# The share of :math:`z` is the same in all four, since all draw 100 of them. The share of the data grows as
-# they become fewer.
+# The variance due to :math:`z` is the same in all four, since all draw 100 samples of :math:`z`. The variance
+# due to the data grows as the data become fewer.
 #
 # Training at equal cost
 # ----------------------
-# A quieter gradient should train faster. Each run has 260 steps of 100 decoder passes, so that with M = 100
-# it sees the data 20 times over, with M = 10 twice. The best learning rate may differ, so we try three.
+# A gradient with less noise should train faster. We train each VAE for 260 steps of 100 decoder passes. With M
+# = 100 it sees the data 20 times, and with M = 10 twice. The best learning rate may differ, so we try three.
 runs = []
 for M, L, epochs in ((100, 1, 20), (20, 5, 4), (10, 10, 2)):
     for lr in (1e-3, 3e-3, 1e-2):
@@ -147,31 +146,31 @@ ax.set_title("After 260 steps of 100 decoder passes each")
 ax.legend(loc="lower right", frameon=False)
 
 # %%
-# The bars are errors over digits, which all runs share; the printed differences are paired, and far surer.
-# They are of one training run each. One sample per datum ends highest at every learning rate: it has shown
-# the model five to ten times as many data. (:func:`pyro_vae.fit` draws without replacement, so that the
-# variance from the data is a little smaller there.)
+# The bars are standard errors over digits, which are the same for all results. The printed differences are
+# paired, so they are far more precise. Each setting was trained once. One sample per datum ends highest at
+# every learning rate: its model has seen five to ten times as many data. (:func:`pyro_vae.fit` draws without
+# replacement, so the variance due to the data is a little smaller there.)
 #
 # Limits of the argument
 # ----------------------
-# It compares steps of one cost, not how many steps to take: small minibatches with one sample each and more
-# steps are another use of the same passes. It is the ELBO's alone, where more samples leave the mean as it
-# is. In :class:`pyro_vae.IWAE` they raise the bound itself, and may be worth their cost:
-# :doc:`plot_06_comparing_estimators`. And it does not count the encoder, which runs once per datum. If that
-# costs as much as a decoder pass, a minibatch costs :math:`M (1 + L)`, and its variance times its cost is
-# :math:`(V_x + V_z / L)(1 + L)`, least at :math:`L = \sqrt{V_z / V_x}`.
+# The argument compares steps of equal cost. It does not say how many steps to take: small minibatches with one
+# sample each and more steps are another use of the same passes. It holds for the ELBO alone, where more samples
+# leave the mean unchanged. In :class:`pyro_vae.IWAE` they raise the bound itself and may be worth their cost:
+# :doc:`plot_06_comparing_estimators`. It also leaves out the encoder, which is evaluated once per datum. If
+# that costs as much as a decoder pass, a minibatch costs :math:`M (1 + L)`. Its variance times its cost is then
+# :math:`(V_x + V_z / L)(1 + L)`, with the minimum at :math:`L = \sqrt{V_z / V_x}`.
 product = {L: (V_x.value + V_z.value / L) * (1 + L) for L in (1, 2, 5, 10)}
 print(f"sqrt(V_z / V_x) = {(V_z.value / V_x.value) ** 0.5:.2f}")
-print("Variance at one cost, encoder counted, relative to L = 1:")
+print("Variance at equal cost, encoder included, relative to L = 1:")
 print("   ".join(f"L = {L}: {value / product[1]:.2f}" for L, value in product.items()))
 
 # %%
-# Counted so, two samples do as well as one here, and more do worse.
+# With the encoder included, two samples are as good as one here, and more are worse.
 #
 # The claim, checked
 # ------------------
-# Each measured variance agrees with its prediction (\|z\| < 4), and L = 1 has the least, by more than 4
-# standard errors. In training it ends highest, by more than 3 paired ones.
+# Each measured variance agrees with its prediction (\|z\| < 4). L = 1 has the lowest variance, by more than 4
+# standard errors. The VAE trained with L = 1 ends highest, by more than 3 paired standard errors.
 for L in (1, 2, 5, 10):
     z = measured[L].value - predicted[L].value
     z /= (measured[L].standard_error ** 2 + predicted[L].standard_error ** 2) ** 0.5
@@ -184,4 +183,4 @@ for L in (2, 5, 10):
     print(f"L = {L:2d} above L = 1 by {z:.1f} standard errors")
 for L in (5, 10):
     lead = pv.Estimate.of(best[1] - best[L])
-    assert lead.value > 3 * lead.standard_error, f"trained with L = 1 above L = {L} by {lead} nats"
+    assert lead.value > 3 * lead.standard_error, f"held-out ELBO, L = 1 minus L = {L}: {lead} nats"

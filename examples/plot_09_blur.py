@@ -2,27 +2,26 @@ r"""
 Why do a VAE's images blur?
 ===========================
 
-Because the decoder says what each pixel is on average, and treats what is left as noise in each pixel by
-itself. The mean of several sharp images is a blurred one, and it is the best answer that independent pixels
-have. What is usually shown as a sample is this mean; a sample of :math:`p(x \mid z)` is speckled instead. A
-likelihood whose pixels are correlated given z (Dorta and others, 2018, *Structured Uncertainty Prediction
-Networks*; Monteiro and others, 2020, *Stochastic Segmentation Networks*) has both a higher log p(x) and
-samples that look like the data.
+The decoder predicts the mean of each pixel and treats the rest as independent noise. The mean of several
+sharp images is blurred, and it is the best prediction for independent pixels. Images that are called samples
+usually show this mean; a true sample of :math:`p(x \mid z)` is speckled instead. A likelihood whose pixels
+are correlated given z (Dorta and others, 2018, *Structured Uncertainty Prediction Networks*; Monteiro and
+others, 2020, *Stochastic Segmentation Networks*) has a higher log p(x), and its samples look like the data.
 """
 
 # %%
 # Two bars and no z
 # -----------------
-# Let the data be two images of 8 x 8 pixels, :math:`a` and :math:`b`, equally often: a bar on the left, a bar
-# on the right. The model has no z: :math:`x_d \sim \mathcal N(\mu_d, \sigma^2)`, each pixel on its own. The
-# derivative of the mean log-density by :math:`\mu` is 0 at the average, and the best variance is the mean
-# squared distance from it:
+# Let the data be two images of 8 x 8 pixels, :math:`a` and :math:`b`, equally often: a bar on the left and a
+# bar on the right. The model has no z. Its pixels are independent: :math:`x_d \sim \mathcal N(\mu_d,
+# \sigma^2)`. The derivative of the mean log-density in :math:`\mu` is 0 at the average, and the best variance
+# is the mean squared distance from it:
 #
 # .. math:: \mu = \tfrac12 (a + b), \qquad \sigma^2 = \tfrac1D \bigl\| \tfrac12 (a - b) \bigr\|^2, \qquad
 #     \log p(\mu) - \log p(a) = \frac{\| a - \mu \|^2}{2 \sigma^2} = \frac D2
 #
-# Both bars at half strength, an image that never occurs, is thus :math:`D / 2 = 32` nats more probable than
-# one that does.
+# So the average of the two bars, an image that never occurs, has a log-density :math:`D / 2 = 32` nats above
+# that of each bar.
 
 import math
 
@@ -57,26 +56,28 @@ print(f"log p(average) - log p(bar): {excess:.3f} nats")
 figure, axes = plt.subplots(1, 4, figsize=(7, 2.4), layout="constrained")
 figure.suptitle("Two images, and the model without z that fits them best")
 pyro.set_rng_seed(0)
-shown = {"left bar": a, "right bar": b, "the model's mean": mean.detach(), "a sample of it": model.sample()}
+shown = {"left bar": a, "right bar": b, "the model's mean": mean.detach(), "a sample": model.sample()}
 for ax, (title, image) in zip(axes, shown.items(), strict=True):
-    pv.plots.images(0.8 * image.reshape(1, SIDE, SIDE), title=title, ax=ax)  # so that white is the page alone
+    pv.plots.images(0.8 * image.reshape(1, SIDE, SIDE), title=title, ax=ax)  # scaled, so that only the page is white
 
 # %%
 # Noise that neighbours share
 # ---------------------------
-# Now a bar stands at any place, and each image has a smooth noise of its own:
+# Now the bar may be at any place, and each image has smooth noise:
 #
-# .. math:: x = t(u) + \varepsilon, \qquad u \sim \mathrm{Uniform}(1.5, 5.5), \qquad \varepsilon \sim \mathcal N(0, \Sigma), \qquad
+# .. math:: x = t(u) + \varepsilon, \qquad u \sim \mathrm{Uniform}(1.5, 5.5), \qquad
+#     \varepsilon \sim \mathcal N(0, \Sigma), \qquad
 #     \Sigma_{de} = 0.2^2\, e^{-\| d - e \|^2 / (2 \cdot 1.5^2)} + 0.05^2\, \delta_{de}
 #
-# A z of one dimension can say where the bar is. It has no room for the noise, so that is left to
-# :math:`p(x \mid z)`:
+# Here :math:`\| d - e \|` is the distance between two pixels. A z of one dimension can encode the place
+# of the bar, but not the noise. So the noise is left to :math:`p(x \mid z)`:
 #
 # .. math:: \text{independent:} \quad \mathcal N\bigl(\mu(z), \sigma^2 I\bigr) \qquad\qquad
-#     \text{low rank:} \quad \mathcal N\bigl(\mu(z), F F^\top + \operatorname{diag} \sigma^2\bigr), \quad F \in \mathbb R^{64 \times 24}
+#     \text{low rank:} \quad \mathcal N\bigl(\mu(z), F F^\top + \operatorname{diag} \sigma^2\bigr), \quad
+#     F \in \mathbb R^{64 \times 24}
 #
-# The second is :class:`pyro_vae.LowRankGaussian`. Encoder, decoder, data and steps are the same
-# for both. Above, :math:`\| d - e \|` is the distance of two pixels on the grid.
+# The second is :class:`pyro_vae.LowRankGaussian`. Encoder, decoder, data and number of steps are the same for
+# both.
 
 pyro.set_rng_seed(0)
 covariance = 0.2**2 * (-torch.cdist(pixels, pixels).square() / (2 * 1.5**2)).exp() + 0.05**2 * torch.eye(SIDE**2)
@@ -84,7 +85,7 @@ noise = dist.MultivariateNormal(torch.zeros(SIDE**2).double(), covariance)
 
 
 def simulate(number):
-    """Images and their bars, (number, 1, 8, 8) each."""
+    """Images with noise and their bars without it, (number, 1, 8, 8) each."""
     clean = bar(1.5 + 4 * torch.rand(number, 1).double())
     return (
         (clean + noise.sample((number,))).float().reshape(-1, 1, SIDE, SIDE),
@@ -111,12 +112,13 @@ for name, options in choices.items():
 # %%
 # Held-out log-likelihood
 # -----------------------
-# With one latent dimension, :math:`\log p(x) = \log \int p(z)\, p(x \mid z)\, dz` is a sum over a fine grid:
-# no bound, and no sampling. So is the truth's, over u. It is the most that any model can have on average.
+# With one latent dimension, :math:`\log p(x) = \log \int p(z)\, p(x \mid z)\, dz` is a sum over a fine grid,
+# without a bound or sampling. For the true distribution it is a sum over a grid of u. No model has a higher
+# mean log p(x) than the truth.
 
 
 def integrate(log_density, grid):
-    """The logarithm of an integral over an even grid; log_density gives (N,) at each of its points."""
+    """The logarithm of an integral over an even grid; log_density returns shape (N,) at each point."""
     return torch.stack([log_density(point) for point in grid]).logsumexp(0) + (grid[1] - grid[0]).log()
 
 
@@ -138,16 +140,17 @@ for name, values in log_p.items():
 # %%
 # Mean against sample
 # -------------------
-# For each model: the mean :math:`\mu(z)` at draws of z from the prior, and a sample of :math:`p(x \mid z)` at
-# the same z. Means are smooth: all that z does not say is averaged away. Independent samples put it back as
-# speckle, in which neighbours know nothing of each other. Low-rank samples put it back as the data have it.
+# For each model we show the mean :math:`\mu(z)` at draws of z from the prior, and a sample of :math:`p(x \mid
+# z)` at the same z. Means are smooth: whatever z does not encode is averaged out. Independent samples add it
+# back as speckle, without correlation between neighbours. Low-rank samples add noise like that of the data.
 #
-# The table has the correlation of pixels and their neighbours to the right and below, in images, and in what
-# is left when the mean is taken off: :math:`x - t(u)` in the data, :math:`x - \mu(z)` in samples.
+# The table shows the correlation of each pixel with its neighbours to the right and below. The first column is
+# for images. The second is for images minus their mean: :math:`x - t(u)` in the data, and :math:`x - \mu(z)` in
+# samples.
 
 
 def correlation(images):
-    """Of neighbours, with the error that 20 groups of images give."""
+    """The correlation of neighbouring pixels, with the standard error over 20 groups of images."""
     groups = (images - images.mean(0)).chunk(20)
     sides = (
         (slice(None), slice(-1)),
@@ -171,7 +174,7 @@ with torch.no_grad():
 images = {name: correlation(samples[name]) for name in samples}
 left = {name: correlation(samples[name] - means[name]) for name in samples}
 print("correlation of neighbouring pixels")
-print(pd.DataFrame({"in images": images, "less their mean": left}).map(str).to_string())
+print(pd.DataFrame({"in images": images, "minus their mean": left}).map(str).to_string())
 
 # sphinx_gallery_thumbnail_number = 2
 rows = {"data": x}
@@ -185,10 +188,10 @@ for ax, (title, shown) in zip(axes, rows.items(), strict=True):
 # %%
 # The claim, checked
 # ------------------
-# The average of two bars is the best mean, and beats each bar by 32 nats. The low-rank likelihood's held-out
-# log p(x) is above that of independent pixels by more than 10 standard errors of the paired difference, and
-# not above the truth. What its samples have besides the mean is correlated as in the data to 0.03; in samples
-# of independent pixels, not at all.
+# The average of two bars is the best mean, and its log-density is 32 nats above that of each bar. The low-rank
+# likelihood's held-out log p(x) is above that of independent pixels by more than 10 standard errors of the
+# paired difference. It is not above the truth. The noise in its samples has the correlation of the noise in the
+# data, to 0.03. The noise in samples of independent pixels has no correlation.
 
 assert steepest < 1e-9, f"the average of the bars has slope {steepest}"
 assert abs(excess - SIDE**2 / 2) < 1e-9, f"the average is {excess} nats above a bar, not {SIDE**2 / 2}"
@@ -197,10 +200,8 @@ assert gain.value > 10 * gain.standard_error, f"low rank is {gain} nats above in
 above = pv.Estimate.of(log_p["low rank"] - truth)
 assert above.value < 4 * above.standard_error, f"low rank is {above} nats above the truth"
 off = left["low rank"].value - left["data"].value
-assert abs(off) < 0.03, f"low rank's neighbours are correlated by {left['low rank']}, the data's by {left['data']}"
+assert abs(off) < 0.03, f"neighbours have correlation {left['low rank']} in low rank, {left['data']} in the data"
 score = left["independent"].value / left["independent"].standard_error
-assert abs(score) < 4, f"independent pixels are correlated by {left['independent']}"
-print(
-    f"low rank is above by {gain} nats per image, {gain.value / gain.standard_error:.0f} standard errors; its correlation"
-)
-print(f"is {off:+.3f} off the data's; independent pixels' is {left['independent']}, z = {score:.1f}")
+assert abs(score) < 4, f"neighbours have correlation {left['independent']} in independent pixels"
+print(f"low rank minus independent: {gain} nats per image, {gain.value / gain.standard_error:.0f} standard errors;")
+print(f"noise correlation: low rank minus data {off:+.3f}, independent {left['independent']}, z = {score:.1f}")

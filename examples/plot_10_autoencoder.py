@@ -1,29 +1,32 @@
 r"""
-What does a VAE have that a plain autoencoder has not?
-======================================================
+What does a VAE have that a plain autoencoder does not?
+=======================================================
 
-A distribution over the codes. An autoencoder learns a code :math:`z = f(x)` and a way back, and nothing says which
-codes are worth decoding. A VAE with the same networks pays reconstruction for a prior, and can then be drawn from.
-On the digits the autoencoder reconstructs better, always. Which one generates better depends on the number of
-dimensions: in two, a Gaussian laid on the autoencoder's codes is enough and it wins; in sixteen the codes leave
-holes in that Gaussian, and held-out digits are less likely under it than under the VAE.
+A VAE has a distribution over its codes. An autoencoder learns a code :math:`z = f(x)` and a decoder, but
+nothing tells which codes are worth decoding. A VAE with the same networks gives up some reconstruction for a
+prior, so it can generate images. On the digits the autoencoder always reconstructs better. Which one
+generates better depends on the number of dimensions. In two dimensions the autoencoder does: a Gaussian
+fitted to its codes is enough. In sixteen, the codes leave holes in that Gaussian, and held-out digits are
+less likely under it than under the VAE.
 
-Hinton and Salakhutdinov (2006), *Reducing the Dimensionality of Data with Neural Networks*; Kingma and Welling
-(2014), `Auto-Encoding Variational Bayes <https://arxiv.org/abs/1312.6114>`_; Ghosh, Sajjadi, Vergari, Black and
-Schölkopf (2020), `From Variational to Deterministic Autoencoders <https://arxiv.org/abs/1903.12436>`_, who fit a
-density to the codes, as is done here.
+Hinton and Salakhutdinov (2006), *Reducing the Dimensionality of Data with Neural Networks*; Kingma and
+Welling (2014), `Auto-Encoding Variational Bayes <https://arxiv.org/abs/1312.6114>`_; Ghosh, Sajjadi, Vergari,
+Black and Schölkopf (2020), `From Variational to Deterministic Autoencoders
+<https://arxiv.org/abs/1903.12436>`_, who also fit a density to the codes.
 """
 
 # %%
 # Same networks, two objectives
 # -----------------------------
-# Both maximise a reconstruction term. The autoencoder puts one code into it; the VAE a draw, and subtracts a KL:
+# Both maximise a reconstruction term. The autoencoder uses one code for it. The VAE uses a draw of z and
+# subtracts a KL:
 #
 # .. math:: \text{autoencoder: } \log p\bigl(x \mid z = f(x)\bigr) \qquad\qquad
-#     \text{VAE: } \mathbb{E}_{q(z \mid x)} \log p(x \mid z) - \mathrm{KL}\bigl(q(z \mid x) \,\|\, \mathcal N(0, I)\bigr)
+#     \text{VAE: } \mathbb{E}_{q(z \mid x)} \log p(x \mid z)
+#     - \mathrm{KL}\bigl(q(z \mid x) \,\|\, \mathcal N(0, I)\bigr)
 #
-# The first is no bound on :math:`\log p(x)`: there is no :math:`p(z)` in it. :class:`pyro_vae.ELBO` trains both, since
-# a model without a latent site has no KL.
+# The first is not a bound on :math:`\log p(x)`: it contains no :math:`p(z)`. :class:`pyro_vae.ELBO` trains
+# both, since a model without a latent site has no KL.
 import math
 import warnings
 
@@ -49,7 +52,7 @@ for latent_dim in (2, 16):
 
 
 def log_p_given_code(pair):
-    """log p(x | z) in nats at each test image's own code: the posterior mean, in a VAE."""
+    """log p(x | z) in nats at each test image's own code; a VAE's code is the posterior mean."""
     return dist.Bernoulli(pair.reconstruct(x)).to_event(3).log_prob(x)
 
 
@@ -64,9 +67,10 @@ for latent_dim, vae in vaes.items():
 # %%
 # Where the codes lie
 # -------------------
-# The dashed circle holds 95% of :math:`\mathcal N(0, I)`. The VAE's codes fill it, because the KL asks them to. The
-# autoencoder's lie wherever training left them, so draws of :math:`\mathcal N(0, I)` reach few of its digits. The fair
-# comparison lays a Gaussian on its codes afterwards: the purple ellipse holds 95% of it. Both panels have one scale.
+# The dashed circle contains 95% of :math:`\mathcal N(0, I)`. The VAE's codes fill it, because of the KL. The
+# autoencoder's codes lie wherever training left them, so draws of :math:`\mathcal N(0, I)` reach few of its
+# digits. A fair comparison fits a Gaussian to its codes after training: the purple ellipse contains 95% of it.
+# Both panels have the same scale.
 train = digits.train.x
 figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained", sharex=True, sharey=True)
 figure.suptitle("Codes of the test digits, coloured by class, on one scale")
@@ -86,8 +90,9 @@ figure.legend([dashed, ellipse], names, loc="outside lower center", ncols=2, fra
 # %%
 # In two dimensions: the exact log p(x)
 # -------------------------------------
-# An autoencoder with a density on its codes is a model like any other, :math:`p(z)\,p(x \mid z)`. With two dimensions
-# a grid gives its held-out :math:`\log p(x) = \log \int p(z)\,p(x \mid z)\,dz`, with no guide and no noise:
+# An autoencoder with a density on its codes is a model like any other, :math:`p(z)\,p(x \mid z)`. In two
+# dimensions a grid gives its held-out :math:`\log p(x) = \log \int p(z)\,p(x \mid z)\,dz`, without a guide and
+# without noise:
 #
 # .. math:: \log p(x) \approx \log \sum_{u \in \text{grid}} h^2 \, \mathcal N(u; 0, I) \,
 #     p\bigl(x \mid z = \mu + L u\bigr), \qquad p(z) = \mathcal N(\mu, L L^\top)
@@ -107,24 +112,25 @@ log_p = {
     "autoencoder, N(0, I)": log_p_on_grid(autoencoders[2], standard),
     "autoencoder, fitted Gaussian": log_p_on_grid(autoencoders[2], fitted),
 }
-print("held-out log p(x), 2 dimensions, in nats per datum; then what the VAE is ahead by, paired:")
+print("held-out log p(x), 2 dimensions, in nats per datum; then the lead of the VAE, paired:")
 for name, values in log_p.items():
     print(f"{name:30s} {pv.Estimate.of(values)}   {pv.Estimate.of(log_p['VAE, N(0, I)'] - values)}")
 
 # %%
-# With a fitted Gaussian the autoencoder is ahead of the VAE, which is not what one is told to expect. A plane crowded
-# with codes has little room for holes, and the guide's noise costs the VAE sharpness.
+# With a fitted Gaussian the autoencoder is better than the VAE, contrary to what one usually reads. A plane
+# full of codes has little room for holes, and the guide's noise makes the VAE's images less sharp.
 #
 # In sixteen dimensions: holes
 # ----------------------------
-# A draw of z is called in a hole if it lies further from the nearest training code than 95% of held-out digits' codes
-# do, in units of the codes' covariance (a VAE's codes are draws of :math:`q(z \mid x)`). Were draws as the codes are,
-# 5% would be in holes.
+# We say that a draw of z is in a hole if its nearest training code is too far away. The limit is a distance, in
+# units of the codes' covariance: 95% of held-out digits' codes have a training code within it. (A VAE's codes
+# are draws of :math:`q(z \mid x)`.) If draws had the distribution of the codes, 5% would be in holes.
 #
-# :math:`\log p(x)` is now by :func:`pyro_vae.log_likelihood`, importance sampling with 2,000 samples. The autoencoder's
-# codes need a guide for that: a helper trained by the ELBO, decoder fixed. The estimate's mean is below
-# :math:`\log p(x)`, by an unknown amount where Pareto k-hat is above 0.7, as it is for most digits of the autoencoder:
-# the guide's fault may pass for the decoder's. In the model, :math:`z = \mu + L u` and :math:`u \sim \mathcal N(0, I)`.
+# Now :func:`pyro_vae.log_likelihood` estimates :math:`\log p(x)` by importance sampling with 2,000 samples. The
+# autoencoder's codes need a guide for that. We train one by the ELBO, with the decoder fixed. The estimate's
+# mean is below :math:`\log p(x)`. Where Pareto k-hat is above 0.7, as for most digits of the autoencoder, the
+# difference is unknown. So an error of the guide may look like an error of the decoder. In the model, :math:`z
+# = \mu + L u` and :math:`u \sim \mathcal N(0, I)`.
 
 
 def distance(points, to):
@@ -138,7 +144,7 @@ codes = autoencoder.embed(train), autoencoder.embed(x)
 standard = dist.MultivariateNormal(torch.zeros(16), torch.eye(16))
 fitted = dist.MultivariateNormal(codes[0].mean(0), torch.cov(codes[0].T))
 autoencoder.likelihood.requires_grad_(False)
-warnings.filterwarnings("ignore", message=".*Pareto k-hat")  # the table has it
+warnings.filterwarnings("ignore", message=".*Pareto k-hat")  # the table shows it
 models, estimates, drawn = {}, {}, {}
 print("16 dimensions, test digits; log p(x) in nats per datum")
 print(f"{'':30s}in holes  log p(x)        k-hat > 0.7  VAE ahead by")
@@ -169,14 +175,15 @@ for name, prior, pair, (known, new) in (
     print(f"{name:30s}{in_holes:8.1%}  {numbers}")
 
 # %%
-# Does the guide make the difference? No guide, then
-# --------------------------------------------------
-# :func:`pyro_vae.ais`, annealed importance sampling, moves chains from the prior to the posterior and uses no guide. Its
-# mean too is a lower bound on :math:`\log p(x)`, but what it misses depends on the number of steps, not on a guide. If
-# the helper had cost the autoencoder its place, AIS would be far above importance sampling for the autoencoder.
+# Does the guide make the difference? An estimate without a guide
+# ---------------------------------------------------------------
+# :func:`pyro_vae.ais`, annealed importance sampling, moves chains from the prior to the posterior and uses no
+# guide. Its mean is also a lower bound on :math:`\log p(x)`, but its error depends on the number of steps, not
+# on a guide. If the fitted guide were the cause of the autoencoder's low :math:`\log p(x)`, AIS would be far
+# above importance sampling for the autoencoder.
 annealed = {}
 print("AIS of 100 test digits; nats per datum")
-print(f"{'':30s}log p(x)        less importance sampling, paired")
+print(f"{'':30s}log p(x)        minus importance sampling, paired")
 for name in ("VAE, N(0, I)", "autoencoder, fitted Gaussian"):
     found = pv.ais(models[name], None, x[:100], num_steps=200, num_chains=4, num_leapfrog=5, seed=0, progress=False)
     annealed[name] = found.per_datum
@@ -186,16 +193,17 @@ ahead_by_ais = pv.Estimate.of(annealed["VAE, N(0, I)"] - annealed["autoencoder, 
 print(f"VAE ahead by AIS, paired: {ahead_by_ais}")
 
 # %%
-# The two methods fail for different reasons and agree to about a tenth of a nat, so the VAE's lead of more than a nat
-# is not the helper's doing. That is evidence, not proof: both numbers of a difference are lower bounds, and more steps may take
-# some of the lead away. How much, :func:`pyro_vae.bdmc` says of data that each model simulates (:doc:`plot_11_how_good`).
+# The two methods fail for different reasons, and they agree to about a tenth of a nat. So the guide does not
+# explain the VAE's lead of more than a nat. This is evidence, not proof: both numbers of a difference are lower
+# bounds, and more steps may remove some of the lead. :func:`pyro_vae.bdmc` tells how much, on data that each
+# model simulates (:doc:`plot_11_how_good`).
 #
-# Draws, and ways between two digits
-# ----------------------------------
-# The autoencoder's images are nearly black and white: it has learned to copy each digit's pixel noise, which a VAE's
-# KL makes too dear. From :math:`\mathcal N(0, I)` its decoder is asked about codes that it has never seen. The fitted
-# Gaussian mends most of that, not all. On straight lines between codes both pass through images that are no digits;
-# the VAE's change gradually.
+# Draws, and lines between two digits
+# -----------------------------------
+# The autoencoder's images are nearly black and white. It has learned to copy each digit's pixel noise, which
+# the KL makes too expensive for a VAE. Draws of :math:`\mathcal N(0, I)` give its decoder codes that it has
+# never seen. The fitted Gaussian removes most of this problem, but not all. On straight lines between codes,
+# both models pass through images that are not digits. The VAE's images change gradually.
 figure, axes = plt.subplots(5, 1, figsize=(6.5, 9), layout="constrained", height_ratios=(2, 2, 2, 4, 4))
 figure.suptitle("Means of p(x|z) in 16 dimensions")
 for ax, (name, images) in zip(axes, drawn.items(), strict=False):
@@ -209,9 +217,10 @@ for ax, pair, name in ((axes[3], vae, "VAE"), (axes[4], autoencoder, "autoencode
 # %%
 # The claim, checked
 # ------------------
-# The autoencoder reconstructs better in both sizes, and with a fitted Gaussian it generates better in two. In sixteen dimensions the VAE generates better: its held-out
-# :math:`\log p(x)` is higher than that of the autoencoder with a fitted Gaussian, as far as AIS can tell: lower bounds in
-# the mean, both of them, but with no guide in them. Each paired difference is more than 4 of its standard errors.
+# The autoencoder reconstructs better in both sizes, and with a fitted Gaussian it generates better in two
+# dimensions. In sixteen the VAE generates better: its held-out :math:`\log p(x)` is above that of the
+# autoencoder with a fitted Gaussian. This rests on AIS: both numbers are lower bounds in the mean, but no guide
+# is involved. Each paired difference is more than 4 of its standard errors.
 differences = {f"reconstruction, {d}-D": gain for d, gain in reconstruction_gain.items()}
 differences["log p(x), 2-D, fitted autoencoder"] = pv.Estimate.of(
     log_p["autoencoder, fitted Gaussian"] - log_p["VAE, N(0, I)"]

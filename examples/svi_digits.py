@@ -1,9 +1,10 @@
-"""A variational autoencoder on one screen: a Pyro model, a guide, SVI, and what the numbers say.
+"""A variational autoencoder on one screen: a Pyro model, a guide, SVI, and a table of bounds.
 
-    python examples/svi_digits.py                (half a minute; --epochs 2 for a glance)
+    python examples/svi_digits.py                (half a minute; --epochs 2 for a quick look)
 
-log p(x) = ELBO + KL(q(z|x) || p(z|x)), so the ELBO is below log p(x). Its KL(q(z|x) || p(z)) can be had in closed form
-or from samples of q: one mean, two variances. Averaging K weights before the logarithm (IWAE) closes the gap.
+log p(x) = ELBO + KL(q(z|x) || p(z|x)), so the ELBO is below log p(x). Its KL(q(z|x) || p(z)) has a closed form, and can
+also be sampled: the mean is the same, the variance is not. Averaging K weights before the logarithm (IWAE) closes
+the gap as K grows.
 """
 
 import argparse
@@ -52,4 +53,4 @@ table = pv.compare(model, guide, digits.test.x.flatten(1), objectives, repeats=2
 print("\nOn test digits, in nats per digit:\n")
 print(table[["bound", "bound_se", "estimator_std", "milliseconds"]].round(3).to_string())
 gap = table.bound["IWAE", 256] - table.bound["ELBO, closed-form KL", 1]
-print(f"\nThe ELBO is at least {gap:.2f} nats below log p(x): what an imperfect guide costs.")
+print(f"\nThe ELBO is at least {gap:.2f} nats below log p(x): the guide is not the exact posterior.")
