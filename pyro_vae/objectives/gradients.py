@@ -22,8 +22,9 @@ gradient        a      b                              c
 ==============  =====  =============================  =================
 
 R' and g' are R and g with the k-th log-weight replaced by a baseline, which does not depend on the k-th sample. So
-:math:`g'_k \nabla \log q(z_k)` has mean zero, and -g + g' in place of -g leaves the mean as it is. It takes noise out:
-near the exact posterior all weights are equal, and b is zero. For the ELBO, g is constant, g - g' is zero, and
+:math:`g'_k \nabla \log q(z_k)` has mean zero, and -g + g' in place of -g leaves the mean as it is. Near
+the exact posterior, where all weights are equal, it removes the noise: b is zero. Far from it, the ``score`` row with
+few particles can be noisier. For the ELBO, g is constant, g - g' is zero, and
 ``vimco`` is REINFORCE with a leave-one-out baseline. The baseline of ``score`` is the mean log-weight of the other
 data, that of ``vimco`` the mean of the datum's other particles.
 
