@@ -1,7 +1,5 @@
 """Draws, densities and log-weights of a program as ArviZ groups, for ArviZ 0.2x and 1.x."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Public image data sets as tensors, in disjoint train, validation and test splits."""
 
-from __future__ import annotations
-
 import difflib
 import zipfile
 from dataclasses import dataclass

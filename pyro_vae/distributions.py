@@ -1,7 +1,5 @@
 """Mixture distributions for priors and posteriors, where Pyro's are biased or do not broadcast."""
 
-from __future__ import annotations
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor

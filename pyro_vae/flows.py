@@ -1,7 +1,5 @@
 """Normalizing flows for posteriors and priors: sequences of Pyro's invertible transforms."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import copy
 from functools import partial

@@ -1,7 +1,5 @@
 """Encoder and decoder networks: fully connected and convolutional maps between tensors, without distributions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod

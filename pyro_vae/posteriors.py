@@ -1,11 +1,9 @@
 """Approximate posteriors q(z|x): modules that map x to a distribution of z through an encoder."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -39,7 +37,7 @@ class Posterior(nn.Module, ABC):
         """The number of encoder outputs for `latent_dim` latent dimensions. Irrelevant options are ignored."""
 
     @classmethod
-    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Posterior:
+    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Self:
         """Build the posterior from an encoder with :meth:`features_for` outputs and from options of the class."""
         return cls(encoder, event_shape, **options)
 
@@ -313,7 +311,7 @@ class FlowPosterior(Posterior):
         return 2 * latent_dim + cls._context_size(latent_dim, context_dim)
 
     @classmethod
-    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Posterior:
+    def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Self:
         """Build the posterior from an encoder with :meth:`features_for` outputs and from options of the class."""
         return cls(encoder, event_shape, latent_dim, **options)
 

@@ -1,7 +1,5 @@
 """Priors p(z): modules that return the distribution of one z when called without arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pyro.distributions as dist

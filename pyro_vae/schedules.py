@@ -1,7 +1,5 @@
 """Schedules of beta, the factor on the KL, for ``pv.ELBO(beta=...)``: functions of the training step."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

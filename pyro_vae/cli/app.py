@@ -1,7 +1,5 @@
 """The Typer application with its four commands, and ``main``, which turns errors into exit statuses."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version

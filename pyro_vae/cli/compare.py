@@ -1,7 +1,5 @@
 """The command ``pyro-vae compare``: a table and a figure of different bounds on log p(x)."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from rich.console import Console

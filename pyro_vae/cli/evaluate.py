@@ -1,7 +1,5 @@
 """The command ``pyro-vae evaluate``: a report with log p(x), its error bars, the gaps and the parts of the ELBO."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Draws the figures of a run folder, as PNG files in its ``figures/``."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The report of ``pyro-vae evaluate``: all evaluations of one VAE on test data, and the time of each."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

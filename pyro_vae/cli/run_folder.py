@@ -4,8 +4,6 @@
 epoch, and ``figures/`` the plots. All commands build data and networks from ``config.json`` with :func:`build`.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """The command ``pyro-vae sample``: a figure of images from the model."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from typer import Option

@@ -1,7 +1,5 @@
 """Formats the tables that compare and evaluate print, for a terminal of 80 columns."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """The command ``pyro-vae train``: its options, the training, and the result that it prints."""
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings

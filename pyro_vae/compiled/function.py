@@ -1,7 +1,5 @@
 """A function of a Pyro program as compiled code: recorded for each shape of its arguments, then compiled by Inductor."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

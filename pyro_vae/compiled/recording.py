@@ -4,8 +4,6 @@ The graph repeats the operations of that run on any data. So this file refuses a
 that does something else when it runs again, and names the line.
 """
 
-from __future__ import annotations
-
 import contextlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence

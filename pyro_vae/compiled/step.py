@@ -1,7 +1,5 @@
 """A training step as compiled code, for a loop of the user's own, and for `fit`."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

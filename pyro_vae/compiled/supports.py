@@ -1,7 +1,5 @@
 """Checks that data are in the support of the sites that observe them, since compiled code has no such check."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pyro

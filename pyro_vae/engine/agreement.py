@@ -3,8 +3,6 @@
 Where they disagree, a density counts twice, or on one side only, and the result is not a bound.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,11 +1,9 @@
 """A program as an argument: a model and a guide, or one thing that has both."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pyro.infer
 from pyro.contrib.easyguide import EasyGuide
@@ -17,10 +15,10 @@ T = TypeVar("T")
 
 
 def takes_program(function: Callable[..., T]) -> Callable[..., T]:
-    """Let a function of `model`, `guide` and more also take one thing that has both, in the place of these two.
+    """Let a function with the arguments `model` and `guide` also take one thing that has both, in the place of the two.
 
-    If the argument after the first one is callable or None, the two are model and guide. Else the first is a tuple
-    ``(model, guide)``, or has the attributes `model` and `guide`, as a model/guide pair has.
+    If `model` is a tuple, it is ``(model, guide)``. Else, if the argument after `model` is callable or None, the two are
+    model and guide. Else `model` has the attributes `model` and `guide`, as a model/guide pair has.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -31,17 +29,18 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
     """
     parameters = inspect.signature(function).parameters
     place = list(parameters).index("model")
-    guide_optional = "None" in str(parameters["guide"].annotation)  # as annealing from the prior has it
+    guide_optional = type(None) in get_args(parameters["guide"].annotation)  # as annealing from the prior has it
 
     @functools.wraps(function)
     def with_program(*args: Any, **kwargs: Any) -> T:
-        if (
-            len(args) > place
-            and "guide" not in kwargs
-            and not (len(args) > place + 1 and _may_be_guide(args[place + 1]))
-        ):
-            args = (*args[:place], *_both(args[place]), *args[place + 1 :])
-        if not guide_optional and len(args) > place + 1 and "guide" not in kwargs and args[place + 1] is None:
+        if "guide" not in kwargs:
+            given = args[place : place + 2]
+            if "model" in kwargs:
+                kwargs["model"], kwargs["guide"] = _both(kwargs["model"])
+            elif given and (isinstance(given[0], tuple) or len(given) == 1 or not _may_be_guide(given[1])):
+                args = (*args[:place], *_both(given[0]), *args[place + 1 :])
+        guide = kwargs["guide"] if "guide" in kwargs else args[place + 1] if len(args) > place + 1 else ...
+        if guide is None and not guide_optional:
             raise PyroVAEError(
                 f"{function.__name__} expected a guide, got None. Pass a Pyro guide; only pv.ais and pv.bdmc can do without."
             )

@@ -4,8 +4,6 @@ A bound per datum exists only if each term of the log-density belongs to one row
 multi-particle objectives bound another quantity where that fails, without a word. Here each failure has its own message.
 """
 
-from __future__ import annotations
-
 from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, plates
 from pyro_vae.errors import PyroVAEError
 

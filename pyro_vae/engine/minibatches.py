@@ -1,7 +1,5 @@
 """Training and evaluation data (tensors, splits, tuples, a DataLoader) as one stream of minibatches."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

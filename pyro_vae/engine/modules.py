@@ -1,7 +1,5 @@
 """The torch modules behind a program: their buffers, and their training and evaluation modes."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The parameters of a program, found by running it once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pyro.poutine.trace_struct import Trace

@@ -1,10 +1,8 @@
 """Runs a program for K particles: all at once, in chunks, or one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyro
 import torch
@@ -118,7 +116,7 @@ class DrawAsOneOf(Messenger):
         if not torch.equal(self.states[0]["torch"], self.states[-1]["torch"]):
             rng.set_state(self.states[-1])
 
-    def of(self, particle: int) -> DrawAsOneOf:
+    def of(self, particle: int) -> Self:
         """The handler for the run of one particle."""
         self.particle, self.next_site = particle, 0
         self.as_first = True

@@ -4,12 +4,10 @@ A :class:`Program` is a model and a guide with their arguments. A :class:`Run` h
 log-densities. :class:`Needs` says through which samples gradients flow. This file knows no objective.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import pyro
 import torch
@@ -88,7 +86,7 @@ class Drawn(NamedTuple):
     number: int
     particle_dim: int | None
 
-    def rows(self, start: int, size: int) -> Drawn:
+    def rows(self, start: int, size: int) -> Self:
         """Some of the particles."""
         sites = _rows(self.sites, start, size, self.particle_dim)
         stopped = None if self.stopped is None else _rows(self.stopped, start, size, self.particle_dim)
@@ -154,11 +152,11 @@ class Program:
         """The guide; without one, the model's own latent sites. A guide may be a module without parts, which is false."""
         return prior(self.model) if self.guide is None else self.guide
 
-    def on(self, args: tuple[Any, ...]) -> Program:
+    def on(self, args: tuple[Any, ...]) -> Self:
         """The same program with other arguments, and no keyword arguments."""
         return replace(self, args=args, kwargs={})
 
-    def with_nesting(self) -> Program:
+    def with_nesting(self) -> Self:
         """The same program, with the number of its plates' dimensions."""
         if self.nesting is not None:
             return self

@@ -1,7 +1,5 @@
 """The states of the random number generators of a Pyro program: torch, CUDA, NumPy and Python."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """What is known of a sample site: its plates, its distribution's family, its masks, its scale, its dimensions."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator

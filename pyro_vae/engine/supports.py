@@ -1,7 +1,5 @@
 """Where a distribution has mass: its support as an interval, whether parameters move it, whether a guide covers it."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -8,8 +8,6 @@ where p is the model, q is the guide, and n runs along the batch plate. The Mont
 log w over k, the IWAE bound its log-mean-exp. This file knows no objective.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -9,10 +9,8 @@ f_{b_t} / f_{b_{t-1}} at its states is an unbiased weight for p(x). The reversed
 an unbiased weight for 1 / p(x).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
@@ -247,8 +245,8 @@ class _Settings:
     temperatures: Tensor  # b_0 = 0 to b_T = 1, or reversed
     num_leapfrog: int
 
-    def reversed(self) -> _Settings:
-        return _Settings(self.temperatures.flip(0), self.num_leapfrog)
+    def reversed(self) -> Self:
+        return replace(self, temperatures=self.temperatures.flip(0))
 
 
 def _anneal(chains: Chains, state: State, settings: _Settings, step_sizes: Tensor, bar: Any) -> tuple[Tensor, Tensor]:

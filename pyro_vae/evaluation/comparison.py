@@ -1,7 +1,5 @@
 """The table of compare: objectives on one model and guide by bound, noise, gradient, time and gap to log p(x)."""
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics

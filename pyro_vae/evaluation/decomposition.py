@@ -1,10 +1,8 @@
 """The parts of the ELBO: reconstruction, mutual information, and the KL of the aggregate posterior to the prior."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -163,7 +161,7 @@ class _Samples:
         return self.prior_by_dimension.shape[-1]
 
     @classmethod
-    def draw(cls, program: Program, num_samples: int) -> _Samples:
+    def draw(cls, program: Program, num_samples: int) -> Self:
         run = program.run(num_samples)
         refuse_masks(run)
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}

@@ -1,7 +1,5 @@
 """Diagnostics of each datum's importance weights: Pareto k-hat (by ArviZ), effective sample size, warnings."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

@@ -1,9 +1,8 @@
 """An estimate with its standard error: the form in which every evaluation returns a number."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import pyro.distributions as dist
 import torch
@@ -30,7 +29,7 @@ class Estimate:
     standard_error: float
 
     @classmethod
-    def of(cls, values: Tensor) -> Estimate:
+    def of(cls, values: Tensor) -> Self:
         r"""The mean of independent values (N,), with the standard error :math:`\operatorname{std} / \sqrt N`.
 
         Raises:

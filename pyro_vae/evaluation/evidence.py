@@ -1,7 +1,5 @@
 """Records of estimates of log p(x) for each datum, with errors and diagnostics, made from importance weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace

@@ -1,7 +1,5 @@
 """Properties of a site's distribution: its parameters, its marginals, whether it depends on other sites' samples."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pyro.distributions as dist

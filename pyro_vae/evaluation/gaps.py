@@ -1,7 +1,5 @@
 """Inference gaps: how much of log p(x) - ELBO is due to the guide's family, and how much to its encoder."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Hamiltonian Monte Carlo for many data at once: chains in unconstrained space, transitions, step size adaptation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

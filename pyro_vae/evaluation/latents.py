@@ -1,7 +1,5 @@
 """Active units: which latent dimensions a model uses, and their KL (a report of posterior collapse)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 r"""The marginal likelihood log p(x) by importance sampling from the guide, over minibatches of the data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

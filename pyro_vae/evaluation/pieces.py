@@ -1,7 +1,5 @@
 """The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

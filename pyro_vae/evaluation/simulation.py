@@ -1,7 +1,5 @@
 """Simulated data for bdmc: the model's own draws of x and z, with x as arguments of the model."""
 
-from __future__ import annotations
-
 import torch
 from pyro import poutine
 from torch import Tensor

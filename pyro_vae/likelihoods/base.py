@@ -1,7 +1,5 @@
 """The base class of likelihoods p(x|z)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

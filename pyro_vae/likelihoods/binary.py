@@ -1,7 +1,5 @@
 """Likelihoods of pixels in [0, 1]: Bernoulli for binary pixels, continuous Bernoulli for grey pixels."""
 
-from __future__ import annotations
-
 import math
 
 import pyro.distributions as dist

@@ -1,9 +1,7 @@
 """Likelihoods of real elements that are correlated given z: a Gaussian with a low-rank covariance."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -139,7 +137,7 @@ class LowRankEvent(dist.TorchDistribution):
         """Events of real numbers."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self, batch_shape: _size, _instance: Any = None) -> LowRankEvent:
+    def expand(self, batch_shape: _size, _instance: Any = None) -> Self:
         """The distribution with another batch shape."""
         new = self._get_checked_instance(LowRankEvent, _instance)
         new.loc = self.loc.expand(*batch_shape, -1)

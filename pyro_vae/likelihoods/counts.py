@@ -1,7 +1,5 @@
 """Likelihoods of counts 0, 1, 2, ...: Poisson and negative binomial."""
 
-from __future__ import annotations
-
 import math
 
 import pyro.distributions as dist

@@ -1,9 +1,7 @@
 """Likelihoods of pixels with finitely many values: ordered grey levels, and unordered categories."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -177,7 +175,7 @@ class LogisticOnGrid(dist.TorchDistribution):
         """The grid of levels."""
         return _Grid(self.levels)
 
-    def expand(self, batch_shape: _size, _instance: Any = None) -> LogisticOnGrid:
+    def expand(self, batch_shape: _size, _instance: Any = None) -> Self:
         """The distribution with another batch shape."""
         new = self._get_checked_instance(LogisticOnGrid, _instance)
         new.levels = self.levels

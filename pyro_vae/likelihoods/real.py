@@ -1,7 +1,5 @@
 """Likelihoods of real numbers that are independent given z: Gaussian and Student's t."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@ r"""Antithetic pairs of Bernoulli samples: how DisARM draws them, and the score 
 Particle k and its partner k + K/2 come from one uniform u: b = 1[u < p] and b' = 1[u > 1 - p], each Bernoulli(p).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

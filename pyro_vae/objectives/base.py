@@ -1,12 +1,10 @@
 """The base class of every objective: its loss, its gradients, its bound per datum."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import pyro.infer
 import torch
@@ -58,7 +56,7 @@ class Densities:
     sizes: list[int]
 
     @classmethod
-    def joined(cls, parts: list[Densities]) -> Densities:
+    def joined(cls, parts: list[Self]) -> Self:
         """The densities of all runs, one after another."""
         if len(parts) == 1:
             return parts[0]

@@ -1,7 +1,5 @@
 """The evidence lower bound, with its KL term in closed form or by Monte Carlo."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -44,8 +44,6 @@ References:
     Dong, Mnih and Tucker (2020), *DisARM: An Antithetic Gradient Estimator for Binary Latent Variables*, NeurIPS.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal

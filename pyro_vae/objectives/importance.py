@@ -1,7 +1,5 @@
 """Bounds from the log of an average of importance weights: IWAE, Renyi, MIWAE, PIWAE, CIWAE, JVI."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations
 from typing import Unpack

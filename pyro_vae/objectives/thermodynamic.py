@@ -1,7 +1,5 @@
 """The thermodynamic variational objective."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, Unpack

@@ -1,7 +1,5 @@
 """The autoencoder, a baseline without latent variables."""
 
-from __future__ import annotations
-
 import pyro
 from torch import Tensor, nn
 

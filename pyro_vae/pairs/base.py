@@ -1,7 +1,5 @@
 """The base class of model/guide pairs: checks of parts and data, the data plate, and registration of parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps

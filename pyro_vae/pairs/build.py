@@ -1,7 +1,5 @@
 """Builders of pairs with common networks, such as `mlp_vae` and `conv_vae`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import prod

@@ -1,7 +1,5 @@
 """The conditional VAE, given labels or other vectors y: model p(z) p(x|z, y) and guide q(z|x, y)."""
 
-from __future__ import annotations
-
 import pyro
 from torch import Tensor, nn
 

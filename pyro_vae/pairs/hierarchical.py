@@ -1,7 +1,5 @@
 """The hierarchical VAE, with one latent site for each layer, and its two guides: bottom-up and ladder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Imputation: the posterior mean of missing elements, by self-normalised importance sampling."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of the likelihood class and the posterior class that a builder gets, and of their options."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any

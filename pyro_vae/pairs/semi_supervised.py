@@ -1,7 +1,5 @@
 """The semi-supervised VAE with partly observed labels: model p(y) p(z) p(x|z, y) and guide q(y|x) q(z|x, y)."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import torch

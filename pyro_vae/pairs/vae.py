@@ -1,7 +1,5 @@
 """The VAE, the basic pair: model p(z) p(x|z) and guide q(z|x)."""
 
-from __future__ import annotations
-
 import pyro
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """A step of a traced and compiled program against the same step uncompiled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

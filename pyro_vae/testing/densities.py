@@ -1,7 +1,5 @@
 """Checks that likelihoods, posteriors and priors share: of a density, its samples, moments and precision."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks of a posterior q(z|x) and of a prior p(z): density, samples, moments, gradients, precision and shapes."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

@@ -1,7 +1,5 @@
 """Checks of a likelihood p(x|z): density, samples, moments, gradients, masks, precision, shapes and refusals."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks of an objective: its reduction's laws, its mean, and every estimator of its gradient."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass

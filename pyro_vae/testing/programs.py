@@ -1,10 +1,8 @@
 """Small Pyro programs whose outcomes can be listed, so that the mean of any bound is a finite sum."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyro
@@ -86,7 +84,7 @@ class SmallProgram:
         """The parameters as a list."""
         return list(self.p.values())
 
-    def with_parameters(self, size: int, dtype: torch.dtype = X.dtype) -> SmallProgram:
+    def with_parameters(self, size: int, dtype: torch.dtype = X.dtype) -> Self:
         """The same program with its own parameters for each of `size` data: one call then gives as many gradients."""
         other = copy.copy(self)
         other.p = leaves(self.p, size, dtype)

@@ -1,7 +1,5 @@
 """Points and weights over the support of a distribution, which make sums and integrals of its density weighted sums."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

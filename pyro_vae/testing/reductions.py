@@ -1,7 +1,5 @@
 """Checks of a reduction of log-weights: its laws, its derivatives and its precision."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What a failed check tells, and the tolerances of a check: standard errors, or roundings."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Derivatives of scalars, and a check of them against finite differences."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

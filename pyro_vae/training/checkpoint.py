@@ -1,7 +1,5 @@
 """Training state on disk: written all or not at all, and read without running code from the file."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle

@@ -1,7 +1,5 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments, and of the optimiser."""
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings

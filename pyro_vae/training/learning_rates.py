@@ -1,7 +1,5 @@
 """Schedulers of the step size, PyTorch's own: checks that `fit` can step one after each epoch, and the step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The training loop behind `fit`: a step for each minibatch, validation and a checkpoint after each epoch."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, field

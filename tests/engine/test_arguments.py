@@ -176,3 +176,17 @@ class TestModule:
         assert torch.isfinite(loss(program.x))
         with pytest.raises(pv.PyroVAEError, match=r"can't know the parameters: .*plain functions"):
             torch.optim.Adam(loss.parameters())
+
+
+def test_one_thing_with_both_as_a_keyword_or_before_data_that_look_like_a_guide(vae):
+    x = torch.randn(4, 5)
+    expected = pv.ELBO().bound(vae, x).shape
+    assert pv.ELBO().bound(model=vae, x=x).shape == expected
+
+    def guide(read):
+        return vae.guide(read())
+
+    def model(read):
+        return vae.model(read())
+
+    assert pv.ELBO().bound((model, guide), lambda: x).shape == expected
