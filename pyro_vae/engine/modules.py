@@ -1,5 +1,6 @@
 """The torch modules behind a program: their buffers, and their training and evaluation modes."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ PyroFunction = Callable[..., Any]  # a Pyro model, or a guide
 
 
 def find_modules(*functions: PyroFunction) -> list[nn.Module]:
-    """The modules that the functions are, or are methods of, inside any of Pyro's handlers."""
-    plain = [inspect.unwrap(function) for function in functions]
-    owners = [getattr(function, "__self__", function) for function in plain]
+    """The modules that the functions are, or are methods of, inside any of Pyro's handlers and ``functools.partial``."""
+    owners: list[Any] = [inspect.unwrap(function) for function in functions]
+    while any(isinstance(owner, functools.partial) for owner in owners):
+        owners = [inspect.unwrap(o.func) if isinstance(o, functools.partial) else o for o in owners]
+    owners = [getattr(owner, "__self__", owner) for owner in owners]
     return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
 
 

@@ -49,7 +49,7 @@ class Needs:
             stops all of them. ``"some"`` serves the score function: if some sites can be reparameterised and others
             can't, gradients flow through the former; else through none.
         stopped: whether :attr:`Run.stopped` is needed.
-        scaled: whether :attr:`Run.samples` is needed.
+        samples: whether :attr:`Run.samples` is needed.
         of_mean: whether the gradient is that of a mean over the guide's samples. Its score then misses what a support
             that moves with the parameters adds, so such a support is refused.
         densities: whether the latent sites of the guide need log-densities, if `per_datum` is False. A KL in closed
@@ -61,7 +61,7 @@ class Needs:
     per_datum: bool = True
     path: Literal["all", "some", "none"] = "all"
     stopped: bool = False
-    scaled: bool = False
+    samples: bool = False
     of_mean: bool = True
     densities: bool = True
     sampler: Callable[[int, int], Messenger] | None = None
@@ -197,7 +197,7 @@ class Program:
         entering, views = drawn.trace.copy(), {}
         for name, site in drawn.sites.items():
             value = site["value"]
-            if self.needs.scaled and isinstance(value, Tensor) and value.requires_grad:
+            if self.needs.samples and isinstance(value, Tensor) and value.requires_grad:
                 value = views[name] = value.view_as(value)
             entering.nodes[name] = site | {"value": value}
         model = poutine.replay(_in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)

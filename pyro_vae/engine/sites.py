@@ -54,9 +54,7 @@ def layers(distribution: Any) -> Iterator[Any]:
 
 def unwrapped(distribution: Any) -> Any:
     """The distribution inside the wrappers that plates, masks and ``to_event`` add."""
-    while isinstance(distribution, Independent | MaskedDistribution | ExpandedDistribution):
-        distribution = distribution.base_dist
-    return distribution
+    return list(layers(distribution))[-1]
 
 
 def family(distribution: Any) -> str:

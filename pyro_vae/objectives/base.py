@@ -173,12 +173,11 @@ class Objective(pyro.infer.ELBO):
         self._found_nesting: tuple[PyroFunction, PyroFunction, int] | None = None
 
     def _check_particles(self) -> None:
-        fewest, multiple = self.estimator.fewest, self.estimator.multiple
-        if self.num_samples < fewest or self.num_samples % multiple:
-            even = f" and a multiple of {multiple}" if multiple > 1 else ""
+        fewest, even = self.estimator.fewest, self.estimator.even
+        if self.num_samples < fewest or (even and self.num_samples % 2):
             raise PyroVAEError(
-                f"gradient={self.gradient!r} compares each particle with others: expected num_particles to be at least "
-                f"{fewest}{even}, got {self.num_samples}. Take {fewest}, or gradient='score'."
+                f"gradient={self.gradient!r} compares each particle with others: expected num_particles to be "
+                f"{'even' if even else f'at least {fewest}'}, got {self.num_samples}. Take 2, or gradient='score'."
             )
         if self.estimator.sampler is not None and (self.chunk_size is not None or not self.vectorize_particles):
             raise PyroVAEError(
@@ -288,7 +287,9 @@ class Objective(pyro.infer.ELBO):
     def needs(self) -> Needs:
         """What its loss needs of the runs."""
         row, two = self.estimator, self._has_two_reductions()
-        return Needs(True, row.path, not row.score, row.curved or two, row.of_mean, sampler=row.sampler)
+        return Needs(
+            path=row.path, stopped=not row.score, samples=row.curvature or two, of_mean=row.of_mean, sampler=row.sampler
+        )
 
     def program(
         self,
@@ -360,9 +361,9 @@ class Objective(pyro.infer.ELBO):
         fixed = log_weights.detach()
         a = gradients.slope(self.reduce, fixed)
         c = gradients.slope(self.reduce_for_guide, fixed) if two else a
-        if row.curved:
+        if row.curvature:
             c = c - self.curvature(fixed)
-        if row.curved or two:
+        if row.curvature or two:
             # The gradient that reaches the samples has the factor a, which may be tiny, but not zero where c is not.
             a = torch.where(a.abs() < SMALLEST, SMALLEST, a)
             for samples, ratio in zip(parts.samples, (c / a).split(parts.sizes), strict=True):

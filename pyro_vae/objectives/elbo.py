@@ -155,7 +155,8 @@ class ELBO(Objective):
     def needs(self) -> Needs:
         """What its loss needs of the runs: no batch plate, where the loss is linear in the log-densities."""
         needs = super().needs()
-        return replace(needs, per_datum=needs.path != "all", densities=self.kl == "monte_carlo")
+        linear = needs.path == "all" and type(self).reduce is ELBO.reduce and not self._has_two_reductions()
+        return replace(needs, per_datum=not linear, densities=self.kl == "monte_carlo")
 
     def _loss(self, program: Program) -> Tensor:
         if program.needs.per_datum:

@@ -21,15 +21,16 @@ gradient        a      b                              c
                        dimension's own score
 ==============  =====  =============================  =================
 
-R' and g' are R and g with the k-th log-weight replaced by a baseline, which does not depend on the k-th sample. So
-:math:`g'_k \nabla \log q(z_k)` has mean zero, and -g + g' in place of -g leaves the mean as it is. Near
-the exact posterior, where all weights are equal, it removes the noise: b is zero. Far from it, the ``score`` row with
-few particles can be noisier. For the ELBO, g is constant, g - g' is zero, and
-``vimco`` is REINFORCE with a leave-one-out baseline. The baseline of ``score`` is the mean log-weight of the other
-data, that of ``vimco`` the mean of the datum's other particles.
+The last three rows are for sites that can't be reparameterised; beside them, other sites get the pathwise row. R' and
+g' are R and g with the k-th log-weight replaced by a baseline, which does not depend on the k-th sample. So
+:math:`g'_k \nabla \log q(z_k)` has mean zero, and -g + g' in place of -g leaves the mean as it is. Near the exact
+posterior, where all weights are equal, it removes the noise: b is zero. Far from it, the ``score`` row with few
+particles can be noisier. For the ELBO, g is constant, g - g' is zero, and ``vimco`` is REINFORCE with a leave-one-out
+baseline. The baseline of ``score`` is the mean log-weight of the other data, that of ``vimco`` the mean of the datum's
+other particles.
 
-``disarm`` serves the ELBO only. It draws Bernoulli latents as antithetic pairs; R'' has the k-th log-weight replaced by its partner's. With
-logits :math:`\alpha_d`, sample b and partner b', the score of dimension d is
+``disarm`` serves the ELBO only, and draws Bernoulli latents as antithetic pairs. R'' has the k-th log-weight replaced
+by its partner's. With logits :math:`\alpha_d`, sample b and partner b', the score of dimension d is
 :math:`(b_d - b'_d)\, \sigma(|\alpha_d|)\, \nabla_\phi \alpha_d`.
 
 The ``dreg`` row holds for any R: by reparameterisation, the mean of :math:`f(z) \nabla \log q(z)` is that of
@@ -71,13 +72,13 @@ class Estimator:
         path: through which samples gradients flow: ``"all"``, ``"none"``, or ``"some"``: those that can be
             reparameterised, if other sites can't be; else none.
         score: whether the score of reparameterised sites stays in the gradient (b = -g), or not (b = 0).
-        curved: whether c is g - h, or g.
+        curvature: whether c is g - h, or g.
         signal: b of the other sites: a function of the objective, its log-weights (K, N) and its factors c (K, N),
             to (K, N). None for an estimator that needs reparameterised sites.
         of_mean: whether it estimates the gradient of a mean over the guide's samples. Then it refuses a guide whose
             support depends on parameters.
         fewest: the smallest number of particles.
-        multiple: the number of particles has to be a multiple of this.
+        even: whether the number of particles has to be even.
         sampler: makes a Pyro handler that draws the guide's samples, from the number of particles and their dimension;
             None draws them independently.
         score_term: the function of a guide site, in the shape of its log-density, whose derivative is the score that b
@@ -87,21 +88,20 @@ class Estimator:
     suffix: str
     path: Literal["all", "some", "none"] = "all"
     score: bool = True
-    curved: bool = False
+    curvature: bool = False
     signal: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     of_mean: bool = True
     fewest: int = 1
-    multiple: int = 1
+    even: bool = False
     sampler: Callable[[int, int], Messenger] | None = None
     score_term: Callable[[Site], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if (self.signal is None) != (self.path == "all") or (
-            self.signal is not None and (self.curved or not self.score)
-        ):
+        signals = self.signal is not None
+        if signals == (self.path == "all") or (signals and (self.curvature or not self.score)):
             raise PyroVAEError(
                 "expected an estimator of reparameterised sites (path='all', no signal), or one with a signal for the "
-                f"others (path='some' or 'none', score=True, curved=False), got {self}. A score that is left out, or a "
+                f"others (path='some' or 'none', score=True, curvature=False), got {self}. A score that is left out, or a "
                 "path with a curvature, is biased beside sites without a path."
             )
 
@@ -141,13 +141,6 @@ def learning_signal(reduce: Reduction, log_weights: Tensor, baseline: Tensor) ->
     return reduce(log_weights) + torch.cat(signals)
 
 
-def advantage(reduce: Reduction, log_weights: Tensor, other: Tensor) -> Tensor:
-    """R - R'', where the k-th log-weight is replaced by another, (K, N)."""
-    log_weights = log_weights.detach()
-    replaced = [_each_replaced(reduce, log_weights, other.detach(), block) for block in _blocks(log_weights)]
-    return reduce(log_weights) - torch.cat(replaced)
-
-
 def mean_of_other_data(log_weights: Tensor) -> Tensor:
     """For each datum, the mean log-weight of the other data, (K, N); zero for a single datum."""
     count, size = log_weights.shape
@@ -180,17 +173,13 @@ def _over(baseline: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor
     return lambda objective, log_w, c: learning_signal(objective.reduce_for_guide, log_w, baseline(log_w)) - c
 
 
-def _over_partner(objective: Any, log_weights: Tensor, c: Tensor) -> Tensor:
-    return advantage(objective.reduce_for_guide, log_weights, antithetic.partner(log_weights, 0)) / 2
-
-
 PATHWISE = Estimator("")
 STL = Estimator(", STL", score=False)
 #: The estimators that serve every bound, by name.
 ESTIMATORS = {
     "pathwise": PATHWISE,
     "stl": STL,
-    "dreg": replace(STL, suffix=", DReG", curved=True),
+    "dreg": replace(STL, suffix=", DReG", curvature=True),
     "score": Estimator(", score function", "some", signal=_over(mean_of_other_data)),
     "vimco": Estimator(", VIMCO", "some", signal=_over(mean_of_other_particles), fewest=2),
 }
@@ -198,9 +187,8 @@ ESTIMATORS = {
 DISARM = Estimator(
     ", DisARM",
     "some",
-    signal=_over_partner,
-    fewest=2,
-    multiple=2,
+    signal=lambda _, log_w, c: c * (log_w - antithetic.partner(log_w, 0)) / 2,  # (R - R'') / 2 of a mean
+    even=True,
     sampler=antithetic.Antithetic,
     score_term=antithetic.score_term,
 )

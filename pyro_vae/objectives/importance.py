@@ -272,7 +272,9 @@ class CIWAE(Objective):
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean of the log-weights and the log of the mean weight, combined."""
-        return self.beta * log_weights.mean(0) + (1 - self.beta) * log_mean_exp(log_weights)
+        whole = log_mean_exp(log_weights)
+        # At beta = 0 a weight of zero counts as in IWAE; 0 times its logarithm would be NaN.
+        return self.beta * log_weights.mean(0) + (1 - self.beta) * whole if self.beta else whole
 
     def curvature(self, log_weights: Tensor) -> Tensor:
         """The share of the importance-weighted bound; the ELBO has no curvature."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 
@@ -190,3 +191,8 @@ def test_one_thing_with_both_as_a_keyword_or_before_data_that_look_like_a_guide(
         return vae.model(read())
 
     assert pv.ELBO().bound((model, guide), lambda: x).shape == expected
+
+
+def test_the_modules_of_partial_methods_are_found(vae):
+    partial = functools.partial(vae.model), functools.partial(functools.partial(vae.guide))
+    assert dict(pv.ELBO()(partial).named_parameters()).keys() == dict(pv.ELBO()(vae).named_parameters()).keys()

@@ -216,3 +216,29 @@ def test_a_schedule_is_followed_step_by_step_and_in_both_forms():
             assert scheduled.loss_and_grads(program.model, program.guide, program.x) == pytest.approx(-bound)
     with pytest.raises(ValueError, match=r"expected beta to be .* at least 0, or a function that gives one, got -1"):
         pv.ELBO(beta=lambda step: -1).loss(program.model, program.guide, program.x)
+
+
+def test_a_subclass_of_the_elbo_is_trained_on_its_own_reduction():
+    class Best(pv.ELBO):
+        def reduce(self, log_weights):
+            return log_weights.amax(0)
+
+    class Worst(pv.ELBO):
+        def reduce_for_guide(self, log_weights):
+            return log_weights.amin(0)
+
+    program = LinearGaussian(3, 2, 4, wrong=True)
+    at = program.model, program.guide, program.x
+    for make in (Best, Worst):
+        losses = []
+        for value in (lambda o: -o.bound(*at).sum(), lambda o: o.differentiable_loss(*at)):
+            pyro.set_rng_seed(0)
+            losses.append(value(make(4, "monte_carlo")).item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    pyro.set_rng_seed(0)
+    assert losses[0] == pytest.approx(pv.ELBO(4, "monte_carlo").loss(*at), rel=1e-6)
+
+
+def test_a_share_of_zero_leaves_the_elbo_out_where_a_weight_is_zero():
+    log_weights = torch.tensor([[0.0, -math.inf], [1.0, 2.0]])
+    torch.testing.assert_close(pv.CIWAE(0.0, 2).reduce(log_weights), pv.IWAE(2).reduce(log_weights))

@@ -59,7 +59,7 @@ def test_objectives_can_be_pickled(objective):
     assert repr(pickle.loads(pickle.dumps(objective))) == repr(objective)
 
 
-@pytest.mark.parametrize("changes", [{"score": False}, {"curved": True}, {"path": "all"}])
+@pytest.mark.parametrize("changes", [{"score": False}, {"curvature": True}, {"path": "all"}])
 def test_rows_that_would_be_biased_are_refused(changes):
     with pytest.raises(pv.PyroVAEError, match="expected an estimator of reparameterised sites"):
         replace(ESTIMATORS["vimco"], **changes)
