@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from pyro_vae.compiled.function import Compiled, OnCompile
 from pyro_vae.compiled.step import CompiledStep
-from pyro_vae.compiled.supports import Supports
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
@@ -30,6 +29,7 @@ from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import Objective
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
+from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.loop import Loop
 
 
@@ -99,8 +99,8 @@ def fit(
     Raises:
         ValueError: an argument is out of range; data have unequal lengths, are empty or hold NaN; there is no parameter
             to train; `patience` or ``ReduceLROnPlateau`` has no validation data; the scheduler belongs to another
-            optimiser; the checkpoint can't be read, or belongs to another program or other settings. With `compile`:
-            data are outside their support, or the program can't be compiled.
+            optimiser; the checkpoint can't be read, or belongs to another program or other settings; data are outside
+            the support of the site that observes them. With `compile`: the program can't be compiled.
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
     Example:
@@ -134,6 +134,10 @@ def fit(
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     program = Program(model, guide, batches.example())
     parameters, model_trace = _first_run(program, objective, batches)
+    support = DataSupport(model, model_trace, program.args, batches)
+    if held_out is not None:
+        _check_columns(held_out, len(program.args))
+        DataSupport(model, model_trace, program.args, held_out)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     scheduler = None if lr_scheduler is None else learning_rates.make(lr_scheduler, optimizer, held_out is not None)
     settings = {
@@ -145,7 +149,9 @@ def fit(
         "N": batches.size,
         "compile": compile,
     }
-    loop = Loop(program, objective, batches, held_out, parameters, optimizer, scheduler, patience, checkpoint, settings)
+    loop = Loop(
+        program, objective, batches, held_out, parameters, optimizer, scheduler, patience, checkpoint, settings, support
+    )
     if isinstance(getattr(objective, "step", None), int):
         objective.step = 0
     if checkpoint and Path(checkpoint).exists():
@@ -157,7 +163,6 @@ def fit(
     bar = tqdm(total=total_steps, disable=None if progress else True, unit="step")
     bar.update(len(loop.rows) * (batches.steps or 0))
     if compile:
-        loop.supports = Supports(model, model_trace, program.args, batches)
         loop.compiled = CompiledStep(model, guide, objective, optimizer, mean=True, on_compile=_teller(bar, batches))
     try:
         with _flushing_denormals():
@@ -203,6 +208,14 @@ def _check_minibatches(model: Sites, size: int) -> None:
                 f"plate of size {size}: its term would count once for each minibatch. Move it inside; or give the "
                 "plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass batch_size=N."
             )
+
+
+def _check_columns(held_out: Minibatches, expected: int) -> None:
+    if held_out.loader is None and len(held_out.columns) != expected:
+        raise PyroVAEError(
+            f"expected validation data of the same form as the data, got {len(held_out.columns)} tensors for a program that "
+            f"was trained with {expected}. Pass a tuple of {expected}."
+        )
 
 
 def _check_patience(patience: int | None, held_out: Minibatches | None) -> None:

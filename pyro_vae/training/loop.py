@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.compiled.step import CompiledStep
-from pyro_vae.compiled.supports import Supports
 from pyro_vae.engine import rng
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
@@ -20,6 +19,7 @@ from pyro_vae.engine.program import Program
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
+from pyro_vae.training.data_support import DataSupport
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Loop:
         patience: how many epochs without a better validation bound end the training; None never does.
         checkpoint: the file of the state, if any.
         settings: what a checkpoint must agree on.
+        support: the check of training data that were not checked at once; None after the first epoch.
         compiled: the compiled step, if any.
-        supports: the checks of data that the compiled step has not seen yet.
         rows: the history, a row an epoch.
         best: epoch, bound, parameters and buffers of the best epoch, with `patience`.
         epoch: the current epoch, from 1.
@@ -55,8 +55,8 @@ class Loop:
     patience: int | None
     checkpoint: str | Path | None
     settings: dict[str, Any]
+    support: DataSupport | None
     compiled: CompiledStep | None = None
-    supports: Supports | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     epoch: int = 0
@@ -72,6 +72,8 @@ class Loop:
         for step, batch in enumerate(self.batches.shuffled(), 1):
             self.step = step
             settings.append(self._scheduled())
+            if self.support is not None:
+                self.support.check(batch)
             # The first step validates the program's distributions, before any work; its own checks stay on.
             first = not self.rows and step == 1
             with pyro.distributions.validation_enabled(first):
@@ -80,11 +82,9 @@ class Loop:
                     loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
                     (loss / len(batch[0])).backward()
                 else:
-                    if self.supports is not None:
-                        self.supports.check(batch)
                     loss = self.compiled.compute(*batch)
             total, count = self._step(loss.detach(), batch, total, count, bar)
-        self.supports = None  # every minibatch is checked by now
+        self.support = None  # every minibatch is checked by now
         self._check_finite(total)
         row = {"train_bound": -float(total) / count, "validation_bound": self._validate()}
         row["seconds"] = time.perf_counter() - started

@@ -655,19 +655,6 @@ def test_a_guide_beyond_the_models_support_is_refused_by_compiled_evaluation():
             evaluate()
 
 
-@pytest.mark.parametrize("given", ["tensor", "loader"])
-def test_compiled_fit_refuses_data_outside_their_support(given, without_inductor):
-    vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,))
-    x = (torch.rand(20, 3) > 0.5).float()
-    x[17, 1] = 0.5
-    data = x if given == "tensor" else torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=10)
-    options = {"batch_size": 10} if given == "tensor" else {}
-    with pytest.raises(
-        ValueError, match=r"data in the support of model site 'x'.*got 1 of .* row \d+ with values from"
-    ):
-        pv.fit(vae.model, vae.guide, data, pv.ELBO(), epochs=1, compile=True, **options)
-
-
 @pytest.mark.parametrize("compile", [False, True])
 def test_fit_takes_supports_that_differ_between_data_and_sites_that_do_not_look(compile, without_inductor):
     loc = pyro.param("loc", torch.tensor(0.3))

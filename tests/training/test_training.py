@@ -492,3 +492,36 @@ def test_the_model_runs_twice_up_to_the_first_step(objective):
     finally:
         hook.remove()
     assert runs == 2
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("given", ["tensor", "loader", "validation"])
+def test_data_outside_the_support_are_refused(given, compile, without_inductor, tmp_path):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = z @ pyro.param("W", torch.ones(2, 3))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ pyro.param("A", torch.zeros(3, 2)), 1.0).to_event(1))
+
+    good = (torch.rand(20, 3) > 0.5).float()
+    bad = good.clone()
+    bad[17, 1] = 0.5  # in the second minibatch: the first one is validated by Pyro
+    data = {"tensor": bad, "loader": DataLoader(TensorDataset(bad), batch_size=10), "validation": good}[given]
+    options = {"batch_size": None if given == "loader" else 10, "validation": bad if given == "validation" else None}
+    path = tmp_path / "state.pt"
+    with pytest.raises(pv.PyroVAEError, match=r"data in the support of model site 'x'.*got 1 of .* row \d+ with"):
+        pv.fit(model, guide, data, pv.ELBO(), epochs=1, compile=compile, checkpoint=path, **options)
+    assert not path.exists()
+    if given != "loader":
+        assert torch.equal(pyro.param("W"), torch.ones(2, 3))  # no step was taken
+
+
+def test_validation_data_of_another_form_are_refused():
+    vae = pv.mlp_conditional_vae((3,), label_dim=2, latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
+    x, y = torch.randn(10, 3), torch.randint(2, (10,))
+    with pytest.raises(pv.PyroVAEError, match=r"validation data of the same form.* got 1 tensors"):
+        pv.fit(vae, (x, y), pv.ELBO(), epochs=1, validation=x)

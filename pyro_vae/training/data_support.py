@@ -1,4 +1,4 @@
-"""Checks that data are in the support of the sites that observe them, since compiled code has no such check."""
+"""Checks that data are in the support of the sites that observe them: only the first training step validates."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from pyro_vae.engine.supports import interval, plain, support_of
 from pyro_vae.errors import PyroVAEError
 
 
-class Supports:
+class DataSupport:
     """Refuses data outside the support of the site that observes them.
 
     It checks supports that are the same for all data, at sites with validation and without masks. It also calls the
     `check_data` of a module that the program is a method of, as this package's model/guide pairs have. It checks tensors
-    at once, before training, and other data minibatch by minibatch.
+    at once, and minibatches of a DataLoader one by one.
     """
 
     def __init__(self, model: PyroFunction, model_trace: Trace, batch: tuple[Any, ...], batches: Minibatches) -> None:
