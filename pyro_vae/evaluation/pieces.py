@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.minibatches import Minibatches
@@ -40,6 +41,11 @@ def check_count(name: str, value: Any, at_least: int, why: str = "") -> None:
     """Raise an error unless the argument `name` is an integer of `at_least` or more."""
     if not isinstance(value, int) or value < at_least:
         raise PyroVAEError(f"expected {name} to be an integer, at least {at_least}{why}, got {value!r}.")
+
+
+def progress_bar(total: int, unit: str, what: str, progress: bool) -> Any:
+    """The bar of an evaluation, which goes at its end."""
+    return tqdm(total=total, leave=False, disable=None if progress else True, unit=unit, desc=what)
 
 
 def rows_at_once(args: Args) -> int:
