@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.batch_plate import check_rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
@@ -54,8 +55,7 @@ def to_arviz(
     :func:`pyro_vae.log_likelihood`.
 
     Arguments:
-        model: a Pyro model with a batch plate. A model/guide pair, or a tuple ``(model, guide)``, may stand in place of
-            `model` and `guide`.
+        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple ``(model, guide)``, in place of both.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_samples: draws for each datum, at least 2. All of them are in memory.
@@ -91,33 +91,26 @@ def to_arviz(
     (args,) = Minibatches(x, data.size, "x").in_order()
     program = Program(model, guide, args)
     with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
-        groups = _groups(program.with_nesting(), num_samples)
-    return _container(groups, coords or {})
+        return _container(_groups(program.with_nesting(), num_samples), coords or {})
 
 
 def _groups(program: Program, number: int) -> dict[str, dict[str, Variable]]:
     """The variables of every group, each with the names of its dimensions."""
-    groups: dict[str, dict[str, Variable]] = {}
+    runs = []
     for start in range(0, number, PARTICLES_AT_ONCE):
         run = program.run(max(2, min(PARTICLES_AT_ONCE, number - start)))
-        for group, name, (dims, array) in _variables(program, run):
-            earlier = groups.setdefault(group, {}).get(name)
-            groups[group][name] = (dims, array if earlier is None else np.concatenate([earlier[1], array], 1))
-    for variables in groups.values():
-        for name, (dims, array) in variables.items():
-            variables[name] = (dims, array[:, :number])
-    groups["observed_data"] = {n: (dims[2:], a[0, 0]) for n, (dims, a) in groups["observed_data"].items()}
+        runs.append(_variables(program, run))
+    groups: dict[str, dict[str, Variable]] = {}
+    for pieces in zip(*runs, strict=True):
+        group, name, (dims, first) = pieces[0]
+        array = np.concatenate([array for _, _, (_, array) in pieces], 1)[:, :number]
+        groups.setdefault(group, {})[name] = (dims[2:], first[0, 0]) if group == "observed_data" else (dims, array)
     return groups
 
 
 def _variables(program: Program, run: Run) -> list[tuple[str, str, Variable]]:
     """The variables of one run, each with its group and its name."""
-    size, rows = run.batch_plate.size, len(program.args[0])
-    if size != rows:
-        raise PyroVAEError(
-            f"the batch plate '{run.batch_plate.name}' has {size} rows and x has {rows}: expected a plate over all rows of "
-            "x. Pass data in the first dimension of x, and no subsample_size."
-        )
+    check_rows(run.batch_plate, len(program.args[0]))
     latents = [name for name, site in run.model.items() if not site["is_observed"]]
     event_names = LATENT if len(latents) == 1 else ()
     log_p = log_density(run, terms(run.model))
@@ -146,7 +139,7 @@ def _per_datum(value: Tensor) -> Variable:
 
 
 def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> Variable:
-    """A site's value as (chain, draw, data, ...), with a name for every dimension; `event_names` where they fit the event."""
+    """A site's value as (chain, draw, data, ...), with names of its dimensions: `event_names` where they fit the event."""
     value, event_dim, depth = site["value"], site["fn"].event_dim, -run.particle_dim
     value = value.reshape((1,) * (depth + event_dim - value.dim()) + tuple(value.shape))
     plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
@@ -162,12 +155,8 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
     shape = list(value.shape)
     shape[0], shape[batch_dim] = run.num_particles, run.batch_plate.size
     order = [0, batch_dim, *(i for i, n in enumerate(names) if n is not None and i not in (0, batch_dim))]
-    empty = [i for i, n in enumerate(names) if n is None]
-    array = (
-        value.expand(shape).permute(*order, *empty).flatten(len(order) - 1)
-        if empty
-        else value.expand(shape).permute(order)
-    )
+    without_name = [i for i, n in enumerate(names) if n is None]  # of size 1
+    array = value.expand(shape).permute(*order, *without_name).flatten(len(order) - 1)
     return ["chain", *(str(names[i]) for i in order)], array.cpu().numpy()[None]
 
 
@@ -175,12 +164,8 @@ def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -
     """The groups in the container of the installed ArviZ."""
     import xarray as xr
 
-    sizes = {
-        d: n
-        for variables in groups.values()
-        for dims, a in variables.values()
-        for d, n in zip(dims, a.shape, strict=True)
-    }
+    found = [variable for variables in groups.values() for variable in variables.values()]
+    sizes = {dim: size for dims, array in found for dim, size in zip(dims, array.shape, strict=True)}
     for dim, values in coords.items():
         if dim not in sizes or len(values) != sizes[dim]:
             raise PyroVAEError(

@@ -50,6 +50,16 @@ def find_batch_plate(sites: Sites) -> Plate:
     return batch
 
 
+def check_rows(plate: Plate, number: int) -> None:
+    """Refuse a batch plate that does not have one row for each of `number` rows of x."""
+    if plate.size != number:
+        raise PyroVAEError(
+            f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over all rows "
+            "of x. Pass data along the first dimension of x, and no subsample_size to an evaluation. Where two plates "
+            "hold every site, the data are the rows of the outer one."
+        )
+
+
 def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
     all_plates = [plate for stack in stacks.values() for plate in stack]
     if not all_plates:

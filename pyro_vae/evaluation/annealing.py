@@ -10,13 +10,12 @@ an unbiased weight for 1 / p(x).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
@@ -27,7 +26,7 @@ from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, ST
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence
 from pyro_vae.evaluation.hamiltonian import Chains, State, trial_length
-from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, progress_bar, rows_at_once
 from pyro_vae.evaluation.simulation import simulate_data
 
 Schedule = Literal["sigmoid", "linear"]
@@ -123,8 +122,8 @@ def ais(
     constraints move in the unconstrained space.
 
     Arguments:
-        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
-            `model` and `guide`. Its latent sites must be continuous.
+        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both. Its
+            latent sites must be continuous.
         guide: its guide. It is not used, and may be None, where the chains start at the prior.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_steps: T, the number of temperatures after the base, at least 2.
@@ -156,20 +155,9 @@ def ais(
         Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
         ICLR.
     """
-    args = arguments(x)
-    program = Program(model, _base(guide, start), args)
-    settings = _settings(num_steps, num_chains, schedule, num_leapfrog, step_size)
-    with checked(program) as data, rng.seeded(seed):
-        pieces = data.minibatches(rows_at_once(args) // num_chains)
-        weights, accepted = [], []
-        with _bar(settings, len(pieces), 1, progress) as bar:
-            for piece in pieces:
-                chains = Chains(program.on(piece), num_chains)
-                steps = chains.adapt(settings.temperatures, step_size, num_leapfrog, bar)
-                log_w, acceptance = _anneal(chains, chains.start(), settings, steps, bar)
-                weights.append(log_w)
-                accepted.append(acceptance)
-    return _joined(weights, accepted)
+    return _annealed(
+        model, guide, x, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress, simulate=False
+    )[0]
 
 
 @takes_program
@@ -219,53 +207,72 @@ def bdmc(
         Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
         ICLR.
     """
+    forward, backward, simulated = _annealed(
+        model, guide, x, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress, simulate=True
+    )
+    columns = tuple(torch.cat(column) for column in zip(*simulated, strict=True))
+    return Sandwich(forward, torch.cat(backward), columns[0] if len(columns) == 1 else columns)
+
+
+def _annealed(
+    model: PyroFunction,
+    guide: PyroFunction | None,
+    x: Any,
+    num_steps: int,
+    num_chains: int,
+    start: str,
+    schedule: Any,
+    num_leapfrog: int,
+    step_size: float,
+    seed: int | None,
+    progress: bool,
+    *,
+    simulate: bool,
+) -> tuple[AnnealedLikelihood, list[Tensor], list[Args]]:
+    """The forward chains' record; with `simulate`, of data like x, with these and their reverse chains' estimates."""
     args = arguments(x)
     program = Program(model, _base(guide, start), args)
-    settings = _settings(num_steps, num_chains, schedule, num_leapfrog, step_size)
+    check_count("num_steps", num_steps, 2)
+    check_count("num_chains", num_chains, 2, ", to have an error bar")
+    check_count("num_leapfrog", num_leapfrog, 1)
+    if not step_size > 0:
+        raise PyroVAEError(f"expected a positive step_size, got {step_size!r}. Try {STEP_SIZE}.")
+    temperatures = _temperatures(schedule, num_steps)
+    forward, accepted, backward, simulated = [], [], [], []
     with checked(program) as data, rng.seeded(seed):
-        forward, backward, accepted, simulated = [], [], [], []
         pieces = data.minibatches(rows_at_once(args) // num_chains)
-        with _bar(settings, len(pieces), 2, progress) as bar:
+        steps_of_piece = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
+        with progress_bar(len(pieces) * steps_of_piece, "step", "annealing", progress) as bar:
             for piece in pieces:
-                piece, latents = simulate_data(model, piece)
+                piece, latents = simulate_data(model, piece) if simulate else (piece, {})
                 chains = Chains(program.on(piece), num_chains)
-                steps = chains.adapt(settings.temperatures, step_size, num_leapfrog, bar)
-                log_w, acceptance = _anneal(chains, chains.start(), settings, steps, bar)
-                reverse, _ = _anneal(chains, chains.start_at(latents), settings.reversed(), steps.flip(0), bar)
+                steps = chains.adapt(temperatures, step_size, num_leapfrog, bar)
+                log_w, acceptance = _anneal(chains, chains.start(), temperatures, steps, num_leapfrog, bar)
                 forward.append(log_w)
-                backward.append(-Evidence.from_weights(reverse).per_datum)
                 accepted.append(acceptance)
-                simulated.append(piece)
-    columns = tuple(torch.cat(column) for column in zip(*simulated, strict=True))
-    return Sandwich(_joined(forward, accepted), torch.cat(backward), columns[0] if len(columns) == 1 else columns)
+                if simulate:
+                    state = chains.start_at(latents)
+                    reverse, _ = _anneal(chains, state, temperatures.flip(0), steps.flip(0), num_leapfrog, bar)
+                    backward.append(-Evidence.from_weights(reverse).per_datum)
+                    simulated.append(piece)
+    acceptance = torch.cat(accepted, 1).mean(1)
+    return AnnealedLikelihood.from_weights(torch.cat(forward, 1), acceptance=acceptance), backward, simulated
 
 
-@dataclass(frozen=True)
-class _Settings:
-    temperatures: Tensor  # b_0 = 0 to b_T = 1, or reversed
-    num_leapfrog: int
-
-    def reversed(self) -> Self:
-        return replace(self, temperatures=self.temperatures.flip(0))
-
-
-def _anneal(chains: Chains, state: State, settings: _Settings, step_sizes: Tensor, bar: Any) -> tuple[Tensor, Tensor]:
+def _anneal(
+    chains: Chains, state: State, temperatures: Tensor, step_sizes: Tensor, num_leapfrog: int, bar: Any
+) -> tuple[Tensor, Tensor]:
     """Move the chains along the temperatures: log-weights (C, N) and acceptance (T - 1, N)."""
     log_weights: Any = 0.0
     accepted = []
-    last = len(settings.temperatures) - 2
-    for t, (before, now) in enumerate(pairwise(settings.temperatures.tolist())):
-        log_weights = log_weights + (now - before) * (state.log_joint - state.log_base)
-        if t < last:
-            state, probability = chains.transition(state, now, step_sizes[t], settings.num_leapfrog)
+    for t, (before, now) in enumerate(pairwise(temperatures.tolist())):
+        log_base, log_joint = state.log_densities
+        log_weights = log_weights + (now - before) * (log_joint - log_base)
+        if t < len(step_sizes):
+            state, probability = chains.transition(state, now, step_sizes[t], num_leapfrog)
             accepted.append(probability.mean(0))
         bar.update()
     return log_weights, torch.stack(accepted)
-
-
-def _joined(log_weights: list[Tensor], acceptance: list[Tensor]) -> AnnealedLikelihood:
-    """The record of all data from each minibatch's log-weights (C, n) and acceptance (T - 1, n)."""
-    return AnnealedLikelihood.from_weights(torch.cat(log_weights, 1), acceptance=torch.cat(acceptance, 1).mean(1))
 
 
 def _base(guide: PyroFunction | None, start: str) -> PyroFunction | None:
@@ -276,31 +283,20 @@ def _base(guide: PyroFunction | None, start: str) -> PyroFunction | None:
     return guide if start == "guide" else None
 
 
-def _settings(num_steps: int, num_chains: int, schedule: Any, num_leapfrog: int, step_size: float) -> _Settings:
-    check_count("num_steps", num_steps, 2)
-    check_count("num_chains", num_chains, 2, ", to have an error bar")
-    check_count("num_leapfrog", num_leapfrog, 1)
-    if not step_size > 0:
-        raise PyroVAEError(f"expected a positive step_size, got {step_size!r}. Try {STEP_SIZE}.")
-    even = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+def _temperatures(schedule: Any, num_steps: int) -> Tensor:
+    """b_0 = 0 to b_T = 1."""
     if isinstance(schedule, str):
         if schedule not in ("sigmoid", "linear"):
             raise PyroVAEError(f"expected schedule to be 'sigmoid', 'linear' or temperatures, got {schedule!r}.")
+        even = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
         curve = (8 * even - 4).sigmoid()
-        temperatures = even if schedule == "linear" else (curve - curve[0]) / (curve[-1] - curve[0])
-    else:
-        temperatures = torch.as_tensor(schedule, dtype=torch.float64).cpu()
-        rising = temperatures.dim() == 1 and bool((temperatures.diff() > 0).all())
-        if not rising or len(temperatures) != num_steps + 1 or temperatures[0] != 0 or temperatures[-1] != 1:
-            raise PyroVAEError(
-                f"expected a schedule of num_steps + 1 = {num_steps + 1} increasing temperatures from 0 to 1, got "
-                f"shape {tuple(temperatures.shape)} and values {temperatures.flatten()[:3].tolist()} ... . Pass "
-                "torch.linspace(0, 1, num_steps + 1), for example."
-            )
-    return _Settings(temperatures, num_leapfrog)
-
-
-def _bar(settings: _Settings, pieces: int, directions: int, progress: bool) -> Any:
-    number = len(settings.temperatures) - 2
-    total = pieces * (directions * (number + 1) + trial_length(number))
-    return tqdm(total=total, leave=False, disable=None if progress else True, unit="step", desc="annealing")
+        return even if schedule == "linear" else (curve - curve[0]) / (curve[-1] - curve[0])
+    temperatures = torch.as_tensor(schedule, dtype=torch.float64).cpu()
+    rising = temperatures.dim() == 1 and bool((temperatures.diff() > 0).all())
+    if not rising or len(temperatures) != num_steps + 1 or temperatures[0] != 0 or temperatures[-1] != 1:
+        raise PyroVAEError(
+            f"expected a schedule of num_steps + 1 = {num_steps + 1} increasing temperatures from 0 to 1, got "
+            f"shape {tuple(temperatures.shape)} and values {temperatures.flatten()[:3].tolist()} ... . Pass "
+            "torch.linspace(0, 1, num_steps + 1), for example."
+        )
+    return temperatures

@@ -74,8 +74,7 @@ def compare(
         possible.
 
     Arguments:
-        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
-            `model` and `guide`.
+        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
             The program's modules are in evaluation mode.
@@ -117,24 +116,40 @@ def compare(
     with eval_mode(program.modules()):
         in_model, in_guide = map(sample_sites, program.trace())
         check_plate(in_model, in_guide, len(args[0]))
-        same = not compile or same_supports(in_model, in_guide)
-        data = Pieces(args, is_divisible(program), same)
-        return _compare(program, data, objectives, repeats, log_likelihood, compile, seed, progress)
+        data = Pieces(args, is_divisible(program), not compile or same_supports(in_model, in_guide))
+        named = _named(program, objectives, compile)
+        keys = [(name, objective.num_particles) for name, objective in named]
+        if len(set(keys)) < len(keys):
+            raise PyroVAEError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
+        parameters = find_parameters(program)
+        if not any(parameters):
+            raise PyroVAEError(
+                "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide "
+                "has a pyro.param or pyro.module statement. Add one."
+            )
+        with torch.no_grad(), rng.seeded(seed):
+            vectorize = all(objective.vectorize_particles for _, objective in named)
+            evidence = estimate_evidence(program, data, COMPARE_SAMPLES, vectorize, progress, compile)
+        best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
+        rows = []
+        bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
+        for name, objective in bar:
+            bar.set_description(f"{name}, K = {objective.num_particles}")
+            with rng.seeded(seed):
+                row, per_datum = _measure(program, data, objective, parameters, repeats, compile)
+            gap = Estimate.of(best.per_datum - per_datum)
+            row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": evidence.pareto_k.nanmedian().item()}
+            rows.append(row)
+    return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
 
 
-def _compare(
-    program: Program,
-    data: Pieces,
-    objectives: Objective | Sequence[Objective] | Mapping[str, Objective] | None,
-    repeats: int,
-    log_likelihood: Evidence | None,
-    compile: bool,
-    seed: int | None,
-    progress: bool,
-) -> pd.DataFrame:
-    chosen = _defaults(program) if objectives is None else objectives
-    chosen = [chosen] if isinstance(chosen, Objective) else chosen
-    for objective in chosen.values() if isinstance(chosen, Mapping) else chosen:
+def _named(program: Program, objectives: Any, compile: bool) -> list[tuple[str, Objective]]:
+    """The objectives with their names, the default ones for None; an error if one of them can't be measured."""
+    if objectives is None:
+        objectives = _defaults(program)
+    elif isinstance(objectives, Objective):
+        objectives = [objectives]
+    for objective in objectives.values() if isinstance(objectives, Mapping) else objectives:
         if not isinstance(objective, Objective):
             raise PyroVAEError(
                 f"expected objectives of pyro_vae, which have a bound per datum, got {objective!r}. Pass pv.ELBO(), "
@@ -142,45 +157,18 @@ def _compare(
             )
         if compile:
             check_compiled(objective)
-    named = list(chosen.items()) if isinstance(chosen, Mapping) else [(o.name, o) for o in chosen]
-    keys = [(name, objective.num_particles) for name, objective in named]
-    if len(set(keys)) < len(keys):
-        raise PyroVAEError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
-    parameters = find_parameters(program)
-    if not parameters[0] and not parameters[1]:
-        raise PyroVAEError(
-            "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide "
-            "has a pyro.param or pyro.module statement. Add one."
-        )
-    with torch.no_grad(), rng.seeded(seed):
-        vectorize = all(objective.vectorize_particles for _, objective in named)
-        evidence = estimate_evidence(program, data, COMPARE_SAMPLES, vectorize, progress, compile)
-    best = evidence.per_datum
-    if log_likelihood is not None and log_likelihood.mean > evidence.mean:
-        best = log_likelihood.per_datum
-    rows = []
-    bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
-    for name, objective in bar:
-        bar.set_description(f"{name}, K = {objective.num_particles}")
-        with rng.seeded(seed):
-            row, per_datum = _measure(program, data, objective, parameters, repeats, compile)
-        gap = Estimate.of(best - per_datum)
-        row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": evidence.pareto_k.nanmedian().item()}
-        rows.append(row)
-    return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
+    return list(objectives.items()) if isinstance(objectives, Mapping) else [(o.name, o) for o in objectives]
 
 
 def _defaults(program: Program) -> list[Objective]:
-    objectives: list[Objective] = [ELBO(1, "monte_carlo"), ELBO(16, "monte_carlo")]
-    objectives += [IWAE(num_particles) for num_particles in (1, 4, 16, 64, 256)]
-    closed_form = ELBO()
+    closed_form, others = ELBO(), [ELBO(1, "monte_carlo"), ELBO(16, "monte_carlo"), *map(IWAE, (1, 4, 16, 64, 256))]
     try:
         with torch.no_grad(), rng.preserved():
             closed_form.bound(program.model, program.guide, *program.args)
     except NoClosedFormError as error:
         warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=5)
-        return objectives
-    return [closed_form, *objectives]
+        return others
+    return [closed_form, *others]
 
 
 def _measure(
@@ -213,19 +201,17 @@ def _measure(
     bounds, seconds, gradients = [], [], []
     for _ in range(repeats):
         with torch.no_grad():
-            bounds.append(
-                torch.cat([objective.bound(program.model, program.guide, *chunk) for chunk in chunks]).double()
-            )
+            bounds.append(torch.cat([objective.bound(program.model, program.guide, *c) for c in chunks]).double())
         started = _now(args[0])
         gradients.append(sum(map(gradient, *zip(*chunks, strict=True)), torch.zeros(())))
         seconds.append(_now(args[0]) - started)
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
     stacked = torch.stack(gradients)
-    value = Estimate.of(per_datum)
+    bound = Estimate.of(per_datum)
     row = {
-        "bound": value.value,
-        "bound_se": value.standard_error,
+        "bound": bound.value,
+        "bound_se": bound.standard_error,
         "estimator_std": per_repeat.var(0).mean().sqrt().item(),
         "grad_snr_model": _signal_to_noise(stacked[:, :in_model]),
         "grad_snr_guide": _signal_to_noise(stacked[:, in_model:]),

@@ -6,18 +6,18 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.program import Program
+from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.sites import Sites
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
-from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, progress_bar, rows_at_once
 
 DENSITIES_AT_ONCE = 2**21  # log-densities in memory: samples times data times dimensions
 DATA_AT_ONCE = 512  # data in one run of the guide on a block of samples
@@ -78,8 +78,7 @@ def decompose_elbo(
     number of data, not the distance of q(z) from p(z).
 
     Arguments:
-        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
-            `model` and `guide`.
+        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
         guide: its guide. It must be a density of the model's latents alone.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
@@ -110,94 +109,68 @@ def decompose_elbo(
         program = program.on(batches[0]).with_nesting()
         samples = [_Samples.draw(program.on(batch), num_samples) for batch in batches]
         only_guide = replace(program, model=guide, guide=None)
-        dimensions = samples[0].dimensions
-        number, size = len(args[0]), max(1, dimensions)
+        size = max(1, samples[0].prior_by_dimension.shape[-1])
         columns = data.minibatches(min(DATA_AT_ONCE, DENSITIES_AT_ONCE // size))
         step = max(1, DENSITIES_AT_ONCE // (size * len(columns[0][0])))
-        total = sum(-(-s.number // step) for s in samples) * len(columns)
-        mixed = []
-        with tqdm(total=total, leave=False, disable=None if progress else True, unit="block", desc="q(z)") as bar:
-            for drawn in samples:
-                mixed += [_mixture(only_guide, columns, drawn, rows, number, bar) for rows in drawn.blocks(step)]
-    log_mixture = torch.cat([joint for joint, _ in mixed])
-    marginals = torch.cat([each for _, each in mixed]) if dimensions else None
-    # The samples of a minibatch are ordered by particle first.
-    shaped = [part.reshape(num_samples, -1, *part.shape[1:]) for part in log_mixture.split([s.number for s in samples])]
-    log_q = torch.cat(shaped, 1)
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(s, name) for s in samples], 1)
-
-    likelihood, own, prior = joined("log_likelihood"), joined("log_guide"), joined("log_prior")
-    dimension_wise = None
-    if marginals is not None:
-        split_marginals = marginals.split([s.number for s in samples])
-        each = torch.cat([part.reshape(num_samples, -1, dimensions) for part in split_marginals], 1)
-        dimension_wise = _stratified((each - joined("prior_by_dimension")).sum(-1))
+        blocks = [torch.arange(drawn.log_guide.numel()).split(step) for drawn in samples]
+        parts = []
+        with progress_bar(sum(map(len, blocks)) * len(columns), "block", "q(z)", progress) as bar:
+            for drawn, block in zip(samples, blocks, strict=True):
+                mixed = [_mixture(only_guide, columns, drawn, rows, bar) for rows in block]
+                log_q, marginals = (torch.cat(part) for part in zip(*mixed, strict=True))
+                marginals = marginals.reshape(drawn.prior_by_dimension.shape)
+                dimension_wise = (marginals - drawn.prior_by_dimension).sum(-1)
+                log_q = log_q.reshape(drawn.log_guide.shape)
+                parts.append((drawn.log_likelihood, drawn.log_prior, drawn.log_guide, log_q, dimension_wise))
+    likelihood, prior, own, log_q, dimension_wise = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return Decomposition(
         _stratified(likelihood + prior - own),
         _stratified(likelihood),
         _stratified(own - log_q),
         _stratified(log_q - prior),
-        dimension_wise,
-        number,
+        _stratified(dimension_wise) if samples[0].prior_by_dimension.numel() else None,
+        len(args[0]),
     )
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """S samples for each datum of a minibatch, with their log-densities (S, n)."""
+    """S samples for each datum of a minibatch, particle first, with their log-densities (S, n)."""
 
-    values: dict[str, Tensor]  # by site, (S, ..., n, ...)
-    plate_dims: dict[str, int]  # the dimension of n, counted from the left
+    values: dict[str, tuple[int, Tensor]]  # by site, the dimension of n from the left, and samples (S n, ...)
     log_likelihood: Tensor
     log_prior: Tensor
     log_guide: Tensor
     prior_by_dimension: Tensor  # (S, n, D), with D = 0 where the marginals are not known
-    number: int
-
-    @property
-    def dimensions(self) -> int:
-        return self.prior_by_dimension.shape[-1]
 
     @classmethod
     def draw(cls, program: Program, num_samples: int) -> Self:
         run = program.run(num_samples)
         refuse_masks(run)
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}
-        for name in run.guide:
+        observed = {name: site for name, site in run.model.items() if site["is_observed"]}
+        values = {}
+        for name, site in run.guide.items():
             if name not in latent:
                 raise PyroVAEError(
                     f"guide site '{name}' is auxiliary: expected a guide with a density at the model's latents alone, "
                     "since the aggregate posterior of an auxiliary variable is not known. Drop the site."
                 )
-        observed = {name: site for name, site in run.model.items() if site["is_observed"]}
+            dim = site["value"].dim() - site["fn"].event_dim + run.batch_plate.dim
+            values[name] = dim, site["value"].movedim(dim, 1).flatten(0, 1)
+        log_likelihood, log_prior, log_guide = (
+            log_density(run, terms(sites)).double() for sites in (observed, latent, run.guide)
+        )
         known = all(_known(run.guide[name]) and _known(site) for name, site in latent.items())
-        each = (
-            [by_dimension(run, s, univariate(s["fn"]).log_prob(s["value"])) for s in latent.values()] if known else []
-        )
-        shape = (num_samples, len(program.args[0]))
-        return cls(
-            {name: site["value"] for name, site in run.guide.items()},
-            {n: s["value"].dim() - s["fn"].event_dim + run.batch_plate.dim for n, s in run.guide.items()},
-            log_density(run, terms(observed)).double(),
-            log_density(run, terms(latent)).double(),
-            log_density(run, terms(run.guide)).double(),
-            torch.cat(each, -1).double() if each else torch.zeros(*shape, 0, dtype=torch.float64),
-            num_samples * len(program.args[0]),
-        )
+        marginals = _marginals(run, latent) if known else log_prior.new_zeros(*log_prior.shape, 0)
+        return cls(values, log_likelihood, log_prior, log_guide, marginals)
 
-    def blocks(self, step: int) -> list[Tensor]:
-        """The indices of this minibatch's S n samples, in blocks of `step`."""
-        return list(torch.arange(self.number).split(step))
-
-    def at(self, rows: Tensor) -> dict[str, Tensor]:
-        """The samples at these indices as particles (rows, ..., 1, ...), which broadcast over other data."""
+    def at(self, rows: Tensor, number: int) -> dict[str, Tensor]:
+        """The samples at these indices as particles (rows, ..., number, ...), the same for each of `number` data."""
         taken = {}
-        for name, value in self.values.items():
-            dim = self.plate_dims[name]
-            flat = value.movedim(dim, 1).flatten(0, 1)[rows.to(value.device)]
-            taken[name] = flat.unsqueeze(dim)
+        for name, (dim, value) in self.values.items():
+            some = value[rows.to(value.device)]
+            taken[name] = some.unsqueeze(dim).expand(*some.shape[:dim], number, *some.shape[dim:])
         return taken
 
 
@@ -205,29 +178,24 @@ def _known(site: Any) -> bool:
     return univariate(site["fn"]) is not None and same_for_all_particles(site)
 
 
-def _mixture(
-    guide: Program, columns: list[Args], drawn: _Samples, rows: Tensor, number: int, bar: Any
-) -> tuple[Tensor, Tensor]:
+def _marginals(run: Run, sites: Sites) -> Tensor:
+    """The log-density of each dimension, (K, N, D)."""
+    densities = ((site, univariate(site["fn"]).log_prob(site["value"])) for site in sites.values())
+    return torch.cat([by_dimension(run, site, density) for site, density in densities], -1).double()
+
+
+def _mixture(guide: Program, columns: list[Args], drawn: _Samples, rows: Tensor, bar: Any) -> tuple[Tensor, Tensor]:
     """The log-densities of samples under q(z), (rows,), and under each marginal q(z_j), (rows, D)."""
-    values = drawn.at(rows)
     joint, each = [], []
     for column in columns:
-        wide = {
-            name: value.expand(
-                *value.shape[: drawn.plate_dims[name]], len(column[0]), *value.shape[drawn.plate_dims[name] + 1 :]
-            )
-            for name, value in values.items()
-        }
-        run = guide.on(column).run_at(wide, len(rows))
+        run = guide.on(column).run_at(drawn.at(rows, len(column[0])), len(rows))
         joint.append(log_density(run, terms(run.guide)).double().logsumexp(1))
-        if drawn.dimensions:
-            marginals = [(site, univariate(site["fn"]).log_prob(site["value"])) for site in run.guide.values()]
-            by_site = torch.cat([by_dimension(run, site, log_prob) for site, log_prob in marginals], -1)
-            each.append(by_site.double().logsumexp(1))
+        if drawn.prior_by_dimension.numel():
+            each.append(_marginals(run, run.guide).logsumexp(1))
         bar.update()
-    log_joint = torch.stack(joint).logsumexp(0) - math.log(number)
-    log_each = torch.stack(each).logsumexp(0) - math.log(number) if each else log_joint.new_zeros(len(rows), 0)
-    return log_joint, log_each
+    log_number = math.log(sum(len(column[0]) for column in columns))
+    log_joint = torch.stack(joint).logsumexp(0) - log_number
+    return log_joint, torch.stack(each).logsumexp(0) - log_number if each else log_joint.new_zeros(len(rows), 0)
 
 
 def _stratified(values: Tensor) -> Estimate:

@@ -86,21 +86,18 @@ def _arviz_shapes(rows: np.ndarray, efficiency: float) -> np.ndarray:
 
 def warn_of_high_k(shapes: Tensor, advice: str, *, stacklevel: int) -> None:
     """Warn if some data have a k-hat above 0.7."""
-    share = (shapes > HIGH_K).double().mean().item()
-    if share:
-        warnings.warn(
-            f"{share:.1%} of the data have a Pareto k-hat above {HIGH_K}: a few weights dominate their estimate of "
-            f"log p(x), so that it is probably too low and its error bar too small. {advice}",
-            stacklevel=stacklevel + 1,
-        )
+    text = (
+        f"have a Pareto k-hat above {HIGH_K}: a few weights dominate their estimate of log p(x), so that it is probably"
+    )
+    _warn(shapes > HIGH_K, f"{text} too low and its error bar too small. {advice}", stacklevel)
 
 
 def warn_of_zero_weights(zero_weights: Tensor, num_samples: int, advice: str, *, stacklevel: int) -> None:
     """Warn if some data have no weight above zero."""
-    share = (zero_weights == num_samples).double().mean().item()
-    if share:
-        warnings.warn(
-            f"{share:.1%} of the data have only weights of zero, so that their estimate of log p(x) is minus infinity: "
-            f"p(x, z) is zero at all samples of the guide. {advice}",
-            stacklevel=stacklevel + 1,
-        )
+    text = "have only weights of zero, so that their estimate of log p(x) is minus infinity: p(x, z) is zero at all"
+    _warn(zero_weights == num_samples, f"{text} samples of the guide. {advice}", stacklevel)
+
+
+def _warn(affected: Tensor, what: str, stacklevel: int) -> None:
+    if affected.any():
+        warnings.warn(f"{affected.double().mean():.1%} of the data {what}", stacklevel=stacklevel + 2)

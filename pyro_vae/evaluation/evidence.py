@@ -97,13 +97,10 @@ class Evidence:
         return [f.name for f in fields(cls) if f.name not in cls._not_per_datum]
 
     def _zeros(self) -> str:
-        lost = int((self.zero_weights == self.num_samples).sum())
         some = int((self.zero_weights > 0).sum())
-        if not some:
-            return ""
-        return (
-            f"; weights of zero at {some} data, all of them at {lost}" if lost else f"; weights of zero at {some} data"
-        )
+        lost = int((self.zero_weights == self.num_samples).sum())
+        all_lost = f", all of them at {lost}" if lost else ""
+        return f"; weights of zero at {some} data{all_lost}" if some else ""
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,8 @@ class LogLikelihood(Evidence):
 
     def where(self, condition: Tensor, other: Self) -> Self:
         """The record with these values for data where `condition` (N,) holds, and those of `other` elsewhere."""
-        chosen: dict[str, Any] = {
-            name: torch.where(condition, getattr(self, name), getattr(other, name)) for name in self._per_datum_fields()
-        }
+        names = self._per_datum_fields()
+        chosen: dict[str, Any] = {n: torch.where(condition, getattr(self, n), getattr(other, n)) for n in names}
         return replace(self, **chosen)
 
     @property

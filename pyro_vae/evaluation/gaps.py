@@ -10,13 +10,12 @@ from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import transform_to
-from tqdm.auto import tqdm
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
-from pyro_vae.engine.sites import family, not_reparameterised, unwrapped
+from pyro_vae.engine.sites import family, layers, not_reparameterised, unwrapped
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k
@@ -24,7 +23,7 @@ from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
 from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
 from pyro_vae.evaluation.likelihood import draw_weights
-from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.pieces import arguments, check_count, checked, progress_bar, rows_at_once
 from pyro_vae.objectives import ELBO
 
 PARTICLES = 8  # particles of the ELBO that is maximised for each datum
@@ -56,10 +55,7 @@ class Gaps:
 
     @property
     def amortisation(self) -> Estimate:
-        """The best member's ELBO minus the guide's own, which is the cost of the encoder.
-
-        A larger encoder, or longer training, reduces it.
-        """
+        """The best member's ELBO minus the guide's, the cost of the encoder. A larger one, or training, reduces it."""
         return Estimate.of(self.best_elbo - self.elbo)
 
     @property
@@ -98,8 +94,7 @@ def inference_gaps(
     size falls to zero, and the last half of the iterates is averaged.
 
     Arguments:
-        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
-            `model` and `guide`.
+        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
         guide: its guide. The distributions at its sites must depend on the data alone, not on one another's samples.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_samples: the number of samples for each ELBO and for log p(x), at least 2. The proposals for log p(x) are
@@ -150,9 +145,7 @@ def inference_gaps(
     with checked(program) as data, rng.seeded(seed):
         pieces = data.minibatches(rows_at_once(args) // PARTICLES)
         program = program.on(pieces[0]).with_nesting()
-        with tqdm(
-            total=len(pieces) * num_steps, leave=False, disable=None if progress else True, unit="step", desc="gaps"
-        ) as bar:
+        with progress_bar(len(pieces) * num_steps, "step", "gaps", progress) as bar:
             for piece in pieces:
                 local = _LocalGuide(program.on(piece))
                 local.fit(num_steps, lr, bar)
@@ -160,10 +153,7 @@ def inference_gaps(
     best, own = (LogLikelihood.joined(each, len(args[0]), args[0].device) for each in zip(*parts, strict=True))
     if log_likelihood is None:
         warn_of_high_k(best.pareto_k, ADVICE, stacklevel=3)
-        log_p = best.per_datum
-    else:
-        log_p = log_likelihood.per_datum
-    return Gaps(log_p, best.elbo, own.elbo)
+    return Gaps((log_likelihood or best).per_datum, best.elbo, own.elbo)
 
 
 def _best_and_own(program: Program, local: PyroFunction, num_samples: int) -> tuple[LogLikelihood, LogLikelihood]:
@@ -206,11 +196,11 @@ class _LocalGuide:
 
     def _distribution(self, name: str) -> Any:
         fn, base = self.fns[name], unwrapped(self.fns[name])
-        constraints = base.arg_constraints
-        values = {key: transform_to(constraints[key])(value) for key, value in self.free[name].items()}
-        local = type(base)(**values)
-        local = local.to_event(fn.event_dim - base.event_dim)
-        return local.mask(fn._mask[0] if isinstance(fn._mask, Tensor) else fn._mask) if _masked(fn) else local
+        values = {key: transform_to(base.arg_constraints[key])(value) for key, value in self.free[name].items()}
+        local = type(base)(**values).to_event(fn.event_dim - base.event_dim)
+        if not isinstance(fn, MaskedDistribution):
+            return local
+        return local.mask(fn._mask[0] if isinstance(fn._mask, Tensor) else fn._mask)
 
     @torch.enable_grad()
     def fit(self, num_steps: int, lr: float, bar: Any) -> None:
@@ -231,11 +221,8 @@ class _LocalGuide:
                 for mean, leaf in zip(total, leaves, strict=True):
                     mean += leaf.detach() / (num_steps - first)
             bar.update()
-        with torch.no_grad():
-            for leaf, mean in zip(leaves, total, strict=True):
-                leaf.copy_(mean)
-        for leaf in leaves:
-            leaf.requires_grad_(False)
+        for leaf, mean in zip(leaves, total, strict=True):
+            leaf.requires_grad_(False).copy_(mean)
 
 
 class _Replaced(Messenger):
@@ -250,21 +237,11 @@ class _Replaced(Messenger):
             msg["fn"] = self.fns[msg["name"]]
 
 
-def _masked(fn: Any) -> bool:
-    return isinstance(fn, MaskedDistribution)
-
-
 def _has_family(fn: Any) -> bool:
     """Whether a distribution can be rebuilt from independent parameters and, outermost, its mask."""
     base, values = unwrapped(fn), constructor_arguments(fn)
     bounded = any(isinstance(bound, Tensor) for name in values for bound in vars(base.arg_constraints[name]).values())
-    inner = fn.base_dist if _masked(fn) else fn
-    if not values or bounded or getattr(inner, "_mask", None) is not None:
-        return False
-    layers = [fn]
-    while hasattr(layers[-1], "base_dist") and layers[-1] is not base:
-        layers.append(layers[-1].base_dist)
-    if any(_masked(layer) for layer in layers[1:]):
+    if not values or bounded or any(isinstance(layer, MaskedDistribution) for layer in [*layers(fn)][1:]):
         return False
     taken = inspect.signature(type(base)).parameters.values()
     needed = {a.name for a in taken if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD}

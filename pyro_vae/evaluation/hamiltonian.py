@@ -23,27 +23,23 @@ JITTER = 0.2  # relative jitter of the step size, so that no trajectory is exact
 
 @dataclass(frozen=True)
 class State:
-    """The chains' unconstrained positions, with both log-densities (C, N) and their derivatives there."""
+    """The chains' unconstrained positions, with the log-densities of base and p(x, z) and their derivatives there."""
 
     position: dict[str, Tensor]
-    log_base: Tensor
-    log_joint: Tensor
-    base_slope: dict[str, Tensor]
-    joint_slope: dict[str, Tensor]
+    log_densities: Tensor  # (2, C, N)
+    slopes: dict[str, Tensor]  # by site, (2, ...)
 
     def log_density(self, temperature: float) -> Tensor:
         """The annealed log-density, (C, N)."""
-        return (1 - temperature) * self.log_base + temperature * self.log_joint
+        return (1 - temperature) * self.log_densities[0] + temperature * self.log_densities[1]
 
     def slope(self, name: str, temperature: float) -> Tensor:
         """The derivative of the annealed log-density in a site's position."""
-        return (1 - temperature) * self.base_slope[name] + temperature * self.joint_slope[name]
+        return (1 - temperature) * self.slopes[name][0] + temperature * self.slopes[name][1]
 
 
 class Chains:
-    """`num_chains` chains for each datum, between the density of a base and p(x, z).
-
-    The base is the program's guide; without one, it is the prior.
+    """`num_chains` chains for each datum, between p(x, z) and the density of a base: the program's guide, or the prior.
 
     A datum's density depends on its own latents alone, so every chain of every datum is a system of its own. One
     backward pass through the sum of their densities differentiates all of them.
@@ -64,12 +60,8 @@ class Chains:
 
     def start_at(self, latents: dict[str, Tensor]) -> State:
         """The state with all chains at the same latents."""
-        values = {}
-        for name in self.names:
-            shape = self.example.guide[name]["value"].shape
-            value = latents[name]
-            values[name] = value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape)).expand(shape)
-        return self._state_at(values)
+        shapes = {name: self.example.guide[name]["value"].shape for name in self.names}
+        return self._state_at({name: latents[name].expand(shape) for name, shape in shapes.items()})
 
     def _state_at(self, values: dict[str, Tensor]) -> State:
         return self.densities_at({name: self.transforms[name].inv(value) for name, value in values.items()})
@@ -83,8 +75,8 @@ class Chains:
         volume: Any = 0.0
         for name in self.names:
             log_volume = self.transforms[name].log_abs_det_jacobian(leaves[name], values[name])
-            log_volume = _sum_from(log_volume, run.guide[name]["unscaled_log_prob"].dim())
-            volume = volume + per_datum(run, run.guide[name], log_volume)
+            site = run.guide[name]
+            volume = volume + per_datum(run, site, _sum_from(log_volume, site["unscaled_log_prob"].dim()))
         densities = [log_density(run, terms(sites)) + volume for sites in (run.guide, run.model)]
         slopes = [
             torch.autograd.grad(
@@ -92,20 +84,19 @@ class Chains:
             )
             for density in densities
         ]
-        log_base, log_joint = (density.detach().double() for density in densities)
-        base_slope, joint_slope = (dict(zip(leaves, slope, strict=True)) for slope in slopes)
-        detached = {name: leaf.detach() for name, leaf in leaves.items()}
-        return State(detached, log_base, log_joint, base_slope, joint_slope)
+        return State(
+            {name: leaf.detach() for name, leaf in leaves.items()},
+            torch.stack([density.detach().double() for density in densities]),
+            {name: torch.stack(pair) for name, *pair in zip(leaves, *slopes, strict=True)},
+        )
 
     def adapt(self, temperatures: Tensor, step_size: float, num_leapfrog: int, bar: Any) -> Tensor:
         """A step size for each transition and datum, (T - 1, N), from a trial with fewer transitions."""
         number = len(temperatures) - 2
         trial = torch.linspace(0, number - 1, trial_length(number)).round().long().unique()
-        state, log_step = self.start(), None
-        found = []
+        state, found = self.start(), []
+        log_step = torch.full_like(state.log_densities[0, 0], step_size).log()
         for t in trial.tolist():
-            if log_step is None:
-                log_step = torch.full_like(state.log_base[0], step_size).log()
             state, probability = self.transition(state, temperatures[t + 1].item(), log_step.exp(), num_leapfrog)
             log_step = log_step + GAIN * (probability.mean(0) - ACCEPTANCE)
             found.append(log_step)
@@ -117,34 +108,27 @@ class Chains:
         self, state: State, temperature: float, step_size: Tensor, num_leapfrog: int
     ) -> tuple[State, Tensor]:
         """One transition at one temperature: the new state and the acceptance probabilities (C, N)."""
-        jitter = 1 + JITTER * (2 * torch.rand_like(state.log_base) - 1)
+        jitter = 1 + JITTER * (2 * torch.rand_like(state.log_densities[0]) - 1)
         steps = self._by_site(jitter * step_size)
         momentum = {name: torch.randn_like(value) for name, value in state.position.items()}
         energy = self._kinetic(momentum) - state.log_density(temperature)
         proposal = state
         for _ in range(num_leapfrog):
             half = {n: p + 0.5 * steps[n] * proposal.slope(n, temperature) for n, p in momentum.items()}
-            position = {n: proposal.position[n] + steps[n] * p for n, p in half.items()}
-            proposal = self.densities_at(position)
+            proposal = self.densities_at({n: proposal.position[n] + steps[n] * p for n, p in half.items()})
             momentum = {n: p + 0.5 * steps[n] * proposal.slope(n, temperature) for n, p in half.items()}
         change = energy - (self._kinetic(momentum) - proposal.log_density(temperature))
         # A diverging trajectory ends in NaN. It is rejected, like one of infinite energy.
         probability = torch.where(change.isnan(), 0.0, change.clamp(max=0).exp())
-        return self._choose(torch.rand_like(probability) < probability, proposal, state), probability
-
-    def _choose(self, accept: Tensor, proposal: State, state: State) -> State:
-        accept_by_site = self._by_site(accept)
+        accept = torch.rand_like(probability) < probability
+        at_site = self._by_site(accept)
 
         def pick(new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: torch.where(accept_by_site[name], new[name], old[name]) for name in new}
+            return {name: torch.where(at_site[name], new[name], old[name]) for name in new}
 
-        return State(
-            pick(proposal.position, state.position),
-            torch.where(accept, proposal.log_base, state.log_base),
-            torch.where(accept, proposal.log_joint, state.log_joint),
-            pick(proposal.base_slope, state.base_slope),
-            pick(proposal.joint_slope, state.joint_slope),
-        )
+        log_densities = torch.where(accept, proposal.log_densities, state.log_densities)
+        position, slopes = pick(proposal.position, state.position), pick(proposal.slopes, state.slopes)
+        return State(position, log_densities, slopes), probability
 
     def _by_site(self, matrix: Tensor) -> dict[str, Tensor]:
         """A matrix (C, N) in each site's dtype, in a shape that broadcasts to the site's value."""

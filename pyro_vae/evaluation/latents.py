@@ -14,6 +14,7 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
+from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
 from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
 
@@ -44,8 +45,7 @@ def active_units(
         whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
 
     Arguments:
-        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
-            `model` and `guide`.
+        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_samples: the number of samples to average over, at least 2. It matters only where means or KL depend on
@@ -88,17 +88,12 @@ def active_units(
             square = (means[:, j] - means[:, j].mean()).square()
             # The Monte Carlo variance of a mean is not variance over data.
             variance = square.sum().item() / (len(square) - 1) - noise[:, j].mean().item()
-            rows.append(
-                {
-                    "variance": variance,
-                    "variance_se": square.std().item() / math.sqrt(len(square)),
-                    "kl": kl[:, j].mean().item(),
-                    "kl_se": kl[:, j].std().item() / math.sqrt(len(square)),
-                    "active": variance > threshold,
-                }
-            )
+            mean_kl = Estimate.of(kl[:, j])
+            error = Estimate.of(square).standard_error
+            rows.append((variance, error, mean_kl.value, mean_kl.standard_error, variance > threshold))
             keys.append((name, j))
-    return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["site", "dimension"]))
+    index = pd.MultiIndex.from_tuples(keys, names=["site", "dimension"])
+    return pd.DataFrame(rows, index, ["variance", "variance_se", "kl", "kl_se", "active"])
 
 
 def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -127,9 +122,8 @@ def _means(guide: Any, q: Any) -> Tensor:
 
 def _kl(run: Run, guide: Any, q: Any, p: Any) -> Tensor:
     shape = guide["value"].shape
-    missing = by_dimension(run, guide, torch.full(shape, math.nan))
     if q is None or p is None:
-        return missing
+        return by_dimension(run, guide, torch.full(shape, math.nan))
     try:
         value = kl_divergence(q, p)
     except NotImplementedError:  # PyTorch has no closed form, so samples estimate it

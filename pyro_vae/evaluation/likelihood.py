@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.engine import rng
@@ -18,7 +17,7 @@ from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.evidence import LogLikelihood
-from pyro_vae.evaluation.pieces import Args, Pieces, arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.pieces import Args, Pieces, arguments, check_count, checked, progress_bar, rows_at_once
 
 ADVICE = "Train a more flexible guide, take more samples, or check the number with pv.ais, which needs no guide."
 Draw = Callable[[Args], Tensor]  # from a minibatch to its log-weights (K, N)
@@ -48,8 +47,7 @@ def log_likelihood(
     Minibatches and particles are run in pieces of one size, so memory use depends on neither N nor K.
 
     Arguments:
-        model: a Pyro model with a batch plate. A model/guide pair, or a tuple `(model, guide)`, may stand in place of
-            `model` and `guide`.
+        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
             The program's modules are in evaluation mode.
@@ -108,12 +106,7 @@ def log_likelihood(
 
 
 def estimate_evidence(
-    program: Program,
-    data: Pieces,
-    num_samples: int,
-    vectorize: bool,
-    progress: bool,
-    compile: bool = False,
+    program: Program, data: Pieces, num_samples: int, vectorize: bool, progress: bool, compile: bool
 ) -> LogLikelihood:
     """Estimate log p(x) of all data, one minibatch after another; see :func:`pyro_vae.log_likelihood`."""
     rows = rows_at_once(data.args)
@@ -126,16 +119,15 @@ def estimate_evidence(
         return draw_weights(program.on(batch), num_samples, vectorize)
 
     draw: Draw = _compiled_draw(program, data, num_samples) if compile else uncompiled
-    num_data, device = len(data.args[0]), data.args[0].device
-    bar = tqdm(total=num_data, leave=False, disable=None if progress else True, unit="datum", desc="log p(x)")
+    number = len(data.args[0])
+    with progress_bar(number, "datum", "log p(x)", progress) as bar:
 
-    def estimates() -> Iterator[LogLikelihood]:
-        for batch in batches:
-            yield LogLikelihood.from_weights(draw(batch))
-            bar.update(len(batch[0]))
+        def estimates() -> Iterator[LogLikelihood]:
+            for batch in batches:
+                yield LogLikelihood.from_weights(draw(batch))
+                bar.update(len(batch[0]))
 
-    with bar:
-        return LogLikelihood.joined(estimates(), num_data, device)
+        return LogLikelihood.joined(estimates(), number, data.args[0].device)
 
 
 def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> Tensor:
@@ -146,9 +138,8 @@ def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> 
     pieces, left = [], num_samples
     while left:
         particles = Particles(min(at_once, left), vectorize, chunk_size)
-        piece = torch.cat(particles.read(program, log_weights_of))
-        pieces.append(piece.double())
-        left -= len(piece)
+        pieces.append(torch.cat(particles.read(program, log_weights_of)).double())
+        left -= len(pieces[-1])
     return torch.cat(pieces)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from pyro_vae.engine.batch_plate import find_batch_plate
+from pyro_vae.engine.batch_plate import check_rows, find_batch_plate
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import eval_mode
 from pyro_vae.engine.program import Program, sample_sites
@@ -42,6 +43,11 @@ def check_count(name: str, value: Any, at_least: int, why: str = "") -> None:
         raise PyroVAEError(f"expected {name} to be an integer, at least {at_least}{why}, got {value!r}.")
 
 
+def progress_bar(total: int, unit: str, what: str, progress: bool) -> Any:
+    """The bar of an evaluation, which goes at its end."""
+    return tqdm(total=total, leave=False, disable=None if progress else True, unit=unit, desc=what)
+
+
 def rows_at_once(args: Args) -> int:
     """How many rows, which are data times particles, one run of the program should have."""
     return max(1, ELEMENTS_AT_ONCE // max(1, args[0][0].numel()))
@@ -49,17 +55,11 @@ def rows_at_once(args: Args) -> int:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Checked data that may be split into minibatches.
-
-    Attributes:
-        args: the program's arguments.
-        divisible: whether the program gives a datum the same densities in every minibatch.
-        same_supports: whether model and guide have the same support at every latent site.
-    """
+    """Checked data, a program's arguments, that may be split into minibatches."""
 
     args: Args
-    divisible: bool
-    same_supports: bool = True
+    divisible: bool  # whether the program gives a datum the same densities in every minibatch
+    same_supports: bool = True  # whether model and guide have the same support at every latent site
 
     def minibatches(self, size: int) -> list[Args]:
         """Minibatches of `size` data; one with all data where the program is not divisible."""
@@ -91,19 +91,14 @@ def checked(program: Program) -> Iterator[Pieces]:
 
 
 def is_divisible(program: Program) -> bool:
-    """Whether a datum has the same densities in every minibatch, so that the data may be split.
-
-    It is false for a guide with parameters for each datum: on other rows that guide fails, or uses another datum's
-    parameters.
-    """
+    """Whether a datum has the same densities in every minibatch, unlike with a guide with parameters for each datum."""
     half = min(len(program.args[0]) // 2, 4)
     first, second = (tuple(column[start : 2 * half] for column in program.args) for start in (0, half))
     try:
         whole = [sample_sites(trace) for trace in program.on(first).trace()]
         plate = find_batch_plate(labelled(*whole))
-        values = {}
-        for name, site in whole[1].items():
-            values[name] = site["value"].narrow(plate.dim - site["fn"].event_dim, half, half)
+        guide = whole[1].items()
+        values = {n: s["value"].narrow(plate.dim - s["fn"].event_dim, half, half) for n, s in guide}
         part = [sample_sites(trace) for trace in program.on(second).trace(values)]
         return all(
             torch.allclose(
@@ -130,10 +125,4 @@ def same_supports(model: Sites, guide: Sites) -> bool:
 
 def check_plate(model: Sites, guide: Sites, number: int) -> None:
     """Raise an error unless the batch plate has one row for each of `number` rows of x."""
-    plate = find_batch_plate(labelled(model, guide))
-    if plate.size != number:
-        raise PyroVAEError(
-            f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over all rows "
-            "of x. Pass data along the first dimension of x, and no subsample_size to an evaluation. Where two plates "
-            "hold every site, the data are the rows of the outer one."
-        )
+    check_rows(find_batch_plate(labelled(model, guide)), number)

@@ -1,9 +1,9 @@
 """Plots of bounds, training, diagnostics, images and latent spaces.
 
-Each function draws arrays that you pass, and returns matplotlib's Axes or Figure. No function trains, runs a
-model or opens a window. An array is a torch tensor, on any device and with or without gradients, or a numpy
-array. Without the argument `ax` or `figure`, pyplot makes a new figure. Show it with
-``matplotlib.pyplot.show()``, or save it with ``ax.figure.savefig("plot.png")``.
+Each function draws arrays that you pass, and returns matplotlib's Axes or Figure. No function trains, runs a model or
+opens a window. An array is a torch tensor, on any device and with or without gradients, or a numpy array. Without the
+argument `ax` or `figure`, pyplot makes a new figure. Show it with ``matplotlib.pyplot.show()``, or save it with
+``ax.figure.savefig("plot.png")``.
 """
 
 from pyro_vae.plots.charts import active_units, bounds, pareto_k, training_curve

@@ -18,19 +18,16 @@ if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package dr
 def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = None, ax: Axes | None = None) -> Axes:
     """Plot bounds on log p(x) against the number of particles, one line per objective.
 
-    The band of a line is plus and minus one standard error over the data. All rows average over the same data, so
-    their errors are correlated: two bounds can differ clearly although their bands overlap. An objective with a
-    single number of particles is a marker with an error bar, and a dashed line across the plot.
+    The band of a line is plus and minus one standard error over the data. All rows average over the same data, so their
+    errors are correlated: two bounds can differ clearly although their bands overlap. An objective with a single number
+    of particles is a marker with an error bar, and a dashed line across the plot.
 
     Arguments:
-        table: the return value of :func:`pyro_vae.compare`, with index levels "objective" and "particles", and
-            columns `bound` and `bound_se` in nats per datum.
-        log_likelihood: a lower and an upper estimate of log p(x) of the same data, in nats per datum. A grey band
-            is drawn between them.
+        table: the return value of :func:`pyro_vae.compare`, with index levels "objective" and "particles", and columns
+            `bound` and `bound_se` in nats per datum.
+        log_likelihood: a lower and an upper estimate of log p(x) of the same data, in nats per datum. A grey band is
+            drawn between them.
         ax: the Axes to draw in; by default those of a new figure.
-
-    Returns:
-        The Axes.
 
     Raises:
         ValueError: `table` is empty, or lacks those levels or columns.
@@ -62,9 +59,9 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
             ax.errorbar(k, bound, yerr=se, color=colour, linestyle="", capsize=3)
         else:
             ax.fill_between(k, bound - se, bound + se, color=colour, alpha=0.15, linewidth=0)
-    particles = sorted(set(table.index.get_level_values("particles")))
+    particles = sorted({int(k) for k in table.index.get_level_values("particles")})
     ax.set_xscale("log", base=2)
-    ax.set_xticks(particles, labels=[str(int(k)) for k in particles])
+    ax.set_xticks(particles, labels=map(str, particles))
     ax.minorticks_off()
     ax.set(xlabel="number of particles", ylabel="bound on log p(x) (nats per datum)")
     _legend_below(ax)
@@ -82,9 +79,6 @@ def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         history: the return value of :func:`pyro_vae.fit`, with index "epoch", the column `train_bound` and
             optionally `validation_bound`, in nats per datum. NaN and infinite values leave gaps.
         ax: the Axes to draw in; by default those of a new figure.
-
-    Returns:
-        The Axes.
 
     Raises:
         ValueError: `history` is empty, lacks that index or `train_bound`, or has no finite value.
@@ -129,13 +123,9 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
     Above 0.7, the importance weights of a datum are too heavy-tailed to trust the estimate of its log p(x).
 
     Arguments:
-        shapes: k-hat of each datum, (N,), from :func:`pyro_vae.pareto_k` or
-            ``pyro_vae.log_likelihood(...).pareto_k``. NaN stands for a k-hat that could not be computed. It counts
-            in the shares of the legend, but has no place in the histogram.
+        shapes: k-hat of each datum, (N,), from :func:`pyro_vae.pareto_k` or ``pyro_vae.log_likelihood(...).pareto_k``.
+            NaN, for a k-hat that could not be computed, counts in the legend's shares and is not in the histogram.
         ax: the Axes to draw in; by default those of a new figure.
-
-    Returns:
-        The Axes.
 
     Raises:
         ValueError: no element of `shapes` is finite.
@@ -174,9 +164,6 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             columns `kl` and `kl_se` in nats per datum, and `active`.
         ax: the Axes to draw in; by default those of a new figure.
 
-    Returns:
-        The Axes.
-
     Raises:
         ValueError: `table` is empty, or lacks those levels or columns.
 
@@ -203,9 +190,8 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(places[~active], np.zeros((~active).sum()), "x", color=VERMILLION, clip_on=False)
     sites = table.index.get_level_values("site").unique()
     labels = [str(d) if len(sites) == 1 else f"{s}[{d}]" for s, d in table.index]
-    ax.set_xticks(
-        places, labels=labels, fontsize="small" if len(places) <= 30 else 5, rotation=0 if len(sites) == 1 else 90
-    )
+    size, rotation = "small" if len(places) <= 30 else 5, 0 if len(sites) == 1 else 90
+    ax.set_xticks(places, labels=labels, fontsize=size, rotation=rotation)
     ax.set(xlabel=f"dimension of {', '.join(map(str, sites))}", ylabel="KL to the prior (nats per datum)")
     _legend_below(ax)
     return ax
@@ -214,9 +200,8 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:
     if table.empty or list(table.index.names) != index or not set(columns) <= set(table.columns):
         raise PyroVAEError(
-            f"expected a table of one row or more with index {index} and columns {columns}, got {len(table)} "
-            f"rows with index {list(table.index.names)} and columns {list(table.columns)}. "
-            f"Pass the return value of {source}."
+            f"expected a table of one row or more with index {index} and columns {columns}, got {len(table)} rows with "
+            f"index {list(table.index.names)} and columns {list(table.columns)}. Pass the return value of {source}."
         )
 
 

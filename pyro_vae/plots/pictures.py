@@ -7,26 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.plots.shared import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    YELLOW,
-    Array,
-    new_figure,
-    to_numpy,
-)
+from pyro_vae.plots.shared import CLASSES, Array, new_figure, to_numpy
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Ten classes need two more colours than the palette has. Grey and wine are distinct from its eight.
-_CLASSES = np.array([BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW, BLACK, "#999999", "#882255"])
 _MARKERS = "o^"
 
 
@@ -34,14 +20,11 @@ def images(x: Array, *, columns: int = 10, title: str | None = None, ax: Axes | 
     """Draw images side by side in rows, in reading order.
 
     Arguments:
-        x: the images, (N, C, H, W) with C 1 or 3, or (N, H, W). Values outside [0, 1] are clipped; the mean of a
-            Gaussian likelihood may have such values.
+        x: the images, (N, C, H, W) with C 1 or 3, or (N, H, W). Values outside [0, 1], as a Gaussian's mean may have,
+            are clipped.
         columns: the largest number of images in a row.
         title: the title above the images.
         ax: the Axes to draw in; by default those of a new figure.
-
-    Returns:
-        The Axes.
 
     Raises:
         ValueError: `x` does not have one of these shapes or holds integers above 1, or `columns` is below 1.
@@ -68,9 +51,6 @@ def reconstructions(x: Array, x_mean: Array, *, columns: int = 10, figure: Figur
         x_mean: the reconstructions, in the shape and order of `x`.
         columns: the largest number of originals in a row.
         figure: an empty figure to draw in; by default a new one.
-
-    Returns:
-        The Figure.
 
     Raises:
         ValueError: the two shapes differ, an array does not have one of these shapes or holds integers above 1, or
@@ -113,9 +93,6 @@ def latent_space(z: Array, labels: Array | None = None, *, ax: Axes | None = Non
         ax: the Axes to draw in, such as those that :func:`pyro_vae.plots.latent_grid` returns; by default those of a
             new figure.
 
-    Returns:
-        The Axes.
-
     Raises:
         ValueError: `z` or `labels` has another shape, or `labels` has more than 20 classes.
 
@@ -135,13 +112,12 @@ def latent_space(z: Array, labels: Array | None = None, *, ax: Axes | None = Non
     size = np.clip(20_000 / max(len(points), 1), 5, 25)
     # With one scatter per class, later classes would hide earlier ones. One per marker keeps the order of z.
     for number, marker in enumerate(_MARKERS):
-        here = codes // len(_CLASSES) == number
-        colours = _CLASSES[codes[here] % len(_CLASSES)]
-        style = {"c": colours, "marker": marker, "linewidths": 0.3, "edgecolors": "white"}
-        ax.scatter(points[here, 0], points[here, 1], s=size, **style)
+        here = codes // len(CLASSES) == number
+        style = {"c": CLASSES[codes[here] % len(CLASSES)], "linewidths": 0.3, "edgecolors": "white"}
+        ax.scatter(points[here, 0], points[here, 1], size, marker=marker, **style)
     if labels is not None:
         for code, name in enumerate(names):
-            marker, colour = _MARKERS[code // len(_CLASSES)], _CLASSES[code % len(_CLASSES)]
+            marker, colour = _MARKERS[code // len(CLASSES)], CLASSES[code % len(CLASSES)]
             ax.plot([], [], color=colour, marker=marker, linestyle="", label=str(name))
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     ax.set(aspect="equal", xlabel="z1", ylabel="z2")
@@ -159,9 +135,6 @@ def latent_grid(x: Array, *, extent: tuple[float, float, float, float], ax: Axes
         extent: the edges of the whole grid, (z1_min, z1_max, z2_min, z2_max). Each image is decoded from the centre
             of its tile, so the edges lie half a tile beyond the outermost z.
         ax: the Axes to draw in; by default those of a new figure.
-
-    Returns:
-        The Axes.
 
     Raises:
         ValueError: `x` does not have one of these shapes or holds integers above 1, or `extent` is empty.
@@ -197,7 +170,7 @@ def _classes(labels: Array | None, count: int) -> tuple[np.ndarray, np.ndarray]:
     if array.shape != (count,):
         raise PyroVAEError(f"expected labels of shape ({count},), one for each row of z, got {array.shape}.")
     names, codes = np.unique(array, return_inverse=True)
-    most = len(_CLASSES) * len(_MARKERS)
+    most = len(CLASSES) * len(_MARKERS)
     if len(names) > most:
         raise PyroVAEError(
             f"expected labels of at most {most} classes, which a reader can tell apart, got {len(names)} classes. "
@@ -225,7 +198,7 @@ def _images(x: Array, name: str) -> np.ndarray:
 
 
 def _gap(size: int) -> int:
-    """Return the number of pixels between images of this height."""
+    """The number of pixels between images of this height."""
     return max(1, size // 14)
 
 

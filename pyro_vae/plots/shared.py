@@ -16,6 +16,8 @@ Array: TypeAlias = torch.Tensor | np.ndarray
 # The Okabe-Ito palette, which colour-blind readers can tell apart.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+# Ten classes need two more colours than the palette has. Grey and wine are distinct from its eight.
+CLASSES = np.array([BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW, BLACK, "#999999", "#882255"])
 
 FAMILIES = {
     "ELBO, closed-form KL": BLUE,
@@ -33,17 +35,13 @@ _OTHERS = (BLACK, "#661100", "#999999")  # without yellow, because a thin yellow
 
 
 def objective_colour(objective: str) -> str:
-    """Return the colour that stands for an objective in every plot.
+    """Return the colour, as a hex string, that stands for an objective in every plot; it depends on the name alone.
 
-    The colour depends on the name alone, so an objective looks the same in every plot. A name that starts with
-    the name of one of this package's objectives gets the colour of that objective. Any other name gets one of
-    three further colours.
+    A name that starts with the name of one of this package's objectives gets the colour of that objective. Any other
+    name gets one of three further colours.
 
     Arguments:
         objective: the name of an objective, such as ``pyro_vae.IWAE(8).name``.
-
-    Returns:
-        The colour, as a hex string.
 
     Example:
         >>> import pyro_vae as pv

@@ -86,8 +86,7 @@ def load_parameters(path: str | Path, model: PyroFunction, guide: PyroFunction, 
 
     Arguments:
         path: the checkpoint.
-        model: the Pyro model that was trained. A model/guide pair, or a tuple ``(model, guide)``, may stand in place of
-            `model` and `guide`.
+        model: the Pyro model that was trained; or a model/guide pair, or a tuple ``(model, guide)``, in place of both.
         guide: its guide.
         *args: arguments of both, some data of the right shape: a run with these finds the parameters.
         **kwargs: keyword arguments of both.
@@ -117,14 +116,12 @@ def restore(
     """Copy a checkpoint's tensors into a program's, in place; refuse those of another program before the first copy."""
     kinds = (("parameter", state["parameters"], parameters), ("buffer", state["buffers"], own_buffers))
     for what, saved, own in kinds:
-        there = {name: (tuple(value.shape), value.dtype) for name, value in saved.items()}
-        here = {name: (tuple(value.shape), value.dtype) for name, value in own.items()}
-        for name in sorted(there.keys() | here.keys()):
-            if there.get(name) != here.get(name):
+        for name in sorted(saved.keys() | own.keys()):
+            here, there = _describe(own.get(name)), _describe(saved.get(name))
+            if here != there:
                 raise PyroVAEError(
                     f"the checkpoint {path} is of another program: expected its {what} '{name}' to be as in this one, "
-                    f"{_describe(here.get(name))}, got {_describe(there.get(name))}. Build the program that was trained, "
-                    "or pass another path."
+                    f"{here}, got {there}. Build the program that was trained, or pass another path."
                 )
     with torch.no_grad():
         for _, saved, own in kinds:
@@ -132,5 +129,5 @@ def restore(
                 value.copy_(saved[name])
 
 
-def _describe(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "absent" if tensor is None else f"of shape {tensor[0]} and {tensor[1]}"
+def _describe(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"of shape {tuple(tensor.shape)} and {tensor.dtype}"

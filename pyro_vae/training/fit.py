@@ -56,8 +56,8 @@ def fit(
     Each step follows the gradient of the minibatch's mean bound, :math:`\frac1B \sum_n \mathcal L(x_n)`.
 
     Arguments:
-        model: a Pyro model, called with each minibatch. A model/guide pair, or a tuple ``(model, guide)``, may stand in
-            place of `model` and `guide`.
+        model: a Pyro model, called with each minibatch; or a model/guide pair, or a tuple ``(model, guide)``, in place
+            of both.
         guide: its guide, called with the same arguments.
         data: the training data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one
             length, whose minibatches are passed as several arguments, or a ``DataLoader``.
@@ -124,8 +124,7 @@ def fit(
     lr = float(lr)  # NumPy's numbers could not be read back from a checkpoint
     batches = Minibatches(data, batch_size, "data")
     held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
-    if held_out is not None and not held_out.has_data():
-        held_out = None
+    held_out = held_out if held_out and held_out.has_data() else None
     _check_patience(patience, held_out)
     if seed is not None and not (checkpoint and Path(checkpoint).exists()):
         pyro.set_rng_seed(seed)
@@ -219,13 +218,11 @@ def _check_columns(held_out: Minibatches, expected: int) -> None:
 
 
 def _check_patience(patience: int | None, held_out: Minibatches | None) -> None:
-    if patience is None:
-        return
-    if not isinstance(patience, int) or patience < 1:
+    if patience is not None and (not isinstance(patience, int) or patience < 1):
         raise PyroVAEError(
             f"expected patience to be a positive number of epochs, an integer, got {patience!r}. None never stops early."
         )
-    if held_out is None:
+    if patience is not None and held_out is None:
         raise PyroVAEError(
             "patience counts epochs in which the validation bound has not risen: expected validation data with it, got none. "
             "Pass validation=..., or drop patience."
@@ -234,14 +231,12 @@ def _check_patience(patience: int | None, held_out: Minibatches | None) -> None:
 
 def _describe(objective: Any) -> str:
     """An objective's type and settings, by which a checkpoint recognises it; without Pyro's switches."""
-    common = (vars(pyro.infer.Trace_ELBO()).keys() - {"num_particles"}) | {"step"}
+    left_out = (vars(pyro.infer.Trace_ELBO()).keys() - {"num_particles"}) | {"step", "name"}
     settings = [
         f"{name}={getattr(value, '__qualname__', None) or repr(value)}"
         for name, value in sorted(vars(objective).items())
-        if name not in common
-        and name != "name"
-        and (isinstance(value, bool | int | float | str | tuple) or callable(value))
-        and not name.startswith("_")
+        if name not in left_out and not name.startswith("_")
+        if isinstance(value, bool | int | float | str | tuple) or callable(value)
     ]
     return f"{type(objective).__name__}({', '.join(settings)})"
 

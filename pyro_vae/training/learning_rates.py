@@ -22,22 +22,23 @@ def make(
             f"called with, got {'one that makes ' if callable(function) else ''}{type(scheduler).__name__}{another}. Pass, say, "
             "lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.95)."
         )
-    if isinstance(scheduler, ReduceLROnPlateau):
-        if not validates:
-            raise PyroVAEError(
-                "ReduceLROnPlateau waits for the validation bound to stop rising: expected validation data with it, got none. "
-                "Pass validation=..., or another scheduler."
-            )
-        if scheduler.threshold_mode != "abs":
-            raise PyroVAEError(
-                "ReduceLROnPlateau compares by ratio, by which a worse loss below zero is a better one: expected threshold_mode='abs', "
-                f"got {scheduler.threshold_mode!r}. Pass threshold_mode='abs'; threshold is then in nats."
-            )
-        if scheduler.mode != "min":
-            raise PyroVAEError(
-                "ReduceLROnPlateau is given minus the validation bound, a loss: expected mode='min', got "
-                f"{scheduler.mode!r}. Drop the mode."
-            )
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return scheduler
+    if not validates:
+        raise PyroVAEError(
+            "ReduceLROnPlateau waits for the validation bound to stop rising: expected validation data with it, got none. "
+            "Pass validation=..., or another scheduler."
+        )
+    if scheduler.threshold_mode != "abs":
+        raise PyroVAEError(
+            "ReduceLROnPlateau compares by ratio, by which a worse loss below zero is a better one: expected threshold_mode='abs', "
+            f"got {scheduler.threshold_mode!r}. Pass threshold_mode='abs'; threshold is then in nats."
+        )
+    if scheduler.mode != "min":
+        raise PyroVAEError(
+            "ReduceLROnPlateau is given minus the validation bound, a loss: expected mode='min', got "
+            f"{scheduler.mode!r}. Drop the mode."
+        )
     return scheduler
 
 

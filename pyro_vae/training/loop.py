@@ -24,26 +24,7 @@ from pyro_vae.training.data_support import DataSupport
 
 @dataclass
 class Loop:
-    """The training loop: its state, its steps, and how a checkpoint keeps the state.
-
-    Attributes:
-        program: model and guide.
-        objective: the bound.
-        batches: the training data.
-        held_out: the validation data, if any.
-        parameters: the parameters by name.
-        optimizer: their optimiser.
-        scheduler: the scheduler of the step size, if any.
-        patience: how many epochs without a better validation bound end the training; None never does.
-        checkpoint: the file of the state, if any.
-        settings: what a checkpoint must agree on.
-        support: the check of training data that were not checked at once; None after the first epoch.
-        compiled: the compiled step, if any.
-        rows: the history, a row an epoch.
-        best: epoch, bound, parameters and buffers of the best epoch, with `patience`.
-        epoch: the current epoch, from 1.
-        step: the current step of the epoch, from 1.
-    """
+    """The training loop: its state, its steps, and how a checkpoint keeps the state."""
 
     program: Program
     objective: Any
@@ -52,15 +33,15 @@ class Loop:
     parameters: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
-    patience: int | None
-    checkpoint: str | Path | None
-    settings: dict[str, Any]
-    support: DataSupport | None
+    patience: int | None  # how many epochs without a better validation bound end the training; None never does
+    checkpoint: str | Path | None  # the file of the state
+    settings: dict[str, Any]  # what a checkpoint must agree on
+    support: DataSupport | None  # the check of training data that were not checked at once
     compiled: CompiledStep | None = None
-    rows: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    epoch: int = 0
-    step: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)  # the history, a row an epoch
+    best: dict[str, Any] | None = None  # epoch, bound, parameters and buffers of the best epoch, with `patience`
+    epoch: int = 0  # the current one, from 1
+    step: int = 0  # the current one of the epoch, from 1
 
     def __post_init__(self) -> None:
         self.modules = self.program.modules()
@@ -85,7 +66,11 @@ class Loop:
                     loss = self.compiled.compute(*batch)
             total, count = self._step(loss.detach(), batch, total, count, bar)
         self.support = None  # every minibatch is checked by now
-        self._check_finite(total)
+        if not math.isfinite(total):
+            raise self._not_finite("the epoch's loss is not finite")
+        for name, parameter in self.parameters.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise self._not_finite(f"parameter '{name}' is not finite")
         row = {"train_bound": -float(total) / count, "validation_bound": self._validate()}
         row["seconds"] = time.perf_counter() - started
         anew = any(before != self._scheduled() for before in settings)
@@ -108,13 +93,6 @@ class Loop:
             bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
         bar.update()
         return total, count
-
-    def _check_finite(self, total: Any) -> None:
-        if not math.isfinite(total):
-            raise self._not_finite("the epoch's loss is not finite")
-        for name, parameter in self.parameters.items():
-            if not bool(torch.isfinite(parameter).all()):
-                raise self._not_finite(f"parameter '{name}' is not finite")
 
     def _validate(self) -> float:
         if self.held_out is None:
