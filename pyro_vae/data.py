@@ -28,8 +28,7 @@ class Split:
     """The images of one split, and their labels.
 
     ``split[i]`` is one image (1, H, W). With a slice, a list or an index tensor, ``split[index]`` is a minibatch
-    (len(index), 1, H, W). Labels are a separate attribute, so a ``torch.utils.data.DataLoader`` collates images
-    only.
+    (len(index), 1, H, W). Labels are a separate attribute, so a ``torch.utils.data.DataLoader`` collates images only.
 
     Attributes:
         images: float32 images in [0, 1], (N, 1, H, W).
@@ -74,14 +73,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint splits of one data set, as :func:`pyro_vae.data.load` returns them.
-
-    Attributes:
-        name: the name of the data set.
-        train: the training images.
-        validation: the validation images.
-        test: the test images.
-    """
+    """The name of a data set and its three disjoint splits, as :func:`pyro_vae.data.load` returns them."""
 
     name: str
     train: Split
@@ -95,47 +87,39 @@ class Dataset:
 
 
 def load(
-    name: str,
-    *,
-    root: str | Path | None = None,
-    binarize: str = "none",
-    validation: int | None = None,
-    seed: int = 0,
+    name: str, *, root: str | Path | None = None, binarize: str = "none", validation: int | None = None, seed: int = 0
 ) -> Dataset:
     """Load a data set as shuffled, disjoint train, validation and test splits.
 
-    Images are float32 in [0, 1], (N, 1, H, W). Labels are int64, (N,). The validation images are taken from the
-    training part. Each split is shuffled, because some data sets are sorted by class or by writer.
+    Images are float32 in [0, 1], (N, 1, H, W). Labels are int64, (N,). The validation images are taken from the training
+    part. Each split is shuffled, because some data sets are sorted by class or by writer. The same seed gives the same
+    data, and the global random number generators keep their state.
 
     Arguments:
         name: one of
 
-            - ``"digits"``: the 1797 digits of scikit-learn, 8 x 8, available offline. The 250 test images are the
-              same for every seed.
+            - ``"digits"``: the 1797 digits of scikit-learn, 8 x 8, available offline. The 250 test images are the same
+              for every seed.
             - ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``, ``"emnist"`` (the "balanced" split): 28 x 28.
             - ``"omniglot"``: 105 x 105 resized to 28 x 28, with ink as 1. The training images are the background
-              alphabets and the test images the evaluation alphabets, each with labels from 0. Burda et al. used
-              other 28 x 28 images and another split, so likelihoods do not compare with theirs.
-            - ``"binarized_mnist"``: the fixed binarisation of MNIST by Larochelle and Murray, without labels, read
-              from ``<root>/binarized_mnist/binarized_mnist_larochelle_packed.npz``. The arrays train, valid and
-              test in this file are ``np.packbits(np.loadtxt(f, dtype=np.uint8), axis=1)`` of the authors'
-              ``.amat`` files.
-        root: the folder above torchvision's own folder (above ``MNIST``). torchvision downloads absent files into
-            it. ``"digits"`` needs no root.
+              alphabets and the test images the evaluation alphabets, each with labels from 0. Burda et al. used other
+              28 x 28 images and another split, so likelihoods do not compare with theirs.
+            - ``"binarized_mnist"``: the fixed binarisation of MNIST by Larochelle and Murray, without labels, read from
+              ``<root>/binarized_mnist/binarized_mnist_larochelle_packed.npz``. The arrays train, valid and test in this
+              file are ``np.packbits(np.loadtxt(f, dtype=np.uint8), axis=1)`` of the authors' ``.amat`` files.
+        root: the folder above torchvision's own folder (above ``MNIST``). torchvision downloads absent files into it.
+            ``"digits"`` needs no root.
         binarize: one of
 
             - ``"none"``: grey values stay as they are.
             - ``"threshold"``: a pixel is 1 if its grey value is 0.5 or more.
             - ``"fixed"``: each pixel is drawn once from Bernoulli(grey value).
             - ``"dynamic"``: training images are drawn anew at each indexing, with torch's global random number
-              generator (Salakhutdinov and Murray; Burda et al.). Validation and test images are those of
-              ``"fixed"``, so that evaluation is repeatable.
+              generator (Salakhutdinov and Murray; Burda et al.). Validation and test images are those of ``"fixed"``,
+              so that evaluation is repeatable.
         validation: the number of validation images, 0 for none. The default is 250 for digits, and a sixth of the
             training part otherwise (50000/10000/10000 for MNIST). ``"binarized_mnist"`` has its own 10000.
         seed: the seed of the shuffle, the choice of validation images and the fixed draw.
-
-    Returns:
-        The data set. It is the same for the same seed, and the global random number generators keep their state.
 
     Raises:
         ValueError: an argument is invalid, or the files are damaged.
@@ -230,15 +214,12 @@ def _read_torchvision(name: str, root: Path) -> list[Split]:
 
     create = getattr(datasets, _TORCHVISION[name])
     folder = root / ("omniglot-py" if name == "omniglot" else create.__name__)
-    extra: dict[str, Any] = {}
-    if name == "emnist":
-        extra["split"] = "balanced"
-    elif name == "omniglot":
-        # PILToTensor comes last, because Resize antialiases PIL images.
-        extra["transform"] = transforms.Compose([transforms.Resize((28, 28)), transforms.PILToTensor()])
+    # PILToTensor comes last, because Resize antialiases PIL images.
+    shrink = transforms.Compose([transforms.Resize((28, 28)), transforms.PILToTensor()])
+    extra = {"emnist": {"split": "balanced"}, "omniglot": {"transform": shrink}}.get(name, {})
 
     def read(train: bool) -> Any:
-        arguments = {"root": root, "background" if name == "omniglot" else "train": train, **extra}
+        arguments: dict[str, Any] = {"root": root, "background" if name == "omniglot" else "train": train} | extra
         try:
             return create(**arguments)
         except Exception as error:

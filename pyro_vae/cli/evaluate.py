@@ -24,12 +24,7 @@ def evaluate(
         int, Option(min=25, help="Number of importance samples for each image. k-hat needs at least 25.")
     ] = NUM_SAMPLES,
     ais_images: Annotated[
-        int,
-        Option(
-            min=2,
-            help="Number of images for annealed importance sampling (AIS) and the gaps, and of images to simulate from "
-            "the model.",
-        ),
+        int, Option(min=2, help="Number of images for annealed importance sampling (AIS), gaps and simulation.")
     ] = NUM_ANNEALED,
     ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = NUM_STEPS,
     ais_chains: Annotated[int, Option(min=2, help="Number of AIS chains for each image.")] = NUM_CHAINS,
@@ -44,16 +39,7 @@ def evaluate(
     x = dataset.test.x[:num_images]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the table's caption has this number
-        report = make_report(
-            vae,
-            x,
-            num_samples=num_samples,
-            ais_data=ais_images,
-            ais_steps=ais_steps,
-            ais_chains=ais_chains,
-            compile=compile,
-            seed=seed,
-        )
+        report = make_report(vae, x, num_samples, ais_images, ais_steps, ais_chains, compile=compile, seed=seed)
     Console().print(format_report(report))
     (path / "evaluation.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     unfinished = path / "evaluation.nc.unfinished"  # an open netCDF file can't be overwritten, but it can be replaced

@@ -22,29 +22,12 @@ RunArgument = Annotated[
     Argument(metavar="RUN", help="Folder that 'pyro-vae train' wrote, such as runs/digits.", show_default=False),
 ]
 
-OPTIONS = (  # the options of train that config.json holds
-    "data",
-    "root",
-    "binarize",
-    "validation",
-    "network",
-    "hidden_dims",
-    "channels",
-    "latent_dim",
-    "likelihood",
-    "scale",
-    "objective",
-    "gradient",
-    "particles",
-    "warm_up",
-    "free_bits",
-    "epochs",
-    "batch_size",
-    "lr",
-    "patience",
-    "compile",
-    "seed",
-)
+READ = ("root", "binarize", "validation")  # arguments of pv.data.load
+NETWORKS = ("network", "hidden_dims", "channels", "latent_dim", "likelihood", "scale")
+BOUND = ("objective", "gradient", "particles", "warm_up", "free_bits")
+FIT = ("epochs", "batch_size", "lr", "patience", "compile", "seed")  # keyword arguments of pv.fit
+# The options of train that config.json holds.
+OPTIONS = ("data", *READ, *NETWORKS, *BOUND, *FIT)
 MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # a run may continue with other values, since no epoch depends on them
 # Older runs lack these options; they were trained with these values.
 OLD_VALUES = {"compile": False, "warm_up": 0, "free_bits": 0.0, "patience": None}
@@ -97,9 +80,8 @@ class RunFolder:
             raise PyroVAEError(
                 f"expected {path} to be JSON, got an error in it: {error}. Restore it, or pass another folder."
             ) from error
-        if isinstance(config, dict):
-            config = OLD_VALUES | config
-        if not isinstance(config, dict) or config.keys() != {"pyro_vae", *OPTIONS}:
+        config = OLD_VALUES | config if isinstance(config, dict) else {}
+        if config.keys() != {"pyro_vae", *OPTIONS}:
             raise PyroVAEError(
                 f"expected {path} to hold the options of 'pyro-vae train' (version {version('pyro_vae')}), got other "
                 "content. Pass another folder."
@@ -158,8 +140,7 @@ def build(config: dict[str, Any]) -> tuple[Dataset, pv.VAE]:
     shared = {"latent_dim": config["latent_dim"], "likelihood": config["likelihood"]}
     if config["likelihood"] == "gaussian":
         shared["scale"] = _scale(config["scale"])
-    names = ("root", "binarize", "validation")
-    dataset = pv.data.load(config["data"], **{name: config[name] for name in names})
+    dataset = pv.data.load(config["data"], **{name: config[name] for name in READ})
     pyro.set_rng_seed(config["seed"])
     if config["network"] == "mlp":
         widths = _integers("--hidden-dims", config["hidden_dims"])

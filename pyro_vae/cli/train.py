@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 import pyro_vae as pv
 from pyro_vae.cli import figures
-from pyro_vae.cli.run_folder import OPTIONS, RunFolder, build
+from pyro_vae.cli.run_folder import FIT, OPTIONS, RunFolder, build
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 
@@ -58,11 +58,7 @@ def train(
         Literal["bernoulli", "gaussian"], Option(help="Distribution of each pixel given z.")
     ] = "bernoulli",
     scale: Annotated[
-        str,
-        Option(
-            help="Standard deviation of the Gaussian: a number, learned (one parameter) or per_pixel (from the "
-            "decoder)."
-        ),
+        str, Option(help="Standard deviation of the Gaussian: a number, learned (one value) or per_pixel (decoder).")
     ] = "learned",
     objective: Annotated[
         Literal["elbo", "elbo-monte-carlo", "iwae"],
@@ -124,20 +120,9 @@ def train(
         print(f"{folder} has {_epochs(earlier)}:", "nothing left to train." if done else "training continues.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "training stopped by Ctrl-C")  # this command has a message of its own
-        history = pv.fit(
-            vae.model,
-            vae.guide,
-            dataset.train,
-            bound,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            validation=dataset.validation,
-            patience=patience,
-            compile=compile,
-            checkpoint=folder.checkpoint,
-            seed=seed,
-        )
+        settings = {name: config[name] for name in FIT}
+        settings |= {"validation": dataset.validation, "checkpoint": folder.checkpoint}
+        history = pv.fit(vae, dataset.train, bound, **settings)
     if history.empty:
         print("stopped by Ctrl-C in the first epoch: nothing was saved.", file=sys.stderr)
         raise typer.Exit(130)
@@ -162,15 +147,13 @@ def train(
 
 def _check_unused(context: typer.Context) -> None:
     """Refuse an option that would have no effect next to the others."""
-    elbo = ("objective", ("elbo", "elbo-monte-carlo"))
-    required: dict[str, tuple[str, tuple[str, ...]]] = {
-        "hidden_dims": ("network", ("mlp",)),
-        "channels": ("network", ("conv",)),
-        "scale": ("likelihood", ("gaussian",)),
-        "warm_up": elbo,
-        "free_bits": elbo,
-    }
-    for name, (other, values) in required.items():
+    for name, other, *values in (
+        ("hidden_dims", "network", "mlp"),
+        ("channels", "network", "conv"),
+        ("scale", "likelihood", "gaussian"),
+        ("warm_up", "objective", "elbo", "elbo-monte-carlo"),
+        ("free_bits", "objective", "elbo", "elbo-monte-carlo"),
+    ):
         value, source = context.params[other], context.get_parameter_source(name)
         if value not in values and source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")
@@ -192,7 +175,7 @@ def _objective(config: dict[str, Any], num_data: int) -> pv.Objective:
 def _print_result(history: pd.DataFrame, best_epoch: int | None, objective: str) -> None:
     """Print the bounds of the epoch whose parameters were kept: the best one, or the last."""
     best = f" (the best is epoch {best_epoch})" if best_epoch else ""
-    kept = history.iloc[best_epoch - 1 if best_epoch else -1]
+    kept = history.iloc[(best_epoch or 0) - 1]
     validation = "" if math.isnan(kept.validation_bound) else f", {kept.validation_bound:.2f} (validation)"
     print(f"{_epochs(len(history))}{best} with {objective}")
     print(f"mean bound: {kept.train_bound:.2f} (train){validation} nats per datum")
