@@ -21,30 +21,21 @@ for command in (train, compare, evaluate, sample):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit.
+    """Run the command in `arguments`, by default the words after ``pyro-vae``, and exit; no words print the help.
 
-    A usage error, a refusal of this package and an error of the operating system each print one line on stderr; the
-    exit status is 2. Any other exception is a bug and keeps its traceback.
-
-    Arguments:
-        arguments: the words after ``pyro-vae``; by default those of this process. No words print the help.
+    A usage error, a refusal of this package and an error of the operating system each print one line on stderr. Any
+    other exception is a bug and keeps its traceback.
 
     Raises:
         SystemExit: always; the status is 0, 2 after an error, or 130 after Ctrl-C.
     """
     try:
         status = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
-    except UsageError as error:
-        status = _print_error(error.format_message())
-    except (PyroVAEError, OSError) as error:
-        status = _print_error(str(error))
+    except (UsageError, PyroVAEError, OSError) as error:
+        message = error.format_message() if isinstance(error, UsageError) else str(error)
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        status = 2
     sys.exit(status)
-
-
-def _print_error(message: str) -> int:
-    """Print one line on stderr; return the exit status."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    return 2
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,8 +18,8 @@ def draw_training(folder: RunFolder, vae: VAE, dataset: Dataset, history: pd.Dat
     """Draw the training curve, reconstructions, samples and, with two latent dimensions, the latent space."""
     x = dataset.test.x[:20]
     return [
-        _save(plots.training_curve(history).get_figure(), folder.figures / "training.png"),
-        _save(plots.reconstructions(x, vae.reconstruct(x)), folder.figures / "reconstructions.png"),
+        _save(folder, "training", plots.training_curve(history)),
+        _save(folder, "reconstructions", plots.reconstructions(x, vae.reconstruct(x))),
         draw_samples(folder, vae, 64, seed),
         *([_draw_latent_space(folder, vae, dataset.test)] if vae.embed(x).shape[1] == 2 else []),
     ]
@@ -29,13 +29,12 @@ def draw_samples(folder: RunFolder, vae: VAE, n: int, seed: int) -> Path:
     """Draw n images: means of p(x|z), with z from the prior."""
     pyro.set_rng_seed(seed)
     title = "means of p(x|z), with z from the prior"
-    ax = plots.images(vae.generate(n), columns=math.isqrt(n - 1) + 1, title=title)
-    return _save(ax.get_figure(), folder.figures / "samples.png")
+    return _save(folder, "samples", plots.images(vae.generate(n), columns=math.isqrt(n - 1) + 1, title=title))
 
 
 def draw_comparison(folder: RunFolder, table: pd.DataFrame) -> Path:
     """Draw bounds against the number of particles."""
-    return _save(plots.bounds(table).get_figure(), folder.figures / "bounds.png")
+    return _save(folder, "bounds", plots.bounds(table))
 
 
 def draw_report(folder: RunFolder, report: Report) -> list[Path]:
@@ -43,12 +42,10 @@ def draw_report(folder: RunFolder, report: Report) -> list[Path]:
     bounds = plots.bounds(report.table, log_likelihood=report.log_likelihood_range)
     title = f"{len(report.annealed.per_datum)} test images; log p(x): from AIS to AIS + BDMC gap + 2 SE"
     bounds.set_title(title, fontsize="medium")
-    drawn = [_save(bounds.get_figure(), folder.figures / "bounds_and_log_likelihood.png")]
+    drawn = [_save(folder, "bounds_and_log_likelihood", bounds)]
     if report.log_likelihood.share_no_k < 1:  # the plot needs at least one k-hat
-        axes = plots.pareto_k(report.log_likelihood.pareto_k)
-        drawn.append(_save(axes.get_figure(), folder.figures / "pareto_k.png"))
-    drawn.append(_save(plots.active_units(report.active).get_figure(), folder.figures / "active_units.png"))
-    return drawn
+        drawn.append(_save(folder, "pareto_k", plots.pareto_k(report.log_likelihood.pareto_k)))
+    return [*drawn, _save(folder, "active_units", plots.active_units(report.active))]
 
 
 def _draw_latent_space(folder: RunFolder, vae: VAE, test: Split) -> Path:
@@ -60,21 +57,22 @@ def _draw_latent_space(folder: RunFolder, vae: VAE, test: Split) -> Path:
     reach = max(3.0, z.abs().max().item())
     centres = torch.linspace(-reach, reach, 2 * 15 + 1)[1::2]
     z2, z1 = torch.meshgrid(centres, centres, indexing="ij")
-    tiles = torch.nn.functional.pad(
-        vae.decode(torch.stack([z1, z2], -1)), (0, 1, 0, 1), value=1
-    )  # a white line between tiles
+    tiles = vae.decode(torch.stack([z1, z2], -1))
+    tiles = torch.nn.functional.pad(tiles, (0, 1, 0, 1), value=1)  # a white line between tiles
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
     plots.latent_space(z, labels, ax=left)
     left.set(title="means of q(z|x) of test images", xlim=(-reach, reach), ylim=(-reach, reach))
     plots.latent_grid(tiles, extent=(-reach, reach, -reach, reach), ax=right)
     right.set_title("means of p(x|z) on a grid of z")
-    return _save(figure, folder.figures / "latent_space.png")
+    return _save(folder, "latent_space", figure)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(folder: RunFolder, name: str, drawn: Any) -> Path:
+    """Save a figure, or the figure of these axes, and close it."""
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(exist_ok=True)
+    folder.figures.mkdir(exist_ok=True)
+    path, figure = folder.figures / f"{name}.png", drawn.get_figure()
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -17,29 +17,20 @@ import pyro_vae as pv
 from pyro_vae.data import Dataset
 from pyro_vae.errors import PyroVAEError
 
-RunArgument = Annotated[
-    Path,
-    Argument(metavar="RUN", help="Folder that 'pyro-vae train' wrote, such as runs/digits.", show_default=False),
-]
+RUN_HELP = "Folder that 'pyro-vae train' wrote, such as runs/digits."
+RunArgument = Annotated[Path, Argument(metavar="RUN", help=RUN_HELP, show_default=False)]
 
 READ = ("root", "binarize", "validation")  # arguments of pv.data.load
 NETWORKS = ("network", "hidden_dims", "channels", "latent_dim", "likelihood", "scale")
 BOUND = ("objective", "gradient", "particles", "warm_up", "free_bits")
 FIT = ("epochs", "batch_size", "lr", "patience", "compile", "seed")  # keyword arguments of pv.fit
-# The options of train that config.json holds.
-OPTIONS = ("data", *READ, *NETWORKS, *BOUND, *FIT)
+OPTIONS = ("data", *READ, *NETWORKS, *BOUND, *FIT)  # those that config.json holds
 MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # a run may continue with other values, since no epoch depends on them
 # Older runs lack these options; they were trained with these values.
 OLD_VALUES = {"compile": False, "warm_up": 0, "free_bits": 0.0, "patience": None}
-EVALUATIONS = (  # files of compare and evaluate, which further training makes out of date
-    "compare.csv",
-    "evaluation.json",
-    "evaluation.nc",
-    "figures/bounds.png",
-    "figures/bounds_and_log_likelihood.png",
-    "figures/pareto_k.png",
-    "figures/active_units.png",
-)
+# Files of compare and evaluate, which further training makes out of date.
+EVALUATED_FIGURES = ("bounds", "bounds_and_log_likelihood", "pareto_k", "active_units")
+EVALUATIONS = ("compare.csv", "evaluation.json", "evaluation.nc", *(f"figures/{n}.png" for n in EVALUATED_FIGURES))
 
 
 @dataclass(frozen=True)
@@ -62,11 +53,7 @@ class RunFolder:
         return self.path / "figures"
 
     def read_config(self) -> dict[str, Any]:
-        """Read the options from config.json.
-
-        Raises:
-            PyroVAEError: the folder or the file is missing, or the file does not hold the options of ``train``.
-        """
+        """Read the options from config.json; refuse a folder without it, or a file that holds other content."""
         path = self.path / "config.json"
         if not path.is_file():
             found = "a folder without config.json" if self.path.is_dir() else "no such folder"
@@ -94,11 +81,7 @@ class RunFolder:
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def check_available(self, config: dict[str, Any]) -> None:
-        """Refuse to train into a folder that holds other files or a run with other options.
-
-        Raises:
-            PyroVAEError: the folder is not empty, and its run can't continue with these options.
-        """
+        """Refuse to train into a folder that holds other files, or a run that can't continue with these options."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         earlier = self.read_config()
@@ -119,45 +102,32 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def load(self) -> tuple[Dataset, pv.VAE]:
-        """Load the data, and the VAE with the parameters of the checkpoint.
-
-        Raises:
-            PyroVAEError: config.json or the checkpoint can't be used.
-            FileNotFoundError: the checkpoint or the data set is missing.
-        """
+        """Load the data, and the VAE with the parameters of the checkpoint."""
         dataset, vae = build(self.read_config())
         pv.load_parameters(self.checkpoint, vae, dataset.test.x[:1])
         return dataset, vae
 
 
 def build(config: dict[str, Any]) -> tuple[Dataset, pv.VAE]:
-    """Load the data and build the untrained VAE that the options describe.
-
-    Raises:
-        PyroVAEError: an option has an invalid value, or the likelihood has no density at the data.
-        FileNotFoundError: the data set is missing and can't be downloaded.
-    """
-    shared = {"latent_dim": config["latent_dim"], "likelihood": config["likelihood"]}
+    """Load the data and build the untrained VAE that the options describe; refuse data outside its likelihood."""
+    option, make = ("hidden_dims", pv.mlp_vae) if config["network"] == "mlp" else ("channels", pv.conv_vae)
+    settings = {option: _integers(option, config[option])} | {n: config[n] for n in ("latent_dim", "likelihood")}
     if config["likelihood"] == "gaussian":
-        shared["scale"] = _scale(config["scale"])
+        settings["scale"] = _scale(config["scale"])
     dataset = pv.data.load(config["data"], **{name: config[name] for name in READ})
     pyro.set_rng_seed(config["seed"])
-    if config["network"] == "mlp":
-        widths = _integers("--hidden-dims", config["hidden_dims"])
-        vae = pv.mlp_vae(dataset.event_shape, hidden_dims=widths, **shared)
-    else:
-        widths = _integers("--channels", config["channels"])
-        vae = pv.conv_vae(dataset.event_shape, channels=widths, **shared)
+    vae = make(dataset.event_shape, **settings)
     vae.likelihood.check(dataset.test.x)
     return dataset, vae
 
 
-def _integers(option: str, text: str) -> list[int]:
+def _integers(name: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
+        option = name.replace("_", "-")
         raise PyroVAEError(
-            f"expected {option} to be integers separated by commas, got {text!r}. Pass, for example, 400,200."
+            f"expected --{option} to be integers separated by commas, got {text!r}. Pass, for example, 400,200."
         ) from None
 
 

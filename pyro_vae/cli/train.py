@@ -42,18 +42,14 @@ def train(
             show_default="250 for digits, a sixth for others",
         ),
     ] = None,
-    network: Annotated[
-        Literal["mlp", "conv"], Option(help="Fully connected (mlp) or convolutional (conv) networks.")
-    ] = "mlp",
+    network: Annotated[Literal["mlp", "conv"], Option(help="Networks: fully connected or convolutional.")] = "mlp",
     hidden_dims: Annotated[
         str, Option(help="Hidden layer widths of the mlp encoder. The decoder has the reverse order.")
     ] = "400,200",
     channels: Annotated[
         str, Option(help="Channels of the conv encoder's layers. Each layer halves the image's height and width.")
     ] = "32,64",
-    latent_dim: Annotated[
-        int, Option(min=1, help="Number of latent dimensions. With 2, the latent space is drawn too.")
-    ] = 2,
+    latent_dim: Annotated[int, Option(min=1, help="Latent dimensions. With 2, the latent space is drawn too.")] = 2,
     likelihood: Annotated[
         Literal["bernoulli", "gaussian"], Option(help="Distribution of each pixel given z.")
     ] = "bernoulli",
@@ -71,9 +67,7 @@ def train(
     warm_up: Annotated[
         int, Option(min=0, help="Number of epochs in which the factor on the ELBO's KL rises from 0 to 1.")
     ] = 0,
-    free_bits: Annotated[
-        float, Option(min=0, help="Nats of KL in each latent dimension that the ELBO does not penalise.")
-    ] = 0.0,
+    free_bits: Annotated[float, Option(min=0, help="Nats of KL in each latent dimension that cost nothing.")] = 0.0,
     epochs: Annotated[int, Option(min=1, help="Total number of epochs, including those already in the run.")] = 200,
     batch_size: Annotated[int, Option(min=1, help="Number of images in a minibatch.")] = 64,
     lr: Annotated[float, Option(help="Learning rate of Adam.")] = 1e-3,
@@ -90,9 +84,7 @@ def train(
         Option("--compile", help="Compile the training step. This takes up to half a minute; steps are then faster."),
     ] = False,
     seed: Annotated[int, Option(min=0, help="Seed of initial weights, minibatches and samples.")] = 0,
-    out: Annotated[
-        Path | None, Option(file_okay=False, help="Folder to write the run to.", show_default="runs/DATA")
-    ] = None,
+    out: Annotated[Path | None, Option(file_okay=False, help="Folder of the run.", show_default="runs/DATA")] = None,
 ) -> None:
     """Train a VAE and write its run folder. The same command continues a run that was stopped."""
     _check_unused(context)

@@ -251,8 +251,8 @@ def _annealed(
                 forward.append(log_w)
                 accepted.append(acceptance)
                 if simulate:
-                    state = chains.start_at(latents)
-                    reverse, _ = _anneal(chains, state, temperatures.flip(0), steps.flip(0), num_leapfrog, bar)
+                    downwards = temperatures.flip(0), steps.flip(0)
+                    reverse, _ = _anneal(chains, chains.start(latents), *downwards, num_leapfrog, bar)
                     backward.append(-Evidence.from_weights(reverse).per_datum)
                     simulated.append(piece)
     acceptance = torch.cat(accepted, 1).mean(1)

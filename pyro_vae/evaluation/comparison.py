@@ -44,7 +44,7 @@ def compare(
     seed: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    r"""Compare objectives on the same data: a table with a row for each objective.
+    r"""Compare objectives on the same data: a table with rows by objective and number of particles.
 
     :math:`L_{rn}` is the bound of datum n in repeat r, and :math:`g_r` the gradient of the mean bound over x. The
     columns:
@@ -87,9 +87,6 @@ def compare(
         seed: the seed of each objective's random numbers; None continues from the generators' state.
         progress: whether to show the current row, in a terminal.
 
-    Returns:
-        The table, with rows by objective and number of particles.
-
     Raises:
         ValueError: fewer than 2 repeats or data, two objectives with the same name and number of particles, or a
             program without a bound per datum (see :func:`pyro_vae.log_weights`).
@@ -110,8 +107,7 @@ def compare(
     """
     args = arguments(x)
     check_count("repeats", repeats, 2, ", whose spread is the estimator's")
-    if log_likelihood is not None:
-        check_same_data(log_likelihood, args)
+    check_same_data(log_likelihood, args)
     program = Program(model, guide, args)
     with eval_mode(program.modules()):
         in_model, in_guide = map(sample_sites, program.trace())

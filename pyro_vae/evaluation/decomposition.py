@@ -123,14 +123,10 @@ def decompose_elbo(
                 log_q = log_q.reshape(drawn.log_guide.shape)
                 parts.append((drawn.log_likelihood, drawn.log_prior, drawn.log_guide, log_q, dimension_wise))
     likelihood, prior, own, log_q, dimension_wise = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return Decomposition(
-        _stratified(likelihood + prior - own),
-        _stratified(likelihood),
-        _stratified(own - log_q),
-        _stratified(log_q - prior),
-        _stratified(dimension_wise) if samples[0].prior_by_dimension.numel() else None,
-        len(args[0]),
-    )
+    elbo, reconstruction = _stratified(likelihood + prior - own), _stratified(likelihood)
+    mutual_information, marginal_kl = _stratified(own - log_q), _stratified(log_q - prior)
+    known = _stratified(dimension_wise) if samples[0].prior_by_dimension.numel() else None
+    return Decomposition(elbo, reconstruction, mutual_information, marginal_kl, known, len(args[0]))
 
 
 @dataclass(frozen=True)

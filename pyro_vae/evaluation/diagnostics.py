@@ -13,14 +13,7 @@ FEWEST_SAMPLES = 25  # a fifth of the samples is the tail, and ArviZ fits no tai
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    r"""The effective sample size :math:`(\sum_k w_{kn})^2 / \sum_k w_{kn}^2` of each datum, between 1 and K.
-
-    Arguments:
-        weights: (K, N), each datum's up to a constant factor.
-
-    Returns:
-        (N,); NaN where all weights are zero.
-    """
+    """The effective sample size, (sum w)^2 / sum w^2, of each datum's weights (K, N); NaN where all are zero."""
     return weights.sum(0).square() / weights.square().sum(0)
 
 

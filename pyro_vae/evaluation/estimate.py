@@ -51,9 +51,7 @@ class Estimate:
         return self.value - reach * self.standard_error, self.value + reach * self.standard_error
 
     def __str__(self) -> str:
-        return f"{self.value:.{self._digits()}f} ± {self.standard_error:.{self._digits()}f}"
-
-    def _digits(self) -> int:
-        """The number of decimals: two, or up to four where a small standard error needs them."""
-        tiny = not 0 < self.standard_error < 0.095 or not math.isfinite(self.standard_error)
-        return 2 if tiny else min(4, 1 - math.floor(math.log10(self.standard_error)))
+        # Two decimals, or up to four where a small standard error needs them.
+        tiny = not 0 < self.standard_error < 0.095
+        digits = 2 if tiny else min(4, 1 - math.floor(math.log10(self.standard_error)))
+        return f"{self.value:.{digits}f} ± {self.standard_error:.{digits}f}"

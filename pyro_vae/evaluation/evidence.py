@@ -168,9 +168,9 @@ class LogLikelihood(Evidence):
         )
 
 
-def check_same_data(evidence: Evidence, args: Args) -> None:
-    """Raise an error unless the estimates are as many as the data."""
-    if len(evidence.per_datum) != len(args[0]):
+def check_same_data(evidence: Evidence | None, args: Args) -> None:
+    """Raise an error if there are estimates, and they are not as many as the data."""
+    if evidence is not None and len(evidence.per_datum) != len(args[0]):
         raise PyroVAEError(
             f"expected log_likelihood to be of the same data, got {len(evidence.per_datum)} of them for {len(args[0])} "
             "data. Estimate it on x."

@@ -138,8 +138,7 @@ def inference_gaps(
     if not 0 < lr < math.inf:
         raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {GAPS_LR}.")
     args = arguments(x)
-    if log_likelihood is not None:
-        check_same_data(log_likelihood, args)
+    check_same_data(log_likelihood, args)
     parts: list[tuple[LogLikelihood, LogLikelihood]] = []
     program = Program(model, guide, args)
     with checked(program) as data, rng.seeded(seed):

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.sites import Sites, family, unwrapped
+from pyro_vae.engine.sites import Site, Sites, family, unwrapped
 from pyro_vae.engine.supports import same_support
-from pyro_vae.engine.weights import log_density, per_datum, terms
+from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
 
 ACCEPTANCE = 0.65  # acceptance rate that the step size is adapted to, from Neal's analysis of HMC
@@ -53,17 +53,13 @@ class Chains:
         _check_latents(first.model, first.guide, second.model)
         self.transforms = {name: biject_to(first.model[name]["fn"].support) for name in self.names}
 
-    def start(self) -> State:
-        """The state at samples from the base."""
-        run = self.program.run(self.num_chains)
-        return self._state_at({name: run.guide[name]["value"] for name in self.names})
-
-    def start_at(self, latents: dict[str, Tensor]) -> State:
-        """The state with all chains at the same latents."""
-        shapes = {name: self.example.guide[name]["value"].shape for name in self.names}
-        return self._state_at({name: latents[name].expand(shape) for name, shape in shapes.items()})
-
-    def _state_at(self, values: dict[str, Tensor]) -> State:
+    def start(self, latents: dict[str, Tensor] | None = None) -> State:
+        """The state at samples from the base, or with all chains of a datum at the given latents."""
+        if latents is None:
+            run = self.program.run(self.num_chains)
+            values = {name: run.guide[name]["value"] for name in self.names}
+        else:
+            values = {name: latents[name].expand(self.example.guide[name]["value"].shape) for name in self.names}
         return self.densities_at({name: self.transforms[name].inv(value) for name, value in values.items()})
 
     @torch.enable_grad()
@@ -72,11 +68,8 @@ class Chains:
         leaves = {name: value.detach().requires_grad_() for name, value in position.items()}
         values = {name: self.transforms[name](leaf) for name, leaf in leaves.items()}
         run = self.program.run_at(values, self.num_chains)
-        volume: Any = 0.0
-        for name in self.names:
-            log_volume = self.transforms[name].log_abs_det_jacobian(leaves[name], values[name])
-            site = run.guide[name]
-            volume = volume + per_datum(run, site, _sum_from(log_volume, site["unscaled_log_prob"].dim()))
+        volumes = {n: self.transforms[n].log_abs_det_jacobian(leaves[n], values[n]) for n in self.names}
+        volume = log_density(run, ((run.guide[n], _sum_of_event(run.guide[n], v)) for n, v in volumes.items()))
         densities = [log_density(run, terms(sites)) + volume for sites in (run.guide, run.model)]
         slopes = [
             torch.autograd.grad(
@@ -140,12 +133,8 @@ class Chains:
         return shaped
 
     def _kinetic(self, momentum: dict[str, Tensor]) -> Tensor:
-        energy: Any = 0.0
-        for name, p in momentum.items():
-            site = self.example.guide[name]
-            squares = _sum_from(0.5 * p.square(), site["unscaled_log_prob"].dim())
-            energy = energy + per_datum(self.example, site | {"mask": None}, squares)
-        return energy
+        sites = ((self.example.guide[name] | {"mask": None}, p) for name, p in momentum.items())
+        return log_density(self.example, ((site, _sum_of_event(site, 0.5 * p.square())) for site, p in sites))
 
 
 def trial_length(number: int) -> int:
@@ -153,8 +142,9 @@ def trial_length(number: int) -> int:
     return max(min(number, 50), number // TRIAL)
 
 
-def _sum_from(value: Tensor, dim: int) -> Tensor:
-    """Sum over the event dimensions, from `dim` on."""
+def _sum_of_event(site: Site, value: Tensor) -> Tensor:
+    """The sum over a site's event dimensions, if the value has them."""
+    dim = site["unscaled_log_prob"].dim()
     return value.flatten(dim).sum(-1) if value.dim() > dim else value
 
 

@@ -31,6 +31,8 @@ def active_units(
 ) -> pd.DataFrame:
     r"""The variance and KL of each latent dimension, to detect posterior collapse: a table with one row for each.
 
+    Rows are by site and dimension of its flattened value; ``table.active.sum()`` is the number of active units.
+
     ``variance``
         :math:`A_j = \operatorname{var}_n \mathbb E_{q(z \mid x_n)} z_j`, the variance of the posterior mean over data.
     ``variance_se``
@@ -52,10 +54,6 @@ def active_units(
             samples.
         threshold: the variance above which a dimension is active, in the squared units of z.
         seed: the seed of the random numbers; None continues from the generators' state.
-
-    Returns:
-        The table, with rows by site and dimension of the site's flattened value. ``table.active.sum()`` is the number
-        of active units.
 
     Raises:
         ValueError: `threshold` is negative, or an error of :func:`pyro_vae.log_likelihood`.

@@ -44,7 +44,8 @@ def log_likelihood(
 
     The mean of the weights is unbiased for p(x). Its logarithm is too low by about half of its squared standard error;
     it is the IWAE bound with K particles. K-hat and the effective sample size show whether K samples are enough.
-    Minibatches and particles are run in pieces of one size, so memory use depends on neither N nor K.
+    Minibatches and particles are run in pieces of one size, so memory use depends on neither N nor K. ``print`` gives
+    one line that can be quoted.
 
     Arguments:
         model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
@@ -58,9 +59,6 @@ def log_likelihood(
             anew, which pays off where the call takes minutes. The random numbers are drawn in portions of other sizes,
             so the estimate differs.
         progress: whether to show a progress bar, in a terminal.
-
-    Returns:
-        The estimates with their errors and diagnostics. ``print`` gives one line that can be quoted.
 
     Raises:
         ValueError: fewer than 2 samples or data, NaN or infinity in the data, data outside the support of the

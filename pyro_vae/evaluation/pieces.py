@@ -100,17 +100,12 @@ def is_divisible(program: Program) -> bool:
         guide = whole[1].items()
         values = {n: s["value"].narrow(plate.dim - s["fn"].event_dim, half, half) for n, s in guide}
         part = [sample_sites(trace) for trace in program.on(second).trace(values)]
-        return all(
-            torch.allclose(
-                site["unscaled_log_prob"].narrow(plate.dim, half, half),
-                other[name]["unscaled_log_prob"],
-                rtol=1e-4,
-                atol=1e-3,
-                equal_nan=True,
-            )
+        pairs = (
+            (site["unscaled_log_prob"].narrow(plate.dim, half, half), other[name]["unscaled_log_prob"])
             for sites, other in zip(whole, part, strict=True)
             for name, site in sites.items()
         )
+        return all(torch.allclose(*pair, rtol=1e-4, atol=1e-3, equal_nan=True) for pair in pairs)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, KeyError):

@@ -12,12 +12,7 @@ from pyro_vae.evaluation.pieces import Args
 
 
 def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tensor]]:
-    """Draw x and z from p(x, z): the arguments with the drawn x in place of the observed one, and z by site.
-
-    Raises:
-        ValueError: the model has a factor, observes something that is not an argument, or has another density when it
-            is called with the simulated data.
-    """
+    """Draw x and z from p(x, z): the arguments with the drawn x in place of the observed one, and z by site."""
     observed = sample_sites(poutine.trace(model).get_trace(*args))
     trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)
     drawn = sample_sites(trace)

@@ -8,18 +8,7 @@ argument `ax` or `figure`, pyplot makes a new figure. Show it with ``matplotlib.
 
 from pyro_vae.plots.charts import active_units, bounds, pareto_k, training_curve
 from pyro_vae.plots.pictures import images, latent_grid, latent_space, reconstructions
-from pyro_vae.plots.shared import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    YELLOW,
-    Array,
-    objective_colour,
-)
+from pyro_vae.plots.shared import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, Array, objective_colour
 
 __all__ = [
     "BLACK",

@@ -63,9 +63,7 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
     ax.set_xscale("log", base=2)
     ax.set_xticks(particles, labels=map(str, particles))
     ax.minorticks_off()
-    ax.set(xlabel="number of particles", ylabel="bound on log p(x) (nats per datum)")
-    _legend_below(ax)
-    return ax
+    return _finished(ax, "number of particles", "bound on log p(x) (nats per datum)")
 
 
 def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -112,9 +110,7 @@ def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         note = f"{hidden} epoch{'s' * (hidden > 1)} below the axis, down to {low:.0f} nats"
         ax.text(0.98, 0.03, note, transform=ax.transAxes, ha="right", color="0.35", fontsize="small")
     ax.locator_params(axis="x", integer=True, min_n_ticks=1)
-    ax.set(xlabel="epoch", ylabel="bound on log p(x) (nats per datum)")
-    _legend_below(ax)
-    return ax
+    return _finished(ax, "epoch", "bound on log p(x) (nats per datum)")
 
 
 def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
@@ -151,9 +147,7 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
         share = part.sum() / len(values)
         ax.hist(finite[part], edges, color=colour, label=f"{sign} 0.7: {share:.1%} of {len(values)} data")
     ax.axvline(0.7, color=BLACK, linewidth=0.8, linestyle="--")
-    ax.set(xlabel="Pareto k-hat of the importance weights", ylabel="number of data")
-    _legend_below(ax)
-    return ax
+    return _finished(ax, "Pareto k-hat of the importance weights", "number of data")
 
 
 def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -192,9 +186,7 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     labels = [str(d) if len(sites) == 1 else f"{s}[{d}]" for s, d in table.index]
     size, rotation = "small" if len(places) <= 30 else 5, 0 if len(sites) == 1 else 90
     ax.set_xticks(places, labels=labels, fontsize=size, rotation=rotation)
-    ax.set(xlabel=f"dimension of {', '.join(map(str, sites))}", ylabel="KL to the prior (nats per datum)")
-    _legend_below(ax)
-    return ax
+    return _finished(ax, f"dimension of {', '.join(map(str, sites))}", "KL to the prior (nats per datum)")
 
 
 def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:
@@ -205,10 +197,11 @@ def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], sour
         )
 
 
-def _legend_below(ax: Axes) -> None:
-    """Put the legend below the x label, where it covers no data: in one row if that fits, otherwise in one column."""
+def _finished(ax: Axes, xlabel: str, ylabel: str) -> Axes:
+    """Label the axes, with the legend below, where it covers no data: in one row if that fits, else in one column."""
     from matplotlib.font_manager import FontProperties
 
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     labels = ax.get_legend_handles_labels()[1]
     row = sum(0.5 + 0.065 * len(label) for label in labels)  # an estimate of its width, in inches
     columns = len(labels) if row < ax.get_window_extent().width / ax.figure.dpi else 1
@@ -219,3 +212,4 @@ def _legend_below(ax: Axes) -> None:
     pad = max(5, below * 72 / ax.figure.dpi / size + 1)  # rotated tick labels need more than 5
     style = {"borderaxespad": pad, "frameon": False, "fontsize": size}
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, **style)
+    return ax

@@ -31,12 +31,7 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, tensors to the CPU.
-
-    Raises:
-        FileNotFoundError: there is none at `path`.
-        ValueError: the file is truncated, or is not a checkpoint of pyro_vae.
-    """
+    """Read a checkpoint, tensors to the CPU; refuse a file that is truncated, or not a checkpoint of pyro_vae."""
     path = Path(path)
     if path.is_dir():
         raise PyroVAEError(f"expected {path} to be a checkpoint, got a folder. Pass the file in it.")
@@ -56,11 +51,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def check_readable(name: str, value: Any) -> None:
-    """Refuse, before any work, a part of a checkpoint that :func:`load` can't read back.
-
-    Raises:
-        ValueError: the part holds more than tensors and plain Python values.
-    """
+    """Refuse, before any work, a part of a checkpoint with more than tensors and plain Python values."""
     file = io.BytesIO()
     try:
         torch.save(value, file)

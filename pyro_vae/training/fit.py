@@ -249,10 +249,9 @@ def _teller(bar: Any, batches: Minibatches) -> OnCompile | None:
 
     def tell(compiled: Compiled | None) -> None:
         nonlocal first
+        bar.set_postfix_str("compiling ..." if compiled is None else "")
         if compiled is None:
-            bar.set_postfix_str("compiling ...")
             return
-        bar.set_postfix_str("")
         line = f"compiled in {compiled.seconds:.1f} s"
         if first and compiled.eager_seconds is not None and compiled.compiled_seconds is not None:
             saved = compiled.eager_seconds - compiled.compiled_seconds

@@ -48,8 +48,9 @@ class Loop:
 
     def train_epoch(self, bar: Any) -> None:
         """One pass over the data, its row in the history, and a checkpoint."""
-        self.epoch, started, total, count = len(self.rows) + 1, time.perf_counter(), 0.0, 0
-        settings = []
+        self.epoch, started = len(self.rows) + 1, time.perf_counter()
+        total: Any = 0.0
+        count, settings = 0, []
         for step, batch in enumerate(self.batches.shuffled(), 1):
             self.step = step
             settings.append(self._scheduled())
@@ -64,7 +65,14 @@ class Loop:
                     (loss / len(batch[0])).backward()
                 else:
                     loss = self.compiled.compute(*batch)
-            total, count = self._step(loss.detach(), batch, total, count, bar)
+            loss = loss.detach()
+            if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
+                raise self._not_finite(f"the loss is {loss:g}")
+            self.optimizer.step()
+            total, count = total + loss.double(), count + len(batch[0])
+            if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
+                bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
+            bar.update()
         self.support = None  # every minibatch is checked by now
         if not math.isfinite(total):
             raise self._not_finite("the epoch's loss is not finite")
@@ -82,17 +90,6 @@ class Loop:
         if self.checkpoint:
             checkpoints.save(self.checkpoint, self._state([*self.rows, row]))
         self.rows.append(row)  # last, so that the history never runs ahead of the checkpoint
-
-    def _step(self, loss: Tensor, batch: Any, total: Any, count: int, bar: Any) -> tuple[Any, int]:
-        """Step the optimiser; return the sum of the losses so far, and the number of data."""
-        if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
-            raise self._not_finite(f"the loss is {loss:g}")
-        self.optimizer.step()
-        total, count = total + loss.double(), count + len(batch[0])
-        if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
-            bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
-        bar.update()
-        return total, count
 
     def _validate(self) -> float:
         if self.held_out is None:
