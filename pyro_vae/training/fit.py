@@ -125,7 +125,15 @@ def fit(
     batches = Minibatches(data, batch_size, "data")
     held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
     held_out = held_out if held_out and held_out.has_data() else None
-    _check_patience(patience, held_out)
+    if patience is not None and (not isinstance(patience, int) or patience < 1):
+        raise PyroVAEError(
+            f"expected patience to be a positive number of epochs, an integer, got {patience!r}. None never stops early."
+        )
+    if patience is not None and held_out is None:
+        raise PyroVAEError(
+            "patience counts epochs in which the validation bound has not risen: expected validation data with it, got none. "
+            "Pass validation=..., or drop patience."
+        )
     if seed is not None and not (checkpoint and Path(checkpoint).exists()):
         pyro.set_rng_seed(seed)
 
@@ -152,8 +160,7 @@ def fit(
     elif checkpoint and scheduler is not None:
         checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
 
-    total_steps = None if batches.steps is None else epochs * batches.steps
-    bar = tqdm(total=total_steps, disable=None if progress else True, unit="step")
+    bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
     bar.update(len(loop.rows) * (batches.steps or 0))
     if compile:
         loop.supports = Supports(model, model_trace, program.args, batches)
@@ -202,18 +209,6 @@ def _check_minibatches(model: Sites, size: int) -> None:
                 f"plate of size {size}: its term would count once for each minibatch. Move it inside; or give the "
                 "plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass batch_size=N."
             )
-
-
-def _check_patience(patience: int | None, held_out: Minibatches | None) -> None:
-    if patience is not None and (not isinstance(patience, int) or patience < 1):
-        raise PyroVAEError(
-            f"expected patience to be a positive number of epochs, an integer, got {patience!r}. None never stops early."
-        )
-    if patience is not None and held_out is None:
-        raise PyroVAEError(
-            "patience counts epochs in which the validation bound has not risen: expected validation data with it, got none. "
-            "Pass validation=..., or drop patience."
-        )
 
 
 def _describe(objective: Any) -> str:
