@@ -20,7 +20,6 @@ from pyro_vae.errors import PyroVAEError
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
 Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
 
-LATENT = ("latent",)
 IMAGE = ("channel", "height", "width")
 
 
@@ -112,7 +111,7 @@ def _variables(program: Program, run: Run) -> list[tuple[str, str, Variable]]:
     """The variables of one run, each with its group and its name."""
     check_rows(run.batch_plate, len(program.args[0]))
     latents = [name for name, site in run.model.items() if not site["is_observed"]]
-    event_names = LATENT if len(latents) == 1 else ()
+    event_names = ("latent",) if len(latents) == 1 else ()
     log_p = log_density(run, terms(run.model))
     log_w = log_p - log_density(run, terms(run.guide))
     found = [("sample_stats", "log_weight", _per_datum(log_w)), ("sample_stats", "lp", _per_datum(log_p))]

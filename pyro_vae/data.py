@@ -49,11 +49,9 @@ class Split:
     dynamic: bool = False
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.images)
 
     def __repr__(self) -> str:
-        """Return the size, as ``Split(50000 x (1, 28, 28))``."""
         return f"Split({len(self)} x {tuple(self.images.shape[1:])})"
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Tensor:

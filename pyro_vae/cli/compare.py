@@ -15,9 +15,7 @@ def compare(
     path: RunArgument,
     num_images: Annotated[int, Option(min=2, help="Number of test images, or all if there are fewer.")] = 500,
     repeats: Annotated[int, Option(min=2, help="Number of times that each bound is estimated.")] = 10,
-    compile: Annotated[
-        bool, Option("--compile", help="Compile the estimators before the measurement. This takes minutes.")
-    ] = False,
+    compile: Annotated[bool, Option("--compile", help="Compile the estimators first. This takes minutes.")] = False,
     seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
 ) -> None:
     """Compare bounds on log p(x) on test images. The table has their values, noise, gradients and cost."""

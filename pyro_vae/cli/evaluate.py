@@ -21,16 +21,14 @@ def evaluate(
     path: RunArgument,
     num_images: Annotated[int | None, Option(min=2, help="Number of test images.", show_default="all")] = None,
     num_samples: Annotated[
-        int, Option(min=25, help="Number of importance samples for each image. k-hat needs at least 25.")
+        int, Option(min=25, help="Importance samples for each image. k-hat needs 25.")
     ] = NUM_SAMPLES,
     ais_images: Annotated[
         int, Option(min=2, help="Number of images for annealed importance sampling (AIS), gaps and simulation.")
     ] = NUM_ANNEALED,
     ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = NUM_STEPS,
     ais_chains: Annotated[int, Option(min=2, help="Number of AIS chains for each image.")] = NUM_CHAINS,
-    compile: Annotated[
-        bool, Option("--compile", help="Compile the importance sampling. This pays off for many images.")
-    ] = False,
+    compile: Annotated[bool, Option("--compile", help="Compile importance sampling: faster for many images.")] = False,
     seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
 ) -> None:
     """Estimate log p(x) of test images, with error bars. The report also has the gaps and the parts of the ELBO."""

@@ -46,9 +46,7 @@ def train(
     hidden_dims: Annotated[
         str, Option(help="Hidden layer widths of the mlp encoder. The decoder has the reverse order.")
     ] = "400,200",
-    channels: Annotated[
-        str, Option(help="Channels of the conv encoder's layers. Each layer halves the image's height and width.")
-    ] = "32,64",
+    channels: Annotated[str, Option(help="Channels of the conv layers. Each layer halves height and width.")] = "32,64",
     latent_dim: Annotated[int, Option(min=1, help="Latent dimensions. With 2, the latent space is drawn too.")] = 2,
     likelihood: Annotated[
         Literal["bernoulli", "gaussian"], Option(help="Distribution of each pixel given z.")

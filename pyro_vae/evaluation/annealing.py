@@ -5,8 +5,7 @@ Annealed densities lead from a base that can be sampled, the prior or the guide,
     log f_b(z) = (1 - b) log base(z) + b log p(x, z),      0 = b_0 < b_1 < ... < b_T = 1.
 
 A chain starts at a sample from the base and makes one Hamiltonian transition at each b. The product of the ratios
-f_{b_t} / f_{b_{t-1}} at its states is an unbiased weight for p(x). The reversed chain, from a posterior sample, gives
-an unbiased weight for 1 / p(x).
+f_{b_t} / f_{b_{t-1}} at its states is its weight.
 """
 
 from collections.abc import Sequence
@@ -81,10 +80,7 @@ class Sandwich:
 
     @property
     def gap(self) -> Estimate:
-        """The upper minus the lower bound, with the standard error of the paired difference.
-
-        On average, the error of AIS is at most this gap.
-        """
+        """The upper minus the lower bound, by datum. On average, the error of AIS is at most this gap."""
         return Estimate.of(self.upper_per_datum - self.lower.per_datum)
 
     def __str__(self) -> str:
@@ -231,13 +227,17 @@ def _annealed(
 ) -> tuple[AnnealedLikelihood, list[Tensor], list[Args]]:
     """The forward chains' record; with `simulate`, of data like x, with these and their reverse chains' estimates."""
     args = arguments(x)
-    program = Program(model, _base(guide, start), args)
+    if start not in ("prior", "guide"):
+        raise PyroVAEError(f"expected start to be 'prior' or 'guide', got {start!r}.")
+    if start == "guide" and guide is None:
+        raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
     check_count("num_steps", num_steps, 2)
     check_count("num_chains", num_chains, 2, ", to have an error bar")
     check_count("num_leapfrog", num_leapfrog, 1)
     if not step_size > 0:
         raise PyroVAEError(f"expected a positive step_size, got {step_size!r}. Try {STEP_SIZE}.")
     temperatures = _temperatures(schedule, num_steps)
+    program = Program(model, guide if start == "guide" else None, args)
     forward, accepted, backward, simulated = [], [], [], []
     with checked(program) as data, rng.seeded(seed):
         pieces = data.minibatches(rows_at_once(args) // num_chains)
@@ -273,14 +273,6 @@ def _anneal(
             accepted.append(probability.mean(0))
         bar.update()
     return log_weights, torch.stack(accepted)
-
-
-def _base(guide: PyroFunction | None, start: str) -> PyroFunction | None:
-    if start not in ("prior", "guide"):
-        raise PyroVAEError(f"expected start to be 'prior' or 'guide', got {start!r}.")
-    if start == "guide" and guide is None:
-        raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
-    return guide if start == "guide" else None
 
 
 def _temperatures(schedule: Any, num_steps: int) -> Tensor:

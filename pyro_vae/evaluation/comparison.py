@@ -134,8 +134,8 @@ def compare(
             with rng.seeded(seed):
                 row, per_datum = _measure(program, data, objective, parameters, repeats, compile)
             gap = Estimate.of(best.per_datum - per_datum)
-            row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": evidence.pareto_k.nanmedian().item()}
-            rows.append(row)
+            k_hat = evidence.pareto_k.nanmedian().item()
+            rows.append(row | {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": k_hat})
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
 
 

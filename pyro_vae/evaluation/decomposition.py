@@ -157,7 +157,8 @@ class _Samples:
         log_likelihood, log_prior, log_guide = (
             log_density(run, terms(sites)).double() for sites in (observed, latent, run.guide)
         )
-        known = all(_known(run.guide[name]) and _known(site) for name, site in latent.items())
+        sites = (*latent.values(), *run.guide.values())
+        known = all(univariate(site["fn"]) is not None and same_for_all_particles(site) for site in sites)
         marginals = _marginals(run, latent) if known else log_prior.new_zeros(*log_prior.shape, 0)
         return cls(values, log_likelihood, log_prior, log_guide, marginals)
 
@@ -168,10 +169,6 @@ class _Samples:
             some = value[rows.to(value.device)]
             taken[name] = some.unsqueeze(dim).expand(*some.shape[:dim], number, *some.shape[dim:])
         return taken
-
-
-def _known(site: Any) -> bool:
-    return univariate(site["fn"]) is not None and same_for_all_particles(site)
 
 
 def _marginals(run: Run, sites: Sites) -> Tensor:

@@ -1,4 +1,4 @@
-"""Diagnostics of each datum's importance weights: Pareto k-hat (by ArviZ), effective sample size, warnings."""
+"""Diagnostics of each datum's importance weights: Pareto k-hat (by ArviZ), warnings."""
 
 import warnings
 
@@ -10,11 +10,6 @@ from pyro_vae.errors import PyroVAEError
 
 HIGH_K = 0.7  # above it, more samples do not make the average of the weights reliable
 FEWEST_SAMPLES = 25  # a fifth of the samples is the tail, and ArviZ fits no tail of fewer than 5
-
-
-def effective_sample_size(weights: Tensor) -> Tensor:
-    """The effective sample size, (sum w)^2 / sum w^2, of each datum's weights (K, N); NaN where all are zero."""
-    return weights.sum(0).square() / weights.square().sum(0)
 
 
 def pareto_k(log_weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.errors import NotFiniteError, PyroVAEError
-from pyro_vae.evaluation.diagnostics import HIGH_K, effective_sample_size, pareto_k
+from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.pieces import Args
 
@@ -62,7 +62,7 @@ class Evidence:
         return cls(
             per_datum=top + mean.log(),
             per_datum_error=weights.std(0) / (math.sqrt(number) * mean),
-            ess=effective_sample_size(weights),
+            ess=weights.sum(0).square() / weights.square().sum(0),
             zero_weights=(log_w == -math.inf).sum(0),
             num_samples=number,
             **other_fields,

@@ -146,9 +146,9 @@ def inference_gaps(
         program = program.on(pieces[0]).with_nesting()
         with progress_bar(len(pieces) * num_steps, "step", "gaps", progress) as bar:
             for piece in pieces:
-                local = _LocalGuide(program.on(piece))
+                local = _FreeSites(program.on(piece))
                 local.fit(num_steps, lr, bar)
-                parts.append(_best_and_own(program.on(piece), local, num_samples))
+                parts.append(_best_and_own(local.program, local.guide, num_samples))
     best, own = (LogLikelihood.joined(each, len(args[0]), args[0].device) for each in zip(*parts, strict=True))
     if log_likelihood is None:
         warn_of_high_k(best.pareto_k, ADVICE, stacklevel=3)
@@ -174,11 +174,12 @@ def _best_and_own(program: Program, local: PyroFunction, num_samples: int) -> tu
     return fitted.where(improved, own), own
 
 
-class _LocalGuide:
-    """The guide with free parameters for each datum at each site, which start at the guide's own values."""
+class _FreeSites(Messenger):
+    """A handler that gives the guide's sites free parameters for each datum, which start at the guide's own values."""
 
     def __init__(self, program: Program) -> None:
-        self.program, self.guide = program, program.guide_or_prior
+        super().__init__()
+        self.program, self.guide = program, self(program.guide_or_prior)
         run = program.run(2)
         _check(run)
         self.fns = {name: site["fn"] for name, site in run.guide.items()}
@@ -189,17 +190,15 @@ class _LocalGuide:
             values = {key: value[0].detach() for key, value in constructor_arguments(fn).items()}
             self.free[name] = {k: transform_to(constraints[k]).inv(v).clone() for k, v in values.items()}
 
-    def __call__(self, *args: Any) -> Any:
-        with _Replaced({name: self._distribution(name) for name in self.fns}):
-            return self.guide(*args)
-
-    def _distribution(self, name: str) -> Any:
-        fn, base = self.fns[name], unwrapped(self.fns[name])
-        values = {key: transform_to(base.arg_constraints[key])(value) for key, value in self.free[name].items()}
-        local = type(base)(**values).to_event(fn.event_dim - base.event_dim)
-        if not isinstance(fn, MaskedDistribution):
-            return local
-        return local.mask(fn._mask[0] if isinstance(fn._mask, Tensor) else fn._mask)
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.fns:
+            return
+        fn, free = self.fns[msg["name"]], self.free[msg["name"]]
+        base = unwrapped(fn)
+        values = {key: transform_to(base.arg_constraints[key])(value) for key, value in free.items()}
+        msg["fn"] = type(base)(**values).to_event(fn.event_dim - base.event_dim)
+        if isinstance(fn, MaskedDistribution):
+            msg["fn"] = msg["fn"].mask(fn._mask[0] if isinstance(fn._mask, Tensor) else fn._mask)
 
     @torch.enable_grad()
     def fit(self, num_steps: int, lr: float, bar: Any) -> None:
@@ -211,7 +210,7 @@ class _LocalGuide:
         total = [torch.zeros_like(leaf) for leaf in leaves]
         first = int((1 - AVERAGED) * num_steps)
         for step in range(num_steps):
-            loss = objective.differentiable_loss(self.program.model, self, *self.program.args)
+            loss = objective.differentiable_loss(self.program.model, self.guide, *self.program.args)
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
                 leaf.grad = gradient
             adam.step()
@@ -222,18 +221,6 @@ class _LocalGuide:
             bar.update()
         for leaf, mean in zip(leaves, total, strict=True):
             leaf.requires_grad_(False).copy_(mean)
-
-
-class _Replaced(Messenger):
-    """Replaces the distributions of some sites."""
-
-    def __init__(self, fns: dict[str, Any]) -> None:
-        super().__init__()
-        self.fns = fns
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.fns:
-            msg["fn"] = self.fns[msg["name"]]
 
 
 def _has_family(fn: Any) -> bool:

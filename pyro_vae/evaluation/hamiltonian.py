@@ -47,10 +47,9 @@ class Chains:
 
     def __init__(self, program: Program, num_chains: int) -> None:
         self.program, self.num_chains = program.with_nesting(), num_chains
-        first, second = self.program.run(num_chains), self.program.run(num_chains)
-        self.example = first  # for the shapes of the sites
+        self.example = first = self.program.run(num_chains)  # for the shapes of the sites
+        _check_latents(first.model, first.guide, self.program.run(num_chains).model)
         self.names = [name for name, site in first.model.items() if not site["is_observed"]]
-        _check_latents(first.model, first.guide, second.model)
         self.transforms = {name: biject_to(first.model[name]["fn"].support) for name in self.names}
 
     def start(self, latents: dict[str, Tensor] | None = None) -> State:

@@ -20,7 +20,6 @@ from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.pieces import Args, Pieces, arguments, check_count, checked, progress_bar, rows_at_once
 
 ADVICE = "Train a more flexible guide, take more samples, or check the number with pv.ais, which needs no guide."
-Draw = Callable[[Args], Tensor]  # from a minibatch to its log-weights (K, N)
 RUNS_AT_ONCE = 16  # runs of the model on the samples of one run of the guide
 WEIGHTS_AT_ONCE = 2**22  # log-weights of a minibatch in memory where particles run one at a time
 
@@ -113,16 +112,14 @@ def estimate_evidence(
     if vectorize:
         program = program.on(batches[0]).with_nesting()
 
-    def uncompiled(batch: Args) -> Tensor:
-        return draw_weights(program.on(batch), num_samples, vectorize)
-
-    draw: Draw = _compiled_draw(program, data, num_samples) if compile else uncompiled
+    compiled = _compiled_draw(program, data, num_samples) if compile else None
     number = len(data.args[0])
     with progress_bar(number, "datum", "log p(x)", progress) as bar:
 
         def estimates() -> Iterator[LogLikelihood]:
             for batch in batches:
-                yield LogLikelihood.from_weights(draw(batch))
+                log_w = compiled(batch) if compiled else draw_weights(program.on(batch), num_samples, vectorize)
+                yield LogLikelihood.from_weights(log_w)
                 bar.update(len(batch[0]))
 
         return LogLikelihood.joined(estimates(), number, data.args[0].device)
@@ -141,7 +138,7 @@ def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> 
     return torch.cat(pieces)
 
 
-def _compiled_draw(program: Program, data: Pieces, num_samples: int) -> Draw:
+def _compiled_draw(program: Program, data: Pieces, num_samples: int) -> Callable[[Args], Tensor]:
     """A function that draws log-weights (K, N) of a minibatch by compiled code."""
     if not data.same_supports:
         raise PyroVAEError(

@@ -125,7 +125,15 @@ def fit(
     batches = Minibatches(data, batch_size, "data")
     held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
     held_out = held_out if held_out and held_out.has_data() else None
-    _check_patience(patience, held_out)
+    if patience is not None and (not isinstance(patience, int) or patience < 1):
+        raise PyroVAEError(
+            f"expected patience to be a positive number of epochs, an integer, got {patience!r}. None never stops early."
+        )
+    if patience is not None and held_out is None:
+        raise PyroVAEError(
+            "patience counts epochs in which the validation bound has not risen: expected validation data with it, got none. "
+            "Pass validation=..., or drop patience."
+        )
     if seed is not None and not (checkpoint and Path(checkpoint).exists()):
         pyro.set_rng_seed(seed)
 
@@ -158,8 +166,7 @@ def fit(
     elif checkpoint and scheduler is not None:
         checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
 
-    total_steps = None if batches.steps is None else epochs * batches.steps
-    bar = tqdm(total=total_steps, disable=None if progress else True, unit="step")
+    bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
     bar.update(len(loop.rows) * (batches.steps or 0))
     if compile:
         loop.compiled = CompiledStep(model, guide, objective, optimizer, mean=True, on_compile=_teller(bar, batches))
@@ -214,18 +221,6 @@ def _check_columns(held_out: Minibatches, expected: int) -> None:
         raise PyroVAEError(
             f"expected validation data of the same form as the data, got {len(held_out.columns)} tensors for a program that "
             f"was trained with {expected}. Pass a tuple of {expected}."
-        )
-
-
-def _check_patience(patience: int | None, held_out: Minibatches | None) -> None:
-    if patience is not None and (not isinstance(patience, int) or patience < 1):
-        raise PyroVAEError(
-            f"expected patience to be a positive number of epochs, an integer, got {patience!r}. None never stops early."
-        )
-    if patience is not None and held_out is None:
-        raise PyroVAEError(
-            "patience counts epochs in which the validation bound has not risen: expected validation data with it, got none. "
-            "Pass validation=..., or drop patience."
         )
 
 
