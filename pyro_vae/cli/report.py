@@ -42,7 +42,7 @@ class Report:
 
     @property
     def log_likelihood_range(self) -> tuple[float, float]:
-        """The AIS estimate, and this plus the gap of BDMC and two of its standard errors, in nats per datum."""
+        """The AIS estimate; and the same plus BDMC's gap and two of its standard errors. Both in nats per datum."""
         gap = self.sandwich.gap
         return self.annealed.mean, self.annealed.mean + max(gap.value + 2 * gap.standard_error, 0.0)
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def takes_program(function: Callable[..., T]) -> Callable[..., T]:
-    """Let a function with the arguments `model` and `guide` also take one thing that has both, in the place of the two.
+    """Let a function with the arguments `model` and `guide` also take one thing that has both, in their place.
 
     If `model` is a tuple, it is ``(model, guide)``. Else, if the argument after `model` is callable or None, the two are
     model and guide. Else `model` has the attributes `model` and `guide`, as a model/guide pair has.
@@ -33,14 +33,19 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def with_program(*args: Any, **kwargs: Any) -> T:
+        if "guide" in kwargs and len(args) > place and isinstance(args[place], tuple):
+            raise PyroVAEError(
+                f"{function.__name__} expected a tuple (model, guide), or a model and a guide, got a tuple and a guide. Pass "
+                "one of the two."
+            )
         if "guide" not in kwargs:
             given = args[place : place + 2]
             if "model" in kwargs:
                 kwargs["model"], kwargs["guide"] = _both(kwargs["model"])
             elif given and (isinstance(given[0], tuple) or len(given) == 1 or not _may_be_guide(given[1])):
                 args = (*args[:place], *_both(given[0]), *args[place + 1 :])
-        guide = kwargs["guide"] if "guide" in kwargs else args[place + 1] if len(args) > place + 1 else ...
-        if guide is None and not guide_optional:
+        guides = (kwargs["guide"],) if "guide" in kwargs else args[place + 1 : place + 2]
+        if guides == (None,) and not guide_optional:
             raise PyroVAEError(
                 f"{function.__name__} expected a guide, got None. Pass a Pyro guide; only pv.ais and pv.bdmc can do without."
             )

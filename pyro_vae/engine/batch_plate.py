@@ -55,8 +55,8 @@ def check_rows(plate: Plate, number: int) -> None:
     if plate.size != number:
         raise PyroVAEError(
             f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over all rows "
-            "of x. Pass data along the first dimension of x, and no subsample_size to an evaluation. Where two plates "
-            "hold every site, the data are the rows of the outer one."
+            "of x. Pass data along the first dimension of x, and no subsample_size. If two plates hold every site, the "
+            "data are the rows of the outer one."
         )
 
 

@@ -73,9 +73,14 @@ class Minibatches:
             return self._take(slice(0, self.batch_size))
 
     def at_hand(self, column: int) -> Tensor | None:
-        """All data of a column, if it is a tensor and not a DataLoader."""
-        whole = None if self.loader is not None else self.columns[column]
+        """All data of a column, if there is such a column, and it is a tensor."""
+        whole = self.columns[column] if self.loader is None and column < len(self.columns) else None
         return whole if isinstance(whole, Tensor) else None
+
+    def all_at_hand(self) -> Batch | None:
+        """All columns, if each is a tensor."""
+        tensors = self.loader is None and all(isinstance(column, Tensor) for column in self.columns)
+        return tuple(self.columns) if tensors else None
 
     def shuffled(self) -> Iterator[Batch]:
         """One epoch in a new random order. A single minibatch keeps its order, since its rows may have parameters."""

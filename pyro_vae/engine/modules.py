@@ -13,12 +13,16 @@ PyroFunction = Callable[..., Any]  # a Pyro model, or a guide
 
 
 def find_modules(*functions: PyroFunction) -> list[nn.Module]:
-    """The modules that the functions are, or are methods of, inside any of Pyro's handlers and ``functools.partial``."""
-    owners: list[Any] = [inspect.unwrap(function) for function in functions]
-    while any(isinstance(owner, functools.partial) for owner in owners):
-        owners = [inspect.unwrap(o.func) if isinstance(o, functools.partial) else o for o in owners]
-    owners = [getattr(owner, "__self__", owner) for owner in owners]
+    """The modules that the functions are, or are methods of, through Pyro's handlers and ``functools.partial``."""
+    owners = [_owner(function) for function in functions]
     return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+
+
+def _owner(function: Any) -> Any:
+    function = inspect.unwrap(function)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    return getattr(function, "__self__", function)
 
 
 def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:

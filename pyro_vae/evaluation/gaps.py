@@ -55,7 +55,7 @@ class Gaps:
 
     @property
     def amortisation(self) -> Estimate:
-        """The best member's ELBO minus the guide's, the cost of the encoder. A larger one, or training, reduces it."""
+        """The best member's ELBO minus the guide's, the cost of the encoder. A larger encoder reduces it."""
         return Estimate.of(self.best_elbo - self.elbo)
 
     @property

@@ -176,8 +176,8 @@ class Objective(pyro.infer.ELBO):
         fewest, even = self.estimator.fewest, self.estimator.even
         if self.num_samples < fewest or (even and self.num_samples % 2):
             raise PyroVAEError(
-                f"gradient={self.gradient!r} compares each particle with others: expected num_particles to be "
-                f"{'even' if even else f'at least {fewest}'}, got {self.num_samples}. Take 2, or gradient='score'."
+                f"gradient={self.gradient!r} compares each particle with others: expected num_particles to be at least "
+                f"{fewest}{' and even' if even else ''}, got {self.num_samples}. Take {fewest}, or gradient='score'."
             )
         if self.estimator.sampler is not None and (self.chunk_size is not None or not self.vectorize_particles):
             raise PyroVAEError(

@@ -188,6 +188,7 @@ DISARM = Estimator(
     ", DisARM",
     "some",
     signal=lambda _, log_w, c: c * (log_w - antithetic.partner(log_w, 0)) / 2,  # (R - R'') / 2 of a mean
+    fewest=2,
     even=True,
     sampler=antithetic.Antithetic,
     score_term=antithetic.score_term,

@@ -272,9 +272,10 @@ class CIWAE(Objective):
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean of the log-weights and the log of the mean weight, combined."""
-        whole = log_mean_exp(log_weights)
-        # At beta = 0 a weight of zero counts as in IWAE; 0 times its logarithm would be NaN.
-        return self.beta * log_weights.mean(0) + (1 - self.beta) * whole if self.beta else whole
+        elbo, iwae = log_weights.mean(0), log_mean_exp(log_weights)
+        if self.beta in (0, 1):  # 0 times the logarithm of a weight of zero would be NaN
+            return elbo if self.beta else iwae
+        return self.beta * elbo + (1 - self.beta) * iwae
 
     def curvature(self, log_weights: Tensor) -> Tensor:
         """The share of the importance-weighted bound; the ELBO has no curvature."""

@@ -56,7 +56,7 @@ class Autoencoder(Pair):
         """An empty guide, since the model has no latent site."""
 
     def check_data(self, x: Tensor) -> None:
-        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
+        """Raise ValueError for data of the wrong shape or type. `fit` calls this before it trains on the data."""
         self._check(x)
 
     @in_evaluation_mode

@@ -76,7 +76,7 @@ class ConditionalVAE(Pair):
             return pyro.sample("z", self.posterior(x, y))
 
     def check_data(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
-        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
+        """Raise ValueError for data of the wrong shape or type. `fit` calls this before it trains on the data."""
         self._observed(x, mask)
         self._vectors(y, x)
 

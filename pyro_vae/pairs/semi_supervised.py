@@ -121,7 +121,7 @@ class SemiSupervisedVAE(Pair):
             return pyro.sample("z", self.posterior(x, self._indicators(label, x)))
 
     def check_data(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
+        """Raise ValueError for data of the wrong shape or type. `fit` calls this before it trains on the data."""
         self._check(x)
         self._column(x, y)
 

@@ -85,7 +85,7 @@ class VAE(Pair):
             return pyro.sample("z", self.posterior(x))
 
     def check_data(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Raise ValueError for data of the wrong shape or type. Compiled training calls this before its first step."""
+        """Raise ValueError for data of the wrong shape or type. `fit` calls this before it trains on the data."""
         self._observed(x, mask)
 
     @in_evaluation_mode

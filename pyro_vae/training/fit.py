@@ -1,5 +1,6 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments, and of the optimiser."""
 
+import inspect
 import math
 import sys
 import warnings
@@ -142,9 +143,10 @@ def fit(
     program = Program(model, guide, batches.example())
     parameters, model_trace = _first_run(program, objective, batches)
     support = DataSupport(model, model_trace, program.args, batches)
+    held_out_support = None
     if held_out is not None:
-        _check_columns(held_out, len(program.args))
-        DataSupport(model, model_trace, program.args, held_out)
+        _check_columns(model, held_out)
+        held_out_support = DataSupport(model, model_trace, program.args, held_out)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     scheduler = None if lr_scheduler is None else learning_rates.make(lr_scheduler, optimizer, held_out is not None)
     settings = {
@@ -157,7 +159,18 @@ def fit(
         "compile": compile,
     }
     loop = Loop(
-        program, objective, batches, held_out, parameters, optimizer, scheduler, patience, checkpoint, settings, support
+        program,
+        objective,
+        batches,
+        held_out,
+        parameters,
+        optimizer,
+        scheduler,
+        patience,
+        checkpoint,
+        settings,
+        support,
+        held_out_support,
     )
     if isinstance(getattr(objective, "step", None), int):
         objective.step = 0
@@ -216,12 +229,16 @@ def _check_minibatches(model: Sites, size: int) -> None:
             )
 
 
-def _check_columns(held_out: Minibatches, expected: int) -> None:
-    if held_out.loader is None and len(held_out.columns) != expected:
-        raise PyroVAEError(
-            f"expected validation data of the same form as the data, got {len(held_out.columns)} tensors for a program that "
-            f"was trained with {expected}. Pass a tuple of {expected}."
-        )
+def _check_columns(model: PyroFunction, held_out: Minibatches) -> None:
+    """Refuse validation data that the model does not take as its arguments."""
+    if held_out.loader is None:
+        try:
+            inspect.signature(model).bind(*held_out.columns)
+        except TypeError as error:
+            raise PyroVAEError(
+                f"expected validation data that the model takes as its arguments, got a tuple of {len(held_out.columns)} "
+                f"({error}). Pass validation data of the form of the training data."
+            ) from error
 
 
 def _describe(objective: Any) -> str:

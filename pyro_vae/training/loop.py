@@ -36,7 +36,8 @@ class Loop:
     patience: int | None  # how many epochs without a better validation bound end the training; None never does
     checkpoint: str | Path | None  # the file of the state
     settings: dict[str, Any]  # what a checkpoint must agree on
-    support: DataSupport | None  # the check of training data that were not checked at once
+    support: DataSupport | None  # the check of training data that were not checked at once; None after an epoch
+    held_out_support: DataSupport | None  # the same for validation data
     compiled: CompiledStep | None = None
     rows: list[dict[str, float]] = field(default_factory=list)  # the history, a row an epoch
     best: dict[str, Any] | None = None  # epoch, bound, parameters and buffers of the best epoch, with `patience`
@@ -103,8 +104,11 @@ class Loop:
             pyro.distributions.validation_enabled(not self.rows),  # the data are the same in each epoch
         ):
             for batch in self.held_out.in_order():
+                if self.held_out_support is not None:
+                    self.held_out_support.check(batch)
                 total += self.objective.loss(self.program.model, self.program.guide, *batch)
                 count += len(batch[0])
+        self.held_out_support = None
         self.held_out.set_generator_states(own)
         return -total / count
 

@@ -196,3 +196,8 @@ def test_one_thing_with_both_as_a_keyword_or_before_data_that_look_like_a_guide(
 def test_the_modules_of_partial_methods_are_found(vae):
     partial = functools.partial(vae.model), functools.partial(functools.partial(vae.guide))
     assert dict(pv.ELBO()(partial).named_parameters()).keys() == dict(pv.ELBO()(vae).named_parameters()).keys()
+
+
+def test_a_tuple_beside_a_guide_is_refused(vae):
+    with pytest.raises(pv.PyroVAEError, match="got a tuple and a guide"):
+        pv.ELBO().bound((vae.model, vae.guide), torch.randn(4, 5), guide=vae.guide)

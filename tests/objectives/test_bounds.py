@@ -239,6 +239,26 @@ def test_a_subclass_of_the_elbo_is_trained_on_its_own_reduction():
     assert losses[0] == pytest.approx(pv.ELBO(4, "monte_carlo").loss(*at), rel=1e-6)
 
 
-def test_a_share_of_zero_leaves_the_elbo_out_where_a_weight_is_zero():
-    log_weights = torch.tensor([[0.0, -math.inf], [1.0, 2.0]])
-    torch.testing.assert_close(pv.CIWAE(0.0, 2).reduce(log_weights), pv.IWAE(2).reduce(log_weights))
+def test_a_subclass_of_the_elbo_has_the_estimators_of_its_own_reduction():
+    class Average(pv.ELBO):
+        def reduce(self, log_weights):
+            return log_weights.logsumexp(0) - math.log(len(log_weights))
+
+    program = LinearGaussian(3, 2, 4, wrong=True)
+    for parameter in program.parameters:
+        parameter.requires_grad_()
+    gradients = []
+    for objective in (pv.IWAE(4, "dreg"), Average(4, "monte_carlo", "dreg")):
+        pyro.set_rng_seed(0)
+        loss = objective.differentiable_loss(program.model, program.guide, program.x)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, program.parameters)]))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    with pytest.raises(pv.PyroVAEError, match="expected gradient to be one of"):
+        Average(2, "monte_carlo", "disarm")
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_a_share_of_zero_or_one_is_one_bound_where_a_weight_is_zero(beta):
+    log_weights = torch.tensor([[0.0, -math.inf, -math.inf], [1.0, 2.0, -math.inf]])
+    alone = pv.ELBO(2) if beta else pv.IWAE(2)
+    torch.testing.assert_close(pv.CIWAE(beta, 2).reduce(log_weights), alone.reduce(log_weights))

@@ -155,7 +155,7 @@ def test_masked_data_have_no_gradient():
 
 
 def test_it_takes_pairs():
-    with pytest.raises(pv.PyroVAEError, match="num_particles to be even, got 3"):
+    with pytest.raises(pv.PyroVAEError, match="num_particles to be at least 2 and even, got 3"):
         pv.ELBO(3, "monte_carlo", "disarm")
     for options in ({"vectorize_particles": False}, {"chunk_size": 2}):
         with pytest.raises(pv.PyroVAEError, match="vectorize_particles=True and no chunk_size"):

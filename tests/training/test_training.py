@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import subprocess
@@ -513,15 +514,53 @@ def test_data_outside_the_support_are_refused(given, compile, without_inductor, 
     data = {"tensor": bad, "loader": DataLoader(TensorDataset(bad), batch_size=10), "validation": good}[given]
     options = {"batch_size": None if given == "loader" else 10, "validation": bad if given == "validation" else None}
     path = tmp_path / "state.pt"
-    with pytest.raises(pv.PyroVAEError, match=r"data in the support of model site 'x'.*got 1 of .* row \d+ with"):
+    with pytest.raises(pv.PyroVAEError, match=r"data in the support of model site 'x'.*got 1 of .* row \d+ has"):
         pv.fit(model, guide, data, pv.ELBO(), epochs=1, compile=compile, checkpoint=path, **options)
     assert not path.exists()
     if given != "loader":
         assert torch.equal(pyro.param("W"), torch.ones(2, 3))  # no step was taken
 
 
-def test_validation_data_of_another_form_are_refused():
+def test_validation_data_that_the_model_can_not_take_are_refused():
     vae = pv.mlp_conditional_vae((3,), label_dim=2, latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
     x, y = torch.randn(10, 3), torch.randint(2, (10,))
-    with pytest.raises(pv.PyroVAEError, match=r"validation data of the same form.* got 1 tensors"):
+    with pytest.raises(pv.PyroVAEError, match=r"the model takes as its arguments, got a tuple of 1 .*'y'"):
         pv.fit(vae, (x, y), pv.ELBO(), epochs=1, validation=x)
+
+
+def test_validation_data_may_leave_out_what_is_optional():
+    vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
+    x, mask = torch.randn(20, 3), torch.rand(20, 3) > 0.3
+    for data, validation in (((x, mask), x), (x, (x, mask))):
+        history = pv.fit(vae, data, pv.ELBO(), epochs=1, batch_size=10, validation=validation)
+        assert history.validation_bound.notna().all()
+
+
+def test_a_wrapper_around_a_pairs_method_sees_its_own_data():
+    """The pair checks the data that reach it; what a wrapper is given may be other data, or other arguments."""
+    grey = torch.rand(20, 3)
+    vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(4,))
+
+    @functools.wraps(vae.model)
+    def model(x):
+        return vae.model((x > 0.5).float())
+
+    @functools.wraps(vae.guide)
+    def guide(x):
+        return vae.guide((x > 0.5).float())
+
+    pv.fit(model, guide, grey, pv.ELBO(), epochs=1, batch_size=10)
+    y = torch.zeros(20, dtype=torch.long)
+    conditional = pv.mlp_conditional_vae((3,), label_dim=2, latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
+    program = functools.partial(conditional.model, y=y), functools.partial(conditional.guide, y=y)
+    pv.fit(program, grey, pv.ELBO(), epochs=1, batch_size=20)
+
+    class Weighted(type(vae)):
+        def weighted(self, x, weights):
+            return self.model(x)
+
+        def weighted_guide(self, x, weights):
+            return self.guide(x)
+
+    vae.__class__ = Weighted
+    pv.fit(vae.weighted, vae.weighted_guide, (grey.round(), torch.rand(20)), pv.ELBO(), epochs=1, batch_size=10)
