@@ -14,19 +14,20 @@ PyroFunction = Callable[..., Any]  # a Pyro model, or a guide
 
 def find_modules(*functions: PyroFunction) -> list[nn.Module]:
     """The modules that the functions are, or are methods of, inside any of Pyro's handlers and ``functools.partial``."""
-    owners: list[Any] = [inspect.unwrap(function) for function in functions]
-    while any(isinstance(owner, functools.partial) for owner in owners):
-        owners = [inspect.unwrap(o.func) if isinstance(o, functools.partial) else o for o in owners]
-    owners = [getattr(owner, "__self__", owner) for owner in owners]
-    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+
+    def owner(function: Any) -> Any:
+        function = inspect.unwrap(function)
+        return (
+            owner(function.func) if isinstance(function, functools.partial) else getattr(function, "__self__", function)
+        )
+
+    return list(dict.fromkeys(found for found in map(owner, functions) if isinstance(found, nn.Module)))
 
 
 def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
     """Their buffers, such as batch norm's statistics, as they are now."""
-    state = {
-        f"{i}.{name}": value for i, m in enumerate(modules) for name, value in m.state_dict(keep_vars=True).items()
-    }
-    return {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
+    states = enumerate(module.state_dict(keep_vars=True) for module in modules)
+    return {f"{i}.{n}": v for i, state in states for n, v in state.items() if not isinstance(v, nn.Parameter)}
 
 
 @contextmanager
