@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -21,55 +21,33 @@ MAX_KINDS = 8  # of arguments that one function is compiled for
 
 @dataclass(frozen=True)
 class Compiled:
-    """The compiled code for arguments of one kind.
+    """The compiled code for arguments of one kind."""
 
-    Attributes:
-        code: a function of the captured tensors, then of the arguments.
-        captured: the tensors that it reads besides its arguments; it updates those that the program updates, such as
-            batch norm's statistics.
-        seconds: the time to record and compile.
-        read: tensors of integers whose values are constants of the code, with their versions.
-        bound: the tensors of the program's modules, as (dictionary, name, tensor). Another tensor there makes another
-            program.
-        eager_seconds: the time of an uncompiled call; None without `on_compile`.
-        compiled_seconds: the time of a compiled call; None without `on_compile`.
-    """
-
-    code: Callable[..., Any]
-    captured: list[Tensor]
-    read: list[tuple[Tensor, int]]
-    bound: list[tuple[dict[str, Any], str, Any]]
-    seconds: float
-    eager_seconds: float | None
-    compiled_seconds: float | None
+    code: Callable[..., Any]  # a function of the captured tensors, then of the arguments
+    captured: list[Tensor]  # it updates those that the program updates, such as batch norm's statistics
+    read: list[tuple[Tensor, int]]  # tensors of integers whose values are constants of the code, with their versions
+    bound: list[tuple[dict[str, Any], str, Any]]  # each dictionary, name and tensor of the modules: all must stay
+    seconds: float  # the time to record and compile
+    eager_seconds: float | None  # the time of an uncompiled call; None without `on_compile`
+    compiled_seconds: float | None  # the time of a compiled call; None without `on_compile`
 
 
 OnCompile = Callable[[Compiled | None], None]  # called when a compilation begins, with None, and when it ends
 
 
+@dataclass(eq=False, repr=False)
 class CompiledFunction:
     """A function that runs a Pyro program on tensors, compiled at the first call with arguments of a new kind.
 
     The kind of the arguments is their shapes, types and devices. An argument that is not a tensor is a constant of the
     code, which is compiled again for each value. Each call draws new random numbers, those of the uncompiled function,
     from torch's generators.
-
-    Arguments:
-        function: the function to compile; it returns tensors, or None among them.
-        modules: the modules of the program that it runs.
-        on_compile: called with None before each compilation, and with its result after it.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        modules: list[nn.Module],
-        on_compile: OnCompile | None = None,
-    ) -> None:
-        self.function = function
-        self.modules = modules
-        self.on_compile = on_compile
-        self.compiled: dict[Any, Compiled] = {}
+    function: Callable[..., Any]  # it returns tensors, or None among them
+    modules: list[nn.Module]  # of the program that it runs
+    on_compile: OnCompile | None = None
+    compiled: dict[Any, Compiled] = field(default_factory=dict, init=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's results, without gradients."""

@@ -21,27 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pyro_vae import errors
 from pyro_vae.errors import PyroVAEError
 
-GENERATED = (
-    "<frozen",
-    "<eval_with_key",
-    "<__array_function__",
-)  # generated files; "<stdin>" and "<string>" are the user's own code
+# Generated files; "<stdin>" and "<string>" are the user's own code.
+GENERATED = ("<frozen", "<eval_with_key", "<__array_function__")
 FIX = "Keep it in tensors (torch.where, masks), or run it uncompiled (compile=False in pv.fit)."
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The operations of one run of a function.
+    """The operations of one run of a function."""
 
-    Attributes:
-        graph: a function of the captured tensors, then of the arguments, to the function's results.
-        captured: tensors that are not arguments of the function: parameters, buffers, constants.
-        read: captured tensors of integers whose values decided what is in the graph, such as a flow's permutation, each
-            with its version. An in-place change raises the version, and makes the graph one of another program.
-    """
-
-    graph: fx.GraphModule
-    captured: list[Tensor]
+    graph: fx.GraphModule  # a function of the captured tensors, then of the arguments, to the function's results
+    captured: list[Tensor]  # those that are not arguments of the function: parameters, buffers, constants
+    # Captured tensors of integers whose values decided what is in the graph, such as a flow's permutation, each with its
+    # version. An in-place change raises the version, and makes the graph one of another program.
     read: list[tuple[Tensor, int]]
 
 
@@ -50,13 +42,21 @@ def record(function: Callable[..., Any], args: Sequence[Tensor], other_args: Seq
 
     The function runs twice. The second time has other random numbers, and the same rows in another order, which are in
     their support. Both runs must do the same: else a Python value decides what happens, and the graph would freeze it.
-
-    Raises:
-        ValueError: the function reads values, or does not do the same in both runs.
     """
     first, second = _record(function, args), _record(function, other_args)
-    _check_same(first, second)
-    return first
+    alike = len(first.captured) == len(second.captured) and all(map(_equal, first.captured, second.captured))
+    here, there = (str(recording.graph.graph).splitlines() for recording in (first, second))
+    if alike and here == there:
+        return first
+    what = "a constant that is another tensor each time"
+    if here != there:
+        line = next((pair for pair in zip(here, there, strict=False) if pair[0] != pair[1]), (here[-1], there[-1]))
+        what = f"'{line[0].strip()}', then '{line[1].strip()}'"
+    raise PyroVAEError(
+        f"the program can't be compiled, since it does something else when it runs again: expected the same "
+        f"operations for any data, got {what}. Python values, such as a counter, would never change again. Pass what "
+        "changes as a tensor argument, or run it uncompiled (compile=False in pv.fit)."
+    )
 
 
 def _record(function: Callable[..., Any], args: Sequence[Tensor]) -> Recording:
@@ -108,24 +108,6 @@ def _lifted(graph: fx.GraphModule, read: list[Tensor]) -> Recording:
         graph.graph.erase_node(node)
     graph.recompile()
     return Recording(graph, [tensor for tensor, _ in captured.values()], [(tensor, tensor._version) for tensor in read])
-
-
-def _check_same(first: Recording, second: Recording) -> None:
-    """Refuse two runs that did not do the same, with the same captured tensors."""
-    alike = len(first.captured) == len(second.captured) and all(map(_equal, first.captured, second.captured))
-    here, there = (str(recording.graph.graph).splitlines() for recording in (first, second))
-    if here != there:
-        line = next((pair for pair in zip(here, there, strict=False) if pair[0] != pair[1]), (here[-1], there[-1]))
-        what = f"'{line[0].strip()}', then '{line[1].strip()}'"
-    elif not alike:
-        what = "a constant that is another tensor each time"
-    else:
-        return
-    raise PyroVAEError(
-        f"the program can't be compiled, since it does something else when it runs again: expected the same "
-        f"operations for any data, got {what}. Python values, such as a counter, would never change again. Pass what "
-        "changes as a tensor argument, or run it uncompiled (compile=False in pv.fit)."
-    )
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -206,56 +188,43 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 
 
 @contextlib.contextmanager
-def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore these tensors afterwards."""
-    saved = _Saved()
-    saved.save(tensors)
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[Callable[[Iterable[Tensor]], None]]:
+    """Restore the memory of these tensors afterwards, and of those that the yielded function gets; versions stay."""
+    copies: dict[int, tuple[Any, Any]] = {}
+
+    def save(tensors: Iterable[Tensor]) -> None:
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage._cdata not in copies:
+                copies[storage._cdata] = storage, storage.clone()
+
+    save(tensors)
     try:
-        yield
+        yield save
     finally:
-        saved.put_back()
+        for storage, copy in copies.values():
+            storage.copy_(copy)
 
 
 @contextlib.contextmanager
 def writes_undone() -> Iterator[None]:
     """Restore afterwards every older tensor that an operation declares to write to."""
-    writes = _Writes()
-    try:
-        with writes:
-            yield
-    finally:
-        writes.saved.put_back()
-
-
-class _Saved:
-    """Copies of tensors' memory; to restore them leaves their versions as they are."""
-
-    def __init__(self) -> None:
-        self.copies: dict[int, tuple[Any, Any]] = {}
-
-    def save(self, tensors: Iterable[Tensor]) -> None:
-        for storage in (tensor.untyped_storage() for tensor in tensors):
-            if storage._cdata not in self.copies:
-                self.copies[storage._cdata] = storage, storage.clone()
-
-    def put_back(self) -> None:
-        for storage, copy in self.copies.values():
-            storage.copy_(copy)
+    with unchanged(()) as save, _Writes(save):
+        yield
 
 
 class _Writes(TorchDispatchMode):
     """Saves older tensors before an operation writes to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, save: Callable[[Iterable[Tensor]], None]) -> None:
         super().__init__()
-        self.saved = _Saved()
+        self.save = save
         self.new: set[int] = set()  # addresses of younger memory; older memory stays alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = list(_tensors((args, kwargs)).values())
         old = {tensor.untyped_storage()._cdata for tensor in given}
         if func._schema.is_mutable:
-            self.saved.save(tensor for tensor in given if tensor.untyped_storage()._cdata not in self.new)
+            self.save(tensor for tensor in given if tensor.untyped_storage()._cdata not in self.new)
         result = func(*args, **(kwargs or {}))
         self.new |= {tensor.untyped_storage()._cdata for tensor in _tensors(result).values()} - old
         return result
@@ -263,15 +232,14 @@ class _Writes(TorchDispatchMode):
 
 def users_line(error: BaseException) -> str:
     """The innermost line of the user's own code in an error's traceback."""
-    torch_itself, pyro_itself, ours = (
-        Path(str(file)).parent for file in (torch.__file__, pyro.__file__, errors.__file__)
+    torch_itself, pyro_itself, ours, standard = (
+        Path(str(module.__file__)).parent for module in (torch, pyro, errors, contextlib)
     )
-    standard = Path(contextlib.__file__).parent
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if torch_itself not in Path(f.filename).parents]
     frames = [
-        f
-        for f in frames
-        if Path(f.filename).parent != standard and not f.filename.startswith(GENERATED) and f.filename != __file__
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if torch_itself not in (path := Path(frame.filename)).parents and path.parent != standard
+        if not frame.filename.startswith(GENERATED) and frame.filename != __file__
     ]
     own = [f for f in frames if not {pyro_itself, ours} & set(Path(f.filename).parents)]
     frame = (own or frames)[-1]

@@ -1,6 +1,7 @@
 """A training step as compiled code, for a loop of the user's own, and for `fit`."""
 
 import copy
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import pyro
@@ -18,35 +19,29 @@ from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import Objective
 
 
+@dataclass(eq=False, repr=False)
 class CompiledStep:
-    """A compiled training step, as :func:`compile_step` returns it: call it with a minibatch to take a step.
+    """A compiled training step, as :func:`compile_step` returns it: call it with a minibatch to take a step."""
 
-    Attributes:
-        loss_and_gradients: the compiled function, with the compiling time of each shape.
-        parameters: the parameters that the optimiser steps.
-    """
+    model: PyroFunction
+    guide: PyroFunction
+    objective: Objective
+    optimizer: torch.optim.Optimizer | PyroOptim
+    _: KW_ONLY
+    mean: bool = False
+    on_compile: OnCompile | None = None
+    parameters: list[Tensor] = field(default_factory=list, init=False)  # those that the optimiser steps
+    loss_and_gradients: CompiledFunction = field(init=False)  # with the compiling time of each shape
+    _own: dict[str, Tensor] = field(default_factory=dict, init=False)
 
-    def __init__(
-        self,
-        model: PyroFunction,
-        guide: PyroFunction,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer | PyroOptim,
-        *,
-        mean: bool = False,
-        on_compile: OnCompile | None = None,
-    ) -> None:
-        check_compiled(objective)
-        stepping = isinstance(optimizer, torch.optim.Optimizer | PyroOptim)
-        if not stepping or isinstance(optimizer, torch.optim.LBFGS):  # LBFGS runs the loss several times
+    def __post_init__(self) -> None:
+        check_compiled(self.objective)
+        stepping = isinstance(self.optimizer, torch.optim.Optimizer | PyroOptim)
+        if not stepping or isinstance(self.optimizer, torch.optim.LBFGS):  # LBFGS runs the loss several times
             raise PyroVAEError(
                 "expected an optimizer that steps on one gradient, such as torch.optim.Adam(vae.parameters(), lr=1e-3) or "
-                f"pyro.optim.Adam({{'lr': 1e-3}}), got {_shown(optimizer)}."
+                f"pyro.optim.Adam({{'lr': 1e-3}}), got {_shown(self.optimizer)}."
             )
-        self.model, self.guide, self.objective, self.optimizer, self.mean = model, guide, objective, optimizer, mean
-        self.on_compile = on_compile
-        self.parameters: list[Tensor] = []
-        self._own: dict[str, Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Set each parameter's ``grad``, step the optimiser, and return the loss before the step, a tensor."""
@@ -91,7 +86,12 @@ class CompiledStep:
             self.loss_and_gradients = CompiledFunction(
                 self._loss_and_gradients, find_modules(self.model, self.guide), self.on_compile
             )
-        settings = {name: self._constant(value) for name, value in self.objective.scheduled().items()}
+        device = self.parameters[0].device
+        # A tensor without dimensions leaves the types of others as they are, and rounds as a Python number does.
+        settings = {
+            name: torch.tensor(value, dtype=torch.float64, device=device)
+            for name, value in self.objective.scheduled().items()
+        }
         loss, *gradients = self.loss_and_gradients(settings, args, kwargs)
         self.objective.step += 1
         return loss, gradients
@@ -109,10 +109,6 @@ class CompiledStep:
                     "networks."
                 )
             return loss.detach(), *gradients
-
-    def _constant(self, value: float) -> Tensor:
-        # A tensor without dimensions leaves the types of others as they are, and rounds as a Python number does.
-        return torch.tensor(value, dtype=torch.float64, device=self.parameters[0].device)
 
     def _find_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The optimiser's parameters; Pyro's optimisers get them at each step: all parameters of the program."""

@@ -17,6 +17,7 @@ from pyro_vae.engine.sites import (
     family,
     is_factor,
     kept,
+    labelled,
     masks,
     not_reparameterised,
     plates,
@@ -70,18 +71,15 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
                 f"got {shapes[0][0]} and {shapes[0][1]} in the model, {shapes[1][0]} and {shapes[1][1]} in the guide. "
                 "Put it in the same plates in both, with the same to_event."
             )
-    for sites, where in ((model, "model"), (guide, "guide")):
-        for name, site in sites.items():
-            for what in ("mask", "scale"):
-                if not isinstance(site[what], Tensor):
-                    continue
-                shape = site["unscaled_log_prob"].shape if "unscaled_log_prob" in site else site["fn"].batch_shape
-                if torch.broadcast_shapes(site[what].shape, shape) != shape:
-                    raise PyroVAEError(
-                        f"the {what} at {where} site '{name}' does not fit it: expected one that broadcasts to the site's "
-                        f"batch shape {tuple(shape)}, got {tuple(site[what].shape)}. Put it around no other sites than "
-                        "those of its own shape."
-                    )
+    for words, site in labelled(model, guide).items():
+        shape = site["unscaled_log_prob"].shape if "unscaled_log_prob" in site else site["fn"].batch_shape
+        for what in ("mask", "scale"):
+            if isinstance(site[what], Tensor) and torch.broadcast_shapes(site[what].shape, shape) != shape:
+                raise PyroVAEError(
+                    f"the {what} at {words} does not fit it: expected one that broadcasts to the site's batch shape "
+                    f"{tuple(shape)}, got {tuple(site[what].shape)}. Put it around no other sites than those of its own "
+                    "shape."
+                )
 
 
 def check_reparameterised(guide: Sites) -> None:

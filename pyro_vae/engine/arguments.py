@@ -19,13 +19,6 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
 
     If `model` is a tuple, it is ``(model, guide)``. Else, if the argument after `model` is callable or None, the two are
     model and guide. Else `model` has the attributes `model` and `guide`, as a model/guide pair has.
-
-    Example:
-        >>> import torch, pyro_vae as pv
-        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> x = torch.randn(4, 5)
-        >>> pv.ELBO().bound(vae, x).shape == pv.ELBO().bound(vae.model, vae.guide, x).shape
-        True
     """
     parameters = inspect.signature(function).parameters
     place = list(parameters).index("model")
@@ -68,12 +61,9 @@ def _both(program: Any) -> tuple[PyroFunction, PyroFunction]:
     else:
         model, guide = getattr(program, "model", None), getattr(program, "guide", None)
     if not callable(model) or not (callable(guide) or (guide is None and isinstance(program, tuple))):
+        got = f"the function {program.__name__} alone" if inspect.isroutine(program) else type(program).__name__
         raise PyroVAEError(
             "expected a model and a guide, or one thing that has both, such as pv.mlp_vae(...) or a tuple "
-            f"(model, guide), got {_shown(program)}. Pass the guide after the model."
+            f"(model, guide), got {got}. Pass the guide after the model."
         )
     return model, guide
-
-
-def _shown(value: Any) -> str:
-    return f"the function {value.__name__} alone" if inspect.isroutine(value) else type(value).__name__

@@ -9,12 +9,7 @@ from pyro_vae.errors import PyroVAEError
 
 
 def find_batch_plate(sites: Sites) -> Plate:
-    """The outermost plate that holds every site; `sites` has them under their labels, such as "model site 'x'".
-
-    Raises:
-        ValueError: the sites have no common plate (no plate at all, ``to_event`` in its place, two plates, a latent
-            site or a factor outside it), or a plate inside it is subsampled.
-    """
+    """The outermost plate that holds every site; `sites` has them under their labels, such as "model site 'x'"."""
     if not sites:
         raise PyroVAEError(
             "no sample sites: expected a program whose log-density has terms, got none in model and guide. Call it with "
@@ -91,7 +86,7 @@ def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
 
 def _why_no_plate_at_all(sites: Sites) -> str:
     sequential = sorted({f.name for s in sites.values() for f in s["cond_indep_stack"] if not f.vectorized})
-    batched = any(any(size > 1 for size in _own_batch_shape(site)) for site in sites.values())
+    batched = any(_has_own_batch(site) for site in sites.values())
     for words, site in sites.items():
         if site["is_observed"] and site["fn"].event_dim and not batched and not sequential:
             return _to_event(words, site, "the batch plate")
@@ -102,19 +97,17 @@ def _why_no_plate_at_all(sites: Sites) -> str:
     )
 
 
-def _own_batch_shape(site: Site) -> list[int]:
-    """The batch shape without the dimensions that plates take."""
-    taken = {f.dim for f in site["cond_indep_stack"]}
-    shape = site["fn"].batch_shape
-    return [size for i, size in enumerate(shape) if i - len(shape) not in taken]
+def _has_own_batch(site: Site) -> bool:
+    """Whether the batch shape has a dimension that no plate takes."""
+    taken, shape = {f.dim for f in site["cond_indep_stack"]}, site["fn"].batch_shape
+    return any(size > 1 and i - len(shape) not in taken for i, size in enumerate(shape))
 
 
 def _swallows(site: Site, plate: Plate) -> bool:
     """Whether an observation's event holds the rows of the plate, so that every row counts all of them."""
     event = site["fn"].event_shape
-    if not (site["is_observed"] and event and event[0] in (plate.size, plate.full_size) and plate.size > 1):
-        return False
-    if being_recorded():
+    holds = site["is_observed"] and event and event[0] in (plate.size, plate.full_size) and plate.size > 1
+    if not holds or being_recorded():
         return False
     log_prob = site["unscaled_log_prob"]
     return site["value"].dim() == len(event) and bool((log_prob == log_prob.narrow(plate.dim, 0, 1)).all())

@@ -27,10 +27,8 @@ def _owner(function: Any) -> Any:
 
 def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
     """Their buffers, such as batch norm's statistics, as they are now."""
-    state = {
-        f"{i}.{name}": value for i, m in enumerate(modules) for name, value in m.state_dict(keep_vars=True).items()
-    }
-    return {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
+    states = enumerate(module.state_dict(keep_vars=True) for module in modules)
+    return {f"{i}.{n}": v for i, state in states for n, v in state.items() if not isinstance(v, nn.Parameter)}
 
 
 @contextmanager

@@ -10,12 +10,7 @@ from pyro_vae.errors import PyroVAEError
 
 
 def find_parameters(program: Program) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters that the model uses, and those that the guide uses.
-
-    Returns:
-        Two dictionaries from a parameter's name in Pyro to its unconstrained value, the leaf that an optimiser
-        steps. A parameter that both use is in both.
-    """
+    """The parameters that the model uses, and those that the guide uses; one that both use is in both."""
     model_trace, guide_trace = program.trace()
     return parameters_of(model_trace), parameters_of(guide_trace)
 

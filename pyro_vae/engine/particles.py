@@ -10,16 +10,7 @@ from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import (
-    Cauchy,
-    Independent,
-    Laplace,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-    Normal,
-    TransformedDistribution,
-    Uniform,
-)
+from torch import distributions as td
 from torch.utils.checkpoint import checkpoint
 
 from pyro_vae.engine import rng
@@ -31,18 +22,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Particles:
-    """How many particles, and how the program runs for them.
+    """How many particles, and how the program runs for them."""
 
-    Attributes:
-        number: K, how many samples are drawn from the guide for each datum.
-        vectorize: whether the program runs once for all of them.
-        chunk_size: for how many the model runs at a time; None is all. Where gradients are recorded, each chunk runs
-            again in the backward pass, so that memory holds one chunk.
-    """
-
-    number: int
-    vectorize: bool = True
-    chunk_size: int | None = None
+    number: int  # K, how many samples are drawn from the guide for each datum
+    vectorize: bool = True  # whether the program runs once for all of them
+    chunk_size: int | None = None  # for how many the model runs at a time; None is all
 
     def __post_init__(self) -> None:
         for name, value in (("num_particles", self.number), ("chunk_size", self.chunk_size)):
@@ -55,16 +39,15 @@ class Particles:
             )
 
     def read(self, program: Program, read: Callable[[Run], T]) -> list[T]:
-        """Run the program, and return the result of `read` for each run.
+        """The result of `read` for each run: one with all K particles, or K with one, or one for each chunk.
 
-        There is one run with all K particles; or K runs of one particle; or a run for each chunk. A chunk's run is read
-        inside its own checkpoint, so that memory never holds all of them.
+        Where gradients are recorded, a chunk's run is read inside its own checkpoint and runs again in the backward pass,
+        so that memory never holds more than one.
         """
         if self.number == 1:
             return [read(program.run_model(program.run_guide()))]
         if not self.vectorize:
-            draws = DrawAsOneOf(self.number)
-            results = []
+            draws, results = DrawAsOneOf(self.number), []
             for particle in range(self.number):
                 with draws.of(particle):
                     results.append(read(program.run()))
@@ -107,8 +90,6 @@ class DrawAsOneOf(Messenger):
         self.states = [rng.get_state()]
         self.first: list[tuple[Any, ...]] = []  # the sites of the first run: name, family and shape
         self.subsamples: dict[str, Tensor] = {}
-        self.particle = self.next_site = 0
-        self.as_first = True
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
 
     def finish(self) -> None:
@@ -118,8 +99,7 @@ class DrawAsOneOf(Messenger):
 
     def of(self, particle: int) -> Self:
         """The handler for the run of one particle."""
-        self.particle, self.next_site = particle, 0
-        self.as_first = True
+        self.particle, self.next_site, self.as_first = particle, 0, True
         return self
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -131,7 +111,9 @@ class DrawAsOneOf(Messenger):
                 self.subsamples[name], self.states[-1] = _drawn_from(self.states[-1], fn)
             msg["value"], msg["done"] = self.subsamples[name], True
             return
-        noise = _noise(fn)
+        noise = fn
+        while isinstance(noise, (*_WRAPPERS, td.TransformedDistribution)):
+            noise = noise.base_dist
         if not isinstance(noise, _FIXED_NOISE):
             return
         site = (name, type(noise), noise.batch_shape, noise.event_shape)
@@ -150,7 +132,7 @@ class DrawAsOneOf(Messenger):
     def _draw(self, fn: Any) -> Tensor:
         if isinstance(fn, _WRAPPERS):
             return self._draw(fn.base_dist)
-        if isinstance(fn, TransformedDistribution):
+        if isinstance(fn, td.TransformedDistribution):
             value = self._draw(fn.base_dist)
             for transform in fn.transforms:  # after the choice of row k: some transforms cache their last value
                 value = transform(value)
@@ -158,15 +140,9 @@ class DrawAsOneOf(Messenger):
         return fn.expand((self.num_particles, *fn.batch_shape)).rsample()[self.particle]
 
 
-_WRAPPERS = (Independent, MaskedDistribution)
-_FIXED_NOISE = (Normal, MultivariateNormal, LowRankMultivariateNormal, Laplace, Cauchy, Uniform, Delta)
-
-
-def _noise(fn: Any) -> Any:
-    """The distribution that draws the noise, inside those that transform it."""
-    while isinstance(fn, (*_WRAPPERS, TransformedDistribution)):
-        fn = fn.base_dist
-    return fn
+_WRAPPERS = (td.Independent, MaskedDistribution)
+_NORMAL = (td.Normal, td.MultivariateNormal, td.LowRankMultivariateNormal)
+_FIXED_NOISE = (*_NORMAL, td.Laplace, td.Cauchy, td.Uniform, Delta)
 
 
 def _drawn_from(state: rng.State, draw: Callable[[], Tensor]) -> tuple[Tensor, rng.State]:

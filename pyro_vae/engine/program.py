@@ -41,50 +41,29 @@ from pyro_vae.errors import PyroVAEError
 
 @dataclass(frozen=True)
 class Needs:
-    """What an estimator needs of a run; where gradients are recorded, through which samples they flow.
+    """What an estimator needs of a run; where gradients are recorded, through which samples they flow."""
 
-    Attributes:
-        per_datum: whether each datum needs a log-weight of its own, and so the program a batch plate.
-        path: through which samples gradients flow. ``"all"`` refuses a site that can't be reparameterised; ``"none"``
-            stops all of them. ``"some"`` serves the score function: if some sites can be reparameterised and others
-            can't, gradients flow through the former; else through none.
-        stopped: whether :attr:`Run.stopped` is needed.
-        samples: whether :attr:`Run.samples` is needed.
-        of_mean: whether the gradient is that of a mean over the guide's samples. Its score then misses what a support
-            that moves with the parameters adds, so such a support is refused.
-        densities: whether the latent sites of the guide need log-densities, if `per_datum` is False. A KL in closed
-            form needs none.
-        sampler: makes a handler around the guide that draws its samples, given the number of particles and their
-            dimension; None draws them independently.
-    """
-
-    per_datum: bool = True
+    per_datum: bool = True  # whether each datum needs a log-weight of its own, and so the program a batch plate
+    # "all" refuses a site that can't be reparameterised; "none" stops every gradient. "some" serves the score function:
+    # if some sites can be reparameterised and others can't, gradients flow through the former; else through none.
     path: Literal["all", "some", "none"] = "all"
-    stopped: bool = False
-    samples: bool = False
-    of_mean: bool = True
-    densities: bool = True
+    stopped: bool = False  # whether Run.stopped is needed
+    samples: bool = False  # whether Run.samples is needed
+    of_mean: bool = True  # of the guide's samples: the score misses what a moving support adds, which is refused
+    densities: bool = True  # whether the guide's latents need log-densities without `per_datum`; a closed KL needs none
+    # Makes a handler around the guide that draws its K samples in that dimension; None draws them independently.
     sampler: Callable[[int, int], Messenger] | None = None
 
 
 class Drawn(NamedTuple):
-    """The guide's part of a run.
+    """The guide's part of a :class:`Run`."""
 
-    Attributes:
-        trace: what the model is replayed against.
-        sites: the guide's sample sites by name, each with its ``unscaled_log_prob``.
-        stopped: see :attr:`Run.stopped`.
-        scored: see :attr:`Run.scored`.
-        number: K, how many particles.
-        particle_dim: the dimension of the particles, counted from the right; None if the guide ran for one particle.
-    """
-
-    trace: Trace
+    trace: Trace  # what the model is replayed against
     sites: Sites
     stopped: Sites | None
     scored: tuple[str, ...]
     number: int
-    particle_dim: int | None
+    particle_dim: int | None  # None if the guide ran for one particle
 
     def rows(self, start: int, size: int) -> Self:
         """Some of the particles."""
@@ -94,28 +73,19 @@ class Drawn(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run of a guide, and of the model against it.
+    """One run of a guide, and of the model against it."""
 
-    Attributes:
-        model: the model's sample sites by name, in order, each with its ``unscaled_log_prob``.
-        guide: the guide's sample sites, in the same form.
-        stopped: the guide's sites at the same values, through which no gradient flows: their log-densities
-            differentiate to the score. None if it is not needed.
-        scored: the names of the guide's sites through whose samples no gradient flows.
-        num_particles: K, how many particles this run holds.
-        particle_dim: the dimension of the particles, counted from the right; it lies left of every plate.
-        batch_plate: the plate whose rows are the data; None if no log-weight per datum is needed.
-        samples: the guide's samples as the model sees them, each with the shape in which a matrix (K, N) broadcasts to
-            it. A hook on them scales the gradient that comes back from the model.
-    """
-
-    model: Sites
+    model: Sites  # the model's sample sites by name, in order, each with its unscaled_log_prob
     guide: Sites
-    stopped: Sites | None
-    scored: tuple[str, ...]
-    num_particles: int
-    particle_dim: int
-    batch_plate: Plate
+    stopped: (
+        Sites | None
+    )  # the guide's, with no gradient through values: their log-densities differentiate to the score
+    scored: tuple[str, ...]  # the names of the guide's sites through whose samples no gradient flows
+    num_particles: int  # K
+    particle_dim: int  # counted from the right; it lies left of every plate
+    batch_plate: Plate  # whose rows are the data; None if no log-weight per datum is needed
+    # The guide's samples as the model sees them, each with the shape in which a matrix (K, N) broadcasts to it. A hook on
+    # them scales the gradient that comes back from the model.
     samples: list[tuple[Tensor, list[int]]]
 
     def shape_beside(self, site: Site) -> list[int]:
@@ -128,28 +98,18 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """A Pyro model and its guide, with the arguments of both.
-
-    Attributes:
-        model: the model.
-        guide: the guide; None for programs that are only run at given values, or traced: the model's own latent sites
-            stand in for a guide then, which is the prior.
-        args: the arguments of both.
-        kwargs: the keyword arguments of both.
-        needs: what is needed of the runs.
-        nesting: how many dimensions the plates take; None finds it by one more run.
-    """
+    """A Pyro model and its guide, with the arguments of both."""
 
     model: PyroFunction
-    guide: PyroFunction | None
+    guide: PyroFunction | None  # None for programs that are only run at given values, or traced
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     needs: Needs = Needs()
-    nesting: int | None = None
+    nesting: int | None = None  # how many dimensions the plates take; None finds it by one more run
 
     @property
     def guide_or_prior(self) -> PyroFunction:
-        """The guide; without one, the model's own latent sites. A guide may be a module without parts, which is false."""
+        """The guide; without one, the prior. A guide may be a module without parts, which is false."""
         return prior(self.model) if self.guide is None else self.guide
 
     def on(self, args: tuple[Any, ...]) -> Self:
@@ -179,7 +139,9 @@ class Program:
         if not torch.is_grad_enabled():
             return Drawn(trace, sites, None, (), number, particle_dim)
         stopped, scored = None, tuple(not_reparameterised(sites))
-        if self.needs.path == "none" or (self.needs.path == "some" and not _differs_in_path(sites, scored)):
+        # Whether some sites draw with a complete pathwise gradient, and the others with none at all.
+        differ = 0 < len(scored) < len(sites) and not any(sites[name]["fn"].has_rsample for name in scored)
+        if self.needs.path == "none" or (self.needs.path == "some" and not differ):
             trace = self._stopped(guide, trace)
             sites = sample_sites(trace)
             # A factor that arose from reparameterised samples has a derivative, and no score.
@@ -203,8 +165,7 @@ class Program:
         model = poutine.replay(_in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)
         sites = sample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
         run = self._as_run(sites, drawn)
-        for name, value in views.items():
-            run.samples.append((value, run.shape_beside(drawn.sites[name])))
+        run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
         return run
 
     def run_at(self, values: dict[str, Tensor], number: int) -> Run:
@@ -215,17 +176,16 @@ class Program:
         given, particle_dim = _given(values), -self._known_nesting() - 1
         first = _in_particles(self.model if self.guide is None else self.guide, number, particle_dim)
         sites = sample_sites(poutine.trace(poutine.replay(first, trace=given)).get_trace(*self.args, **self.kwargs))
+        drawn = Drawn(given, sites, None, (), number, particle_dim)
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
-        if self.guide is None:
-            latent = {name: site for name, site in sites.items() if not site["is_observed"]}
-            return program._as_run(sites, Drawn(given, latent, None, (), number, particle_dim))
-        return program.run_model(Drawn(given, sites, None, (), number, particle_dim))
+        if self.guide is not None:
+            return program.run_model(drawn)
+        return program._as_run(sites, drawn._replace(sites={n: s for n, s in sites.items() if not s["is_observed"]}))
 
     def simulate(self, values: dict[str, Tensor] | None, number: int) -> Sites:
         """The model's sites with new data: at given values of the latents, or at draws from the prior."""
         model = poutine.uncondition(_in_particles(self.model, number, -self._known_nesting() - 1))
-        trace = poutine.trace(poutine.replay(model, trace=_given(values or {}))).get_trace(*self.args)
-        return sample_sites(trace)
+        return sample_sites(poutine.trace(poutine.replay(model, trace=_given(values or {}))).get_trace(*self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
         """Pyro's traces of one run of the model and of the guide, at given values if any; nothing else notices the run."""
@@ -265,9 +225,7 @@ class Program:
         return batch_plate
 
     def _as_run(self, model: Sites, drawn: Drawn) -> Run:
-        particle_dim = drawn.particle_dim
-        if particle_dim is None:
-            particle_dim = particle_dim_of(model, drawn.sites)
+        particle_dim = drawn.particle_dim or particle_dim_of(model, drawn.sites)  # both are negative
         batch_plate = self.check(model, drawn.sites, particle_dim)
         return Run(model, drawn.sites, drawn.stopped, drawn.scored, drawn.number, particle_dim, batch_plate, [])
 
@@ -299,28 +257,24 @@ class Program:
             ) from error
         for name, site in sites.items():
             again: Any = stopped.nodes[name]
-            self._check_point(name, unwrapped(again["fn"]))
-            if not is_validation_enabled():
-                continue
-            if not torch.allclose(site["log_prob"], again["log_prob"], rtol=1e-3, atol=1e-2, equal_nan=True):
+            fn = unwrapped(again["fn"])
+            # A loss that is linear in the densities keeps the path through the point; it would lose the log-density.
+            if isinstance(fn, Delta) and (
+                torch.as_tensor(fn.log_density).requires_grad or (self.needs.per_datum and fn.v.requires_grad)
+            ):
+                raise PyroVAEError(
+                    f"guide site '{name}' is a point (Delta) that depends on parameters besides auxiliary samples: "
+                    "expected a fixed function of them, since its density has no score. Use gradient='pathwise', or "
+                    f"sample '{name}' itself from a distribution."
+                )
+            densities = site["log_prob"], again["log_prob"]
+            if is_validation_enabled() and not torch.allclose(*densities, rtol=1e-3, atol=1e-2, equal_nan=True):
                 raise PyroVAEError(
                     f"guide site '{name}' has another density when the guide runs again at the same values: expected "
                     "a guide that is a function of its samples. Turn dropout off (eval()), or use "
                     "gradient='pathwise'."
                 )
         return stopped
-
-    def _check_point(self, name: str, fn: Any) -> None:
-        """Refuse a Delta of the guide whose place depends on parameters."""
-        if not isinstance(fn, Delta):
-            return
-        # A loss that is linear in the densities keeps the path through the point; it would lose the log-density.
-        if torch.as_tensor(fn.log_density).requires_grad or (self.needs.per_datum and fn.v.requires_grad):
-            raise PyroVAEError(
-                f"guide site '{name}' is a point (Delta) that depends on parameters besides auxiliary samples: expected a "
-                "fixed function of them, since its density has no score. Use gradient='pathwise', or sample "
-                f"'{name}' itself from a distribution."
-            )
 
 
 class _Shaped(NamedTuple):
@@ -339,9 +293,6 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
     """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``.
 
     Where `latent` is False, sites that are not observed get no log-density.
-
-    Raises:
-        ValueError: a value is outside the support of its distribution.
     """
     trace = prune_subsample_sites(trace)
     try:
@@ -368,11 +319,6 @@ def _in_particles(function: PyroFunction, number: int, particle_dim: int | None)
         return function
     in_plate: PyroFunction = pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
     return in_plate
-
-
-def _differs_in_path(guide: Sites, without: tuple[str, ...]) -> bool:
-    """Whether some sites draw with a complete pathwise gradient, and the others with none at all."""
-    return 0 < len(without) < len(guide) and not any(guide[name]["fn"].has_rsample for name in without)
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:

@@ -28,9 +28,8 @@ def being_recorded() -> bool:
 
 def labelled(model: Sites, guide: Sites) -> Sites:
     """All sites, by the words that an error message calls them: "model site 'x'"."""
-    labels = {f"model site '{name}'": site for name, site in model.items()}
-    labels.update((f"guide site '{name}'", site) for name, site in guide.items())
-    return labels
+    programs = (("model", model), ("guide", guide))
+    return {f"{where} site '{name}'": site for where, sites in programs for name, site in sites.items()}
 
 
 def plates(site: Site) -> list[Plate]:
@@ -97,22 +96,25 @@ def same_masks(first: Site, second: Site) -> bool:
 def kept(site: Site, *, in_part: bool) -> Tensor:
     """Which elements of a site's batch are not masked; `in_part` decides about an event that is masked in part."""
     found = torch.ones_like(site["unscaled_log_prob"], dtype=torch.bool)
-    event_dim = site["fn"].event_dim
     for layer in layers(site["fn"]):
-        mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
-        if isinstance(mask, Tensor) and inner:
-            events = mask.expand(layer.batch_shape).flatten(-inner)
+        mask, events = _mask_and_events(layer, site["fn"].event_dim)
+        if events is not None:
             mask = events.any(-1) if in_part else events.all(-1)
         found = found if mask is None else found & mask
     return found if site["mask"] is None else found & site["mask"]
 
 
+def _mask_and_events(layer: Any, event_dim: int) -> tuple[Any, Tensor | None]:
+    """A layer's mask; and the mask with all dimensions that a later ``to_event`` takes as its last one, if there are any."""
+    mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
+    return mask, mask.expand(layer.batch_shape).flatten(-inner) if isinstance(mask, Tensor) and inner else None
+
+
 def _batch_mask(layer: Any, event_dim: int) -> Any:
     """A layer's mask, without the dimensions that a later ``to_event`` takes, if it is constant along them."""
-    mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
-    if not isinstance(mask, Tensor) or not inner or being_recorded():
+    mask, events = _mask_and_events(layer, event_dim)
+    if events is None or being_recorded():
         return mask
-    events = mask.expand(layer.batch_shape).flatten(-inner)
     return events.all(-1) if torch.equal(events.all(-1), events.any(-1)) else mask
 
 
@@ -125,9 +127,6 @@ def equal(first: Any, second: Any) -> bool:
         return True
     if isinstance(first, Tensor) or isinstance(second, Tensor):
         a, b = torch.as_tensor(first), torch.as_tensor(second)
-        return bool(torch.isclose(a.to(b), b).all()) if _broadcastable(a, b) else False
+        broadcastable = all(m == n or 1 in (m, n) for m, n in zip(a.shape[::-1], b.shape[::-1], strict=False))
+        return broadcastable and bool(torch.isclose(a.to(b), b).all())
     return math.isclose(first, second)
-
-
-def _broadcastable(a: Tensor, b: Tensor) -> bool:
-    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a.shape), reversed(b.shape), strict=False))

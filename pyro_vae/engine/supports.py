@@ -5,15 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import (
-    AffineTransform,
-    IndependentTransform,
-    MixtureSameFamily,
-    Transform,
-    TransformedDistribution,
-    biject_to,
-    constraints,
-)
+from torch import distributions as td
 
 from pyro_vae.engine.sites import Sites, family, unwrapped
 from pyro_vae.errors import PyroVAEError
@@ -34,9 +26,9 @@ def check_fixed_supports(guide: Sites) -> None:
 def _moving_bounds(distribution: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds of a distribution's support, in the dtype of `like`; those that parameters move carry a gradient."""
     fn = unwrapped(distribution)
-    if isinstance(fn, MixtureSameFamily):
+    if isinstance(fn, td.MixtureSameFamily):
         return _moving_bounds(fn.component_distribution, like)
-    if type(fn).support is not TransformedDistribution.support:
+    if type(fn).support is not td.TransformedDistribution.support:
         return _bounds(support_of(fn), like)
     # PyTorch gives the whole codomain of the last transform as the support: of a shifted Uniform, the real line.
     shape = fn.base_dist.batch_shape + fn.base_dist.event_shape
@@ -46,13 +38,13 @@ def _moving_bounds(distribution: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         if all(bool((bound == limit).all()) for bound, limit in zip((low, high), domain, strict=True)):
             low, high = _bounds(transform.codomain, like)
         else:
-            low, high = _image(transform, low), _image(transform, high)
+            low, high = (_image(transform, bound) for bound in (low, high))
             low, high = (high, low) if bool((low > high).any()) else (low, high)
     return low, high
 
 
-def _image(transform: Transform, bound: Tensor) -> Tensor:
-    scaling = isinstance(transform, AffineTransform) and not torch.as_tensor(transform.loc).requires_grad
+def _image(transform: td.Transform, bound: Tensor) -> Tensor:
+    scaling = isinstance(transform, td.AffineTransform) and not torch.as_tensor(transform.loc).requires_grad
     stays = scaling and not bound.requires_grad and bool((bound == 0).all())
     image: Tensor = transform(bound)
     return image.detach() if stays else image
@@ -74,10 +66,10 @@ def plain(support: Any) -> Any:
 def interval(support: Any) -> tuple[Any, Any] | None:
     """The ends of an interval of numbers; None for any other support."""
     support = plain(support)
-    if support is constraints.boolean:
+    if support is td.constraints.boolean:
         return 0.0, 1.0
     bounded = hasattr(support, "lower_bound") or hasattr(support, "upper_bound")
-    if not bounded and not isinstance(support, type(constraints.real)):
+    if not bounded and not isinstance(support, type(td.constraints.real)):
         return None
     return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
 
@@ -87,24 +79,21 @@ def support_of(distribution: Any) -> Any:
     try:
         return distribution.support
     except NotImplementedError:  # a user's family without a support
-        return constraints.real
+        return td.constraints.real
 
 
 def check_covers(name: str, model: Any, guide: Any) -> bool:
-    """Whether a latent has the same support in model and guide.
+    """Whether a latent has the same support in model and guide; refuse a guide whose support does not cover the model's.
 
-    Raises:
-        ValueError: the guide's support does not cover the model's. The weights would miss the mass of p(x, z) outside,
-            and no diagnostic could show it.
+    The weights would miss the mass of p(x, z) outside, and no diagnostic could show it.
     """
     own, base = plain(model.support), plain(guide.support)
     here, there = _ends(own), _ends(base)
     if here is None or there is None:
         same = whole = type(own) is type(base)
     else:
-        whole = (
-            bool((there[0] <= here[0]).all() and (there[1] >= here[1]).all()) and own.is_discrete == base.is_discrete
-        )
+        covered = bool((there[0] <= here[0]).all() and (there[1] >= here[1]).all())
+        whole = covered and own.is_discrete == base.is_discrete
         same = whole and bool((there[0] == here[0]).all() and (there[1] == here[1]).all())
     if not whole:
         raise PyroVAEError(
@@ -116,14 +105,14 @@ def check_covers(name: str, model: Any, guide: Any) -> bool:
 
 def same_support(first: Any, second: Any) -> bool:
     """Whether one transform maps unconstrained space to both; open and closed bounds count as equal."""
-    return _same_transform(biject_to(first), biject_to(second))
+    return _same_transform(td.biject_to(first), td.biject_to(second))
 
 
 def _same_transform(first: Any, second: Any) -> bool:
     # IndependentTransform defines no equality.
-    if isinstance(first, IndependentTransform) and isinstance(second, IndependentTransform):
+    if isinstance(first, td.IndependentTransform) and isinstance(second, td.IndependentTransform):
         return _same_transform(first.base_transform, second.base_transform)
-    if type(first).__eq__ in (object.__eq__, Transform.__eq__):
+    if type(first).__eq__ in (object.__eq__, td.Transform.__eq__):
         return type(first) is type(second)
     return bool(first == second)
 

@@ -133,10 +133,8 @@ def datum_scale(run: Run) -> Tensor | float:
     scale = sites[0]["scale"]
     for other in sites[1:]:
         if not equal(scale, other["scale"]):
-            first, second = (
-                next(label for label, site in labelled(run.model, run.guide).items() if site is one)
-                for one in (sites[0], other)
-            )
+            labels = labelled(run.model, run.guide).items()
+            first, second = (next(label for label, site in labels if site is one) for one in (sites[0], other))
             raise PyroVAEError(
                 f"scales differ between sites: expected one scale for the whole datum, got {scale} at {first} and "
                 f"{other['scale']} at {second}. Scale model and guide alike; or, to anneal a KL, use pv.ELBO(beta=...); "
