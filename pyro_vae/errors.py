@@ -14,6 +14,12 @@ class PyroVAEError(ValueError):
     """
 
 
+def require_count(name: str, value: object, fix: str = "") -> None:
+    """Raise ValueError unless the value of the argument `name` is a positive integer."""
+    if not isinstance(value, int) or value < 1:
+        raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}. {fix}".rstrip())
+
+
 class NotFiniteError(PyroVAEError, FloatingPointError):
     """A loss, a parameter or a log-weight is NaN or infinite."""
 

@@ -8,9 +8,10 @@ from typing import Any, Self
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import ComposeTransform
 
 from pyro_vae.distributions import NormalMixture
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.flows import Flow, Kind
 from pyro_vae.networks import apply_batched
 
@@ -51,8 +52,7 @@ class Posterior(nn.Module, ABC):
 
     def embed(self, x: Tensor, *given: Tensor) -> Tensor:
         """The mean of q(z|x), of shape (*batch, Z), for x of shape (*batch, *event)."""
-        mean: Tensor = self(x, *given).mean
-        return mean
+        return self(x, *given).mean
 
 
 class DiagonalNormal(Posterior):
@@ -63,9 +63,6 @@ class DiagonalNormal(Posterior):
     Arguments:
         encoder: a network from (N, *event) to (N, 2 Z): the means, then the logs of the scales.
         event_shape: the shape of one datum.
-
-    Returns:
-        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
         ValueError: the encoder has an odd number of outputs.
@@ -88,10 +85,7 @@ class DiagonalNormal(Posterior):
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
         """The normal whose means are the first half of the features, and whose log scales are the second half."""
         if features.shape[-1] % 2:
-            raise PyroVAEError(
-                f"expected an encoder with 2 Z outputs (Z means, then Z log scales), got {features.shape[-1]}. Change "
-                "its last layer."
-            )
+            raise _wrong_outputs("2 Z outputs (Z means, then Z log scales)", features)
         loc, log_scale = features.chunk(2, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
@@ -110,9 +104,6 @@ class FullNormal(Posterior):
         encoder: a network from (N, *event) to (N, Z (Z + 3) / 2): the means, then the rows of a lower triangle. The
             triangle has the logs of sigma on its diagonal and N below the diagonal.
         event_shape: the shape of one datum.
-
-    Returns:
-        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
         ValueError: the encoder's number of outputs is not Z (Z + 3) / 2 for any Z.
@@ -141,8 +132,7 @@ class FullNormal(Posterior):
         triangle[..., below, across] = rows
         scale = triangle.diagonal(dim1=-2, dim2=-1).exp()
         unit = triangle.tril(-1) / latent_dim + torch.eye(latent_dim, dtype=features.dtype, device=features.device)
-        scale_tril = scale.unsqueeze(-1) * unit
-        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        return dist.MultivariateNormal(loc, scale_tril=scale.unsqueeze(-1) * unit)
 
 
 class LowRankNormal(Posterior):
@@ -157,9 +147,6 @@ class LowRankNormal(Posterior):
         encoder: a network from (N, *event) to (N, (2 + R) Z): the means, the logs of sigma, then the columns of F.
         event_shape: the shape of one datum.
         rank: R, the number of columns of F.
-
-    Returns:
-        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
         ValueError: `rank` is not a positive integer, or the encoder's number of outputs is not a multiple of 2 + R.
@@ -182,17 +169,14 @@ class LowRankNormal(Posterior):
     @classmethod
     def features_for(cls, latent_dim: int, rank: int = 2, **options: Any) -> int:
         """(2 + R) Z."""
-        if not isinstance(rank, int) or rank < 1:
-            raise PyroVAEError(f"expected rank to be a positive integer, got {rank!r}. For rank 0, use DiagonalNormal.")
+        require_count("rank", rank, "For rank 0, use DiagonalNormal.")
         return (2 + rank) * latent_dim
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
         """The normal whose means, log scales and columns of F are consecutive parts of the features."""
         if features.shape[-1] % (2 + self.rank):
-            raise PyroVAEError(
-                f"expected an encoder with {2 + self.rank} Z outputs (Z means, Z log scales and {self.rank} columns of "
-                f"length Z), got {features.shape[-1]}. Change its last layer."
-            )
+            parts = f"(Z means, Z log scales and {self.rank} columns of length Z)"
+            raise _wrong_outputs(f"{2 + self.rank} Z outputs {parts}", features)
         loc, log_scale, *columns = features.chunk(2 + self.rank, -1)
         return dist.LowRankMultivariateNormal(loc, torch.stack(columns, -1), (2 * log_scale).exp())
 
@@ -211,9 +195,6 @@ class MixturePosterior(Posterior):
             scales of each component.
         event_shape: the shape of one datum.
         components: K, the number of components.
-
-    Returns:
-        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
         ValueError: `components` is not a positive integer, or the encoder's number of outputs is not K (2 Z + 1) for
@@ -237,8 +218,7 @@ class MixturePosterior(Posterior):
     @classmethod
     def features_for(cls, latent_dim: int, components: int = 5, **options: Any) -> int:
         """K (2 Z + 1)."""
-        if not isinstance(components, int) or components < 1:
-            raise PyroVAEError(f"expected components to be a positive integer, got {components!r}.")
+        require_count("components", components)
         return components * (2 * latent_dim + 1)
 
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:
@@ -246,10 +226,8 @@ class MixturePosterior(Posterior):
         number, size = self.components, features.shape[-1]
         latent_dim = (size // number - 1) // 2
         if self.features_for(latent_dim, components=number) != size or latent_dim < 1:
-            raise PyroVAEError(
-                f"expected an encoder with {number} (2 Z + 1) outputs (a logit, Z means and Z log scales for each of "
-                f"{number} components), got {size}. Change its last layer."
-            )
+            parts = f"(a logit, Z means and Z log scales for each of {number} components)"
+            raise _wrong_outputs(f"{number} (2 Z + 1) outputs {parts}", features)
         logits, rest = features.split([number, size - number], -1)
         loc, log_scale = rest.reshape(*rest.shape[:-1], number, 2 * latent_dim).chunk(2, -1)
         return NormalMixture(loc, log_scale.exp(), logits)
@@ -271,9 +249,6 @@ class FlowPosterior(Posterior):
         hidden_dims: the widths of the hidden layers of each transform's network; None is one layer of width
             max(64, 2 Z).
         context_dim: C, the length of h(x); None is Z.
-
-    Returns:
-        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Raises:
         ValueError: an unknown flow, fewer than 2 latent dimensions, or an encoder whose number of outputs is not
@@ -323,10 +298,7 @@ class FlowPosterior(Posterior):
     def embed(self, x: Tensor, *given: Tensor) -> Tensor:
         """The image of the normal's mean under the flow, (*batch, Z), since the mean of q(z|x) has no closed form."""
         base, context = self._base(apply_batched(self.encoder, x, len(self.event_shape), *given))
-        z: Tensor = base.mean
-        for transform in self.flow(context):
-            z = transform(z)
-        return z
+        return ComposeTransform(self.flow(context))(base.mean)
 
     @staticmethod
     def _context_size(latent_dim: int, context_dim: int | None) -> int:
@@ -341,12 +313,14 @@ class FlowPosterior(Posterior):
     def _base(self, features: Tensor) -> tuple[Any, Tensor | None]:
         sizes = [self.latent_dim, self.latent_dim, self.flow.context_dim]
         if features.shape[-1] != sum(sizes):
-            raise PyroVAEError(
-                f"expected an encoder with {sum(sizes)} outputs ({self.latent_dim} means, {self.latent_dim} log scales "
-                f"and a context of length {sizes[2]}), got {features.shape[-1]}. Change its last layer."
-            )
+            parts = "({} means, {} log scales and a context of length {})".format(*sizes)
+            raise _wrong_outputs(f"{sum(sizes)} outputs {parts}", features)
         loc, log_scale, context = features.split(sizes, -1)
         return dist.Normal(loc, log_scale.exp()).to_event(1), context if sizes[2] else None
+
+
+def _wrong_outputs(expected: str, features: Tensor) -> PyroVAEError:
+    return PyroVAEError(f"expected an encoder with {expected}, got {features.shape[-1]}. Change its last layer.")
 
 
 class Unconditional(nn.Module):
@@ -359,9 +333,6 @@ class Unconditional(nn.Module):
     Arguments:
         latent_dim: Z.
         event_shape: the shape of one datum.
-
-    Returns:
-        When called with x of shape (*batch, *event): the distribution of z, batch shape `batch`, event shape (Z,).
 
     Example:
         >>> import torch
@@ -376,6 +347,6 @@ class Unconditional(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(latent_dim))
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
-        """The distribution of z, the same for each x."""
+        """The distribution of z, the same for each x of shape (*batch, *event): batch shape `batch`, event (Z,)."""
         batch = x.shape[: x.dim() - len(self.event_shape)]
         return dist.Normal(self.loc, self.log_scale.exp()).expand((*batch, len(self.loc))).to_event(1)

@@ -19,9 +19,6 @@ class StandardNormal(nn.Module):
     Arguments:
         latent_dim: Z, the number of latent dimensions.
 
-    Returns:
-        When called: the distribution of one z, with event shape (Z,).
-
     Example:
         >>> StandardNormal(3)().event_shape
         torch.Size([3])
@@ -51,9 +48,6 @@ class MixturePrior(nn.Module):
     Arguments:
         latent_dim: Z, the number of latent dimensions.
         components: K, the number of components.
-
-    Returns:
-        When called: the distribution of one z, with event shape (Z,).
 
     Example:
         >>> MixturePrior(3, components=10)().event_shape
@@ -88,9 +82,6 @@ class VampPrior(nn.Module):
             parameters.
         pseudo_inputs: the initial u_k, of shape (K, *event), for example some of the data.
 
-    Returns:
-        When called: the distribution of one z, with event shape (Z,).
-
     Raises:
         ValueError: `pseudo_inputs` is not floating point, or its shape does not match the posterior's `event_shape`.
 
@@ -108,16 +99,14 @@ class VampPrior(nn.Module):
 
     def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor) -> None:
         super().__init__()
-        event_shape = getattr(posterior, "event_shape", tuple(pseudo_inputs.shape[1:]))
-        if not pseudo_inputs.is_floating_point():
+        dtype, shape = pseudo_inputs.dtype, tuple(pseudo_inputs.shape)
+        event_shape = getattr(posterior, "event_shape", shape[1:])
+        if not dtype.is_floating_point:
+            fix = "Convert them: pseudo_inputs.float()."
+            raise PyroVAEError(f"expected pseudo_inputs of floating point, got {dtype}. {fix}")
+        if len(shape) < 2 or shape[1:] != event_shape:
             raise PyroVAEError(
-                f"expected pseudo_inputs of floating point, got {pseudo_inputs.dtype}. Convert them: "
-                "pseudo_inputs.float()."
-            )
-        if pseudo_inputs.dim() < 2 or tuple(pseudo_inputs.shape[1:]) != event_shape:
-            raise PyroVAEError(
-                f"expected pseudo_inputs of shape (K, *{event_shape}), got {tuple(pseudo_inputs.shape)}. Pass some of "
-                "the data."
+                f"expected pseudo_inputs of shape (K, *{event_shape}), got {shape}. Pass some of the data."
             )
         self.posterior = posterior
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
@@ -142,9 +131,6 @@ class FlowPrior(nn.Module):
         length: the number of transforms.
         hidden_dims: the widths of the hidden layers of each transform's network; None is one layer of width
             max(64, 2 Z).
-
-    Returns:
-        When called: the distribution of one z, with event shape (Z,).
 
     Raises:
         ValueError: an unknown flow, or fewer than 2 latent dimensions.
