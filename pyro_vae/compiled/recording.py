@@ -32,8 +32,8 @@ class Recording:
 
     graph: fx.GraphModule  # a function of the captured tensors, then of the arguments, to the function's results
     captured: list[Tensor]  # those that are not arguments of the function: parameters, buffers, constants
-    # Captured tensors of integers whose values decided what is in the graph, such as a flow's permutation, each with its
-    # version. An in-place change raises the version, and makes the graph one of another program.
+    # Captured tensors of integers whose values decided what is in the graph, such as a flow's permutation, each with
+    # its version. An in-place change raises the version, and makes the graph one of another program.
     read: list[tuple[Tensor, int]]
 
 

@@ -77,8 +77,8 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
             if isinstance(site[what], Tensor) and torch.broadcast_shapes(site[what].shape, shape) != shape:
                 raise PyroVAEError(
                     f"the {what} at {words} does not fit it: expected one that broadcasts to the site's batch shape "
-                    f"{tuple(shape)}, got {tuple(site[what].shape)}. Put it around no other sites than those of its own "
-                    "shape."
+                    f"{tuple(shape)}, got {tuple(site[what].shape)}. Put it around no other sites than those of its "
+                    "own shape."
                 )
 
 

@@ -41,8 +41,8 @@ class Particles:
     def read(self, program: Program, read: Callable[[Run], T]) -> list[T]:
         """The result of `read` for each run: one with all K particles, or K with one, or one for each chunk.
 
-        Where gradients are recorded, a chunk's run is read inside its own checkpoint and runs again in the backward pass,
-        so that memory never holds more than one.
+        Where gradients are recorded, a chunk's run is read inside its own checkpoint and runs again in the backward
+        pass, so that memory never holds more than one.
         """
         if self.number == 1:
             return [read(program.run_model(program.run_guide()))]

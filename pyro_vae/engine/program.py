@@ -84,8 +84,8 @@ class Run(NamedTuple):
     num_particles: int  # K
     particle_dim: int  # counted from the right; it lies left of every plate
     batch_plate: Plate  # whose rows are the data; None if no log-weight per datum is needed
-    # The guide's samples as the model sees them, each with the shape in which a matrix (K, N) broadcasts to it. A hook on
-    # them scales the gradient that comes back from the model.
+    # The guide's samples as the model sees them, each with the shape in which a matrix (K, N) broadcasts to it. A hook
+    # on them scales the gradient that comes back from the model.
     samples: list[tuple[Tensor, list[int]]]
 
     def shape_beside(self, site: Site) -> list[int]:

@@ -105,7 +105,7 @@ def kept(site: Site, *, in_part: bool) -> Tensor:
 
 
 def _mask_and_events(layer: Any, event_dim: int) -> tuple[Any, Tensor | None]:
-    """A layer's mask; and the mask with all dimensions that a later ``to_event`` takes as its last one, if there are any."""
+    """A layer's mask; and the mask with all dimensions that a later ``to_event`` takes as its last one, if any."""
     mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim
     return mask, mask.expand(layer.batch_shape).flatten(-inner) if isinstance(mask, Tensor) and inner else None
 

@@ -83,7 +83,7 @@ def support_of(distribution: Any) -> Any:
 
 
 def check_covers(name: str, model: Any, guide: Any) -> bool:
-    """Whether a latent has the same support in model and guide; refuse a guide whose support does not cover the model's.
+    """Whether a latent has the same support in model and guide; refuse a guide that does not cover the model.
 
     The weights would miss the mass of p(x, z) outside, and no diagnostic could show it.
     """
