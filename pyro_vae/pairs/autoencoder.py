@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, in_evaluation_mode, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode
 
 
 class Autoencoder(Pair):
@@ -38,18 +38,13 @@ class Autoencoder(Pair):
         self.likelihood = likelihood
 
     def model(self, x: Tensor, *, subsample_size: int | None = None) -> Tensor:
-        """The model p(x | z = f(x)), as a Pyro function.
+        """The model p(x | z = f(x)), as a Pyro function. It returns the value at site ``x``.
 
         Arguments:
-            x: data of shape (N, *event), observed at site ``x``.
-            subsample_size: the size of a random minibatch of the N data, drawn at each call; None uses all data.
-
-        Returns:
-            The value at site ``x``.
+            x, subsample_size: as in :meth:`VAE.model`.
         """
-        register("encoder", self.encoder)
-        register("likelihood", self.likelihood)
-        with self._data(x, None, subsample_size) as (x,):
+        self._register("encoder", "likelihood")
+        with self._data(x, None, subsample_size) as (x, _):
             return pyro.sample("x", self.likelihood(self._code(x)), obs=x)
 
     def guide(self, x: Tensor, *, subsample_size: int | None = None) -> None:
@@ -64,11 +59,6 @@ class Autoencoder(Pair):
         """The codes f(x): (N, *event) to (N, Z)."""
         self._check(x)
         return self._code(x)
-
-    @in_evaluation_mode
-    def decode(self, z: Tensor) -> Tensor:
-        """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
-        return self.likelihood.decode(z)
 
     @in_evaluation_mode
     def reconstruct(self, x: Tensor) -> Tensor:

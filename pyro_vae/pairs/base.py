@@ -21,38 +21,49 @@ from pyro_vae.likelihoods import Likelihood
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+#: The parts whose type is checked, each with the example in the error message.
+PARTS = {
+    "likelihood": ", such as pv.Bernoulli(decoder, event_shape)",
+    "posterior": "",
+    "prior": ", such as pv.StandardNormal(latent_dim)",
+    "classifier": "",
+    "encoder": "",
+}
+
+
+def in_evaluation_mode(method: Method) -> Method:
+    """Decorate a method of a pair, so that it runs without gradients and with all modules in evaluation mode."""
+
+    @wraps(method)
+    def wrapper(pair: "Pair", *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), eval_mode([pair]):
+            return method(pair, *args, **kwargs)
+
+    return cast(Method, wrapper)
+
+
 class Pair(nn.Module):
     """Base class of model/guide pairs with one plate, ``data``. A subclass defines `model` and `guide`."""
 
     likelihood: Likelihood
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("likelihood", "posterior", "prior", "classifier", "encoder"):
+        if name in PARTS:
             self._check_part(name, value)
         super().__setattr__(name, value)
 
     def _check_part(self, name: str, part: Any) -> None:
         """Raise ValueError for a part of the wrong type, or of another event shape than the other parts."""
-        kind = Likelihood if name == "likelihood" else nn.Module
+        kind, named = (Likelihood, "pv.Likelihood") if name == "likelihood" else (nn.Module, "torch.nn.Module")
         if not isinstance(part, kind):
-            example = {
-                "likelihood": "pv.Bernoulli(decoder, event_shape)",
-                "prior": "pv.StandardNormal(latent_dim)",
-            }.get(name)
+            fix = f"Pass an instance{PARTS[name]}."
+            raise PyroVAEError(f"expected {name} to be a {named}, got {part!r}. {fix}")
+        parts = {**self._modules, name: part}
+        own, theirs = (getattr(parts.get(key), "event_shape", None) for key in ("likelihood", "posterior"))
+        if own is not None and theirs is not None and theirs != own:
             raise PyroVAEError(
-                f"expected {name} to be a {'pv.Likelihood' if kind is Likelihood else 'torch.nn.Module'}, got "
-                f"{part!r}. Pass an instance{f', such as {example}' if example else ''}."
-            )
-        parts = {
-            "likelihood": getattr(self, "likelihood", None),
-            "posterior": getattr(self, "posterior", None),
-            name: part,
-        }
-        likelihood, theirs = parts["likelihood"], getattr(parts["posterior"], "event_shape", None)
-        if likelihood is not None and theirs is not None and theirs != likelihood.event_shape:
-            raise PyroVAEError(
-                f"expected a posterior of the likelihood's event_shape {likelihood.event_shape}, got {theirs}. Pass "
-                "the shape of one datum to both."
+                f"expected a posterior of the likelihood's event_shape {own}, got {theirs}. Pass the shape of one datum "
+                "to both."
             )
 
     @property
@@ -60,16 +71,43 @@ class Pair(nn.Module):
         """The shape of one datum."""
         return self.likelihood.event_shape
 
+    @in_evaluation_mode
+    def decode(self, z: Tensor) -> Tensor:
+        """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
+        return self.likelihood.decode(z)
+
+    def _register(self, *names: str) -> None:
+        """Register parts' parameters with Pyro, in place of an earlier pair's parameters of the same names.
+
+        ``pyro.module`` alone would pass the earlier parameters to the optimiser, and this pair would never learn.
+        """
+        store = pyro.get_param_store()
+        traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
+        for name in names:
+            module = getattr(self, name)
+            for suffix, parameter in module.named_parameters():
+                key = f"{name}$$${suffix}"
+                if any(key in trace.nodes and trace.nodes[key]["value"] is not parameter for trace in traces):
+                    raise PyroVAEError(
+                        f"expected one pair in a program, got two pairs with a parameter named '{key}', of which Pyro "
+                        "would train only the last. Write a program of your own from the parts of both, with different "
+                        "names in pyro.module."
+                    )
+                # The store turns requires_grad on, so a frozen parameter must stay out.
+                if parameter.requires_grad and key in store and store[key] is not parameter:
+                    store[key] = parameter
+            pyro.module(name, module)
+
     @contextmanager
     def _data(
         self, x: Tensor, mask: Tensor | None, subsample_size: int | None, *given: Tensor
-    ) -> Iterator[tuple[Tensor, ...]]:
+    ) -> Iterator[tuple[Any, ...]]:
         """The data plate. It yields x with missing elements replaced, `given` and the mask, all for one minibatch."""
         x = self._observed(x, mask, subsample_size)
         dims = len(self.event_shape)
         with pyro.plate("data", len(x), subsample_size=subsample_size):
-            kept = () if mask is None else (pyro.subsample(mask, event_dim=dims),)
-            yield (pyro.subsample(x, event_dim=dims), *(pyro.subsample(y, event_dim=1) for y in given), *kept)
+            mask = None if mask is None else pyro.subsample(mask, event_dim=dims)
+            yield (pyro.subsample(x, event_dim=dims), *(pyro.subsample(y, event_dim=1) for y in given), mask)
 
     def _observed(self, x: Tensor, mask: Tensor | None, subsample_size: int | None = None) -> Tensor:
         """Check x and the mask, and replace missing elements by the likelihood's `filler`."""
@@ -87,11 +125,8 @@ class Pair(nn.Module):
     def _check(self, x: Tensor, subsample_size: int | None = None) -> None:
         """Raise ValueError for x of the wrong shape or type, or outside the support of the likelihood."""
         if not isinstance(x, Tensor):
-            fix = (
-                "torch.tensor(x.to_numpy(), dtype=torch.float32)"
-                if hasattr(x, "to_numpy")
-                else "split.x, or torch.as_tensor(x)"
-            )
+            frame = "torch.tensor(x.to_numpy(), dtype=torch.float32)"
+            fix = frame if hasattr(x, "to_numpy") else "split.x, or torch.as_tensor(x)"
             raise PyroVAEError(f"expected x to be a tensor, got {type(x).__name__}. Pass {fix}.")
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
@@ -110,61 +145,31 @@ class Pair(nn.Module):
                 f"expected x of {own}, the dtype of the networks, got {x.dtype}. Convert it: x.to({own})."
             )
         if subsample_size is not None and not isinstance(subsample_size, int):
-            raise PyroVAEError(
-                f"expected subsample_size to be an integer or None, got {type(subsample_size).__name__}. Pass the "
-                "minibatch size."
-            )
+            got = type(subsample_size).__name__
+            raise PyroVAEError(f"expected subsample_size to be an integer or None, got {got}. Pass the minibatch size.")
         if is_validation_enabled():
             self.likelihood.check(x)
 
 
-def in_evaluation_mode(method: Method) -> Method:
-    """Decorate a method of a pair, so that it runs without gradients and with all modules in evaluation mode."""
+class Labelled(Pair):
+    """Base class of pairs given y: labels, which the networks get as indicator vectors, or vectors."""
 
-    @wraps(method)
-    def wrapper(pair: Pair, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), eval_mode([pair]):
-            return method(pair, *args, **kwargs)
+    prior: nn.Module
+    num_classes: int | None
 
-    return cast(Method, wrapper)
+    @in_evaluation_mode
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        """The mean of p(x|z, y): (*batch, N, Z), and y as in :meth:`model`, to (*batch, N, *event)."""
+        return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
 
-
-def register(name: str, module: nn.Module) -> None:
-    """Register a module's parameters with Pyro, in place of an earlier pair's parameters of the same names.
-
-    ``pyro.module`` alone would pass the earlier parameters to the optimiser, and this pair would never learn.
-
-    Raises:
-        ValueError: another pair in the same run has a parameter of the same name.
-    """
-    store = pyro.get_param_store()
-    traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
-    for suffix, parameter in module.named_parameters():
-        key = f"{name}$$${suffix}"
-        if any(key in trace.nodes and trace.nodes[key]["value"] is not parameter for trace in traces):
-            raise PyroVAEError(
-                f"expected one pair in a program, got two pairs with a parameter named '{key}', of which Pyro would "
-                "train only the last. Write a program of your own from the parts of both, with different names in "
-                "pyro.module."
-            )
-        # The store turns requires_grad on, so a frozen parameter must stay out.
-        if parameter.requires_grad and key in store and store[key] is not parameter:
-            store[key] = parameter
-    pyro.module(name, module)
+    @in_evaluation_mode
+    def generate(self, y: Tensor) -> Tensor:
+        """The means of p(x|z, y) at one sample of z from the prior for each of n values of y, of shape (n, *event)."""
+        return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
 
 
 def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) -> Tensor:
-    """The network input for y: vectors unchanged, and labels as indicator vectors.
-
-    Arguments:
-        y: vectors of shape (N, Y), or integer labels of shape (N,).
-        classes: the number of classes; None if y is vectors.
-        size: N.
-        dtype: the dtype of the result.
-
-    Raises:
-        ValueError: y has another shape or type, or y is labels and `classes` is None.
-    """
+    """The network input for y: vectors (N, Y) unchanged, and integer labels (N,) as indicators of the classes."""
     if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise PyroVAEError(
@@ -199,5 +204,4 @@ def check_labels(y: Tensor, lowest: int, classes: int) -> None:
 def mean_of(posterior: nn.Module, x: Tensor, *given: Tensor) -> Tensor:
     """The mean of q(z|x), or the posterior's `embed` if it has that method."""
     embed = getattr(posterior, "embed", None)
-    mean: Tensor = posterior(x, *given).mean if embed is None else embed(x, *given)
-    return mean
+    return posterior(x, *given).mean if embed is None else embed(x, *given)

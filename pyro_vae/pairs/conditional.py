@@ -4,11 +4,11 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, in_evaluation_mode, indicators, mean_of, register
+from pyro_vae.pairs.base import Labelled, in_evaluation_mode, indicators, mean_of
 from pyro_vae.pairs.imputation import impute
 
 
-class ConditionalVAE(Pair):
+class ConditionalVAE(Labelled):
     r"""A VAE conditional on y: a label or a vector for each datum.
 
     .. math::
@@ -52,27 +52,21 @@ class ConditionalVAE(Pair):
         self.num_classes = num_classes
 
     def model(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
-        """The generative model p(z) p(x|z, y), as a Pyro function.
+        """The generative model p(z) p(x|z, y), as a Pyro function. It returns the value at site ``x``.
 
         Arguments:
-            x: data of shape (N, *event), observed at site ``x``.
+            x, mask, subsample_size: as in :meth:`VAE.model`.
             y: integer labels of shape (N,), or vectors of shape (N, Y).
-            mask: booleans of x's shape, True where an element is observed; None is True everywhere.
-            subsample_size: the size of a random minibatch of the N data, drawn at each call; None uses all data.
-
-        Returns:
-            The value at site ``x``.
         """
-        register("prior", self.prior)
-        register("likelihood", self.likelihood)
-        with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, *kept):
+        self._register("prior", "likelihood")
+        with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, mask):
             z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.likelihood(z, y, mask=kept[0] if kept else None), obs=x)
+            return pyro.sample("x", self.likelihood(z, y, mask=mask), obs=x)
 
     def guide(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The approximate posterior q(z|x, y), as a Pyro function of the model's arguments. It returns z."""
-        register("posterior", self.posterior)
-        with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, *_):
+        self._register("posterior")
+        with self._data(x, mask, subsample_size, self._vectors(y, x)) as (x, y, _):
             return pyro.sample("z", self.posterior(x, y))
 
     def check_data(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
@@ -86,19 +80,9 @@ class ConditionalVAE(Pair):
         return mean_of(self.posterior, self._observed(x, mask), self._vectors(y, x))
 
     @in_evaluation_mode
-    def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """The mean of p(x|z, y): (*batch, N, Z), and y as in :meth:`model`, to (*batch, N, *event)."""
-        return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
-
-    @in_evaluation_mode
     def reconstruct(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of p(x|z, y) at the mean of q(z|x, y): (N, *event) to (N, *event)."""
         return self.decode(self.embed(x, y, mask), y)
-
-    @in_evaluation_mode
-    def generate(self, y: Tensor) -> Tensor:
-        """The means of p(x|z, y) at one sample of z from the prior for each of n values of y, of shape (n, *event)."""
-        return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
 
     @in_evaluation_mode
     def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, in_evaluation_mode, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode
 
 Draw = Callable[[str, Any], Tensor]  # maps the name and distribution of a site to its value
 
@@ -156,20 +156,18 @@ class HierarchicalVAE(Pair):
 
     def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model, as a Pyro function with the arguments of :meth:`VAE.model`."""
-        for name in ("prior", "layers", "likelihood"):
-            register(name, getattr(self, name))
-        with self._data(x, mask, subsample_size) as (x, *kept):
+        self._register("prior", "layers", "likelihood")
+        with self._data(x, mask, subsample_size) as (x, mask):
             z = self._down(pyro.sample)
-            return pyro.sample("x", self.likelihood(z, mask=kept[0] if kept else None), obs=x)
+            return pyro.sample("x", self.likelihood(z, mask=mask), obs=x)
 
     def guide(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> list[Tensor]:
         """The approximate posterior, as a Pyro function of the model's arguments. It returns the list of latents."""
-        register("posterior", self.posterior)
+        self._register("posterior")
         if isinstance(self.posterior, Ladder):
-            register("layers", self.layers)
-        with self._data(x, mask, subsample_size) as (x, *_):
-            latents: list[Tensor] = self.posterior(x, self.layers, pyro.sample)
-            return latents
+            self._register("layers")
+        with self._data(x, mask, subsample_size) as (x, _):
+            return self.posterior(x, self.layers, pyro.sample)
 
     def check_data(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Raise ValueError for data of the wrong shape or type. `fit` calls this before it trains on the data."""
@@ -178,13 +176,7 @@ class HierarchicalVAE(Pair):
     @in_evaluation_mode
     def embed(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """The guide's means of ``z1``, ``z2``, ..., each given the means that it depends on: a list of (N, Z_l)."""
-        latents: list[Tensor] = self.posterior(self._observed(x, mask), self.layers, _mean)
-        return latents
-
-    @in_evaluation_mode
-    def decode(self, z: Tensor) -> Tensor:
-        """The mean of p(x|z1): (*batch, Z_1) to (*batch, *event)."""
-        return self.likelihood.decode(z)
+        return self.posterior(self._observed(x, mask), self.layers, lambda _, distribution: distribution.mean)
 
     @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -219,8 +211,3 @@ def _independent_normal(distribution: Any, size: int, layer: int) -> Any:
             f"and a head of {size} dimensions. Give the head 2 outputs for each dimension of the layer."
         )
     return normal
-
-
-def _mean(_: str, distribution: Any) -> Tensor:
-    mean: Tensor = distribution.mean
-    return mean

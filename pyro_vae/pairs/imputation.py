@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods import Likelihood
 
 SAMPLES_AT_ONCE = 4096  # data times samples per call of the decoder, which bounds the memory
@@ -14,25 +14,8 @@ SAMPLES_AT_ONCE = 4096  # data times samples per call of the decoder, which boun
 def impute(
     prior: Any, likelihood: Likelihood, q: Any, x: Tensor, mask: Tensor, num_samples: int, *given: Tensor
 ) -> Tensor:
-    """Replace missing elements by their mean given the observed elements; :meth:`pyro_vae.VAE.impute` has the formula.
-
-    Arguments:
-        prior: the distribution of one z.
-        likelihood: the module from z to the distribution of x. Its `statistic` is averaged.
-        q: the guide's distribution of z, of batch shape (N,).
-        x: data of shape (N, *event).
-        mask: booleans of x's shape, True where an element is observed.
-        num_samples: K, the number of importance samples for each datum.
-        given: further arguments of the likelihood, such as labels.
-
-    Returns:
-        x with imputed elements, of shape (N, *event).
-
-    Raises:
-        ValueError: `num_samples` is not a positive integer, or all importance weights of a datum are zero.
-    """
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise PyroVAEError(f"expected num_samples to be a positive integer, got {num_samples!r}. Try 1000.")
+    """Replace missing elements as :meth:`pyro_vae.VAE.impute` says, given q, the guide's distribution of z."""
+    require_count("num_samples", num_samples, "Try 1000.")
     at_once = max(1, SAMPLES_AT_ONCE // max(1, len(x)))
     highest = x.new_full((len(x),), -torch.inf)
     total, statistic = torch.zeros_like(highest), x.new_zeros(())

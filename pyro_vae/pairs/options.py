@@ -16,16 +16,7 @@ POSTERIOR_PARTS = ("encoder", "event_shape", "latent_dim")
 def find_likelihood(
     likelihood: str | type[Likelihood], options: Mapping[str, Any], posterior: type[Posterior] | None = None
 ) -> type[Likelihood]:
-    """Return the class of a likelihood given by name or class.
-
-    Arguments:
-        likelihood: a name in :data:`pyro_vae.likelihoods.BY_NAME`, or a subclass of :class:`Likelihood`.
-        options: keyword arguments for the class.
-        posterior: the class of the posterior, so that the error for one of its options names the right argument.
-
-    Raises:
-        ValueError: an unknown likelihood, or an option that its class does not have.
-    """
+    """Return the class of a likelihood given by name or class; the posterior's class serves the error message."""
     family = BY_NAME.get(likelihood) if isinstance(likelihood, str) else likelihood
     if not (isinstance(family, type) and issubclass(family, Likelihood)):
         names = ", ".join(map(repr, BY_NAME))
@@ -39,15 +30,7 @@ def find_likelihood(
 
 
 def check_posterior(posterior: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Raise ValueError for a posterior that is not a subclass of :class:`Posterior`, or for an unknown option.
-
-    Arguments:
-        posterior: the class.
-        options: keyword arguments for the class; None is no options.
-
-    Returns:
-        The options as a dict.
-    """
+    """Return the options as a dict. Raise ValueError for a class or an option that is not a posterior's."""
     if not (isinstance(posterior, type) and issubclass(posterior, Posterior)):
         raise PyroVAEError(
             f"expected posterior to be a subclass of pv.Posterior, such as pv.FullNormal, got {posterior!r}. Pass the "
@@ -66,15 +49,7 @@ def check_posterior(posterior: Any, options: Mapping[str, Any] | None) -> dict[s
 def check_options(
     family: type, options: Mapping[str, Any], parts: tuple[str, ...], fix: str, of_posterior: Sequence[str] = ()
 ) -> None:
-    """Raise ValueError for an option that a class does not have.
-
-    Arguments:
-        family: the class.
-        options: keyword arguments for the class.
-        parts: the arguments of the class that are not options.
-        fix: the last sentence of the error message.
-        of_posterior: names whose place is `posterior_options`, as the error message then says.
-    """
+    """Raise ValueError for an option that a class lacks; those `of_posterior` belong in `posterior_options`."""
     known = option_names(family, parts)
     for name, value in options.items():
         if known is not None and name not in known:

@@ -9,13 +9,13 @@ from torch.nn.functional import one_hot
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, check_labels, in_evaluation_mode, indicators, mean_of, register
+from pyro_vae.pairs.base import Labelled, check_labels, in_evaluation_mode, mean_of
 
 UNOBSERVED = -1
 IMPOSSIBLE = -1e4  # a logit of probability zero in any precision; minus infinity times zero would be NaN
 
 
-class SemiSupervisedVAE(Pair):
+class SemiSupervisedVAE(Labelled):
     r"""A VAE with a label that is observed for some data and latent for the others (the M2 model of Kingma et al.).
 
     .. math::
@@ -58,6 +58,7 @@ class SemiSupervisedVAE(Pair):
         Kingma, Rezende, Mohamed and Welling (2014), *Semi-Supervised Learning with Deep Generative Models*, NeurIPS.
     """
 
+    num_classes: int
     uniform: Tensor
 
     def __init__(
@@ -84,19 +85,14 @@ class SemiSupervisedVAE(Pair):
         self.register_buffer("uniform", torch.zeros(num_classes), persistent=False)
 
     def model(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
-        """The generative model p(y) p(z) p(x|z, y), as a Pyro function.
+        """The generative model p(y) p(z) p(x|z, y), as a Pyro function. It returns the value at site ``x``.
 
         Arguments:
-            x: data of shape (N, *event), observed at site ``x``.
+            x, subsample_size: as in :meth:`VAE.model`.
             y: integer labels of shape (N,), -1 where the label is unobserved; None is -1 everywhere.
-            subsample_size: the size of a random minibatch of the N data, drawn at each call; None uses all data.
-
-        Returns:
-            The value at site ``x``.
         """
-        register("prior", self.prior)
-        register("likelihood", self.likelihood)
-        with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed):
+        self._register("prior", "likelihood")
+        with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed, _):
             label = pyro.sample("y", dist.Categorical(logits=self.uniform))
             observed = observed[..., 0]
             if y is not None:  # for other guides, since this pair's guide proposes only the observed label
@@ -104,7 +100,7 @@ class SemiSupervisedVAE(Pair):
                 pyro.factor("label", torch.where(contradicts, IMPOSSIBLE, 0.0).to(x.dtype))
             # The classifier's mode is evaluation mode in estimates, even if other functions wrap this pair.
             if self.classifier_weight and self.classifier.training:
-                register("classifier", self.classifier)
+                self._register("classifier")
                 log_q = dist.Categorical(logits=self._logits(x)).log_prob(observed.clamp(min=0))
                 pyro.factor("classifier", self.classifier_weight * torch.where(observed == UNOBSERVED, 0.0, log_q))
             z = pyro.sample("z", self.prior())
@@ -112,9 +108,8 @@ class SemiSupervisedVAE(Pair):
 
     def guide(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The approximate posterior q(y|x) q(z|x, y), as a Pyro function of the model's arguments. It returns z."""
-        register("classifier", self.classifier)
-        register("posterior", self.posterior)
-        with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed):
+        self._register("classifier", "posterior")
+        with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed, _):
             on_label = torch.where(one_hot(observed[..., 0].clamp(min=0), self.num_classes) == 1, 0.0, IMPOSSIBLE)
             logits = torch.where(observed == UNOBSERVED, self._logits(x), on_label.to(x.dtype))
             label = pyro.sample("y", dist.Categorical(logits=logits))
@@ -137,20 +132,10 @@ class SemiSupervisedVAE(Pair):
         return self._embed(x, self._best(x, y))
 
     @in_evaluation_mode
-    def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """The mean of p(x|z, y): (*batch, N, Z) and labels (N,) to (*batch, N, *event)."""
-        return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
-
-    @in_evaluation_mode
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean of p(x|z, y) at the z and the label of :meth:`embed`: (N, *event) to (N, *event)."""
         best = self._best(x, y)
         return self.decode(self._embed(x, best), best)
-
-    @in_evaluation_mode
-    def generate(self, y: Tensor) -> Tensor:
-        """The means of p(x|z, y) at one sample of z from the prior for each of n labels, of shape (n, *event)."""
-        return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
 
     def _embed(self, x: Tensor, y: Tensor) -> Tensor:
         return mean_of(self.posterior, x, self._indicators(y, x))

@@ -4,7 +4,7 @@ import pyro
 from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, in_evaluation_mode, mean_of, register
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, mean_of
 from pyro_vae.pairs.imputation import impute
 
 
@@ -26,8 +26,8 @@ class VAE(Pair):
         posterior: a module from x to the distribution of z, such as :class:`DiagonalNormal`.
 
     Raises:
-        ValueError: parts of the wrong type or of different event shapes. When it runs: data of another shape or type,
-            or outside the support of the likelihood.
+        ValueError: parts of the wrong type or of different event shapes. When it runs: x or mask of another shape or
+            type, or x outside the support of the likelihood.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -45,7 +45,7 @@ class VAE(Pair):
         Rezende, Mohamed and Wierstra (2014), *Stochastic Backpropagation and Approximate Inference in Deep
         Generative Models*, ICML.
         Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*, ICML
-        (the mask).
+        (the mask, and imputation).
     """
 
     def __init__(self, *, prior: nn.Module, likelihood: Likelihood, posterior: nn.Module) -> None:
@@ -55,33 +55,26 @@ class VAE(Pair):
         self.posterior = posterior
 
     def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
-        """The generative model p(z) p(x|z), as a Pyro function.
+        """The generative model p(z) p(x|z), as a Pyro function. It returns the value at site ``x``.
 
         Arguments:
             x: data of shape (N, *event), observed at site ``x``. Under ``poutine.uncondition`` the site is sampled.
             mask: booleans of x's shape, True where an element is observed; None is True everywhere. Values of missing
                 elements are not read.
             subsample_size: the size of a random minibatch of the N data, drawn at each call; None uses all data.
-
-        Returns:
-            The value at site ``x``.
-
-        Raises:
-            ValueError: x or mask has another shape or type, or x is outside the support of the likelihood.
         """
-        register("prior", self.prior)
-        register("likelihood", self.likelihood)
-        with self._data(x, mask, subsample_size) as (x, *kept):
+        self._register("prior", "likelihood")
+        with self._data(x, mask, subsample_size) as (x, mask):
             z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.likelihood(z, mask=kept[0] if kept else None), obs=x)
+            return pyro.sample("x", self.likelihood(z, mask=mask), obs=x)
 
     def guide(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The approximate posterior q(z|x), as a Pyro function of the model's arguments. It returns z.
 
         The encoder's input has the likelihood's `filler`, which is 0 for most likelihoods, at missing elements.
         """
-        register("posterior", self.posterior)
-        with self._data(x, mask, subsample_size) as (x, *_):
+        self._register("posterior")
+        with self._data(x, mask, subsample_size) as (x, _):
             return pyro.sample("z", self.posterior(x))
 
     def check_data(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -92,11 +85,6 @@ class VAE(Pair):
     def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of q(z|x): (N, *event) to (N, Z)."""
         return mean_of(self.posterior, self._observed(x, mask))
-
-    @in_evaluation_mode
-    def decode(self, z: Tensor) -> Tensor:
-        """The mean of p(x|z): (*batch, Z) to (*batch, *event)."""
-        return self.likelihood.decode(z)
 
     @in_evaluation_mode
     def reconstruct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -110,7 +98,7 @@ class VAE(Pair):
 
     @in_evaluation_mode
     def impute(self, x: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
-        r"""Replace missing elements by their mean given the observed elements, or by the most probable category.
+        r"""Replace missing elements of x by their mean given the observed elements, or by the most probable category.
 
         .. math:: \mathbb E[x_\text{mis} \mid x_\text{obs}] \approx \sum_k \frac{w_k}{\sum_j w_j}
             \mathbb E[x_\text{mis} \mid z_k], \qquad
@@ -122,14 +110,8 @@ class VAE(Pair):
             mask: booleans of x's shape, True where an element is observed.
             num_samples: K, the number of importance samples for each datum.
 
-        Returns:
-            x with imputed elements, of shape (N, *event).
-
         Raises:
             ValueError: `num_samples` is not a positive integer, or all importance weights of a datum are zero.
-
-        References:
-            Mattei and Frellsen (2019), *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*, ICML.
         """
         observed = self._observed(x, mask)
         return impute(self.prior(), self.likelihood, self.posterior(observed), observed, mask, num_samples)
