@@ -17,8 +17,8 @@ T = TypeVar("T")
 def takes_program(function: Callable[..., T]) -> Callable[..., T]:
     """Let a function with the arguments `model` and `guide` also take one thing that has both, in their place.
 
-    If `model` is a tuple, it is ``(model, guide)``. Else, if the argument after `model` is callable or None, the two are
-    model and guide. Else `model` has the attributes `model` and `guide`, as a model/guide pair has.
+    If `model` is a tuple, it is ``(model, guide)``. Else, if the argument after `model` is callable or None, the two
+    are model and guide. Else `model` has the attributes `model` and `guide`, as a model/guide pair has.
     """
     parameters = inspect.signature(function).parameters
     place = list(parameters).index("model")
@@ -28,8 +28,8 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
     def with_program(*args: Any, **kwargs: Any) -> T:
         if "guide" in kwargs and len(args) > place and isinstance(args[place], tuple):
             raise PyroVAEError(
-                f"{function.__name__} expected a tuple (model, guide), or a model and a guide, got a tuple and a guide. Pass "
-                "one of the two."
+                f"{function.__name__} expected a tuple (model, guide), or a model and a guide, got a tuple and a guide. "
+                "Pass one of the two."
             )
         if "guide" not in kwargs:
             given = args[place : place + 2]

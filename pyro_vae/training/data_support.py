@@ -17,9 +17,9 @@ from pyro_vae.errors import PyroVAEError
 class DataSupport:
     """Refuses data outside the support of the site that observes them.
 
-    It checks supports that are the same for all data, at sites with validation and without masks. If the model is the
-    method `model` of a module with a method `check_data`, as of this package's pairs, it calls this too, with the model's
-    arguments. Tensors are checked at once; splits and DataLoaders are checked minibatch by minibatch.
+    It checks supports that are the same for all data, at sites with validation and without masks. This package's pairs
+    have a method `check_data` with the arguments of their `model`. If the model is such a method, it calls this too.
+    Tensors are checked at once; splits and DataLoaders are checked minibatch by minibatch.
     """
 
     def __init__(self, model: PyroFunction, model_trace: Trace, batch: tuple[Any, ...], batches: Minibatches) -> None:
@@ -28,16 +28,18 @@ class DataSupport:
         own_model = isinstance(owner, nn.Module) and getattr(owner, "model", None) == model
         self.check_data = getattr(owner, "check_data", None) if own_model else None
         self.unseen: list[tuple[int, str, Any]] = []
-        for name, site in sample_sites(model_trace).items():
+        for name, site in sample_sites(model_trace, latent=False).items():
             support = support_of(site["fn"])
             moves = any(isinstance(end, Tensor) for end in interval(support) or ())
             if not validates(site) or masks(site) or moves or constraints.is_dependent(support):
                 continue
             for column, argument in enumerate(batch):
+                if site["value"] is not argument:
+                    continue
                 whole = batches.at_hand(column)
-                if site["value"] is argument and whole is None:
+                if whole is None:
                     self.unseen.append((column, name, plain(support)))
-                elif site["value"] is argument:
+                else:
                     self._check(name, plain(support), whole)
         whole_columns = batches.all_at_hand()
         if self.check_data is not None and whole_columns is not None:
@@ -58,6 +60,7 @@ class DataSupport:
             row = int(bad.nonzero()[0])
             raise PyroVAEError(
                 f"expected data in the support of model site '{name}', {support}, got {int(bad.sum())} of {len(data)} "
-                f"rows outside; row {row} has values from {data[row].min():.3g} to {data[row].max():.3g}. Convert those "
-                "data, drop them, or choose another distribution. A mask, or validate_args=False, turns this check off."
+                f"rows outside; row {row} has values from {data[row].min():.3g} to {data[row].max():.3g}. Convert "
+                "those data, drop them, or choose another distribution. A mask, or validate_args=False, turns this check "
+                "off."
             )

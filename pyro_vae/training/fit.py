@@ -236,8 +236,8 @@ def _check_columns(model: PyroFunction, held_out: Minibatches) -> None:
             inspect.signature(model).bind(*held_out.columns)
         except TypeError as error:
             raise PyroVAEError(
-                f"expected validation data that the model takes as its arguments, got a tuple of {len(held_out.columns)} "
-                f"({error}). Pass validation data of the form of the training data."
+                "expected validation data that the model takes as its arguments, got a tuple of "
+                f"{len(held_out.columns)} ({error}). Pass validation data of the form of the training data."
             ) from error
 
 

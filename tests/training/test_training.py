@@ -549,11 +549,11 @@ def test_a_wrapper_around_a_pairs_method_sees_its_own_data():
     def guide(x):
         return vae.guide((x > 0.5).float())
 
-    pv.fit(model, guide, grey, pv.ELBO(), epochs=1, batch_size=10)
+    histories = [pv.fit(model, guide, grey, pv.ELBO(), epochs=1, batch_size=10)]
     y = torch.zeros(20, dtype=torch.long)
     conditional = pv.mlp_conditional_vae((3,), label_dim=2, latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
     program = functools.partial(conditional.model, y=y), functools.partial(conditional.guide, y=y)
-    pv.fit(program, grey, pv.ELBO(), epochs=1, batch_size=20)
+    histories.append(pv.fit(program, grey, pv.ELBO(), epochs=1, batch_size=20))
 
     class Weighted(type(vae)):
         def weighted(self, x, weights):
@@ -563,4 +563,6 @@ def test_a_wrapper_around_a_pairs_method_sees_its_own_data():
             return self.guide(x)
 
     vae.__class__ = Weighted
-    pv.fit(vae.weighted, vae.weighted_guide, (grey.round(), torch.rand(20)), pv.ELBO(), epochs=1, batch_size=10)
+    data = grey.round(), torch.rand(20)
+    histories.append(pv.fit(vae.weighted, vae.weighted_guide, data, pv.ELBO(), epochs=1, batch_size=10))
+    assert all(history.train_bound.notna().all() for history in histories)
