@@ -16,141 +16,38 @@ In six lines::
     print(pv.compare(vae, digits.test.x))
 """
 
-from pyro_vae import data, networks, plots, schedules, testing
+from pyro_vae import (
+    data,
+    evaluation,
+    likelihoods,
+    networks,
+    objectives,
+    pairs,
+    plots,
+    posteriors,
+    priors,
+    schedules,
+    testing,
+)
 from pyro_vae.arviz_io import to_arviz
 from pyro_vae.compiled.step import compile_step
 from pyro_vae.engine.weights import log_weights
 from pyro_vae.errors import MissingCompilerError, NotFiniteError, PyroVAEError
-from pyro_vae.evaluation import (
-    AnnealedLikelihood,
-    Decomposition,
-    Estimate,
-    Evidence,
-    Gaps,
-    LogLikelihood,
-    Sandwich,
-    active_units,
-    ais,
-    bdmc,
-    compare,
-    decompose_elbo,
-    inference_gaps,
-    log_likelihood,
-    pareto_k,
-)
-from pyro_vae.likelihoods import (
-    Bernoulli,
-    Categorical,
-    ContinuousBernoulli,
-    DiscretizedLogistic,
-    Gaussian,
-    Likelihood,
-    LowRankGaussian,
-    NegativeBinomial,
-    Poisson,
-    StudentT,
-)
-from pyro_vae.objectives import CIWAE, ELBO, IWAE, JVI, MIWAE, PIWAE, RWS, TVO, NoClosedFormError, Objective, Renyi
-from pyro_vae.pairs import (
-    VAE,
-    Autoencoder,
-    BottomUp,
-    ConditionalVAE,
-    HierarchicalVAE,
-    Ladder,
-    SemiSupervisedVAE,
-    conv_vae,
-    mlp_autoencoder,
-    mlp_conditional_vae,
-    mlp_hierarchical_vae,
-    mlp_semi_supervised_vae,
-    mlp_vae,
-)
-from pyro_vae.posteriors import (
-    DiagonalNormal,
-    FlowPosterior,
-    FullNormal,
-    LowRankNormal,
-    MixturePosterior,
-    Posterior,
-    Unconditional,
-)
-from pyro_vae.priors import FlowPrior, MixturePrior, StandardNormal, VampPrior
+from pyro_vae.evaluation import *
+from pyro_vae.likelihoods import *
+from pyro_vae.objectives import *
+from pyro_vae.pairs import *
+from pyro_vae.posteriors import *
+from pyro_vae.priors import *
 from pyro_vae.training import fit
 from pyro_vae.training.checkpoint import load_parameters
 
-__all__ = [
-    "CIWAE",
-    "ELBO",
-    "IWAE",
-    "JVI",
-    "MIWAE",
-    "PIWAE",
-    "RWS",
-    "TVO",
-    "VAE",
-    "AnnealedLikelihood",
-    "Autoencoder",
-    "Bernoulli",
-    "BottomUp",
-    "Categorical",
-    "ConditionalVAE",
-    "ContinuousBernoulli",
-    "Decomposition",
-    "DiagonalNormal",
-    "DiscretizedLogistic",
-    "Estimate",
-    "Evidence",
-    "FlowPosterior",
-    "FlowPrior",
-    "FullNormal",
-    "Gaps",
-    "Gaussian",
-    "HierarchicalVAE",
-    "Ladder",
-    "Likelihood",
-    "LogLikelihood",
-    "LowRankGaussian",
-    "LowRankNormal",
-    "MissingCompilerError",
-    "MixturePosterior",
-    "MixturePrior",
-    "NegativeBinomial",
-    "NoClosedFormError",
-    "NotFiniteError",
-    "Objective",
-    "Poisson",
-    "Posterior",
-    "PyroVAEError",
-    "Renyi",
-    "Sandwich",
-    "SemiSupervisedVAE",
-    "StandardNormal",
-    "StudentT",
-    "Unconditional",
-    "VampPrior",
-    "active_units",
-    "ais",
-    "bdmc",
-    "compare",
-    "compile_step",
-    "conv_vae",
-    "data",
-    "decompose_elbo",
-    "fit",
-    "inference_gaps",
-    "load_parameters",
-    "log_likelihood",
-    "log_weights",
-    "mlp_autoencoder",
-    "mlp_conditional_vae",
-    "mlp_hierarchical_vae",
-    "mlp_semi_supervised_vae",
-    "mlp_vae",
-    "networks",
-    "pareto_k",
-    "plots",
-    "schedules",
-    "testing",
-    "to_arviz",
-]
+__all__ = ["data", "networks", "plots", "schedules", "testing"]
+__all__ += ["compile_step", "fit", "load_parameters", "log_weights", "to_arviz"]
+__all__ += ["MissingCompilerError", "NotFiniteError", "PyroVAEError"]
+__all__ += evaluation.__all__
+__all__ += likelihoods.__all__
+__all__ += objectives.__all__
+__all__ += pairs.__all__
+__all__ += posteriors.__all__
+__all__ += priors.__all__

@@ -15,6 +15,16 @@ from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.flows import Flow, Kind
 from pyro_vae.networks import apply_batched
 
+__all__ = [
+    "DiagonalNormal",
+    "FlowPosterior",
+    "FullNormal",
+    "LowRankNormal",
+    "MixturePosterior",
+    "Posterior",
+    "Unconditional",
+]
+
 
 class Posterior(nn.Module, ABC):
     """Base class of amortised posteriors: an encoder, and the distribution of z that the encoder's outputs parametrise.

@@ -10,6 +10,8 @@ from pyro_vae.distributions import Mixture
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.flows import Flow, Kind
 
+__all__ = ["FlowPrior", "MixturePrior", "StandardNormal", "VampPrior"]
+
 
 class StandardNormal(nn.Module):
     """A standard normal prior.

@@ -21,7 +21,6 @@ BY_NAME: dict[str, type[Likelihood]] = {
 }
 
 __all__ = [
-    "BY_NAME",
     "Bernoulli",
     "Categorical",
     "ContinuousBernoulli",
