@@ -34,26 +34,26 @@ def check_sites(model: Sites, guide: Sites) -> None:
     for name, site in guide.items():
         if site["is_observed"] and not is_factor(site):
             raise PyroVAEError(
-                f"guide site '{name}' is observed in the guide: expected a latent site, since no bound contains a density "
-                "of data under the guide. Drop it from the guide."
+                f"guide site '{name}' is observed in the guide: expected a latent site, since no bound contains a "
+                "density of data under the guide. Drop it from the guide."
             )
         if site["is_observed"] or site["infer"].get("is_auxiliary"):
             continue
         if name not in model:
             raise PyroVAEError(
-                f"guide site '{name}' is missing in the model: expected every latent site of the guide to be one of the "
-                f"model's, {latent}. Rename it, or drop it."
+                f"guide site '{name}' is missing in the model: expected every latent site of the guide to be one of "
+                f"the model's, {latent}. Rename it, or drop it."
             )
         if model[name]["is_observed"]:
             raise PyroVAEError(
-                f"guide site '{name}' is observed in the model: expected a latent site. Drop it from the guide, or drop "
-                "obs= from the model."
+                f"guide site '{name}' is observed in the model: expected a latent site. Drop it from the guide, or "
+                "drop obs= from the model."
             )
     for name in latent:
         if name not in guide:
             raise PyroVAEError(
-                f"model site '{name}' is latent and missing in the guide: expected a guide site for every latent site of "
-                f"the model, got {sorted(guide)}. Sample '{name}' in the guide too, or observe it."
+                f"model site '{name}' is latent and missing in the guide: expected a guide site for every latent site "
+                f"of the model, got {sorted(guide)}. Sample '{name}' in the guide too, or observe it."
             )
 
 
@@ -67,9 +67,9 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
             shapes.append((plated, tuple(site["fn"].event_shape)))
         if shapes[0] != shapes[1]:
             raise PyroVAEError(
-                f"model and guide disagree on the shape of site '{name}': expected one batch shape and one event shape, "
-                f"got {shapes[0][0]} and {shapes[0][1]} in the model, {shapes[1][0]} and {shapes[1][1]} in the guide. "
-                "Put it in the same plates in both, with the same to_event."
+                f"model and guide disagree on the shape of site '{name}': expected one batch shape and one event "
+                f"shape, got {shapes[0][0]} and {shapes[0][1]} in the model, {shapes[1][0]} and {shapes[1][1]} in the "
+                "guide. Put it in the same plates in both, with the same to_event."
             )
     for words, site in labelled(model, guide).items():
         shape = site["unscaled_log_prob"].shape if "unscaled_log_prob" in site else site["fn"].batch_shape
@@ -100,28 +100,28 @@ def check_densities(model: Sites, guide: Sites) -> None:
     points = [name for name in latent if isinstance(unwrapped(guide[name]["fn"]), Delta)]
     if auxiliary and len(points) < len(latent):
         raise PyroVAEError(
-            f"guide site '{auxiliary[0]}' is auxiliary beside sampled latent sites: expected auxiliary sites only where "
-            "every latent is a function of them (a Delta, as in Pyro's autoguides), since the model has no density for "
-            "them. Drop it, or use pv.ELBO's pathwise loss."
+            f"guide site '{auxiliary[0]}' is auxiliary beside sampled latent sites: expected auxiliary sites only "
+            "where every latent is a function of them (a Delta, as in Pyro's autoguides), since the model has no "
+            "density for them. Drop it, or use pv.ELBO's pathwise loss."
         )
     if points and not auxiliary:
         raise PyroVAEError(
-            f"guide site '{points[0]}' is a point (Delta): expected a density, since log p(x, z) - log q(z|x) at a point "
-            "is not a bound. Use a guide with a spread, or pv.ELBO(kl='monte_carlo')'s loss for a maximum a posteriori "
-            "fit."
+            f"guide site '{points[0]}' is a point (Delta): expected a density, since log p(x, z) - log q(z|x) at a "
+            "point is not a bound. Use a guide with a spread, or pv.ELBO(kl='monte_carlo')'s loss for a maximum a "
+            "posteriori fit."
         )
     sizes = [sum(_size(guide[n], guide[n]) for n in auxiliary), sum(_size(guide[n], model[n]) for n in points)]
     if sizes[0] != sizes[1]:
         raise PyroVAEError(
             f"auxiliary guide sites {auxiliary} and the points (Delta) {points} differ in size: expected as many "
-            f"dimensions in both, got {sizes[0]} and {sizes[1]}, since a density over other dimensions is not a density "
-            "of the latents. Sample the latents themselves, or use pv.ELBO's pathwise loss."
+            f"dimensions in both, got {sizes[0]} and {sizes[1]}, since a density over other dimensions is not a "
+            "density of the latents. Sample the latents themselves, or use pv.ELBO's pathwise loss."
         )
     for name in latent:
         if not same_masks(model[name], guide[name]):
             raise PyroVAEError(
-                f"masks differ at site '{name}': expected model and guide to mask the same data, since only one of the two "
-                "densities counts elsewhere. Put one mask around both programs, or use pv.ELBO's pathwise loss."
+                f"masks differ at site '{name}': expected model and guide to mask the same data, since only one of the "
+                "two densities counts elsewhere. Put one mask around both programs, or use pv.ELBO's pathwise loss."
             )
     _check_masked_latents(model)
 
@@ -161,9 +161,9 @@ def _find_unmasked(name: str, latent: Site, whole: Tensor, after: Sites) -> None
             continue
         if _counts_outside(whole, plates(latent), tuple(plates(site)), kept(site, in_part=True)):
             raise PyroVAEError(
-                f"model site '{name}' is masked where the later site '{later}' is not: expected all that may depend on a "
-                f"masked latent to be masked with it, since its sample has no density there. Mask '{later}' too, sample it "
-                f"before '{name}' if it does not depend on it, or use pv.ELBO's pathwise loss."
+                f"model site '{name}' is masked where the later site '{later}' is not: expected all that may depend on "
+                f"a masked latent to be masked with it, since its sample has no density there. Mask '{later}' too, "
+                f"sample it before '{name}' if it does not depend on it, or use pv.ELBO's pathwise loss."
             )
 
 

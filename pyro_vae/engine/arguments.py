@@ -28,8 +28,8 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
     def with_program(*args: Any, **kwargs: Any) -> T:
         if "guide" in kwargs and len(args) > place and isinstance(args[place], tuple):
             raise PyroVAEError(
-                f"{function.__name__} expected a tuple (model, guide), or a model and a guide, got a tuple and a guide. "
-                "Pass one of the two."
+                f"{function.__name__} expected a tuple (model, guide), or a model and a guide, got a tuple and a "
+                "guide. Pass one of the two."
             )
         if "guide" not in kwargs:
             given = args[place : place + 2]
@@ -40,7 +40,7 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
         guides = (kwargs["guide"],) if "guide" in kwargs else args[place + 1 : place + 2]
         if guides == (None,) and not guide_optional:
             raise PyroVAEError(
-                f"{function.__name__} expected a guide, got None. Pass a Pyro guide; only pv.ais and pv.bdmc can do without."
+                f"{function.__name__} expected a guide, got None. Pass one; only pv.ais and pv.bdmc need none."
             )
         return function(*args, **kwargs)
 
@@ -63,7 +63,7 @@ def _both(program: Any) -> tuple[PyroFunction, PyroFunction]:
     if not callable(model) or not (callable(guide) or (guide is None and isinstance(program, tuple))):
         got = f"the function {program.__name__} alone" if inspect.isroutine(program) else type(program).__name__
         raise PyroVAEError(
-            "expected a model and a guide, or one thing that has both, such as pv.mlp_vae(...) or a tuple "
-            f"(model, guide), got {got}. Pass the guide after the model."
+            "expected a model and a guide, or one thing that has both, such as pv.mlp_vae(...) or a tuple (model, "
+            f"guide), got {got}. Pass the guide after the model."
         )
     return model, guide

@@ -1,7 +1,7 @@
 """Finds the batch plate: the :class:`pyro.plate` around every sample site, whose rows are the data.
 
-A bound per datum exists only if each term of the log-density belongs to one row of one plate. Pyro's own
-multi-particle objectives bound another quantity where that fails, without a word. Here each failure has its own message.
+A bound per datum exists only if each term of the log-density belongs to one row of one plate. Where that fails, Pyro's
+own multi-particle objectives silently bound another quantity. Here each failure has its own message.
 """
 
 from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, plates
@@ -12,8 +12,8 @@ def find_batch_plate(sites: Sites) -> Plate:
     """The outermost plate that holds every site; `sites` has them under their labels, such as "model site 'x'"."""
     if not sites:
         raise PyroVAEError(
-            "no sample sites: expected a program whose log-density has terms, got none in model and guide. Call it with "
-            "the data that it observes."
+            "no sample sites: expected a program whose log-density has terms, got none in model and guide. Call it "
+            "with the data that it observes."
         )
     stacks = {words: plates(site) for words, site in sites.items()}
     common = set.intersection(*map(set, stacks.values()))
@@ -28,8 +28,9 @@ def find_batch_plate(sites: Sites) -> Plate:
             if size > 1 and (len(shape) < -batch.dim or shape[batch.dim] != size):
                 raise PyroVAEError(
                     f"{words} has no value for each row of the batch plate '{batch.name}', which was made without a "
-                    f"size: expected a batch shape with {size} at dim {batch.dim}, got {tuple(shape)}, so that all data "
-                    f"share one value. Give the plate its size, pyro.plate('{batch.name}', {size}), or expand the distribution to it."
+                    f"size: expected a batch shape with {size} at dim {batch.dim}, got {tuple(shape)}, so that all "
+                    f"data share one value. Give the plate its size, pyro.plate('{batch.name}', {size}), or expand the "
+                    "distribution to it."
                 )
     for words, site in sites.items():
         if _swallows(site, batch):
@@ -38,8 +39,8 @@ def find_batch_plate(sites: Sites) -> Plate:
             if frame.name not in (batch.name, PARTICLE_PLATE) and frame.full_size != frame.size:
                 raise PyroVAEError(
                     f"plate '{frame.name}', inside the batch plate '{batch.name}', is subsampled ({frame.size} of "
-                    f"{frame.full_size}): expected whole data, since a log-weight of a part of a datum gives no "
-                    f"bound. Subsample '{batch.name}' alone, or use pv.ELBO's pathwise loss, which is linear and stays "
+                    f"{frame.full_size}): expected whole data, since a log-weight of a part of a datum gives no bound. "
+                    f"Subsample '{batch.name}' alone, or use pv.ELBO's pathwise loss, which is linear and stays "
                     "unbiased."
                 )
     return batch
@@ -66,16 +67,17 @@ def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
     if stacks[words]:
         other = stacks[words][0]
         return (
-            f"two different batch plates: expected one plate around every sample site, got {_shown(main)} around {inside} and "
-            f"{_shown(other)} around {words}. Give both the same plate, or nest '{other.name}' in '{main.name}'."
+            f"two different batch plates: expected one plate around every sample site, got {_shown(main)} around "
+            f"{inside} and {_shown(other)} around {words}. Give both the same plate, or nest '{other.name}' in "
+            f"'{main.name}'."
         )
     if site["fn"].event_dim and site["fn"].event_shape[0] == main.size:
         return _to_event(words, site, f"the batch plate '{main.name}'")
     if not site["is_observed"]:
         return (
             f"{words} is a latent site outside the batch plate '{main.name}': expected all latent sites inside, since "
-            "data that share a latent have no log-weight of their own. Move it into the plate, make it a parameter, "
-            "or use pv.ELBO's pathwise loss, which also serves global latents."
+            "data that share a latent have no log-weight of their own. Move it into the plate, make it a parameter, or "
+            "use pv.ELBO's pathwise loss, which also serves global latents."
         )
     return (
         f"{words} is a factor or observation outside the batch plate '{main.name}': expected every term of the "

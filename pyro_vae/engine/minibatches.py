@@ -39,8 +39,8 @@ class Minibatches:
         if not self.columns or not all(usable):
             raise PyroVAEError(
                 f"expected {name} to be a tensor, a split of pv.data, a tuple of tensors or a DataLoader, got "
-                f"{type(data).__name__}. Use torch.as_tensor(x) for an array, torch.tensor(x.to_numpy(), dtype=torch.float32) for a "
-                "DataFrame, and a DataLoader for another data set."
+                f"{type(data).__name__}. Use torch.as_tensor(x) for an array, torch.tensor(x.to_numpy(), "
+                "dtype=torch.float32) for a DataFrame, and a DataLoader for another data set."
             )
         sizes = {len(column) for column in self.columns}
         if len(sizes) > 1:
@@ -53,8 +53,8 @@ class Minibatches:
         for column in self.columns:
             if isinstance(column, Tensor) and not bool(torch.isfinite(column).all()):
                 raise PyroVAEError(
-                    f"expected {name} to be finite, got NaN or infinity. Drop those rows; or, where they are "
-                    "missing values, pass (x.nan_to_num(), ~x.isnan()) to a model with a mask, such as pv.VAE's."
+                    f"expected {name} to be finite, got NaN or infinity. Drop those rows; or, where they are missing "
+                    "values, pass (x.nan_to_num(), ~x.isnan()) to a model with a mask, such as pv.VAE's."
                 )
         self.steps = math.ceil(self.size / self.batch_size)
 

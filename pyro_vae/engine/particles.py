@@ -68,9 +68,9 @@ class Particles:
             return [checkpoint(read_chunk, *chunk, use_reentrant=False) for chunk in chunks]
         except (RuntimeError, IndexError) as error:
             error.add_note(
-                f"pyro_vae ran the program for {self.number} particles at once, so latent values have a leading dimension "
-                f"of {self.number}. Expand x to it, x.expand(*z.shape[:-1], -1), say. Or pass vectorize_particles=False, "
-                "if the function has that argument."
+                f"pyro_vae ran the program for {self.number} particles at once, so latent values have a leading "
+                f"dimension of {self.number}. Expand x to it, x.expand(*z.shape[:-1], -1), say. Or pass "
+                "vectorize_particles=False, if the function has that argument."
             )
             raise
 
@@ -93,7 +93,7 @@ class DrawAsOneOf(Messenger):
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
 
     def finish(self) -> None:
-        """Leave the generators as the vectorised run does; if no site drew from them, their next numbers are new anyway."""
+        """Leave the generators as the vectorised run does, if any site drew from them; else their state is new."""
         if not torch.equal(self.states[0]["torch"], self.states[-1]["torch"]):
             rng.set_state(self.states[-1])
 

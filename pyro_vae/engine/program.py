@@ -7,6 +7,7 @@ log-densities. :class:`Needs` says through which samples gradients flow. This fi
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, Self
 
 import pyro
@@ -77,9 +78,7 @@ class Run(NamedTuple):
 
     model: Sites  # the model's sample sites by name, in order, each with its unscaled_log_prob
     guide: Sites
-    stopped: (
-        Sites | None
-    )  # the guide's, with no gradient through values: their log-densities differentiate to the score
+    stopped: Sites | None  # the guide's, with no gradient through values: log-densities differentiate to the score
     scored: tuple[str, ...]  # the names of the guide's sites through whose samples no gradient flows
     num_particles: int  # K
     particle_dim: int  # counted from the right; it lies left of every plate
@@ -169,7 +168,7 @@ class Program:
         return run
 
     def run_at(self, values: dict[str, Tensor], number: int) -> Run:
-        """Run guide and model at given values of all latent sites, with the particles in a dimension left of the plates.
+        """Run guide and model at given values of all latent sites, whose particles lie left of the plates.
 
         Without a guide the model runs once, and its own latent sites are the run's guide.
         """
@@ -188,7 +187,7 @@ class Program:
         return sample_sites(poutine.trace(poutine.replay(model, trace=_given(values or {}))).get_trace(*self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
-        """Pyro's traces of one run of the model and of the guide, at given values if any; nothing else notices the run."""
+        """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run."""
         guide = self.guide_or_prior
         if values is not None:
             guide = poutine.replay(guide, trace=_given(values))
@@ -220,7 +219,8 @@ class Program:
                 agreement.check_densities(model, guide)
         agreement.check_shapes(model, guide, particle_dim)
         for site in sites.values():
-            unmasked: Any = dict(site, log_prob=site.get("unscaled_log_prob", _Shaped(site["fn"].batch_shape)))
+            shaped = SimpleNamespace(shape=site["fn"].batch_shape)  # in place of a log-density that was not computed
+            unmasked: Any = dict(site, log_prob=site.get("unscaled_log_prob", shaped))
             check_site_shape(unmasked, max_plate_nesting=-particle_dim)
         return batch_plate
 
@@ -251,9 +251,9 @@ class Program:
             stopped.compute_log_prob()
         except (NotImplementedError, KeyError) as error:
             raise PyroVAEError(
-                "the density of a guide site at a given value can't be computed: expected distributions that can evaluate "
-                "it without the sample's history, got a distribution that can't, most likely a flow without an inverse. "
-                "Use gradient='pathwise', or a flow with an inverse."
+                "the density of a guide site at a given value can't be computed: expected distributions that can "
+                "evaluate it without the sample's history, got a distribution that can't, most likely a flow without "
+                "an inverse. Use gradient='pathwise', or a flow with an inverse."
             ) from error
         for name, site in sites.items():
             again: Any = stopped.nodes[name]
@@ -270,17 +270,10 @@ class Program:
             densities = site["log_prob"], again["log_prob"]
             if is_validation_enabled() and not torch.allclose(*densities, rtol=1e-3, atol=1e-2, equal_nan=True):
                 raise PyroVAEError(
-                    f"guide site '{name}' has another density when the guide runs again at the same values: expected "
-                    "a guide that is a function of its samples. Turn dropout off (eval()), or use "
-                    "gradient='pathwise'."
+                    f"guide site '{name}' has another density when the guide runs again at the same values: expected a "
+                    "guide that is a function of its samples. Turn dropout off (eval()), or use gradient='pathwise'."
                 )
         return stopped
-
-
-class _Shaped(NamedTuple):
-    """Stands for a log-density that was not computed."""
-
-    shape: torch.Size
 
 
 def prior(model: PyroFunction) -> PyroFunction:
@@ -314,11 +307,8 @@ def _given(values: dict[str, Tensor]) -> Trace:
     return trace
 
 
-def _in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> PyroFunction:
-    if particle_dim is None:
-        return function
-    in_plate: PyroFunction = pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
-    return in_plate
+def _in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
+    return function if particle_dim is None else pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:

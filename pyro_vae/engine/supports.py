@@ -17,8 +17,8 @@ def check_fixed_supports(guide: Sites) -> None:
         bounds = _moving_bounds(site["fn"], site["unscaled_log_prob"])
         if any(bound.requires_grad and bool(bound.isfinite().any()) for bound in bounds):
             raise PyroVAEError(
-                f"guide site '{name}' ({family(site['fn'])}) has a support that depends on parameters: expected a fixed "
-                "support, since the score function omits what moving bounds add to the gradient. Use "
+                f"guide site '{name}' ({family(site['fn'])}) has a support that depends on parameters: expected a "
+                "fixed support, since the score function omits what moving bounds add to the gradient. Use "
                 "gradient='pathwise', or a family with a fixed support."
             )
 

@@ -137,14 +137,14 @@ def datum_scale(run: Run) -> Tensor | float:
             first, second = (next(label for label, site in labels if site is one) for one in (sites[0], other))
             raise PyroVAEError(
                 f"scales differ between sites: expected one scale for the whole datum, got {scale} at {first} and "
-                f"{other['scale']} at {second}. Scale model and guide alike; or, to anneal a KL, use pv.ELBO(beta=...); "
-                "or use pv.ELBO's pathwise or STL loss, in which each term may have its own scale."
+                f"{other['scale']} at {second}. Scale model and guide alike; or, to anneal a KL, use "
+                "pv.ELBO(beta=...); or use pv.ELBO's pathwise or STL loss, in which each term may have its own scale."
             )
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale
     if scale.dim() < -plate.dim or scale.numel() != scale.shape[plate.dim]:
         raise PyroVAEError(
-            f"a scale varies inside a datum: expected a number or one value for each row of plate '{plate.name}', "
-            f"got shape {tuple(scale.shape)}. Scale whole data, or use pv.ELBO's pathwise loss."
+            f"a scale varies inside a datum: expected a number or one value for each row of plate '{plate.name}', got "
+            f"shape {tuple(scale.shape)}. Scale whole data, or use pv.ELBO's pathwise loss."
         )
     return scale.reshape(-1)
