@@ -110,4 +110,4 @@ for objective, target in (
         over_data(bounds, targets[target]),
     )
 Console(width=130).print(table)
-print(f"log_likelihood, K = {options.num_samples}: bias {bias.item():.3f} of its standard error on average")
+print(f"On average, log_likelihood with K = {options.num_samples} is off by {bias.item():.3f} standard errors.")
