@@ -13,16 +13,17 @@ PyroFunction = Callable[..., Any]  # a Pyro model, or a guide
 
 
 def find_modules(*functions: PyroFunction) -> list[nn.Module]:
-    """The modules that the functions are, or are methods of, through Pyro's handlers and ``functools.partial``."""
-    owners = [_owner(function) for function in functions]
-    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+    """The modules that the functions are, are methods of, or hold as arguments of ``functools.partial``.
 
-
-def _owner(function: Any) -> Any:
-    function = inspect.unwrap(function)
-    while isinstance(function, functools.partial):
-        function = inspect.unwrap(function.func)
-    return getattr(function, "__self__", function)
+    Pyro's handlers around the functions make no difference.
+    """
+    found: list[Any] = []
+    for function in map(inspect.unwrap, functions):
+        while isinstance(function, functools.partial):
+            found += [*function.args, *function.keywords.values()]
+            function = inspect.unwrap(function.func)
+        found.append(getattr(function, "__self__", function))
+    return list(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
 
 
 def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:

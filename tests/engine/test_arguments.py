@@ -194,8 +194,11 @@ def test_one_thing_with_both_as_a_keyword_or_before_data_that_look_like_a_guide(
 
 
 def test_the_modules_of_partial_methods_are_found(vae):
+    expected = dict(pv.ELBO()(vae).named_parameters()).keys()
     partial = functools.partial(vae.model), functools.partial(functools.partial(vae.guide))
-    assert dict(pv.ELBO()(partial).named_parameters()).keys() == dict(pv.ELBO()(vae).named_parameters()).keys()
+    assert dict(pv.ELBO()(partial).named_parameters()).keys() == expected
+    unbound = functools.partial(type(vae).model, vae), functools.partial(type(vae).guide, vae)
+    assert dict(pv.ELBO()(unbound).named_parameters()).keys() == expected
 
 
 def test_a_tuple_beside_a_guide_is_refused(vae):
