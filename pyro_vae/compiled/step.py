@@ -190,8 +190,8 @@ def check_compiled(objective: Any) -> None:
         raise PyroVAEError(f"expected an objective such as pv.ELBO(), got {_shown(objective)}.{order}")
     if objective.chunk_size is not None:
         raise PyroVAEError(
-            f"compiled code holds the whole run: expected an objective without chunk_size, got {objective.chunk_size}. "
-            "Drop it, or run it uncompiled."
+            f"compiled code runs all particles at once: expected an objective without chunk_size, got "
+            f"{objective.chunk_size}. Drop it, or run it uncompiled."
         )
     if objective.num_samples > 1 and not objective.vectorize_particles:
         raise PyroVAEError(
