@@ -53,9 +53,9 @@ def record(function: Callable[..., Any], args: Sequence[Tensor], other_args: Seq
         line = next((pair for pair in zip(here, there, strict=False) if pair[0] != pair[1]), (here[-1], there[-1]))
         what = f"'{line[0].strip()}', then '{line[1].strip()}'"
     raise PyroVAEError(
-        f"the program can't be compiled, since it does something else when it runs again: expected the same "
-        f"operations for any data, got {what}. Python values, such as a counter, would never change again. Pass what "
-        "changes as a tensor argument, or run it uncompiled (compile=False in pv.fit)."
+        "the program can't be compiled, since it does something else when it runs again: expected the same operations "
+        f"for any data, got {what}. Python values, such as a counter, would never change again. Pass what changes as a "
+        "tensor argument, or run it uncompiled (compile=False in pv.fit)."
     )
 
 
@@ -76,13 +76,14 @@ def _record(function: Callable[..., Any], args: Sequence[Tensor]) -> Recording:
             graph = make_fx(refusing)(*args)
     except _ReadsValues as error:
         raise PyroVAEError(
-            f"the program can't be compiled, since it reads a tensor's value ({error}), at {users_line(error)}: expected "
-            f"operations that depend on shapes alone, as a compiled step does the same for any data. {FIX}"
+            f"the program can't be compiled, since it reads a tensor's value ({error}), at {users_line(error)}: "
+            "expected operations that depend on shapes alone, since a compiled step runs the same operations for any "
+            f"data. {FIX}"
         ) from error
     if _other_generators() != elsewhere:
         raise PyroVAEError(
-            "the program can't be compiled, since it draws from Python's or NumPy's random numbers, which would be "
-            f"the same in every step: expected draws from torch or Pyro alone. Use torch.rand, say. {FIX}"
+            "the program can't be compiled, since it draws from Python's or NumPy's random numbers, which would be the "
+            f"same in every step: expected draws from torch or Pyro alone. Use torch.rand, say. {FIX}"
         )
     return _lifted(graph, list(values.read.values()))
 

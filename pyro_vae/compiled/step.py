@@ -39,8 +39,8 @@ class CompiledStep:
         stepping = isinstance(self.optimizer, torch.optim.Optimizer | PyroOptim)
         if not stepping or isinstance(self.optimizer, torch.optim.LBFGS):  # LBFGS runs the loss several times
             raise PyroVAEError(
-                "expected an optimizer that steps on one gradient, such as torch.optim.Adam(vae.parameters(), lr=1e-3) or "
-                f"pyro.optim.Adam({{'lr': 1e-3}}), got {_shown(self.optimizer)}."
+                "expected an optimizer that steps on one gradient, such as torch.optim.Adam(vae.parameters(), lr=1e-3) "
+                f"or pyro.optim.Adam({{'lr': 1e-3}}), got {_shown(self.optimizer)}."
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -104,9 +104,9 @@ class CompiledStep:
             gradients = torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
             if all(gradient is None for gradient in gradients):
                 raise PyroVAEError(
-                    f"expected an optimizer of parameters that the loss depends on, got one of {len(self.parameters)} others. "
-                    "Build it on the program's parameters, torch.optim.Adam(vae.parameters()), after the last change of the "
-                    "networks."
+                    f"expected an optimizer of parameters that the loss depends on, got one of {len(self.parameters)} "
+                    "others. Build it on the program's parameters, torch.optim.Adam(vae.parameters()), after the last "
+                    "change of the networks."
                 )
             return loss.detach(), *gradients
 
@@ -182,21 +182,21 @@ def check_compiled(objective: Any) -> None:
     """Refuse an objective that needs more than one graph."""
     if isinstance(objective, pyro.infer.ELBO) and not isinstance(objective, Objective):
         raise PyroVAEError(
-            f"compiled code expected an objective of pyro_vae, got Pyro's {_shown(objective)}: Pyro's objectives read a "
-            "tensor's value at every step, and this package has no enumeration. Use pv.ELBO or pv.IWAE, or run it uncompiled."
+            f"compiled code expected an objective of pyro_vae, got Pyro's {_shown(objective)}: Pyro's objectives read "
+            "a tensor's value at every step. Use pv.ELBO or pv.IWAE, or run it uncompiled."
         )
     if not isinstance(objective, Objective):
         order = " The objective comes before the optimizer." if isinstance(objective, torch.optim.Optimizer) else ""
         raise PyroVAEError(f"expected an objective such as pv.ELBO(), got {_shown(objective)}.{order}")
     if objective.chunk_size is not None:
         raise PyroVAEError(
-            f"compiled code runs all particles at once: expected an objective without chunk_size, got "
+            "compiled code runs all particles at once: expected an objective without chunk_size, got "
             f"{objective.chunk_size}. Drop it, or run it uncompiled."
         )
     if objective.num_samples > 1 and not objective.vectorize_particles:
         raise PyroVAEError(
-            "compiled code runs all particles at once: expected vectorize_particles=True, got False. Let the program take a "
-            "leading dimension (pyro_vae.networks.apply_batched), or run it uncompiled."
+            "compiled code runs all particles at once: expected vectorize_particles=True, got False. Let the program "
+            "take a leading dimension (pyro_vae.networks.apply_batched), or run it uncompiled."
         )
 
 

@@ -85,9 +85,11 @@ def check_shapes(model: Sites, guide: Sites, particle_dim: int) -> None:
 def check_reparameterised(guide: Sites) -> None:
     """A complete pathwise gradient flows through every site of the guide."""
     for name in not_reparameterised(guide):
+        lacks = "samples by rejection, so its pathwise gradient is incomplete"
         raise PyroVAEError(
             f"guide site '{name}' can't be reparameterised: expected a distribution with rsample, got "
-            f"{family(guide[name]['fn'])}, through which no complete pathwise gradient flows. Use an objective with "
+            f"{family(guide[name]['fn'])}, which "
+            f"{lacks if guide[name]['fn'].has_rsample else 'has no pathwise gradient'}. Use an objective with "
             "gradient='score', or gradient='vimco' with at least 2 particles; or a reparameterised family; or "
             "torch.no_grad(), if you need only values."
         )

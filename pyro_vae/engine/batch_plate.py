@@ -118,7 +118,7 @@ def _swallows(site: Site, plate: Plate) -> bool:
 def _to_event(words: str, site: Site, plate: str) -> str:
     shape = tuple(site["fn"].event_shape)
     return (
-        f"{words} has to_event in place of {plate}: expected the data to be rows of a plate, got all data, of shape "
+        f"{words} uses to_event in place of {plate}: expected the data to be rows of a plate, got all data, of shape "
         f"{shape}, as one event with a single log-density. Use `with pyro.plate('data', {shape[0]}):` around it and "
         f".to_event({len(shape) - 1})."
     )

@@ -41,7 +41,14 @@ def _check_tight(report: Report, reduce: Callable[[Tensor], Tensor], log_w: Tens
     cause = (
         "Look for a constant such as -log K, or for a factor. Pass tight=False if the bound is not meant to be tight."
     )
-    report.close("equal weights", reduce(levels.expand_as(log_w)), levels, 1e-9 * 21, cause, "their common log-weight")
+    report.close(
+        "equal weights",
+        reduce(levels.expand_as(log_w)),
+        levels,
+        1e-9 * 21,
+        cause,
+        "the bound of equal log-weights to be",
+    )
     shifted, expected = reduce(log_w + 3.0), reduce(log_w) + 3.0
     report.close("constant factor", shifted, expected, 1e-9 * (1 + expected.abs()), cause, "the bound shifted by 3,")
 

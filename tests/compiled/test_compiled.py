@@ -715,7 +715,7 @@ def test_refusals_of_an_uncompiled_run_come_first():
     ("objective", "words"),
     [
         (pyro.infer.Trace_ELBO(), "expected an objective of pyro_vae, got Pyro's Trace_ELBO"),
-        (pyro.infer.TraceEnum_ELBO(), "got Pyro's TraceEnum_ELBO: .*this package has no enumeration"),
+        (pyro.infer.TraceEnum_ELBO(), "got Pyro's TraceEnum_ELBO: .*run it uncompiled"),
         (pv.IWAE(4, chunk_size=2), "without chunk_size, got 2"),
         (pv.IWAE(4, vectorize_particles=False), "expected vectorize_particles=True, got False"),
     ],

@@ -179,17 +179,17 @@ REFUSED = {
     "to_event, no plate": (
         model_with_to_event,
         guide_with_to_event,
-        r"model site 'x' has to_event in place of the batch plate: .*\(6, 2\).*plate\('data', 6\).*to_event\(1\)",
+        r"model site 'x' uses to_event in place of the batch plate: .*\(6, 2\).*plate\('data', 6\).*to_event\(1\)",
     ),
     "to_event outside": (
         model_with_likelihood_to_event,
         guide,
-        r"model site 'x' has to_event in place of the batch plate 'data'",
+        r"model site 'x' uses to_event in place of the batch plate 'data'",
     ),
     "to_event inside": (
         model_with_to_event_in_the_plate,
         guide,
-        r"model site 'x' has to_event in place of the batch plate 'data'",
+        r"model site 'x' uses to_event in place of the batch plate 'data'",
     ),
     "missing in the model": (
         model,
