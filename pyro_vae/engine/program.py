@@ -4,6 +4,8 @@ A :class:`Program` is a model and a guide with their arguments. A :class:`Run` h
 log-densities. :class:`Needs` says through which samples gradients flow. This file knows no objective.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,6 +28,7 @@ from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.modules import PyroFunction, eval_mode, find_modules
 from pyro_vae.engine.sites import (
     PARTICLE_PLATE,
+    WRAPPERS,
     Plate,
     Site,
     Sites,
@@ -312,14 +315,32 @@ def _in_particles(function: PyroFunction, number: int, particle_dim: int | None)
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
-    """The sites' values and log-densities of some particles."""
-    rows = {}
+    """The sites' values, log-densities, masks and scales of some particles."""
+    part, rows = functools.partial(_part, start=start, size=size), {}
     for name, site in sites.items():
-        log_prob, value = site["unscaled_log_prob"], site["value"]
         frames = (f._replace(size=size) if f.name == PARTICLE_PLATE else f for f in site["cond_indep_stack"])
         rows[name] = site | {
             "cond_indep_stack": tuple(frames),
-            "unscaled_log_prob": log_prob.narrow(particle_dim, start, size),
-            "value": value.narrow(particle_dim - site["fn"].event_dim, start, size),
+            "fn": _with_masks(site["fn"], part, particle_dim),
+            "value": part(site["value"], particle_dim - site["fn"].event_dim),
+            **{key: part(site[key], particle_dim) for key in ("unscaled_log_prob", "mask", "scale")},
         }
     return rows
+
+
+def _part(value: Any, dim: int, start: int, size: int) -> Any:
+    """Some of the particles in that dimension, if the value is a tensor that has it."""
+    has_it = isinstance(value, Tensor) and value.dim() >= -dim and value.shape[dim] > 1
+    return value.narrow(dim, start, size) if has_it else value
+
+
+def _with_masks(distribution: Any, part: Callable[[Any, int], Any], dim: int) -> Any:
+    """A distribution with the masks of some particles. Its parameters, which serve no more, remain those of all."""
+    if not isinstance(distribution, WRAPPERS):
+        return distribution
+    found = copy.copy(distribution)
+    inner = dim - len(distribution.event_shape) + len(distribution.base_dist.event_shape)
+    found.base_dist = _with_masks(distribution.base_dist, part, inner)
+    shape = part(torch.empty(distribution.batch_shape, device="meta"), dim).shape
+    vars(found).update(_batch_shape=shape, _mask=part(getattr(distribution, "_mask", None), dim))
+    return found

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
+WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)  # what plates, masks and to_event add
 
 Site = Any  # a message of Pyro's, as a trace holds it
 Sites = dict[str, Site]  # by name
@@ -46,7 +47,7 @@ def particle_dim_of(*sites: Sites) -> int:
 def layers(distribution: Any) -> Iterator[Any]:
     """The distribution, and each one inside the wrappers that plates, masks and ``to_event`` add."""
     yield distribution
-    while isinstance(distribution, Independent | MaskedDistribution | ExpandedDistribution):
+    while isinstance(distribution, WRAPPERS):
         distribution = distribution.base_dist
         yield distribution
 
