@@ -19,13 +19,13 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.parameters import find_parameters
-from pyro_vae.engine.program import Program, sample_sites
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.engine.program import Program
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, check_same_data
 from pyro_vae.evaluation.likelihood import estimate_evidence
-from pyro_vae.evaluation.pieces import Pieces, arguments, check_count, check_plate, is_divisible, same_supports
+from pyro_vae.evaluation.pieces import Pieces, arguments, checked_sites, is_divisible, same_supports
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 
 ROWS_AT_ONCE = 2**15  # data times particles in one run: 100 MB for each float32 tensor of 784 pixels
@@ -105,14 +105,12 @@ def compare(
     References:
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
     """
-    args = arguments(x)
-    check_count("repeats", repeats, 2, ", whose spread is the estimator's")
-    check_same_data(log_likelihood, args)
-    program = Program(model, guide, args)
+    require_count("repeats", repeats, least=2, why=", whose spread is the estimator's")
+    program = Program(model, guide, arguments(x))
+    check_same_data(log_likelihood, program.args)
     with eval_mode(program.modules()):
-        in_model, in_guide = map(sample_sites, program.trace())
-        check_plate(in_model, in_guide, len(args[0]))
-        data = Pieces(args, is_divisible(program), not compile or same_supports(in_model, in_guide))
+        sites = checked_sites(program)
+        data = Pieces(program, is_divisible(program), not compile or same_supports(*sites))
         named = _named(program, objectives, compile)
         keys = [(name, objective.num_particles) for name, objective in named]
         if len(set(keys)) < len(keys):
@@ -125,14 +123,14 @@ def compare(
             )
         with torch.no_grad(), rng.seeded(seed):
             vectorize = all(objective.vectorize_particles for _, objective in named)
-            evidence = estimate_evidence(program, data, COMPARE_SAMPLES, vectorize, progress, compile)
+            evidence = estimate_evidence(data, COMPARE_SAMPLES, vectorize, progress, compile)
         best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
         rows = []
         bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
         for name, objective in bar:
             bar.set_description(f"{name}, K = {objective.num_particles}")
             with rng.seeded(seed):
-                row, per_datum = _measure(program, data, objective, parameters, repeats, compile)
+                row, per_datum = _measure(data, objective, parameters, repeats, compile)
             gap = Estimate.of(best.per_datum - per_datum)
             k_hat = evidence.pareto_k.nanmedian().item()
             rows.append(row | {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": k_hat})
@@ -168,7 +166,6 @@ def _defaults(program: Program) -> list[Objective]:
 
 
 def _measure(
-    program: Program,
     data: Pieces,
     objective: Objective,
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
@@ -178,7 +175,7 @@ def _measure(
     """A row of the table, and the bound of each datum, averaged over repeats."""
     objective = copy.copy(objective)  # with fixed settings, since a measured loss is not a step of its schedules
     vars(objective).update(objective.scheduled())
-    args, chunks = data.args, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
+    program, chunks = data.program, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
 
@@ -198,9 +195,9 @@ def _measure(
     for _ in range(repeats):
         with torch.no_grad():
             bounds.append(torch.cat([objective.bound(program.model, program.guide, *c) for c in chunks]).double())
-        started = _now(args[0])
+        started = _now(program.args[0])
         gradients.append(sum(map(gradient, *zip(*chunks, strict=True)), torch.zeros(())))
-        seconds.append(_now(args[0]) - started)
+        seconds.append(_now(program.args[0]) - started)
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
     stacked = torch.stack(gradients)

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.program import Program, Run
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.engine.program import Run
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
-from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.pieces import checked
 
 
 @takes_program
@@ -68,17 +67,13 @@ def active_units(
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
-    check_count("num_samples", num_samples, 2)
+    require_count("num_samples", num_samples, least=2)
     if not threshold >= 0:
         raise PyroVAEError(
             f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
         )
-    args = arguments(x)
-    program = Program(model, guide, args)
-    with checked(program) as data, rng.seeded(seed):
-        batches = data.minibatches(rows_at_once(args) // num_samples)
-        program = program.on(batches[0]).with_nesting()
-        parts = [_read(program.on(batch).run(num_samples)) for batch in batches]
+    with checked(model, guide, x, seed) as data:
+        parts = [_read(program.run(num_samples)) for program in data.programs(num_samples)]
     rows, keys = [], []
     for name in parts[0]:
         means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))
