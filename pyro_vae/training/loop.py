@@ -175,15 +175,10 @@ class Loop:
         self.rows, self.best = list(state["history"]), best
 
     def _not_finite(self, what: str) -> NotFiniteError:
-        before = self.epoch - 1
-        kept = (
-            f" The checkpoint {self.checkpoint} is as it was after epoch {before}."
-            if self.checkpoint and before
-            else ""
-        )
-        lr = self.optimizer.param_groups[0]["lr"]
+        before, lr = self.epoch - 1, self.optimizer.param_groups[0]["lr"]
+        kept = f" The checkpoint {self.checkpoint} is as it was after epoch {before}." if self.checkpoint else ""
         return NotFiniteError(
-            f"{what} in epoch {self.epoch}, step {self.step}: expected finite numbers. Likely causes: a learning rate too high "
-            f"(lr={lr:g}), a scale that went to zero (a Gaussian's, where pixels are constant), or data outside the "
-            f"likelihood's support.{kept}"
+            f"{what} in epoch {self.epoch}, step {self.step}: expected finite numbers. Likely causes: a learning rate "
+            f"too high (lr={lr:g}), a scale that went to zero (a Gaussian's, where pixels are constant), or data "
+            f"outside the likelihood's support.{kept if before else ''}"
         )
