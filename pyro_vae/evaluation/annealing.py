@@ -115,10 +115,8 @@ def ais(
     constraints move in the unconstrained space.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both. Its
-            latent sites must be continuous.
+        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`. The model's latent sites must be continuous.
         guide: its guide. It is not used, and may be None, where the chains start at the prior.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_steps: T, the number of temperatures after the base, at least 2.
         num_chains: C, at least 2.
         start: the base, ``"prior"`` or ``"guide"``.
@@ -126,20 +124,16 @@ def ais(
             to 1.
         num_leapfrog: the number of leapfrog steps in a transition.
         step_size: the leapfrog step size before adaptation.
-        seed: the seed of the random numbers; None continues from the generators' state.
-        progress: whether to show a progress bar, in a terminal.
 
     Raises:
         ValueError: an argument is invalid, a latent site is discrete or has bounds that depend on another latent, the
-            guide is not a density of the latents, the data contain NaN or infinity, or the program has no log-weight
-            per datum (see :func:`pyro_vae.log_weights`).
+            guide is not a density of the latents, or an error of :func:`pyro_vae.log_likelihood`.
         FloatingPointError: a log-weight is NaN or plus infinity.
 
     Example:
-        >>> import torch, pyro, pyro_vae as pv
-        >>> pyro.set_rng_seed(0)
+        >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
-        >>> annealed = pv.ais(vae, torch.randn(8, 5), num_steps=50, num_chains=4, seed=0)
+        >>> annealed = pv.ais(vae, torch.randn(8, 5), num_steps=50, num_chains=4)
         >>> annealed.per_datum.shape
         torch.Size([8])
 
@@ -197,8 +191,6 @@ def bdmc(
 
     References:
         Grosse, Ghahramani and Adams (2015), *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo*.
-        Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
-        ICLR.
     """
     forward, backward, simulated = _annealed(
         model, guide, x, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress, simulate=True

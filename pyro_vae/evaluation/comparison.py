@@ -74,10 +74,7 @@ def compare(
         possible.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
-        guide: its guide.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-            The program's modules are in evaluation mode.
+        model, guide, x: see :func:`pyro_vae.log_likelihood`.
         objectives: one objective, a list, or a dictionary from names to objectives. None stands for the ELBO with
             closed-form KL, the ELBO with Monte Carlo KL and 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.

@@ -77,12 +77,9 @@ def decompose_elbo(
     number of data, not the distance of q(z) from p(z).
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
+        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`.
         guide: its guide. It must be a density of the model's latents alone.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
-        seed: the seed of the random numbers; None continues from the generators' state.
-        progress: whether to show a progress bar, in a terminal.
 
     Raises:
         ValueError: the guide has auxiliary sites, or an error of :func:`pyro_vae.log_likelihood`.

@@ -94,17 +94,14 @@ def inference_gaps(
     size falls to zero, and the last half of the iterates is averaged.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
+        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`.
         guide: its guide. The distributions at its sites must depend on the data alone, not on one another's samples.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_samples: the number of samples for each ELBO and for log p(x), at least 2. The proposals for log p(x) are
             the fitted guides.
         num_steps: the number of steps of Adam.
         lr: the first step size, for the unconstrained parameters.
         log_likelihood: a better estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`. Where the
             family is too narrow for the posterior, even its best member is a poor proposal.
-        seed: the seed of the random numbers; None continues from the generators' state.
-        progress: whether to show a progress bar, in a terminal.
 
     Raises:
         ValueError: a guide site depends on another site's sample, has a distribution whose parameters are not known (a

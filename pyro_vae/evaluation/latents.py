@@ -46,20 +46,16 @@ def active_units(
         whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
-        guide: its guide.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
+        model, guide, x, seed: see :func:`pyro_vae.log_likelihood`.
         num_samples: the number of samples to average over, at least 2. It matters only where means or KL depend on
             samples.
         threshold: the variance above which a dimension is active, in the squared units of z.
-        seed: the seed of the random numbers; None continues from the generators' state.
 
     Raises:
         ValueError: `threshold` is negative, or an error of :func:`pyro_vae.log_likelihood`.
 
     Example:
-        >>> import torch, pyro, pyro_vae as pv
-        >>> pyro.set_rng_seed(0)
+        >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
         >>> pv.active_units(vae, torch.randn(32, 5)).index.tolist()
         [('z', 0), ('z', 1)]
