@@ -56,11 +56,10 @@ def fit(
     Each step follows the gradient of the minibatch's mean bound, :math:`\frac1B \sum_n \mathcal L(x_n)`.
 
     Arguments:
-        model: a Pyro model, called with each minibatch; or a model/guide pair, or a tuple ``(model, guide)``, in place
-            of both.
+        model: a Pyro model, called with each minibatch; or a pair, or a tuple ``(model, guide)``, in place of both.
         guide: its guide, called with the same arguments.
-        data: the training data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one
-            length, whose minibatches are passed as several arguments, or a ``DataLoader``.
+        data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one length, whose minibatches
+            are passed as several arguments, or a ``DataLoader``.
         objective: the bound, such as :class:`pyro_vae.ELBO`, or any ``pyro.infer.ELBO`` with a differentiable loss.
         epochs: the total number of passes over the data, those in the checkpoint included.
         batch_size: data in a minibatch, by default 128. A ``DataLoader`` has its own.
@@ -71,8 +70,7 @@ def fit(
         validation: held-out data, of the same kinds. Their bound is measured after each epoch, with the same noise
             each time, and leaves the random numbers of training as they are.
         patience: stop when the validation bound has not risen for so many epochs. Parameters and buffers are then those
-            of the best epoch, also if all epochs ran. The best epoch has the highest validation bound, and is the first
-            of equals. The history has all epochs.
+            of the best epoch, also if all epochs ran. The best epoch is the first with the highest validation bound.
         compile: whether steps run as compiled code; see :func:`compile_step`. Each size of minibatch takes 4 to 20 s to
             compile at its first step. In a terminal, `fit` says after how many steps that pays off. The result differs
             by rounding.
@@ -84,7 +82,7 @@ def fit(
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal.
 
-    While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable, so
+    While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable:
     `patience` and ``ReduceLROnPlateau`` start anew at each epoch.
 
     The checkpoint has the program's parameters, and the buffers, such as batch norm's statistics, of the modules that
@@ -104,8 +102,7 @@ def fit(
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
     Example:
-        >>> import torch, pyro, pyro_vae as pv
-        >>> pyro.set_rng_seed(0)
+        >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
         >>> history = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=2, batch_size=32)
         >>> list(history.columns)
@@ -140,7 +137,6 @@ def fit(
     program = Program(model, guide, batches.example())
     parameters, model_sites = _first_run(program, objective, batches)
     support = DataSupport(model, model_sites, program.args)
-    unchecked = support.check_at_once(batches)
     if held_out is not None:
         _check_columns(model, held_out)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
@@ -155,18 +151,7 @@ def fit(
         "compile": compile,
     }
     loop = Loop(
-        program,
-        objective,
-        batches,
-        held_out,
-        parameters,
-        optimizer,
-        scheduler,
-        patience,
-        checkpoint,
-        settings,
-        unchecked,
-        None if held_out is None else support.check_at_once(held_out),
+        program, objective, batches, held_out, parameters, optimizer, scheduler, patience, checkpoint, settings, support
     )
     if isinstance(getattr(objective, "step", None), int):
         objective.step = 0
