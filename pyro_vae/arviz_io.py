@@ -130,7 +130,7 @@ def _per_datum(value: Tensor) -> Variable:
 
 
 def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> Variable:
-    """A site's value as (chain, draw, data, ...), with its dimensions' names: `event_names` where they fit the event."""
+    """A site's value as (chain, draw, data, ...), and its dimensions' names: `event_names` where they fit the event."""
     value, event_dim, depth = site["value"], site["fn"].event_dim, -run.particle_dim
     value = value.reshape((1,) * (depth + event_dim - value.dim()) + tuple(value.shape))
     plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}

@@ -49,29 +49,21 @@ def compare(
     :math:`L_{rn}` is the bound of datum n in repeat r, and :math:`g_r` the gradient of the mean bound over x. The
     columns:
 
-    ``bound``
-        :math:`\frac1N \sum_n \bar L_n` with :math:`\bar L_n = \frac1R \sum_r L_{rn}`, in nats per datum.
-    ``bound_se``
-        its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`. All rows share the data, so the
-        difference between two rows has a much smaller standard error.
-    ``estimator_std``
-        the standard deviation of one datum's estimate over repeats,
-        :math:`\sqrt{\frac1N \sum_n \operatorname{var}_r L_{rn}}`, in nats.
-    ``grad_snr_model``, ``grad_snr_guide``
-        the signal-to-noise ratio of the gradient as a vector, :math:`\|\mathbb E g\| / \sqrt{\operatorname{tr Cov} g}`,
-        over the model's and over the guide's parameters. :math:`\|\bar g\|^2` overstates the signal by
-        :math:`\operatorname{tr Cov} g / R`, which is subtracted. 0 means that R repeats show no signal. With 10 repeats
-        the column is rough.
-    ``milliseconds``
-        the median wall-clock time of the loss and its gradients on all of x; lower is faster.
-    ``gap``, ``gap_se``
-        :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`, the best estimate of log p(x) minus the bound, and the
-        standard error of this paired difference over data, in nats. The best estimate is IWAE with 1000 particles, or
-        `log_likelihood` where that is higher. The mean of either is at most log p(x).
-    ``pareto_k``
-        the median over data of :func:`pyro_vae.pareto_k` of the guide's weights, the same in all rows. Above 0.7, the
-        bounds with many particles are probably too low, by more than their standard errors. NaN where no fit is
-        possible.
+    - ``bound``: :math:`\frac1N \sum_n \bar L_n` with :math:`\bar L_n = \frac1R \sum_r L_{rn}`, in nats per datum.
+    - ``bound_se``: its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`. All rows share the
+      data, so the difference between two rows has a much smaller standard error.
+    - ``estimator_std``: the standard deviation of one datum's estimate over repeats,
+      :math:`\sqrt{\frac1N \sum_n \operatorname{var}_r L_{rn}}`, in nats.
+    - ``grad_snr_model``, ``grad_snr_guide``: the signal-to-noise ratio of the gradient as a vector,
+      :math:`\|\mathbb E g\| / \sqrt{\operatorname{tr Cov} g}`, over the model's and over the guide's parameters.
+      :math:`\|\bar g\|^2` overstates the signal by :math:`\operatorname{tr Cov} g / R`, which is subtracted. 0 means
+      that R repeats show no signal. With 10 repeats the column is rough.
+    - ``milliseconds``: the median wall-clock time of the loss and its gradients on all of x.
+    - ``gap``, ``gap_se``: :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`, the best estimate of log p(x) minus the
+      bound, and the standard error of this paired difference over data, in nats. The best estimate is IWAE with 1000
+      particles, or `log_likelihood` where that is higher. The mean of either is at most log p(x).
+    - ``pareto_k``: the median over data of :func:`pyro_vae.pareto_k` of the guide's weights, the same in all rows.
+      Above 0.7, the bounds with many particles are probably too low, by more than their standard errors.
 
     Arguments:
         model, guide, x: see :func:`pyro_vae.log_likelihood`.
@@ -115,8 +107,8 @@ def compare(
         parameters = find_parameters(program)
         if not any(parameters):
             raise PyroVAEError(
-                "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide "
-                "has a pyro.param or pyro.module statement. Add one."
+                "expected a program with parameters, whose gradients can be measured, got none: neither model nor "
+                "guide has a pyro.param or pyro.module statement. Add one."
             )
         with torch.no_grad(), rng.seeded(seed):
             vectorize = all(objective.vectorize_particles for _, objective in named)

@@ -32,18 +32,12 @@ def active_units(
 
     Rows are by site and dimension of its flattened value; ``table.active.sum()`` is the number of active units.
 
-    ``variance``
-        :math:`A_j = \operatorname{var}_n \mathbb E_{q(z \mid x_n)} z_j`, the variance of the posterior mean over data.
-    ``variance_se``
-        its standard error over data, by the delta method.
-    ``kl``
-        :math:`\frac1N \sum_n \mathrm{KL}\bigl(q(z_j \mid x_n) \,\|\, p(z_j)\bigr)` in nats. Where a dimension depends
-        on earlier sites' samples, it is the conditional KL, averaged over those samples. NaN where a dimension has no
-        marginal in closed form (flows).
-    ``kl_se``
-        its standard error over data.
-    ``active``
-        whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
+    - ``variance``: :math:`A_j = \operatorname{var}_n \mathbb E_{q(z \mid x_n)} z_j`, the variance of the posterior mean
+      over data; ``variance_se``: its standard error over data, by the delta method.
+    - ``kl``: :math:`\frac1N \sum_n \mathrm{KL}\bigl(q(z_j \mid x_n) \,\|\, p(z_j)\bigr)` in nats. Where a dimension
+      depends on earlier sites' samples, it is the conditional KL, averaged over those samples. NaN where a dimension
+      has no marginal in closed form (flows). ``kl_se``: its standard error over data.
+    - ``active``: whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
 
     Arguments:
         model, guide, x, seed: see :func:`pyro_vae.log_likelihood`.
@@ -70,7 +64,7 @@ def active_units(
         )
     with checked(model, guide, x, seed) as data:
         parts = [_read(program.run(num_samples)) for program in data.programs(num_samples)]
-    rows, keys = [], []
+    rows = {}
     for name in parts[0]:
         means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))
         for j in range(means.shape[1]):
@@ -79,10 +73,9 @@ def active_units(
             variance = square.sum().item() / (len(square) - 1) - noise[:, j].mean().item()
             mean_kl = Estimate.of(kl[:, j])
             error = Estimate.of(square).standard_error
-            rows.append((variance, error, mean_kl.value, mean_kl.standard_error, variance > threshold))
-            keys.append((name, j))
-    index = pd.MultiIndex.from_tuples(keys, names=["site", "dimension"])
-    return pd.DataFrame(rows, index, ["variance", "variance_se", "kl", "kl_se", "active"])
+            rows[name, j] = variance, error, mean_kl.value, mean_kl.standard_error, variance > threshold
+    index = pd.MultiIndex.from_tuples(rows, names=["site", "dimension"])
+    return pd.DataFrame(list(rows.values()), index, ["variance", "variance_se", "kl", "kl_se", "active"])
 
 
 def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

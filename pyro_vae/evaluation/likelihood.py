@@ -85,7 +85,6 @@ def log_likelihood(
 
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
-        Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
     """
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
     if compile and not vectorize_particles:
