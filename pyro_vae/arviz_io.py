@@ -1,5 +1,6 @@
 """Draws, densities and log-weights of a program as ArviZ groups, for ArviZ 0.2x and 1.x."""
 
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +16,7 @@ from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, is_factor
 from pyro_vae.engine.weights import log_density, per_datum, terms
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
 Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
@@ -33,7 +34,7 @@ def to_arviz(
     coords: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> Any:
-    r"""Draws, densities and log-weights of a model and its guide for ArviZ: one chain of `num_samples` independent draws.
+    r"""Draws, densities and log-weights of a program for ArviZ, as one chain of `num_samples` independent draws.
 
     =========================  ===============================================================================
     ``posterior``              z ~ q(z|x), dimensions (chain, draw, data, latent): the guide's, not the exact one
@@ -54,12 +55,9 @@ def to_arviz(
     :func:`pyro_vae.log_likelihood`.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple ``(model, guide)``, in place of both.
-        guide: its guide.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
+        model, guide, x, seed: see :func:`pyro_vae.log_likelihood`.
         num_samples: draws for each datum, at least 2. All of them are in memory.
         coords: coordinates by dimension, as in ArviZ; whole numbers from 0 by default.
-        seed: seeds the random number generators; None leaves their state.
 
     Returns:
         An ``arviz.InferenceData`` under ArviZ 0.2x, an ``xarray.DataTree`` under ArviZ 1.x. Both have ``to_netcdf``.
@@ -69,19 +67,17 @@ def to_arviz(
             exist; or the program has no log-weight per datum (see :func:`pyro_vae.log_weights`).
 
     Example:
-        >>> import torch, pyro, pyro_vae as pv
-        >>> pyro.set_rng_seed(0)
+        >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
         >>> groups = pv.to_arviz(vae, torch.randn(8, 5), num_samples=100)
         >>> dict(groups["posterior"]["z"].sizes)
         {'chain': 1, 'draw': 100, 'data': 8, 'latent': 2}
 
     References:
-        Kumar, Carroll, Hartikainen and Martin (2019), *ArviZ: a unified library for exploratory analysis of Bayesian models
-        in Python*, JOSS.
+        Kumar, Carroll, Hartikainen and Martin (2019), *ArviZ: a unified library for exploratory analysis of Bayesian
+        models in Python*, JOSS.
     """
-    if not isinstance(num_samples, int) or num_samples < 2:
-        raise PyroVAEError(f"expected num_samples to be an integer, at least 2, got {num_samples!r}.")
+    require_count("num_samples", num_samples, least=2)
     data = Minibatches(x, None, "x")
     if not data.size:
         raise PyroVAEError(
@@ -95,10 +91,8 @@ def to_arviz(
 
 def _groups(program: Program, number: int) -> dict[str, dict[str, Variable]]:
     """The variables of every group, each with the names of its dimensions."""
-    runs = []
-    for start in range(0, number, PARTICLES_AT_ONCE):
-        run = program.run(max(2, min(PARTICLES_AT_ONCE, number - start)))
-        runs.append(_variables(program, run))
+    sizes = [min(PARTICLES_AT_ONCE, number - start) for start in range(0, number, PARTICLES_AT_ONCE)]
+    runs = [list(_variables(program, program.run(max(2, size)))) for size in sizes]
     groups: dict[str, dict[str, Variable]] = {}
     for pieces in zip(*runs, strict=True):
         group, name, (dims, first) = pieces[0]
@@ -107,29 +101,27 @@ def _groups(program: Program, number: int) -> dict[str, dict[str, Variable]]:
     return groups
 
 
-def _variables(program: Program, run: Run) -> list[tuple[str, str, Variable]]:
+def _variables(program: Program, run: Run) -> Iterator[tuple[str, str, Variable]]:
     """The variables of one run, each with its group and its name."""
     check_rows(run.batch_plate, len(program.args[0]))
     latents = [name for name, site in run.model.items() if not site["is_observed"]]
     event_names = ("latent",) if len(latents) == 1 else ()
     log_p = log_density(run, terms(run.model))
-    log_w = log_p - log_density(run, terms(run.guide))
-    found = [("sample_stats", "log_weight", _per_datum(log_w)), ("sample_stats", "lp", _per_datum(log_p))]
+    yield "sample_stats", "log_weight", _per_datum(log_p - log_density(run, terms(run.guide)))
+    yield "sample_stats", "lp", _per_datum(log_p)
     for name, site in run.model.items():
         if name in latents:
-            found.append(("posterior", name, _variable(run, name, site, event_names)))
+            yield "posterior", name, _variable(run, name, site, event_names)
         elif not is_factor(site):
-            density = per_datum(run, site, site["unscaled_log_prob"])
-            found.append(("log_likelihood", name, _per_datum(density)))
-            found.append(("observed_data", name, _variable(run, name, site, IMAGE)))
+            yield "log_likelihood", name, _per_datum(per_datum(run, site, site["unscaled_log_prob"]))
+            yield "observed_data", name, _variable(run, name, site, IMAGE)
     values = {name: run.model[name]["value"] for name in latents}
     for kind, given in (("posterior", values), ("prior", None)):
         for name, site in program.simulate(given, run.num_particles).items():
             if name in latents and kind == "prior":
-                found.append(("prior", name, _variable(run, name, site, event_names)))
+                yield "prior", name, _variable(run, name, site, event_names)
             elif name not in latents and not is_factor(site):
-                found.append((f"{kind}_predictive", name, _variable(run, name, site, IMAGE)))
-    return found
+                yield f"{kind}_predictive", name, _variable(run, name, site, IMAGE)
 
 
 def _per_datum(value: Tensor) -> Variable:
@@ -138,7 +130,7 @@ def _per_datum(value: Tensor) -> Variable:
 
 
 def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> Variable:
-    """A site's value as (chain, draw, data, ...), with names of its dimensions: `event_names` where they fit the event."""
+    """A site's value as (chain, draw, data, ...), and its dimensions' names: `event_names` where they fit the event."""
     value, event_dim, depth = site["value"], site["fn"].event_dim, -run.particle_dim
     value = value.reshape((1,) * (depth + event_dim - value.dim()) + tuple(value.shape))
     plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
@@ -146,7 +138,8 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
     for dim, plate in plates.items():
         if plate in ("chain", "draw", "data") and dim not in (run.particle_dim, run.batch_plate.dim):
             raise PyroVAEError(
-                f"plate '{plate}' inside the batch plate has the name of a dimension of ArviZ: expected another name. Rename it."
+                f"plate '{plate}' inside the batch plate has the name of a dimension of ArviZ: expected another name. "
+                "Rename it."
             )
     names += event_names if len(event_names) == event_dim else [f"{name}_dim_{i}" for i in range(event_dim)]
     batch_dim = depth + run.batch_plate.dim
@@ -168,8 +161,8 @@ def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -
     for dim, values in coords.items():
         if dim not in sizes or len(values) != sizes[dim]:
             raise PyroVAEError(
-                f"expected coords of dimensions {sizes}, one value for each position, got {len(values)} values of '{dim}'. "
-                "Rename or resize them."
+                f"expected coords of dimensions {sizes}, one value for each position, got {len(values)} values of "
+                f"'{dim}'. Rename or resize them."
             )
     attributes = {"inference_library": "pyro_vae", "inference_library_version": version("pyro_vae")}
     datasets = {}

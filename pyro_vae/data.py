@@ -89,9 +89,9 @@ def load(
 ) -> Dataset:
     """Load a data set as shuffled, disjoint train, validation and test splits.
 
-    Images are float32 in [0, 1], (N, 1, H, W). Labels are int64, (N,). The validation images are taken from the training
-    part. Each split is shuffled, because some data sets are sorted by class or by writer. The same seed gives the same
-    data, and the global random number generators keep their state.
+    Images are float32 in [0, 1], (N, 1, H, W). Labels are int64, (N,). The validation images are taken from the
+    training part. Each split is shuffled, because some data sets are sorted by class or by writer. The same seed gives
+    the same data, and the global random number generators keep their state.
 
     Arguments:
         name: one of

@@ -14,10 +14,11 @@ class PyroVAEError(ValueError):
     """
 
 
-def require_count(name: str, value: object, fix: str = "") -> None:
-    """Raise ValueError unless the value of the argument `name` is a positive integer."""
-    if not isinstance(value, int) or value < 1:
-        raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}. {fix}".rstrip())
+def require_count(name: str, value: object, fix: str = "", *, least: int = 1, why: str = "") -> None:
+    """Raise ValueError unless the value of the argument `name` is an integer, at least `least`."""
+    if not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer, at least {least}"
+        raise PyroVAEError(f"expected {name} to be {wanted}{why}, got {value!r}. {fix}".rstrip())
 
 
 class NotFiniteError(PyroVAEError, FloatingPointError):

@@ -24,6 +24,6 @@ def compare(
     x = dataset.test.x[:num_images]
     table = pv.compare(vae, x, repeats=repeats, compile=compile, seed=seed)
     table.to_csv(path / "compare.csv")
-    figures.draw_comparison(folder, table)
+    figures.save(folder, "bounds", pv.plots.bounds(table))
     Console().print(format_comparison(table, len(x), repeats))
     print(path / "compare.csv", *sorted(folder.figures.glob("*.png")), sep="\n")

@@ -20,9 +20,7 @@ ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # evaluation.nc has all draws of x for each
 def evaluate(
     path: RunArgument,
     num_images: Annotated[int | None, Option(min=2, help="Number of test images.", show_default="all")] = None,
-    num_samples: Annotated[
-        int, Option(min=25, help="Importance samples for each image. k-hat needs 25.")
-    ] = NUM_SAMPLES,
+    num_samples: Annotated[int, Option(min=25, help="Importance samples per image. k-hat needs 25.")] = NUM_SAMPLES,
     ais_images: Annotated[
         int, Option(min=2, help="Number of images for annealed importance sampling (AIS), gaps and simulation.")
     ] = NUM_ANNEALED,

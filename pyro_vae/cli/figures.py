@@ -18,8 +18,8 @@ def draw_training(folder: RunFolder, vae: VAE, dataset: Dataset, history: pd.Dat
     """Draw the training curve, reconstructions, samples and, with two latent dimensions, the latent space."""
     x = dataset.test.x[:20]
     return [
-        _save(folder, "training", plots.training_curve(history)),
-        _save(folder, "reconstructions", plots.reconstructions(x, vae.reconstruct(x))),
+        save(folder, "training", plots.training_curve(history)),
+        save(folder, "reconstructions", plots.reconstructions(x, vae.reconstruct(x))),
         draw_samples(folder, vae, 64, seed),
         *([_draw_latent_space(folder, vae, dataset.test)] if vae.embed(x).shape[1] == 2 else []),
     ]
@@ -29,12 +29,7 @@ def draw_samples(folder: RunFolder, vae: VAE, n: int, seed: int) -> Path:
     """Draw n images: means of p(x|z), with z from the prior."""
     pyro.set_rng_seed(seed)
     title = "means of p(x|z), with z from the prior"
-    return _save(folder, "samples", plots.images(vae.generate(n), columns=math.isqrt(n - 1) + 1, title=title))
-
-
-def draw_comparison(folder: RunFolder, table: pd.DataFrame) -> Path:
-    """Draw bounds against the number of particles."""
-    return _save(folder, "bounds", plots.bounds(table))
+    return save(folder, "samples", plots.images(vae.generate(n), columns=math.isqrt(n - 1) + 1, title=title))
 
 
 def draw_report(folder: RunFolder, report: Report) -> list[Path]:
@@ -42,10 +37,10 @@ def draw_report(folder: RunFolder, report: Report) -> list[Path]:
     bounds = plots.bounds(report.table, log_likelihood=report.log_likelihood_range)
     title = f"{len(report.annealed.per_datum)} test images; log p(x): from AIS to AIS + BDMC gap + 2 SE"
     bounds.set_title(title, fontsize="medium")
-    drawn = [_save(folder, "bounds_and_log_likelihood", bounds)]
+    drawn = [save(folder, "bounds_and_log_likelihood", bounds)]
     if report.log_likelihood.share_no_k < 1:  # the plot needs at least one k-hat
-        drawn.append(_save(folder, "pareto_k", plots.pareto_k(report.log_likelihood.pareto_k)))
-    return [*drawn, _save(folder, "active_units", plots.active_units(report.active))]
+        drawn.append(save(folder, "pareto_k", plots.pareto_k(report.log_likelihood.pareto_k)))
+    return [*drawn, save(folder, "active_units", plots.active_units(report.active))]
 
 
 def _draw_latent_space(folder: RunFolder, vae: VAE, test: Split) -> Path:
@@ -64,10 +59,10 @@ def _draw_latent_space(folder: RunFolder, vae: VAE, test: Split) -> Path:
     left.set(title="means of q(z|x) of test images", xlim=(-reach, reach), ylim=(-reach, reach))
     plots.latent_grid(tiles, extent=(-reach, reach, -reach, reach), ax=right)
     right.set_title("means of p(x|z) on a grid of z")
-    return _save(folder, "latent_space", figure)
+    return save(folder, "latent_space", figure)
 
 
-def _save(folder: RunFolder, name: str, drawn: Any) -> Path:
+def save(folder: RunFolder, name: str, drawn: Any) -> Path:
     """Save a figure, or the figure of these axes, and close it."""
     import matplotlib.pyplot as plt
 

@@ -49,7 +49,7 @@ class Report:
     def rows(self) -> list[Row]:
         """The rows of the printed table."""
         likelihood, parts, gaps, sandwich = self.log_likelihood, self.decomposition, self.gaps, self.sandwich
-        number, few = len(likelihood.per_datum), len(self.annealed.per_datum)
+        few = len(self.annealed.per_datum)
         difference = ev.Estimate.of(self.annealed.per_datum - likelihood.per_datum[:few])
         found = [
             ("ELBO", ev.Estimate.of(likelihood.elbo), "all", "log_likelihood"),
@@ -69,7 +69,7 @@ class Report:
             ("log p(x), upper bound", sandwich.upper, "simulated", "bdmc"),
             ("  upper bound - AIS", sandwich.gap, "simulated", "bdmc"),
         ]
-        sizes = {"all": number, "first": few, "simulated": few}
+        sizes = {"all": len(likelihood.per_datum), "first": few, "simulated": few}
         return [Row(label, value, sizes[data], data, part) for label, value, data, part in found if value is not None]
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,13 +111,7 @@ def make_report(
     compile: bool,
     seed: int,
 ) -> Report:
-    """Evaluate a VAE: the cheap estimates on all of x; AIS, gaps and the comparison on its first `ais_data` rows.
-
-    BDMC simulates as many data. The seed is that of each evaluation.
-
-    Raises:
-        PyroVAEError: an argument is invalid. Most invalid arguments are refused before the first evaluation.
-    """
+    """Evaluate a VAE: the cheap estimates on all of x; AIS, gaps and the comparison on its first `ais_data` rows."""
     minutes: dict[str, float] = {}
 
     def timed(part: str, evaluate: Callable[..., T], *args: Any, **settings: Any) -> T:

@@ -111,9 +111,10 @@ class RunFolder:
 def build(config: dict[str, Any]) -> tuple[Dataset, pv.VAE]:
     """Load the data and build the untrained VAE that the options describe; refuse data outside its likelihood."""
     option, make = ("hidden_dims", pv.mlp_vae) if config["network"] == "mlp" else ("channels", pv.conv_vae)
-    settings = {option: _integers(option, config[option])} | {n: config[n] for n in ("latent_dim", "likelihood")}
+    settings = {name: config[name] for name in ("latent_dim", "likelihood")}
+    settings[option] = _parsed(option, config[option], "integers separated by commas", "400,200")
     if config["likelihood"] == "gaussian":
-        settings["scale"] = _scale(config["scale"])
+        settings["scale"] = _parsed("scale", config["scale"], "a number, learned or per_pixel", "0.1")
     dataset = pv.data.load(config["data"], **{name: config[name] for name in READ})
     pyro.set_rng_seed(config["seed"])
     vae = make(dataset.event_shape, **settings)
@@ -121,20 +122,12 @@ def build(config: dict[str, Any]) -> tuple[Dataset, pv.VAE]:
     return dataset, vae
 
 
-def _integers(name: str, text: str) -> list[int]:
+def _parsed(name: str, text: str, wanted: str, example: str) -> Any:
+    """The value of the option --scale, or the integers of --hidden-dims or --channels."""
     try:
+        if name == "scale":
+            return text if text in ("learned", "per_pixel") else float(text)
         return [int(number) for number in text.split(",")]
     except ValueError:
         option = name.replace("_", "-")
-        raise PyroVAEError(
-            f"expected --{option} to be integers separated by commas, got {text!r}. Pass, for example, 400,200."
-        ) from None
-
-
-def _scale(text: str) -> Any:
-    try:
-        return text if text in ("learned", "per_pixel") else float(text)
-    except ValueError:
-        raise PyroVAEError(
-            f"expected --scale to be a number, learned or per_pixel, got {text!r}. Pass, for example, 0.1."
-        ) from None
+        raise PyroVAEError(f"expected --{option} to be {wanted}, got {text!r}. Pass, for example, {example}.") from None

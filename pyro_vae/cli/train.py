@@ -23,9 +23,7 @@ DATA_HELP = "The data set: digits (no download), mnist, fashion_mnist, kmnist, e
 def train(
     context: typer.Context,
     data: Annotated[str, Argument(metavar="DATA", help=DATA_HELP, show_default=False)],
-    root: Annotated[
-        Path, Option(help="Folder of the data sets, in torchvision's layout. torchvision downloads missing files.")
-    ] = Path("data"),
+    root: Annotated[Path, Option(help="Folder of the data sets. torchvision downloads missing files.")] = Path("data"),
     binarize: Annotated[
         Literal["none", "threshold", "fixed", "dynamic"] | None,
         Option(
@@ -62,9 +60,7 @@ def train(
         Literal["pathwise", "stl", "dreg"], Option(help="Gradient estimator. elbo allows only pathwise.")
     ] = "pathwise",
     particles: Annotated[int, Option(min=1, help="Number of samples of z for each image (K).")] = 1,
-    warm_up: Annotated[
-        int, Option(min=0, help="Number of epochs in which the factor on the ELBO's KL rises from 0 to 1.")
-    ] = 0,
+    warm_up: Annotated[int, Option(min=0, help="Epochs in which the factor on the ELBO's KL rises from 0 to 1.")] = 0,
     free_bits: Annotated[float, Option(min=0, help="Nats of KL in each latent dimension that cost nothing.")] = 0.0,
     epochs: Annotated[int, Option(min=1, help="Total number of epochs, including those already in the run.")] = 200,
     batch_size: Annotated[int, Option(min=1, help="Number of images in a minibatch.")] = 64,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.engine import rng
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 
 Batch = tuple[Any, ...]  # a program's arguments
 
@@ -31,8 +31,7 @@ class Minibatches:
                 self.steps = None
             return
         self.batch_size = 128 if batch_size is None else batch_size
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise PyroVAEError(f"expected batch_size to be a positive integer, got {batch_size!r}.")
+        require_count("batch_size", self.batch_size)
         self.columns: Sequence[Any] = data if isinstance(data, tuple | list) else (data,)
         others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str)
         usable = (hasattr(column, "__getitem__") and not isinstance(column, others) for column in self.columns)
@@ -58,10 +57,6 @@ class Minibatches:
                 )
         self.steps = math.ceil(self.size / self.batch_size)
 
-    def has_data(self) -> bool:
-        """Whether there is at least one minibatch."""
-        return self.steps != 0
-
     def example(self) -> Batch:
         """A first minibatch, for a trial run; the random numbers of the training stay as they are."""
         with rng.preserved():
@@ -71,11 +66,6 @@ class Minibatches:
                 self.set_generator_states(states)
                 return batch
             return self._take(slice(0, self.batch_size))
-
-    def at_hand(self, column: int) -> Tensor | None:
-        """All data of a column, if there is such a column, and it is a tensor."""
-        whole = self.columns[column] if self.loader is None and column < len(self.columns) else None
-        return whole if isinstance(whole, Tensor) else None
 
     def all_at_hand(self) -> Batch | None:
         """All columns, if each is a tensor."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.program import Program, Run
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 
 T = TypeVar("T")
 
@@ -29,10 +29,11 @@ class Particles:
     chunk_size: int | None = None  # for how many the model runs at a time; None is all
 
     def __post_init__(self) -> None:
-        for name, value in (("num_particles", self.number), ("chunk_size", self.chunk_size)):
-            if not (name == "chunk_size" and value is None) and (not isinstance(value, int) or value < 1):
-                raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}.")
-        if self.chunk_size is not None and not self.vectorize:
+        require_count("num_particles", self.number)
+        if self.chunk_size is None:
+            return
+        require_count("chunk_size", self.chunk_size)
+        if not self.vectorize:
             raise PyroVAEError(
                 "chunk_size splits the particles of a vectorised run: expected vectorize_particles=True with it, got "
                 "False, which runs them one at a time. Drop one of the two."

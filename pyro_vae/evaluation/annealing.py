@@ -10,22 +10,19 @@ f_{b_t} / f_{b_{t-1}} at its states is its weight.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.program import Program
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence
-from pyro_vae.evaluation.hamiltonian import Chains, State, trial_length
-from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.hamiltonian import Chains, trial_length
+from pyro_vae.evaluation.pieces import Args, checked, progress_bar
 from pyro_vae.evaluation.simulation import simulate_data
 
 Schedule = Literal["sigmoid", "linear"]
@@ -118,10 +115,8 @@ def ais(
     constraints move in the unconstrained space.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both. Its
-            latent sites must be continuous.
+        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`. The model's latent sites must be continuous.
         guide: its guide. It is not used, and may be None, where the chains start at the prior.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_steps: T, the number of temperatures after the base, at least 2.
         num_chains: C, at least 2.
         start: the base, ``"prior"`` or ``"guide"``.
@@ -129,20 +124,16 @@ def ais(
             to 1.
         num_leapfrog: the number of leapfrog steps in a transition.
         step_size: the leapfrog step size before adaptation.
-        seed: the seed of the random numbers; None continues from the generators' state.
-        progress: whether to show a progress bar, in a terminal.
 
     Raises:
         ValueError: an argument is invalid, a latent site is discrete or has bounds that depend on another latent, the
-            guide is not a density of the latents, the data contain NaN or infinity, or the program has no log-weight
-            per datum (see :func:`pyro_vae.log_weights`).
+            guide is not a density of the latents, or an error of :func:`pyro_vae.log_likelihood`.
         FloatingPointError: a log-weight is NaN or plus infinity.
 
     Example:
-        >>> import torch, pyro, pyro_vae as pv
-        >>> pyro.set_rng_seed(0)
+        >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
-        >>> annealed = pv.ais(vae, torch.randn(8, 5), num_steps=50, num_chains=4, seed=0)
+        >>> annealed = pv.ais(vae, torch.randn(8, 5), num_steps=50, num_chains=4)
         >>> annealed.per_datum.shape
         torch.Size([8])
 
@@ -200,8 +191,6 @@ def bdmc(
 
     References:
         Grosse, Ghahramani and Adams (2015), *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo*.
-        Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
-        ICLR.
     """
     forward, backward, simulated = _annealed(
         model, guide, x, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress, simulate=True
@@ -226,53 +215,34 @@ def _annealed(
     simulate: bool,
 ) -> tuple[AnnealedLikelihood, list[Tensor], list[Args]]:
     """The forward chains' record; with `simulate`, of data like x, with these and their reverse chains' estimates."""
-    args = arguments(x)
     if start not in ("prior", "guide"):
         raise PyroVAEError(f"expected start to be 'prior' or 'guide', got {start!r}.")
     if start == "guide" and guide is None:
         raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
-    check_count("num_steps", num_steps, 2)
-    check_count("num_chains", num_chains, 2, ", to have an error bar")
-    check_count("num_leapfrog", num_leapfrog, 1)
+    require_count("num_steps", num_steps, least=2)
+    require_count("num_chains", num_chains, least=2, why=", to have an error bar")
+    require_count("num_leapfrog", num_leapfrog)
     if not step_size > 0:
         raise PyroVAEError(f"expected a positive step_size, got {step_size!r}. Try {STEP_SIZE}.")
     temperatures = _temperatures(schedule, num_steps)
-    program = Program(model, guide if start == "guide" else None, args)
     forward, accepted, backward, simulated = [], [], [], []
-    with checked(program) as data, rng.seeded(seed):
-        pieces = data.minibatches(rows_at_once(args) // num_chains)
-        steps_of_piece = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
-        with progress_bar(len(pieces) * steps_of_piece, "step", "annealing", progress) as bar:
-            for piece in pieces:
-                piece, latents = simulate_data(model, piece) if simulate else (piece, {})
-                chains = Chains(program.on(piece), num_chains)
-                steps = chains.adapt(temperatures, step_size, num_leapfrog, bar)
-                log_w, acceptance = _anneal(chains, chains.start(), temperatures, steps, num_leapfrog, bar)
+    with checked(model, guide if start == "guide" else None, x, seed) as data:
+        programs = data.programs(num_chains)
+        steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
+        with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:
+            for program in programs:
+                args, latents = simulate_data(model, program.args) if simulate else (program.args, {})
+                chains = Chains(program.on(args), num_chains, num_leapfrog, bar)
+                steps = chains.adapt(temperatures, step_size)
+                log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)
                 forward.append(log_w)
                 accepted.append(acceptance)
                 if simulate:
-                    downwards = temperatures.flip(0), steps.flip(0)
-                    reverse, _ = _anneal(chains, chains.start(latents), *downwards, num_leapfrog, bar)
+                    reverse, _ = chains.anneal(chains.start(latents), temperatures.flip(0), steps.flip(0))
                     backward.append(-Evidence.from_weights(reverse).per_datum)
-                    simulated.append(piece)
+                    simulated.append(args)
     acceptance = torch.cat(accepted, 1).mean(1)
     return AnnealedLikelihood.from_weights(torch.cat(forward, 1), acceptance=acceptance), backward, simulated
-
-
-def _anneal(
-    chains: Chains, state: State, temperatures: Tensor, step_sizes: Tensor, num_leapfrog: int, bar: Any
-) -> tuple[Tensor, Tensor]:
-    """Move the chains along the temperatures: log-weights (C, N) and acceptance (T - 1, N)."""
-    log_weights: Any = 0.0
-    accepted = []
-    for t, (before, now) in enumerate(pairwise(temperatures.tolist())):
-        log_base, log_joint = state.log_densities
-        log_weights = log_weights + (now - before) * (log_joint - log_base)
-        if t < len(step_sizes):
-            state, probability = chains.transition(state, now, step_sizes[t], num_leapfrog)
-            accepted.append(probability.mean(0))
-        bar.update()
-    return log_weights, torch.stack(accepted)
 
 
 def _temperatures(schedule: Any, num_steps: int) -> Tensor:

@@ -19,13 +19,13 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.parameters import find_parameters
-from pyro_vae.engine.program import Program, sample_sites
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.engine.program import Program
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, check_same_data
 from pyro_vae.evaluation.likelihood import estimate_evidence
-from pyro_vae.evaluation.pieces import Pieces, arguments, check_count, check_plate, is_divisible, same_supports
+from pyro_vae.evaluation.pieces import Pieces, arguments, checked_sites, is_divisible, same_supports
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 
 ROWS_AT_ONCE = 2**15  # data times particles in one run: 100 MB for each float32 tensor of 784 pixels
@@ -49,35 +49,24 @@ def compare(
     :math:`L_{rn}` is the bound of datum n in repeat r, and :math:`g_r` the gradient of the mean bound over x. The
     columns:
 
-    ``bound``
-        :math:`\frac1N \sum_n \bar L_n` with :math:`\bar L_n = \frac1R \sum_r L_{rn}`, in nats per datum.
-    ``bound_se``
-        its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`. All rows share the data, so the
-        difference between two rows has a much smaller standard error.
-    ``estimator_std``
-        the standard deviation of one datum's estimate over repeats,
-        :math:`\sqrt{\frac1N \sum_n \operatorname{var}_r L_{rn}}`, in nats.
-    ``grad_snr_model``, ``grad_snr_guide``
-        the signal-to-noise ratio of the gradient as a vector, :math:`\|\mathbb E g\| / \sqrt{\operatorname{tr Cov} g}`,
-        over the model's and over the guide's parameters. :math:`\|\bar g\|^2` overstates the signal by
-        :math:`\operatorname{tr Cov} g / R`, which is subtracted. 0 means that R repeats show no signal. With 10 repeats
-        the column is rough.
-    ``milliseconds``
-        the median wall-clock time of the loss and its gradients on all of x; lower is faster.
-    ``gap``, ``gap_se``
-        :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`, the best estimate of log p(x) minus the bound, and the
-        standard error of this paired difference over data, in nats. The best estimate is IWAE with 1000 particles, or
-        `log_likelihood` where that is higher. The mean of either is at most log p(x).
-    ``pareto_k``
-        the median over data of :func:`pyro_vae.pareto_k` of the guide's weights, the same in all rows. Above 0.7, the
-        bounds with many particles are probably too low, by more than their standard errors. NaN where no fit is
-        possible.
+    - ``bound``: :math:`\frac1N \sum_n \bar L_n` with :math:`\bar L_n = \frac1R \sum_r L_{rn}`, in nats per datum.
+    - ``bound_se``: its standard error over data, :math:`\operatorname{std}_n(\bar L_n) / \sqrt N`. All rows share the
+      data, so the difference between two rows has a much smaller standard error.
+    - ``estimator_std``: the standard deviation of one datum's estimate over repeats,
+      :math:`\sqrt{\frac1N \sum_n \operatorname{var}_r L_{rn}}`, in nats.
+    - ``grad_snr_model``, ``grad_snr_guide``: the signal-to-noise ratio of the gradient as a vector,
+      :math:`\|\mathbb E g\| / \sqrt{\operatorname{tr Cov} g}`, over the model's and over the guide's parameters.
+      :math:`\|\bar g\|^2` overstates the signal by :math:`\operatorname{tr Cov} g / R`, which is subtracted. 0 means
+      that R repeats show no signal. With 10 repeats the column is rough.
+    - ``milliseconds``: the median wall-clock time of the loss and its gradients on all of x.
+    - ``gap``, ``gap_se``: :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`, the best estimate of log p(x) minus the
+      bound, and the standard error of this paired difference over data, in nats. The best estimate is IWAE with 1000
+      particles, or `log_likelihood` where that is higher. The mean of either is at most log p(x).
+    - ``pareto_k``: the median over data of :func:`pyro_vae.pareto_k` of the guide's weights, the same in all rows.
+      Above 0.7, the bounds with many particles are probably too low, by more than their standard errors.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
-        guide: its guide.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-            The program's modules are in evaluation mode.
+        model, guide, x: see :func:`pyro_vae.log_likelihood`.
         objectives: one objective, a list, or a dictionary from names to objectives. None stands for the ELBO with
             closed-form KL, the ELBO with Monte Carlo KL and 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
@@ -105,14 +94,12 @@ def compare(
     References:
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
     """
-    args = arguments(x)
-    check_count("repeats", repeats, 2, ", whose spread is the estimator's")
-    check_same_data(log_likelihood, args)
-    program = Program(model, guide, args)
+    require_count("repeats", repeats, least=2, why=", whose spread is the estimator's")
+    program = Program(model, guide, arguments(x))
+    check_same_data(log_likelihood, program.args)
     with eval_mode(program.modules()):
-        in_model, in_guide = map(sample_sites, program.trace())
-        check_plate(in_model, in_guide, len(args[0]))
-        data = Pieces(args, is_divisible(program), not compile or same_supports(in_model, in_guide))
+        sites = checked_sites(program)
+        data = Pieces(program, is_divisible(program), not compile or same_supports(*sites))
         named = _named(program, objectives, compile)
         keys = [(name, objective.num_particles) for name, objective in named]
         if len(set(keys)) < len(keys):
@@ -120,19 +107,19 @@ def compare(
         parameters = find_parameters(program)
         if not any(parameters):
             raise PyroVAEError(
-                "expected a program with parameters, whose gradients can be measured, got none: neither model nor guide "
-                "has a pyro.param or pyro.module statement. Add one."
+                "expected a program with parameters, whose gradients can be measured, got none: neither model nor "
+                "guide has a pyro.param or pyro.module statement. Add one."
             )
         with torch.no_grad(), rng.seeded(seed):
             vectorize = all(objective.vectorize_particles for _, objective in named)
-            evidence = estimate_evidence(program, data, COMPARE_SAMPLES, vectorize, progress, compile)
+            evidence = estimate_evidence(data, COMPARE_SAMPLES, vectorize, progress, compile)
         best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
         rows = []
         bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
         for name, objective in bar:
             bar.set_description(f"{name}, K = {objective.num_particles}")
             with rng.seeded(seed):
-                row, per_datum = _measure(program, data, objective, parameters, repeats, compile)
+                row, per_datum = _measure(data, objective, parameters, repeats, compile)
             gap = Estimate.of(best.per_datum - per_datum)
             k_hat = evidence.pareto_k.nanmedian().item()
             rows.append(row | {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": k_hat})
@@ -168,7 +155,6 @@ def _defaults(program: Program) -> list[Objective]:
 
 
 def _measure(
-    program: Program,
     data: Pieces,
     objective: Objective,
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
@@ -178,7 +164,7 @@ def _measure(
     """A row of the table, and the bound of each datum, averaged over repeats."""
     objective = copy.copy(objective)  # with fixed settings, since a measured loss is not a step of its schedules
     vars(objective).update(objective.scheduled())
-    args, chunks = data.args, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
+    program, chunks = data.program, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
     leaves = [value for group in parameters for value in group.values()]
     in_model = sum(value.numel() for value in parameters[0].values())
 
@@ -198,9 +184,9 @@ def _measure(
     for _ in range(repeats):
         with torch.no_grad():
             bounds.append(torch.cat([objective.bound(program.model, program.guide, *c) for c in chunks]).double())
-        started = _now(args[0])
+        started = _now(program.args[0])
         gradients.append(sum(map(gradient, *zip(*chunks, strict=True)), torch.zeros(())))
-        seconds.append(_now(args[0]) - started)
+        seconds.append(_now(program.args[0]) - started)
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
     stacked = torch.stack(gradients)

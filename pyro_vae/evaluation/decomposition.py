@@ -7,17 +7,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Sites
 from pyro_vae.engine.weights import log_density, terms
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
-from pyro_vae.evaluation.pieces import Args, arguments, check_count, checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.pieces import Args, checked, progress_bar
 
 DENSITIES_AT_ONCE = 2**21  # log-densities in memory: samples times data times dimensions
 DATA_AT_ONCE = 512  # data in one run of the guide on a block of samples
@@ -78,12 +77,9 @@ def decompose_elbo(
     number of data, not the distance of q(z) from p(z).
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
+        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`.
         guide: its guide. It must be a density of the model's latents alone.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
-        seed: the seed of the random numbers; None continues from the generators' state.
-        progress: whether to show a progress bar, in a terminal.
 
     Raises:
         ValueError: the guide has auxiliary sites, or an error of :func:`pyro_vae.log_likelihood`.
@@ -101,14 +97,11 @@ def decompose_elbo(
         Chen, Li, Grosse and Duvenaud (2018), *Isolating Sources of Disentanglement in Variational Autoencoders*,
         NeurIPS.
     """
-    check_count("num_samples", num_samples, 2, ", to have an error bar")
-    args = arguments(x)
-    program = Program(model, guide, args)
-    with checked(program) as data, rng.seeded(seed):
-        batches = data.minibatches(rows_at_once(args) // num_samples)
-        program = program.on(batches[0]).with_nesting()
-        samples = [_Samples.draw(program.on(batch), num_samples) for batch in batches]
-        only_guide = replace(program, model=guide, guide=None)
+    require_count("num_samples", num_samples, least=2, why=", to have an error bar")
+    with checked(model, guide, x, seed) as data:
+        programs = data.programs(num_samples)
+        samples = [_Samples.draw(program, num_samples) for program in programs]
+        only_guide = replace(programs[0], model=guide, guide=None)
         size = max(1, samples[0].prior_by_dimension.shape[-1])
         columns = data.minibatches(min(DATA_AT_ONCE, DENSITIES_AT_ONCE // size))
         step = max(1, DENSITIES_AT_ONCE // (size * len(columns[0][0])))
@@ -126,7 +119,7 @@ def decompose_elbo(
     elbo, reconstruction = _stratified(likelihood + prior - own), _stratified(likelihood)
     mutual_information, marginal_kl = _stratified(own - log_q), _stratified(log_q - prior)
     known = _stratified(dimension_wise) if samples[0].prior_by_dimension.numel() else None
-    return Decomposition(elbo, reconstruction, mutual_information, marginal_kl, known, len(args[0]))
+    return Decomposition(elbo, reconstruction, mutual_information, marginal_kl, known, log_q.shape[1])
 
 
 @dataclass(frozen=True)

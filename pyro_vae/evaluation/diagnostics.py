@@ -72,20 +72,20 @@ def _arviz_shapes(rows: np.ndarray, efficiency: float) -> np.ndarray:
         return np.asarray(array_stats.psislw(-rows, r_eff=efficiency, axis=-1)[1])
 
 
-def warn_of_high_k(shapes: Tensor, advice: str, *, stacklevel: int) -> None:
+def warn_of_high_k(shapes: Tensor, advice: str) -> None:
     """Warn if some data have a k-hat above 0.7."""
     text = (
-        f"have a Pareto k-hat above {HIGH_K}: a few weights dominate their estimate of log p(x), so that it is probably"
+        "a few weights dominate their estimate of log p(x), so that it is probably too low and its error bar too small"
     )
-    _warn(shapes > HIGH_K, f"{text} too low and its error bar too small. {advice}", stacklevel)
+    _warn(shapes > HIGH_K, f"have a Pareto k-hat above {HIGH_K}: {text}. {advice}")
 
 
-def warn_of_zero_weights(zero_weights: Tensor, num_samples: int, advice: str, *, stacklevel: int) -> None:
+def warn_of_zero_weights(zero_weights: Tensor, num_samples: int, advice: str) -> None:
     """Warn if some data have no weight above zero."""
-    text = "have only weights of zero, so that their estimate of log p(x) is minus infinity: p(x, z) is zero at all"
-    _warn(zero_weights == num_samples, f"{text} samples of the guide. {advice}", stacklevel)
+    text = "their estimate of log p(x) is minus infinity: p(x, z) is zero at all samples of the guide"
+    _warn(zero_weights == num_samples, f"have only weights of zero, so that {text}. {advice}")
 
 
-def _warn(affected: Tensor, what: str, stacklevel: int) -> None:
+def _warn(affected: Tensor, what: str) -> None:
     if affected.any():
-        warnings.warn(f"{affected.double().mean():.1%} of the data {what}", stacklevel=stacklevel + 2)
+        warnings.warn(f"{affected.double().mean():.1%} of the data {what}", stacklevel=5)  # the evaluation's caller

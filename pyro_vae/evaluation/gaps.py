@@ -16,14 +16,14 @@ from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import family, layers, not_reparameterised, unwrapped
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
 from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
 from pyro_vae.evaluation.likelihood import draw_weights
-from pyro_vae.evaluation.pieces import arguments, check_count, checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.pieces import checked, progress_bar
 from pyro_vae.objectives import ELBO
 
 PARTICLES = 8  # particles of the ELBO that is maximised for each datum
@@ -94,17 +94,14 @@ def inference_gaps(
     size falls to zero, and the last half of the iterates is averaged.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
+        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`.
         guide: its guide. The distributions at its sites must depend on the data alone, not on one another's samples.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
         num_samples: the number of samples for each ELBO and for log p(x), at least 2. The proposals for log p(x) are
             the fitted guides.
         num_steps: the number of steps of Adam.
         lr: the first step size, for the unconstrained parameters.
         log_likelihood: a better estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`. Where the
             family is too narrow for the posterior, even its best member is a poor proposal.
-        seed: the seed of the random numbers; None continues from the generators' state.
-        progress: whether to show a progress bar, in a terminal.
 
     Raises:
         ValueError: a guide site depends on another site's sample, has a distribution whose parameters are not known (a
@@ -133,25 +130,23 @@ def inference_gaps(
     References:
         Cremer, Li and Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, ICML.
     """
-    check_count("num_samples", num_samples, 2, ", to have an error bar")
-    check_count("num_steps", num_steps, 1)
+    require_count("num_samples", num_samples, least=2, why=", to have an error bar")
+    require_count("num_steps", num_steps)
     if not 0 < lr < math.inf:
         raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {GAPS_LR}.")
-    args = arguments(x)
-    check_same_data(log_likelihood, args)
     parts: list[tuple[LogLikelihood, LogLikelihood]] = []
-    program = Program(model, guide, args)
-    with checked(program) as data, rng.seeded(seed):
-        pieces = data.minibatches(rows_at_once(args) // PARTICLES)
-        program = program.on(pieces[0]).with_nesting()
-        with progress_bar(len(pieces) * num_steps, "step", "gaps", progress) as bar:
-            for piece in pieces:
-                local = _FreeSites(program.on(piece))
+    with checked(model, guide, x, seed) as data:
+        args = data.program.args
+        check_same_data(log_likelihood, args)
+        programs = data.programs(PARTICLES)
+        with progress_bar(len(programs) * num_steps, "step", "gaps", progress) as bar:
+            for program in programs:
+                local = _FreeSites(program)
                 local.fit(num_steps, lr, bar)
-                parts.append(_best_and_own(local.program, local.guide, num_samples))
+                parts.append(_best_and_own(program, local.guide, num_samples))
     best, own = (LogLikelihood.joined(each, len(args[0]), args[0].device) for each in zip(*parts, strict=True))
     if log_likelihood is None:
-        warn_of_high_k(best.pareto_k, ADVICE, stacklevel=3)
+        warn_of_high_k(best.pareto_k, ADVICE)
     return Gaps((log_likelihood or best).per_datum, best.elbo, own.elbo)
 
 

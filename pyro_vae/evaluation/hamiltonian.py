@@ -1,6 +1,7 @@
-"""Hamiltonian Monte Carlo for many data at once: chains in unconstrained space, transitions, step size adaptation."""
+"""Annealing by Hamiltonian transitions, for many data at once, in unconstrained space, with adaptive step sizes."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class Chains:
     backward pass through the sum of their densities differentiates all of them.
     """
 
-    def __init__(self, program: Program, num_chains: int) -> None:
-        self.program, self.num_chains = program.with_nesting(), num_chains
+    def __init__(self, program: Program, num_chains: int, num_leapfrog: int, bar: Any) -> None:
+        self.program, self.num_chains, self.num_leapfrog, self.bar = program, num_chains, num_leapfrog, bar
         self.example = first = self.program.run(num_chains)  # for the shapes of the sites
         _check_latents(first.model, first.guide, self.program.run(num_chains).model)
         self.names = [name for name, site in first.model.items() if not site["is_observed"]]
@@ -82,30 +83,41 @@ class Chains:
             {name: torch.stack(pair) for name, *pair in zip(leaves, *slopes, strict=True)},
         )
 
-    def adapt(self, temperatures: Tensor, step_size: float, num_leapfrog: int, bar: Any) -> Tensor:
+    def adapt(self, temperatures: Tensor, step_size: float) -> Tensor:
         """A step size for each transition and datum, (T - 1, N), from a trial with fewer transitions."""
         number = len(temperatures) - 2
         trial = torch.linspace(0, number - 1, trial_length(number)).round().long().unique()
         state, found = self.start(), []
         log_step = torch.full_like(state.log_densities[0, 0], step_size).log()
         for t in trial.tolist():
-            state, probability = self.transition(state, temperatures[t + 1].item(), log_step.exp(), num_leapfrog)
+            state, probability = self.transition(state, temperatures[t + 1].item(), log_step.exp())
             log_step = log_step + GAIN * (probability.mean(0) - ACCEPTANCE)
             found.append(log_step)
-            bar.update()
+            self.bar.update()
         nearest = torch.bucketize(torch.arange(number), trial).clamp(max=len(trial) - 1)
         return torch.stack(found)[nearest].exp()
 
-    def transition(
-        self, state: State, temperature: float, step_size: Tensor, num_leapfrog: int
-    ) -> tuple[State, Tensor]:
+    def anneal(self, state: State, temperatures: Tensor, step_sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the chains along the temperatures: log-weights (C, N) and acceptance (T - 1, N)."""
+        log_weights: Any = 0.0
+        accepted = []
+        for t, (before, now) in enumerate(pairwise(temperatures.tolist())):
+            log_base, log_joint = state.log_densities
+            log_weights = log_weights + (now - before) * (log_joint - log_base)
+            if t < len(step_sizes):
+                state, probability = self.transition(state, now, step_sizes[t])
+                accepted.append(probability.mean(0))
+            self.bar.update()
+        return log_weights, torch.stack(accepted)
+
+    def transition(self, state: State, temperature: float, step_size: Tensor) -> tuple[State, Tensor]:
         """One transition at one temperature: the new state and the acceptance probabilities (C, N)."""
         jitter = 1 + JITTER * (2 * torch.rand_like(state.log_densities[0]) - 1)
         steps = self._by_site(jitter * step_size)
         momentum = {name: torch.randn_like(value) for name, value in state.position.items()}
         energy = self._kinetic(momentum) - state.log_density(temperature)
         proposal = state
-        for _ in range(num_leapfrog):
+        for _ in range(self.num_leapfrog):
             half = {n: p + 0.5 * steps[n] * proposal.slope(n, temperature) for n, p in momentum.items()}
             proposal = self.densities_at({n: proposal.position[n] + steps[n] * p for n, p in half.items()})
             momentum = {n: p + 0.5 * steps[n] * proposal.slope(n, temperature) for n, p in half.items()}

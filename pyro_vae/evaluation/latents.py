@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.program import Program, Run
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.engine.program import Run
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
-from pyro_vae.evaluation.pieces import arguments, check_count, checked, rows_at_once
+from pyro_vae.evaluation.pieces import checked
 
 
 @takes_program
@@ -33,34 +32,24 @@ def active_units(
 
     Rows are by site and dimension of its flattened value; ``table.active.sum()`` is the number of active units.
 
-    ``variance``
-        :math:`A_j = \operatorname{var}_n \mathbb E_{q(z \mid x_n)} z_j`, the variance of the posterior mean over data.
-    ``variance_se``
-        its standard error over data, by the delta method.
-    ``kl``
-        :math:`\frac1N \sum_n \mathrm{KL}\bigl(q(z_j \mid x_n) \,\|\, p(z_j)\bigr)` in nats. Where a dimension depends
-        on earlier sites' samples, it is the conditional KL, averaged over those samples. NaN where a dimension has no
-        marginal in closed form (flows).
-    ``kl_se``
-        its standard error over data.
-    ``active``
-        whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
+    - ``variance``: :math:`A_j = \operatorname{var}_n \mathbb E_{q(z \mid x_n)} z_j`, the variance of the posterior mean
+      over data; ``variance_se``: its standard error over data, by the delta method.
+    - ``kl``: :math:`\frac1N \sum_n \mathrm{KL}\bigl(q(z_j \mid x_n) \,\|\, p(z_j)\bigr)` in nats. Where a dimension
+      depends on earlier sites' samples, it is the conditional KL, averaged over those samples. NaN where a dimension
+      has no marginal in closed form (flows). ``kl_se``: its standard error over data.
+    - ``active``: whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
 
     Arguments:
-        model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
-        guide: its guide.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
+        model, guide, x, seed: see :func:`pyro_vae.log_likelihood`.
         num_samples: the number of samples to average over, at least 2. It matters only where means or KL depend on
             samples.
         threshold: the variance above which a dimension is active, in the squared units of z.
-        seed: the seed of the random numbers; None continues from the generators' state.
 
     Raises:
         ValueError: `threshold` is negative, or an error of :func:`pyro_vae.log_likelihood`.
 
     Example:
-        >>> import torch, pyro, pyro_vae as pv
-        >>> pyro.set_rng_seed(0)
+        >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
         >>> pv.active_units(vae, torch.randn(32, 5)).index.tolist()
         [('z', 0), ('z', 1)]
@@ -68,18 +57,14 @@ def active_units(
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
-    check_count("num_samples", num_samples, 2)
+    require_count("num_samples", num_samples, least=2)
     if not threshold >= 0:
         raise PyroVAEError(
             f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
         )
-    args = arguments(x)
-    program = Program(model, guide, args)
-    with checked(program) as data, rng.seeded(seed):
-        batches = data.minibatches(rows_at_once(args) // num_samples)
-        program = program.on(batches[0]).with_nesting()
-        parts = [_read(program.on(batch).run(num_samples)) for batch in batches]
-    rows, keys = [], []
+    with checked(model, guide, x, seed) as data:
+        parts = [_read(program.run(num_samples)) for program in data.programs(num_samples)]
+    rows = {}
     for name in parts[0]:
         means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))
         for j in range(means.shape[1]):
@@ -88,10 +73,9 @@ def active_units(
             variance = square.sum().item() / (len(square) - 1) - noise[:, j].mean().item()
             mean_kl = Estimate.of(kl[:, j])
             error = Estimate.of(square).standard_error
-            rows.append((variance, error, mean_kl.value, mean_kl.standard_error, variance > threshold))
-            keys.append((name, j))
-    index = pd.MultiIndex.from_tuples(keys, names=["site", "dimension"])
-    return pd.DataFrame(rows, index, ["variance", "variance_se", "kl", "kl_se", "active"])
+            rows[name, j] = variance, error, mean_kl.value, mean_kl.standard_error, variance > threshold
+    index = pd.MultiIndex.from_tuples(rows, names=["site", "dimension"])
+    return pd.DataFrame(list(rows.values()), index, ["variance", "variance_se", "kl", "kl_se", "active"])
 
 
 def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

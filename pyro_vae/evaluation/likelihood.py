@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 from pyro_vae.compiled.function import CompiledFunction
-from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.weights import log_weights_of
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.evidence import LogLikelihood
-from pyro_vae.evaluation.pieces import Args, Pieces, arguments, check_count, checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.pieces import Args, Pieces, checked, progress_bar, rows_at_once
 
 ADVICE = "Train a more flexible guide, take more samples, or check the number with pv.ais, which needs no guide."
 RUNS_AT_ONCE = 16  # runs of the model on the samples of one run of the guide
@@ -86,43 +85,38 @@ def log_likelihood(
 
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
-        Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
     """
-    check_count("num_samples", num_samples, 2, ", to have an error bar")
+    require_count("num_samples", num_samples, least=2, why=", to have an error bar")
     if compile and not vectorize_particles:
         raise PyroVAEError(
             "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got "
             "False. Drop one of the two."
         )
-    program = Program(model, guide, arguments(x))
-    with checked(program) as data, rng.seeded(seed):
-        result = estimate_evidence(program, data, num_samples, vectorize_particles, progress, compile)
-    warn_of_zero_weights(result.zero_weights, num_samples, ADVICE, stacklevel=3)
-    warn_of_high_k(result.pareto_k, ADVICE, stacklevel=3)
+    with checked(model, guide, x, seed) as data:
+        result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
+    warn_of_zero_weights(result.zero_weights, num_samples, ADVICE)
+    warn_of_high_k(result.pareto_k, ADVICE)
     return result
 
 
-def estimate_evidence(
-    program: Program, data: Pieces, num_samples: int, vectorize: bool, progress: bool, compile: bool
-) -> LogLikelihood:
+def estimate_evidence(data: Pieces, num_samples: int, vectorize: bool, progress: bool, compile: bool) -> LogLikelihood:
     """Estimate log p(x) of all data, one minibatch after another; see :func:`pyro_vae.log_likelihood`."""
-    rows = rows_at_once(data.args)
-    batch_size = max(1, rows // num_samples if vectorize else min(rows, WEIGHTS_AT_ONCE // num_samples))
-    batches = data.minibatches(batch_size)
+    args = data.program.args
     if vectorize:
-        program = program.on(batches[0]).with_nesting()
-
-    compiled = _compiled_draw(program, data, num_samples) if compile else None
-    number = len(data.args[0])
-    with progress_bar(number, "datum", "log p(x)", progress) as bar:
+        programs = data.programs(num_samples)
+    else:
+        size = min(rows_at_once(args), WEIGHTS_AT_ONCE // num_samples)
+        programs = [data.program.on(batch) for batch in data.minibatches(size)]
+    compiled = _compiled_draw(programs[0], data, num_samples) if compile else None
+    with progress_bar(len(args[0]), "datum", "log p(x)", progress) as bar:
 
         def estimates() -> Iterator[LogLikelihood]:
-            for batch in batches:
-                log_w = compiled(batch) if compiled else draw_weights(program.on(batch), num_samples, vectorize)
+            for program in programs:
+                log_w = compiled(program.args) if compiled else draw_weights(program, num_samples, vectorize)
                 yield LogLikelihood.from_weights(log_w)
-                bar.update(len(batch[0]))
+                bar.update(len(program.args[0]))
 
-        return LogLikelihood.joined(estimates(), number, data.args[0].device)
+        return LogLikelihood.joined(estimates(), len(args[0]), args[0].device)
 
 
 def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> Tensor:

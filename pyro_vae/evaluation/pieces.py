@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import check_rows, find_batch_plate
 from pyro_vae.engine.minibatches import Minibatches
-from pyro_vae.engine.modules import eval_mode
+from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, sample_sites
 from pyro_vae.engine.sites import Sites, labelled
 from pyro_vae.engine.supports import check_covers
@@ -37,12 +38,6 @@ def arguments(x: Any) -> Args:
     return args
 
 
-def check_count(name: str, value: Any, at_least: int, why: str = "") -> None:
-    """Raise an error unless the argument `name` is an integer of `at_least` or more."""
-    if not isinstance(value, int) or value < at_least:
-        raise PyroVAEError(f"expected {name} to be an integer, at least {at_least}{why}, got {value!r}.")
-
-
 def progress_bar(total: int, unit: str, what: str, progress: bool) -> Any:
     """The bar of an evaluation, which goes at its end."""
     return tqdm(total=total, leave=False, disable=None if progress else True, unit=unit, desc=what)
@@ -55,38 +50,43 @@ def rows_at_once(args: Args) -> int:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Checked data, a program's arguments, that may be split into minibatches."""
+    """A program whose arguments are checked data, that may be split into minibatches."""
 
-    args: Args
+    program: Program
     divisible: bool  # whether the program gives a datum the same densities in every minibatch
     same_supports: bool = True  # whether model and guide have the same support at every latent site
 
     def minibatches(self, size: int) -> list[Args]:
         """Minibatches of `size` data; one with all data where the program is not divisible."""
         if not self.divisible:
-            return [self.args]
-        return list(zip(*(column.split(max(1, size)) for column in self.args), strict=True))
+            return [self.program.args]
+        return list(zip(*(column.split(max(1, size)) for column in self.program.args), strict=True))
+
+    def programs(self, num_particles: int) -> list[Program]:
+        """The program on minibatches that fit in memory with so many particles."""
+        batches = self.minibatches(rows_at_once(self.program.args) // num_particles)
+        program = self.program.on(batches[0]).with_nesting()
+        return [program.on(batch) for batch in batches]
 
 
 @contextmanager
-def checked(program: Program) -> Iterator[Pieces]:
-    """Check the program by one run on all data with Pyro's validation, then yield its data for an evaluation.
+def checked(model: PyroFunction, guide: PyroFunction | None, x: Any, seed: int | None) -> Iterator[Pieces]:
+    """Check data and program by one run on all data with Pyro's validation, then yield them for an evaluation.
 
-    Inside the context modules are in evaluation mode, no gradients are recorded, and Pyro's validation is off.
-    Validation checks every density and would take a third of the time.
+    Inside, the random numbers have the seed, modules are in evaluation mode, and no gradients are recorded. Pyro's
+    validation is off: it checks every density and would take a third of the time.
     """
+    program = Program(model, guide, arguments(x))
     # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system
     # and fetches it again page by page, which takes a third of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     with eval_mode(program.modules()), torch.no_grad():
-        pieces = Pieces(program.args, is_divisible(program))
+        pieces = Pieces(program, is_divisible(program))
         for piece in pieces.minibatches(rows_at_once(program.args)):
             with pyro.validation_enabled():
-                model, guide = (sample_sites(trace) for trace in program.on(piece).trace())
-                check_plate(model, guide, len(piece[0]))
-                same = same_supports(model, guide)
+                same = same_supports(*checked_sites(program.on(piece)))
         # Where the guide's support exceeds the model's, Pyro must check every sample.
-        with pyro.validation_enabled(not same):
+        with pyro.validation_enabled(not same), rng.seeded(seed):
             yield replace(pieces, same_supports=same)
 
 
@@ -118,6 +118,8 @@ def same_supports(model: Sites, guide: Sites) -> bool:
     return all(same)
 
 
-def check_plate(model: Sites, guide: Sites, number: int) -> None:
-    """Raise an error unless the batch plate has one row for each of `number` rows of x."""
-    check_rows(find_batch_plate(labelled(model, guide)), number)
+def checked_sites(program: Program) -> tuple[Sites, Sites]:
+    """The sites of model and guide in one run; an error unless the batch plate has one row for each row of x."""
+    model, guide = map(sample_sites, program.trace())
+    check_rows(find_batch_plate(labelled(model, guide)), len(program.args[0]))
+    return model, guide

@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.objectives.base import Gradient, Objective, Options
 
 
@@ -158,8 +158,7 @@ class MIWAE(Objective):
     def __init__(
         self, num_outer: int, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
-        if not isinstance(num_outer, int) or num_outer < 1:
-            raise PyroVAEError(f"expected num_outer to be a positive integer, got {num_outer!r}.")
+        require_count("num_outer", num_outer)
         self.num_outer = num_outer
         super().__init__(num_particles, gradient, **options)
 

@@ -1,8 +1,8 @@
 """Plots of bounds, training, diagnostics, images and latent spaces.
 
-Each function draws arrays that you pass, and returns matplotlib's Axes or Figure. No function trains, runs a model or
-opens a window. An array is a torch tensor, on any device and with or without gradients, or a numpy array. Without the
-argument `ax` or `figure`, pyplot makes a new figure. Show it with ``matplotlib.pyplot.show()``, or save it with
+Each function draws arrays that you pass in the Axes `ax`, and returns them. No function trains, runs a model or opens a
+window. An array is a torch tensor, on any device and with or without gradients, or a numpy array. Without the argument
+`ax`, pyplot makes a new figure. Show it with ``matplotlib.pyplot.show()``, or save it with
 ``ax.figure.savefig("plot.png")``.
 """
 

@@ -27,7 +27,6 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
             `bound` and `bound_se` in nats per datum.
         log_likelihood: a lower and an upper estimate of log p(x) of the same data, in nats per datum. A grey band is
             drawn between them.
-        ax: the Axes to draw in; by default those of a new figure.
 
     Raises:
         ValueError: `table` is empty, or lacks those levels or columns.
@@ -76,7 +75,6 @@ def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Arguments:
         history: the return value of :func:`pyro_vae.fit`, with index "epoch", the column `train_bound` and
             optionally `validation_bound`, in nats per datum. NaN and infinite values leave gaps.
-        ax: the Axes to draw in; by default those of a new figure.
 
     Raises:
         ValueError: `history` is empty, lacks that index or `train_bound`, or has no finite value.
@@ -121,7 +119,6 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
     Arguments:
         shapes: k-hat of each datum, (N,), from :func:`pyro_vae.pareto_k` or ``pyro_vae.log_likelihood(...).pareto_k``.
             NaN, for a k-hat that could not be computed, counts in the legend's shares and is not in the histogram.
-        ax: the Axes to draw in; by default those of a new figure.
 
     Raises:
         ValueError: no element of `shapes` is finite.
@@ -130,9 +127,6 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
         >>> import torch, pyro_vae as pv
         >>> pv.plots.pareto_k(torch.tensor([0.1, 0.5, 0.9])).get_xlabel()
         'Pareto k-hat of the importance weights'
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
     """
     values = to_numpy(shapes).ravel()
     finite = values[np.isfinite(values)]
@@ -156,7 +150,6 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Arguments:
         table: the return value of :func:`pyro_vae.active_units`, with index levels "site" and "dimension", and
             columns `kl` and `kl_se` in nats per datum, and `active`.
-        ax: the Axes to draw in; by default those of a new figure.
 
     Raises:
         ValueError: `table` is empty, or lacks those levels or columns.
@@ -167,9 +160,6 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         >>> table = pd.DataFrame({"kl": [0.0, 1.2], "kl_se": [0.0, 0.1], "active": [False, True]}, index=rows)
         >>> [label.get_text() for label in pv.plots.active_units(table).get_xticklabels()]
         ['1', '0']
-
-    References:
-        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
     _check_table(table, ["site", "dimension"], ["kl", "kl_se", "active"], "pv.active_units")
     table = table.sort_values("kl", ascending=False)
@@ -202,14 +192,13 @@ def _finished(ax: Axes, xlabel: str, ylabel: str) -> Axes:
     from matplotlib.font_manager import FontProperties
 
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    labels = ax.get_legend_handles_labels()[1]
+    labels, area = ax.get_legend_handles_labels()[1], ax.get_window_extent()
     row = sum(0.5 + 0.065 * len(label) for label in labels)  # an estimate of its width, in inches
-    columns = len(labels) if row < ax.get_window_extent().width / ax.figure.dpi else 1
+    columns = len(labels) if row < area.width / ax.figure.dpi else 1
     # A pad in font sizes keeps the legend clear of the x label for every size of the axes.
     box = ax.xaxis.get_tightbbox()  # None if the x axis is invisible
-    below = 0 if box is None else ax.get_window_extent().y0 - box.y0
+    below = 0 if box is None else (area.y0 - box.y0) * 72 / ax.figure.dpi
     size = FontProperties(size="small").get_size_in_points()
-    pad = max(5, below * 72 / ax.figure.dpi / size + 1)  # rotated tick labels need more than 5
-    style = {"borderaxespad": pad, "frameon": False, "fontsize": size}
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, **style)
+    place = {"bbox_to_anchor": (0.5, 0), "borderaxespad": max(5, below / size + 1)}  # rotated tick labels need over 5
+    ax.legend(loc="upper center", ncols=columns, frameon=False, fontsize=size, **place)
     return ax

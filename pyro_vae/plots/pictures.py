@@ -24,7 +24,6 @@ def images(x: Array, *, columns: int = 10, title: str | None = None, ax: Axes | 
             are clipped.
         columns: the largest number of images in a row.
         title: the title above the images.
-        ax: the Axes to draw in; by default those of a new figure.
 
     Raises:
         ValueError: `x` does not have one of these shapes or holds integers above 1, or `columns` is below 1.
@@ -50,7 +49,7 @@ def reconstructions(x: Array, x_mean: Array, *, columns: int = 10, figure: Figur
         x: the originals, (N, C, H, W) with C 1 or 3, or (N, H, W). Values outside [0, 1] are clipped.
         x_mean: the reconstructions, in the shape and order of `x`.
         columns: the largest number of originals in a row.
-        figure: an empty figure to draw in; by default a new one.
+        figure: an empty figure to draw in, in place of Axes; by default a new one.
 
     Raises:
         ValueError: the two shapes differ, an array does not have one of these shapes or holds integers above 1, or
@@ -90,8 +89,6 @@ def latent_space(z: Array, labels: Array | None = None, *, ax: Axes | None = Non
     Arguments:
         z: the points, (N, 2), usually the means of q(z|x).
         labels: the class of each point, (N,), as numbers or strings, with at most 20 classes.
-        ax: the Axes to draw in, such as those that :func:`pyro_vae.plots.latent_grid` returns; by default those of a
-            new figure.
 
     Raises:
         ValueError: `z` or `labels` has another shape, or `labels` has more than 20 classes.
@@ -134,7 +131,6 @@ def latent_grid(x: Array, *, extent: tuple[float, float, float, float], ax: Axes
             column 0 has the lowest z1. Values outside [0, 1] are clipped.
         extent: the edges of the whole grid, (z1_min, z1_max, z2_min, z2_max). Each image is decoded from the centre
             of its tile, so the edges lie half a tile beyond the outermost z.
-        ax: the Axes to draw in; by default those of a new figure.
 
     Raises:
         ValueError: `x` does not have one of these shapes or holds integers above 1, or `extent` is empty.

@@ -59,8 +59,8 @@ def check_readable(name: str, value: Any) -> None:
         torch.load(file, weights_only=True)
     except (AttributeError, TypeError, pickle.PickleError) as error:
         raise PyroVAEError(
-            f"a checkpoint is read without running code: expected {name} of tensors and plain Python values, got {value!r}. "
-            "Pass float(...) or int(...) of NumPy's numbers, or no checkpoint."
+            f"a checkpoint is read without running code: expected {name} of tensors and plain Python values, got "
+            f"{value!r}. Pass float(...) or int(...) of NumPy's numbers, or no checkpoint."
         ) from error
 
 
@@ -77,10 +77,8 @@ def load_parameters(path: str | Path, model: PyroFunction, guide: PyroFunction, 
 
     Arguments:
         path: the checkpoint.
-        model: the Pyro model that was trained; or a model/guide pair, or a tuple ``(model, guide)``, in place of both.
-        guide: its guide.
-        *args: arguments of both, some data of the right shape: a run with these finds the parameters.
-        **kwargs: keyword arguments of both.
+        model, guide: those that were trained; see :func:`pyro_vae.fit`.
+        *args, **kwargs: arguments of both, some data of the right shape: a run with these finds the parameters.
 
     Raises:
         FileNotFoundError: there is no checkpoint at `path`.

@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
@@ -26,7 +25,7 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import require_parameters
 from pyro_vae.engine.program import Program, sample_sites
 from pyro_vae.engine.sites import Sites, particle_dim_of
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.objectives import Objective
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
@@ -57,11 +56,10 @@ def fit(
     Each step follows the gradient of the minibatch's mean bound, :math:`\frac1B \sum_n \mathcal L(x_n)`.
 
     Arguments:
-        model: a Pyro model, called with each minibatch; or a model/guide pair, or a tuple ``(model, guide)``, in place
-            of both.
+        model: a Pyro model, called with each minibatch; or a pair, or a tuple ``(model, guide)``, in place of both.
         guide: its guide, called with the same arguments.
-        data: the training data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one
-            length, whose minibatches are passed as several arguments, or a ``DataLoader``.
+        data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one length, whose minibatches
+            are passed as several arguments, or a ``DataLoader``.
         objective: the bound, such as :class:`pyro_vae.ELBO`, or any ``pyro.infer.ELBO`` with a differentiable loss.
         epochs: the total number of passes over the data, those in the checkpoint included.
         batch_size: data in a minibatch, by default 128. A ``DataLoader`` has its own.
@@ -72,8 +70,7 @@ def fit(
         validation: held-out data, of the same kinds. Their bound is measured after each epoch, with the same noise
             each time, and leaves the random numbers of training as they are.
         patience: stop when the validation bound has not risen for so many epochs. Parameters and buffers are then those
-            of the best epoch, also if all epochs ran. The best epoch has the highest validation bound, and is the first
-            of equals. The history has all epochs.
+            of the best epoch, also if all epochs ran. The best epoch is the first with the highest validation bound.
         compile: whether steps run as compiled code; see :func:`compile_step`. Each size of minibatch takes 4 to 20 s to
             compile at its first step. In a terminal, `fit` says after how many steps that pays off. The result differs
             by rounding.
@@ -85,7 +82,7 @@ def fit(
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal.
 
-    While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable, so
+    While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable:
     `patience` and ``ReduceLROnPlateau`` start anew at each epoch.
 
     The checkpoint has the program's parameters, and the buffers, such as batch norm's statistics, of the modules that
@@ -105,8 +102,7 @@ def fit(
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
     Example:
-        >>> import torch, pyro, pyro_vae as pv
-        >>> pyro.set_rng_seed(0)
+        >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
         >>> history = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=2, batch_size=32)
         >>> list(history.columns)
@@ -118,35 +114,31 @@ def fit(
     References:
         Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, ICLR.
     """
-    if not isinstance(epochs, int) or epochs < 1 or not (0 < lr < math.inf):
-        raise PyroVAEError(
-            f"expected epochs to be a positive integer and lr to be positive, got {epochs!r} and {lr!r}."
-        )
+    require_count("epochs", epochs)
+    if not 0 < lr < math.inf:
+        raise PyroVAEError(f"expected lr to be positive and finite, got {lr!r}. Try 1e-3.")
     lr = float(lr)  # NumPy's numbers could not be read back from a checkpoint
     batches = Minibatches(data, batch_size, "data")
     held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
-    held_out = held_out if held_out and held_out.has_data() else None
-    if patience is not None and (not isinstance(patience, int) or patience < 1):
-        raise PyroVAEError(
-            f"expected patience to be a positive number of epochs, an integer, got {patience!r}. None never stops early."
-        )
-    if patience is not None and held_out is None:
-        raise PyroVAEError(
-            "patience counts epochs in which the validation bound has not risen: expected validation data with it, got none. "
-            "Pass validation=..., or drop patience."
-        )
+    if held_out is not None and held_out.steps == 0:
+        held_out = None
+    if patience is not None:
+        require_count("patience", patience, "None never stops early.", why=", a number of epochs")
+        if held_out is None:
+            raise PyroVAEError(
+                "patience counts epochs without a higher validation bound: expected validation data with it, got none. "
+                "Pass validation=..., or drop patience."
+            )
     if seed is not None and not (checkpoint and Path(checkpoint).exists()):
         pyro.set_rng_seed(seed)
 
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     program = Program(model, guide, batches.example())
-    parameters, model_trace = _first_run(program, objective, batches)
-    support = DataSupport(model, model_trace, program.args, batches)
-    held_out_support = None
+    parameters, model_sites = _first_run(program, objective, batches)
+    support = DataSupport(model, model_sites, program.args)
     if held_out is not None:
         _check_columns(model, held_out)
-        held_out_support = DataSupport(model, model_trace, program.args, held_out)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     scheduler = None if lr_scheduler is None else learning_rates.make(lr_scheduler, optimizer, held_out is not None)
     settings = {
@@ -159,18 +151,7 @@ def fit(
         "compile": compile,
     }
     loop = Loop(
-        program,
-        objective,
-        batches,
-        held_out,
-        parameters,
-        optimizer,
-        scheduler,
-        patience,
-        checkpoint,
-        settings,
-        support,
-        held_out_support,
+        program, objective, batches, held_out, parameters, optimizer, scheduler, patience, checkpoint, settings, support
     )
     if isinstance(getattr(objective, "step", None), int):
         objective.step = 0
@@ -203,8 +184,8 @@ def fit(
     return pd.DataFrame(loop.rows, index=pd.RangeIndex(1, len(loop.rows) + 1, name="epoch"), columns=columns)
 
 
-def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Trace]:
-    """Run the program once; return its parameters, and the model's trace."""
+def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites]:
+    """Run the program once; return its parameters, and the model's sites."""
     traces = program.trace()
     sites = [sample_sites(trace, latent=False) for trace in traces]
     if batches.steps != 1:
@@ -212,7 +193,7 @@ def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[
     if isinstance(objective, Objective):
         objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1))
     # The optimiser's state in a checkpoint has the parameters by their order.
-    return dict(sorted(require_parameters(*traces).items())), traces[0]
+    return dict(sorted(require_parameters(*traces).items())), sites[0]
 
 
 def _check_minibatches(model: Sites, size: int) -> None:
@@ -264,14 +245,12 @@ def _teller(bar: Any, batches: Minibatches) -> OnCompile | None:
         bar.set_postfix_str("compiling ..." if compiled is None else "")
         if compiled is None:
             return
-        line = f"compiled in {compiled.seconds:.1f} s"
-        if first and compiled.eager_seconds is not None and compiled.compiled_seconds is not None:
-            saved = compiled.eager_seconds - compiled.compiled_seconds
-            pays = f"{compiled.seconds / saved:,.0f} steps" if saved > 0 else ""
-            if pays and batches.steps is not None:
-                pays += f", {compiled.seconds / saved / batches.steps:,.1f} epochs"
-            line += f": a step takes {1e3 * compiled.compiled_seconds:.3g} ms in place of {1e3 * compiled.eager_seconds:.3g}, "
-            line += f"which pays off after {pays}" if pays else "which never pays off"
+        line, now, before = f"compiled in {compiled.seconds:.1f} s", compiled.compiled_seconds, compiled.eager_seconds
+        if first and before is not None and now is not None:
+            steps = compiled.seconds / (before - now) if before > now else math.inf
+            epochs = f", {steps / batches.steps:,.1f} epochs" if batches.steps else ""
+            pays = f"pays off after {steps:,.0f} steps{epochs}" if before > now else "never pays off"
+            line += f": a step takes {1e3 * now:.3g} ms in place of {1e3 * before:.3g}, which {pays}"
         else:
             line += " for a minibatch of another size"
         first = False
@@ -282,7 +261,7 @@ def _teller(bar: Any, batches: Minibatches) -> OnCompile | None:
 
 @contextmanager
 def _flushing_denormals() -> Iterator[None]:
-    """Inside, denormal numbers are zero: arithmetic with them is slow, and the moments of an optimiser become so small."""
+    """Inside, denormal numbers are zero: arithmetic with them is slow, and an optimiser's moments become so small."""
     smallest = torch.tensor(torch.finfo(torch.float64).tiny, dtype=torch.float64)
     was_on = not bool(smallest / 2 > 0)
     torch.set_flush_denormal(True)

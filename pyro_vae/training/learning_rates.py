@@ -16,23 +16,24 @@ def make(
     """The scheduler that the function makes; refuse one that can't be stepped after each epoch."""
     scheduler = function(optimizer) if callable(function) else function
     if not callable(function) or not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
+        made = "one that makes " if callable(function) else ""
         another = " of another optimizer" if isinstance(scheduler, LRScheduler) else ""
         raise PyroVAEError(
-            "expected lr_scheduler to be a function that makes a scheduler of torch.optim.lr_scheduler of the optimizer it is "
-            f"called with, got {'one that makes ' if callable(function) else ''}{type(scheduler).__name__}{another}. Pass, say, "
-            "lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.95)."
+            "expected lr_scheduler to be a function that makes one of torch.optim.lr_scheduler of the given optimizer, "
+            f"got {made}{type(scheduler).__name__}{another}. Pass, say, lambda optimizer: "
+            "torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.95)."
         )
     if not isinstance(scheduler, ReduceLROnPlateau):
         return scheduler
     if not validates:
         raise PyroVAEError(
-            "ReduceLROnPlateau waits for the validation bound to stop rising: expected validation data with it, got none. "
-            "Pass validation=..., or another scheduler."
+            "ReduceLROnPlateau waits for the validation bound to stop rising: expected validation data with it, got "
+            "none. Pass validation=..., or another scheduler."
         )
     if scheduler.threshold_mode != "abs":
         raise PyroVAEError(
-            "ReduceLROnPlateau compares by ratio, by which a worse loss below zero is a better one: expected threshold_mode='abs', "
-            f"got {scheduler.threshold_mode!r}. Pass threshold_mode='abs'; threshold is then in nats."
+            "ReduceLROnPlateau compares by ratio, by which a worse loss below zero is a better one: expected "
+            f"threshold_mode='abs', got {scheduler.threshold_mode!r}. Pass it; threshold is then in nats."
         )
     if scheduler.mode != "min":
         raise PyroVAEError(

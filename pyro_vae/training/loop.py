@@ -36,8 +36,7 @@ class Loop:
     patience: int | None  # how many epochs without a better validation bound end the training; None never does
     checkpoint: str | Path | None  # the file of the state
     settings: dict[str, Any]  # what a checkpoint must agree on
-    support: DataSupport | None  # the check of training data that were not checked at once; None after an epoch
-    held_out_support: DataSupport | None  # the same for validation data
+    support: DataSupport  # the check of the data
     compiled: CompiledStep | None = None
     rows: list[dict[str, float]] = field(default_factory=list)  # the history, a row an epoch
     best: dict[str, Any] | None = None  # epoch, bound, parameters and buffers of the best epoch, with `patience`
@@ -46,6 +45,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.modules = self.program.modules()
+        # Of data that can't be checked at once, these check each minibatch in the first epoch; then they are None.
+        self.unchecked = self.support.check_at_once(self.batches)
+        self.unchecked_held_out = None if self.held_out is None else self.support.check_at_once(self.held_out)
 
     def train_epoch(self, bar: Any) -> None:
         """One pass over the data, its row in the history, and a checkpoint."""
@@ -55,8 +57,8 @@ class Loop:
         for step, batch in enumerate(self.batches.shuffled(), 1):
             self.step = step
             settings.append(self._scheduled())
-            if self.support is not None:
-                self.support.check(batch)
+            if self.unchecked is not None:
+                self.unchecked.check(batch)
             # The first step validates the program's distributions, before any work; its own checks stay on.
             first = not self.rows and step == 1
             with pyro.distributions.validation_enabled(first):
@@ -74,7 +76,7 @@ class Loop:
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
                 bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
             bar.update()
-        self.support = None  # every minibatch is checked by now
+        self.unchecked = None
         if not math.isfinite(total):
             raise self._not_finite("the epoch's loss is not finite")
         for name, parameter in self.parameters.items():
@@ -104,11 +106,11 @@ class Loop:
             pyro.distributions.validation_enabled(not self.rows),  # the data are the same in each epoch
         ):
             for batch in self.held_out.in_order():
-                if self.held_out_support is not None:
-                    self.held_out_support.check(batch)
+                if self.unchecked_held_out is not None:
+                    self.unchecked_held_out.check(batch)
                 total += self.objective.loss(self.program.model, self.program.guide, *batch)
                 count += len(batch[0])
-        self.held_out_support = None
+        self.unchecked_held_out = None
         self.held_out.set_generator_states(own)
         return -total / count
 
@@ -175,15 +177,10 @@ class Loop:
         self.rows, self.best = list(state["history"]), best
 
     def _not_finite(self, what: str) -> NotFiniteError:
-        before = self.epoch - 1
-        kept = (
-            f" The checkpoint {self.checkpoint} is as it was after epoch {before}."
-            if self.checkpoint and before
-            else ""
-        )
-        lr = self.optimizer.param_groups[0]["lr"]
+        before, lr = self.epoch - 1, self.optimizer.param_groups[0]["lr"]
+        kept = f" The checkpoint {self.checkpoint} is as it was after epoch {before}." if self.checkpoint else ""
         return NotFiniteError(
-            f"{what} in epoch {self.epoch}, step {self.step}: expected finite numbers. Likely causes: a learning rate too high "
-            f"(lr={lr:g}), a scale that went to zero (a Gaussian's, where pixels are constant), or data outside the "
-            f"likelihood's support.{kept}"
+            f"{what} in epoch {self.epoch}, step {self.step}: expected finite numbers. Likely causes: a learning rate "
+            f"too high (lr={lr:g}), a scale that went to zero (a Gaussian's, where pixels are constant), or data "
+            f"outside the likelihood's support.{kept if before else ''}"
         )

@@ -339,9 +339,9 @@ ELSEWHERE = schedulers.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=1.0))
     [
         (
             {"patience": 0, "validation": HELD_OUT},
-            "patience to be a positive number of epochs, an integer, got 0. None never stops",
+            "patience to be a positive integer, a number of epochs, got 0. None never stops",
         ),
-        ({"patience": 1.5, "validation": HELD_OUT}, "patience to be a positive number of epochs, an integer, got 1.5"),
+        ({"patience": 1.5, "validation": HELD_OUT}, "patience to be a positive integer, a number of epochs, got 1.5"),
         ({"patience": 3}, "expected validation data with it, got none. Pass validation=..., or drop patience"),
         ({"patience": 3, "validation": HELD_OUT[:0]}, "expected validation data with it, got none"),
         (
