@@ -113,8 +113,7 @@ class Likelihood(nn.Module):
             distribution: the result of :meth:`forward`.
             x: data of a distribution with a mask. The statistic is then conditional on the observed elements of x.
         """
-        mean: Tensor = distribution.mean
-        return mean
+        return distribution.mean
 
     def from_statistic(self, statistic: Tensor) -> Tensor:
         """The prediction of x, (*batch, *event), from a statistic or its average. Here it is the statistic."""

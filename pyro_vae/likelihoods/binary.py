@@ -17,16 +17,14 @@ class Bernoulli(Likelihood):
     .. math:: \\log p(x \\mid z) = \\sum_d x_d \\log \\pi_d(z) + (1 - x_d) \\log (1 - \\pi_d(z))
 
     Arguments:
-        decoder: a network from (N, Z) to one logit for each element of a datum.
-        event_shape: the shape of one datum.
+        decoder, event_shape: as in :class:`Likelihood`, with one logit for each element of a datum.
 
     Raises:
         ValueError: when a model runs: x has values other than 0 and 1.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> Bernoulli(mlp(2, [8], 4), (4,))(torch.zeros(5, 2)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.Bernoulli(torch.nn.Linear(2, 4), (4,))(torch.zeros(5, 2)).event_shape
         torch.Size([4])
     """
 
@@ -95,16 +93,14 @@ class ContinuousBernoulli(Likelihood):
     .. math:: \log p(x \mid z) = \sum_d x_d\, l_d(z) - \log (1 + e^{l_d(z)}) + \log \frac{l_d(z)}{\tanh (l_d(z) / 2)}
 
     Arguments:
-        decoder: a network from (N, Z) to one logit l for each element of a datum.
-        event_shape: the shape of one datum.
+        decoder, event_shape: as in :class:`Likelihood`, with one logit l for each element of a datum.
 
     Raises:
         ValueError: when a model runs: x has values outside [0, 1].
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> ContinuousBernoulli(mlp(2, [8], 4), (4,)).decode(torch.zeros(5, 2)).shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.ContinuousBernoulli(torch.nn.Linear(2, 4), (4,)).decode(torch.zeros(5, 2)).shape
         torch.Size([5, 4])
 
     References:

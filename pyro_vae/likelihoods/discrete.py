@@ -22,8 +22,7 @@ class Categorical(Likelihood):
     The mean of codes is meaningless, so `decode` and `impute` return the most probable category of each element.
 
     Arguments:
-        decoder: a network from (N, Z) to C logits for each element of a datum, (N, C D), one category after the other.
-        event_shape: the shape of one datum.
+        decoder, event_shape: as in :class:`Likelihood`, with C logits for each element, one category after the other.
         categories: C, the number of categories.
 
     Raises:
@@ -31,9 +30,8 @@ class Categorical(Likelihood):
             0, ..., C - 1.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> Categorical(mlp(2, [8], 3 * 4), (4,), categories=3).decode(torch.zeros(5, 2)).shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.Categorical(torch.nn.Linear(2, 3 * 4), (4,), categories=3).decode(torch.zeros(5, 2)).shape
         torch.Size([5, 4])
     """
 
@@ -60,8 +58,7 @@ class Categorical(Likelihood):
         """The probabilities of the categories, (*batch, *event, C)."""
         while not isinstance(distribution, Codes):
             distribution = distribution.base_dist
-        probs: Tensor = distribution.probs
-        return probs
+        return distribution.probs
 
     def from_statistic(self, statistic: Tensor) -> Tensor:
         """The most probable category of each element, (*batch, *event)."""
@@ -93,10 +90,8 @@ class DiscretizedLogistic(Likelihood):
     pixels. `decode` returns the exact mean, at the cost of L - 1 passes over the elements.
 
     Arguments:
-        decoder: a network from (N, Z) to the locations, then the log scales, (N, 2 D), in the units of x. For M > 1
-            components its outputs are M logits, M locations and M log scales for each element, (N, 3 M D), in that
-            order.
-        event_shape: the shape of one datum.
+        decoder, event_shape: as in :class:`Likelihood`, with a location, then a log scale for each element, in the
+            units of x. For M > 1 components these are M logits, then M locations, then M log scales.
         levels: L, the number of grey levels.
         components: M, the number of logistics in the mixture.
 
@@ -105,9 +100,8 @@ class DiscretizedLogistic(Likelihood):
             runs: x has values off the grid.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> DiscretizedLogistic(mlp(2, [8], 2 * 4), (4,), levels=16).decode(torch.zeros(5, 2)).shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.DiscretizedLogistic(torch.nn.Linear(2, 2 * 4), (4,), levels=16).decode(torch.zeros(5, 2)).shape
         torch.Size([5, 4])
 
     References:
@@ -161,7 +155,6 @@ class LogisticOnGrid(dist.TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {"loc": constraints.real, "log_scale": constraints.real}  # noqa: RUF012
-    has_rsample = False
 
     def __init__(self, loc: Tensor, log_scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
         self.levels = levels
