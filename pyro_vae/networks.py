@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Concatenated(nn.Module):
 
     Example:
         >>> import torch
-        >>> Concatenated(mlp(4 + 2, [8], 3))(torch.zeros(5, 2, 2), torch.zeros(5, 2)).shape
+        >>> Concatenated(torch.nn.Linear(4 + 2, 3))(torch.zeros(5, 2, 2), torch.zeros(5, 2)).shape
         torch.Size([5, 3])
     """
 
@@ -170,7 +170,5 @@ def conv_decoder(
 
 def _sizes(event_shape: Sequence[int], halvings: int) -> list[tuple[int, int]]:
     """Height and width before the first halving and after each, rounded as a convolution of stride 2 does."""
-    sizes = [(event_shape[1], event_shape[2])]
-    for _ in range(halvings):
-        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-    return sizes
+    height, width = event_shape[1:]
+    return [(ceil(height / 2**i), ceil(width / 2**i)) for i in range(halvings + 1)]

@@ -61,16 +61,14 @@ class DiagonalNormal(Posterior):
     .. math:: q(z \\mid x) = \\mathcal N\\bigl(z; \\mu(x), \\operatorname{diag} \\sigma(x)^2\\bigr)
 
     Arguments:
-        encoder: a network from (N, *event) to (N, 2 Z): the means, then the logs of the scales.
-        event_shape: the shape of one datum.
+        encoder, event_shape: as in :class:`Posterior`, with 2 Z outputs: the means, then the logs of the scales.
 
     Raises:
         ValueError: the encoder has an odd number of outputs.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> DiagonalNormal(mlp(4, [8], 2 * 3), (4,))(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.DiagonalNormal(torch.nn.Linear(4, 2 * 3), (4,))(torch.zeros(5, 4)).event_shape
         torch.Size([3])
 
     References:
@@ -101,17 +99,15 @@ class FullNormal(Posterior):
     The KL to a standard normal has a closed form. The density costs O(Z^2) operations for each datum.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, Z (Z + 3) / 2): the means, then the rows of a lower triangle. The
-            triangle has the logs of sigma on its diagonal and N below the diagonal.
-        event_shape: the shape of one datum.
+        encoder, event_shape: as in :class:`Posterior`, with Z (Z + 3) / 2 outputs: the means, then the rows of a lower
+            triangle. The triangle has the logs of sigma on its diagonal and N below the diagonal.
 
     Raises:
         ValueError: the encoder's number of outputs is not Z (Z + 3) / 2 for any Z.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> FullNormal(mlp(4, [8], FullNormal.features_for(3)), (4,))(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.FullNormal(torch.nn.Linear(4, pv.FullNormal.features_for(3)), (4,))(torch.zeros(5, 4)).event_shape
         torch.Size([3])
     """
 
@@ -144,17 +140,16 @@ class LowRankNormal(Posterior):
     normal has a closed form.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, (2 + R) Z): the means, the logs of sigma, then the columns of F.
-        event_shape: the shape of one datum.
+        encoder, event_shape: as in :class:`Posterior`, with (2 + R) Z outputs: the means, the logs of sigma, then the
+            columns of F.
         rank: R, the number of columns of F.
 
     Raises:
         ValueError: `rank` is not a positive integer, or the encoder's number of outputs is not a multiple of 2 + R.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> LowRankNormal(mlp(4, [8], 4 * 3), (4,), rank=2)(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.LowRankNormal(torch.nn.Linear(4, 4 * 3), (4,), rank=2)(torch.zeros(5, 4)).event_shape
         torch.Size([3])
 
     References:
@@ -191,9 +186,8 @@ class MixturePosterior(Posterior):
     ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, K (2 Z + 1)): the logits of the weights, then the means and the log
-            scales of each component.
-        event_shape: the shape of one datum.
+        encoder, event_shape: as in :class:`Posterior`, with K (2 Z + 1) outputs: the logits of the weights, then the
+            means and the log scales of each component.
         components: K, the number of components.
 
     Raises:
@@ -201,9 +195,8 @@ class MixturePosterior(Posterior):
             any Z.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> MixturePosterior(mlp(4, [8], MixturePosterior.features_for(3)), (4,))(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.MixturePosterior(torch.nn.Linear(4, 2 * 7), (4,), components=2)(torch.zeros(5, 4)).event_shape
         torch.Size([3])
 
     References:
@@ -241,13 +234,10 @@ class FlowPosterior(Posterior):
     The KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, 2 Z + C): the means, the logs of the scales, and the context h(x).
-        event_shape: the shape of one datum.
-        latent_dim: Z, at least 2.
-        flow: the kind of transform, ``"iaf"``, ``"spline"`` or ``"coupling"``; see :class:`~pyro_vae.flows.Flow`.
-        length: the number of transforms.
-        hidden_dims: the widths of the hidden layers of each transform's network; None is one layer of width
-            max(64, 2 Z).
+        encoder, event_shape: as in :class:`Posterior`, with 2 Z + C outputs: the means, the logs of the scales, then the
+            context h(x).
+        latent_dim, length, hidden_dims: as in :class:`~pyro_vae.flows.Flow`.
+        flow: the `kind` of the :class:`~pyro_vae.flows.Flow`, ``"iaf"``, ``"spline"`` or ``"coupling"``.
         context_dim: C, the length of h(x); None is Z.
 
     Raises:
@@ -255,10 +245,8 @@ class FlowPosterior(Posterior):
             2 Z + C.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> encoder = mlp(4, [8], FlowPosterior.features_for(3))
-        >>> FlowPosterior(encoder, (4,), 3, flow="spline")(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.FlowPosterior(torch.nn.Linear(4, 9), (4,), latent_dim=3, flow="spline")(torch.zeros(5, 4)).event_shape
         torch.Size([3])
 
     References:
@@ -304,10 +292,8 @@ class FlowPosterior(Posterior):
     def _context_size(latent_dim: int, context_dim: int | None) -> int:
         size = latent_dim if context_dim is None else context_dim
         if not isinstance(size, int) or size < 0:
-            raise PyroVAEError(
-                f"expected context_dim to be an integer of at least 0, got {size!r}. Pass 0 for a flow that does not "
-                "depend on x."
-            )
+            fix = "Pass 0 for a flow that does not depend on x."
+            raise PyroVAEError(f"expected context_dim to be an integer of at least 0, got {size!r}. {fix}")
         return size
 
     def _base(self, features: Tensor) -> tuple[Any, Tensor | None]:

@@ -102,12 +102,9 @@ class VampPrior(nn.Module):
         dtype, shape = pseudo_inputs.dtype, tuple(pseudo_inputs.shape)
         event_shape = getattr(posterior, "event_shape", shape[1:])
         if not dtype.is_floating_point:
-            fix = "Convert them: pseudo_inputs.float()."
-            raise PyroVAEError(f"expected pseudo_inputs of floating point, got {dtype}. {fix}")
+            raise PyroVAEError(f"expected pseudo_inputs of floating point, got {dtype}. Pass pseudo_inputs.float().")
         if len(shape) < 2 or shape[1:] != event_shape:
-            raise PyroVAEError(
-                f"expected pseudo_inputs of shape (K, *{event_shape}), got {shape}. Pass some of the data."
-            )
+            raise PyroVAEError(f"expected pseudo_inputs of shape (K, *{event_shape}), got {shape}. Pass some data.")
         self.posterior = posterior
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
 
@@ -125,12 +122,9 @@ class FlowPrior(nn.Module):
     The KL to this prior has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        latent_dim: Z, at least 2.
-        flow: the kind of transform, ``"coupling"``, ``"iaf"`` or ``"spline"``. The last two are inverted here, since
+        latent_dim, length, hidden_dims: as in :class:`~pyro_vae.flows.Flow`.
+        flow: the `kind` of the flow, ``"coupling"``, ``"iaf"`` or ``"spline"``. The last two are inverted here, since
             training needs the density of given values. That density costs one pass, and a sample costs Z passes.
-        length: the number of transforms.
-        hidden_dims: the widths of the hidden layers of each transform's network; None is one layer of width
-            max(64, 2 Z).
 
     Raises:
         ValueError: an unknown flow, or fewer than 2 latent dimensions.

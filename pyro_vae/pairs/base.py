@@ -43,9 +43,16 @@ def in_evaluation_mode(method: Method) -> Method:
 
 
 class Pair(nn.Module):
-    """Base class of model/guide pairs with one plate, ``data``. A subclass defines `model` and `guide`."""
+    """Base class of model/guide pairs of named parts with one plate, ``data``. A subclass defines `model` and `guide`."""
 
+    prior: nn.Module
     likelihood: Likelihood
+    posterior: nn.Module
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in PARTS:
@@ -56,14 +63,12 @@ class Pair(nn.Module):
         """Raise ValueError for a part of the wrong type, or of another event shape than the other parts."""
         kind, named = (Likelihood, "pv.Likelihood") if name == "likelihood" else (nn.Module, "torch.nn.Module")
         if not isinstance(part, kind):
-            fix = f"Pass an instance{PARTS[name]}."
-            raise PyroVAEError(f"expected {name} to be a {named}, got {part!r}. {fix}")
+            raise PyroVAEError(f"expected {name} to be a {named}, got {part!r}. Pass an instance{PARTS[name]}.")
         parts = {**self._modules, name: part}
         own, theirs = (getattr(parts.get(key), "event_shape", None) for key in ("likelihood", "posterior"))
         if own is not None and theirs is not None and theirs != own:
             raise PyroVAEError(
-                f"expected a posterior of the likelihood's event_shape {own}, got {theirs}. Pass the shape of one datum "
-                "to both."
+                f"expected a posterior of the likelihood's event_shape {own}, got {theirs}. Pass one shape to both."
             )
 
     @property
@@ -77,10 +82,7 @@ class Pair(nn.Module):
         return self.likelihood.decode(z)
 
     def _register(self, *names: str) -> None:
-        """Register parts' parameters with Pyro, in place of an earlier pair's parameters of the same names.
-
-        ``pyro.module`` alone would pass the earlier parameters to the optimiser, and this pair would never learn.
-        """
+        """Register parts' parameters with Pyro, in place of an earlier pair's parameters of the same names."""
         store = pyro.get_param_store()
         traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
         for name in names:
@@ -93,7 +95,8 @@ class Pair(nn.Module):
                         "would train only the last. Write a program of your own from the parts of both, with different "
                         "names in pyro.module."
                     )
-                # The store turns requires_grad on, so a frozen parameter must stay out.
+                # pyro.module alone would pass the earlier pair's parameter to the optimiser, and this pair would never
+                # learn. The store turns requires_grad on, so a frozen parameter must stay out.
                 if parameter.requires_grad and key in store and store[key] is not parameter:
                     store[key] = parameter
             pyro.module(name, module)
@@ -113,10 +116,9 @@ class Pair(nn.Module):
         """Check x and the mask, and replace missing elements by the likelihood's `filler`."""
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
-                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise PyroVAEError(
-                    f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, "
-                    f"got {got}. If these are labels from a DataLoader, remove them from it, or use pv.ConditionalVAE."
+                    f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, got "
+                    f"{described(mask)}. If these are a DataLoader's labels, drop them, or use pv.ConditionalVAE."
                 )
             x = torch.where(mask, x, self.likelihood.filler)
         self._check(x, subsample_size)
@@ -154,7 +156,6 @@ class Pair(nn.Module):
 class Labelled(Pair):
     """Base class of pairs given y: labels, which the networks get as indicator vectors, or vectors."""
 
-    prior: nn.Module
     num_classes: int | None
 
     @in_evaluation_mode
@@ -178,15 +179,13 @@ def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) ->
     if y.is_floating_point() and y.dim() == 2:
         if y.dtype != dtype or not (classes is None or y.shape[1] == classes):
             width = "Y" if classes is None else classes
-            raise PyroVAEError(
-                f"expected y of {dtype} and shape ({size}, {width}), got {y.dtype} of shape {tuple(y.shape)}. Pass "
-                "such vectors."
-            )
+            expected = f"y of {dtype} and shape ({size}, {width})"
+            raise PyroVAEError(f"expected {expected}, got {described(y)}. Pass such vectors.")
         return y
     if y.is_floating_point() or y.dim() != 1 or classes is None:
         raise PyroVAEError(
             f"expected y to be floating-point vectors (N, Y), or integer labels (N,) with num_classes={classes}, got "
-            f"{y.dtype} of shape {tuple(y.shape)}. Build the pair with num_classes, or pass one_hot(y).float()."
+            f"{described(y)}. Build the pair with num_classes, or pass one_hot(y).float()."
         )
     check_labels(y, 0, classes)
     return one_hot(y.long(), classes).to(dtype)
@@ -195,10 +194,13 @@ def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) ->
 def check_labels(y: Tensor, lowest: int, classes: int) -> None:
     """Raise ValueError for labels out of range, if Pyro's validation is on, since reading values takes time."""
     if is_validation_enabled() and not bool(((y >= lowest) & (y < classes)).all()):
-        raise PyroVAEError(
-            f"expected labels from {lowest} to {classes - 1}, got {int(y.min())} to {int(y.max())}. Number the classes "
-            "from 0."
-        )
+        got = f"{int(y.min())} to {int(y.max())}"
+        raise PyroVAEError(f"expected labels from {lowest} to {classes - 1}, got {got}. Number the classes from 0.")
+
+
+def described(value: Any) -> str:
+    """The dtype and shape of a tensor, or the type of another value, for an error message."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def mean_of(posterior: nn.Module, x: Tensor, *given: Tensor) -> Tensor:

@@ -45,10 +45,7 @@ class ConditionalVAE(Labelled):
     def __init__(
         self, *, prior: nn.Module, likelihood: Likelihood, posterior: nn.Module, num_classes: int | None = None
     ) -> None:
-        super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
-        self.posterior = posterior
+        super().__init__(prior=prior, likelihood=likelihood, posterior=posterior)
         self.num_classes = num_classes
 
     def model(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:

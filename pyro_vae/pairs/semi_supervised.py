@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Labelled, check_labels, in_evaluation_mode, mean_of
+from pyro_vae.pairs.base import Labelled, check_labels, described, in_evaluation_mode, mean_of
 
 UNOBSERVED = -1
 IMPOSSIBLE = -1e4  # a logit of probability zero in any precision; minus infinity times zero would be NaN
@@ -58,6 +58,7 @@ class SemiSupervisedVAE(Labelled):
         Kingma, Rezende, Mohamed and Welling (2014), *Semi-Supervised Learning with Deep Generative Models*, NeurIPS.
     """
 
+    classifier: nn.Module
     num_classes: int
     uniform: Tensor
 
@@ -71,15 +72,11 @@ class SemiSupervisedVAE(Labelled):
         num_classes: int,
         classifier_weight: float = 0.0,
     ) -> None:
-        super().__init__()
         if not 0 <= classifier_weight < torch.inf:
             raise PyroVAEError(
                 f"expected classifier_weight to be a finite number of at least 0, got {classifier_weight!r}. Try 10.0."
             )
-        self.prior = prior
-        self.likelihood = likelihood
-        self.posterior = posterior
-        self.classifier = classifier
+        super().__init__(prior=prior, likelihood=likelihood, posterior=posterior, classifier=classifier)
         self.num_classes = num_classes
         self.classifier_weight = classifier_weight
         self.register_buffer("uniform", torch.zeros(num_classes), persistent=False)
@@ -155,10 +152,7 @@ class SemiSupervisedVAE(Labelled):
         if y is None:
             return torch.full((len(x), 1), UNOBSERVED, device=x.device)
         if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (len(x),):
-            got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise PyroVAEError(
-                f"expected y to be integer labels of shape ({len(x)},), {UNOBSERVED} where unobserved, got {got}. "
-                "Pass y.long()."
-            )
+            expected = f"integer labels of shape ({len(x)},), {UNOBSERVED} where unobserved"
+            raise PyroVAEError(f"expected y to be {expected}, got {described(y)}. Pass y.long().")
         check_labels(y, UNOBSERVED, self.num_classes)
         return y.long().unsqueeze(-1)

@@ -49,10 +49,7 @@ class VAE(Pair):
     """
 
     def __init__(self, *, prior: nn.Module, likelihood: Likelihood, posterior: nn.Module) -> None:
-        super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
-        self.posterior = posterior
+        super().__init__(prior=prior, likelihood=likelihood, posterior=posterior)
 
     def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model p(z) p(x|z), as a Pyro function. It returns the value at site ``x``.
