@@ -25,6 +25,9 @@ class Posterior(nn.Module, ABC):
     Arguments:
         encoder: a network from (N, *event) to (N, features). Its further arguments are conditions such as labels.
         event_shape: the shape of one datum.
+
+    Raises:
+        ValueError: when it runs: the encoder has a number of outputs that is not :meth:`features_for` for any Z.
     """
 
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...]) -> None:
@@ -63,9 +66,6 @@ class DiagonalNormal(Posterior):
     Arguments:
         encoder, event_shape: as in :class:`Posterior`, with 2 Z outputs: the means, then the logs of the scales.
 
-    Raises:
-        ValueError: the encoder has an odd number of outputs.
-
     Example:
         >>> import torch, pyro_vae as pv
         >>> pv.DiagonalNormal(torch.nn.Linear(4, 2 * 3), (4,))(torch.zeros(5, 4)).event_shape
@@ -101,9 +101,6 @@ class FullNormal(Posterior):
     Arguments:
         encoder, event_shape: as in :class:`Posterior`, with Z (Z + 3) / 2 outputs: the means, then the rows of a lower
             triangle. The triangle has the logs of sigma on its diagonal and N below the diagonal.
-
-    Raises:
-        ValueError: the encoder's number of outputs is not Z (Z + 3) / 2 for any Z.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -145,7 +142,7 @@ class LowRankNormal(Posterior):
         rank: R, the number of columns of F.
 
     Raises:
-        ValueError: `rank` is not a positive integer, or the encoder's number of outputs is not a multiple of 2 + R.
+        ValueError: `rank` is not a positive integer.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -191,8 +188,7 @@ class MixturePosterior(Posterior):
         components: K, the number of components.
 
     Raises:
-        ValueError: `components` is not a positive integer, or the encoder's number of outputs is not K (2 Z + 1) for
-            any Z.
+        ValueError: `components` is not a positive integer.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -234,15 +230,14 @@ class FlowPosterior(Posterior):
     The KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        encoder, event_shape: as in :class:`Posterior`, with 2 Z + C outputs: the means, the logs of the scales, then the
-            context h(x).
+        encoder, event_shape: as in :class:`Posterior`, with 2 Z + C outputs: the means, the logs of the scales, then
+            the context h(x).
         latent_dim, length, hidden_dims: as in :class:`~pyro_vae.flows.Flow`.
         flow: the `kind` of the :class:`~pyro_vae.flows.Flow`, ``"iaf"``, ``"spline"`` or ``"coupling"``.
         context_dim: C, the length of h(x); None is Z.
 
     Raises:
-        ValueError: an unknown flow, fewer than 2 latent dimensions, or an encoder whose number of outputs is not
-            2 Z + C.
+        ValueError: an invalid argument of :class:`~pyro_vae.flows.Flow`, or a negative `context_dim`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -251,7 +246,6 @@ class FlowPosterior(Posterior):
 
     References:
         Rezende and Mohamed (2015), *Variational Inference with Normalizing Flows*, ICML.
-        Kingma et al. (2016), *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS.
     """
 
     def __init__(
@@ -266,12 +260,17 @@ class FlowPosterior(Posterior):
     ) -> None:
         super().__init__(encoder, event_shape)
         self.latent_dim = latent_dim
-        self.flow = Flow(latent_dim, flow, length, hidden_dims, self._context_size(latent_dim, context_dim))
+        size = self.features_for(latent_dim, context_dim) - 2 * latent_dim
+        self.flow = Flow(latent_dim, flow, length, hidden_dims, size)
 
     @classmethod
     def features_for(cls, latent_dim: int, context_dim: int | None = None, **options: Any) -> int:
         """2 Z + C."""
-        return 2 * latent_dim + cls._context_size(latent_dim, context_dim)
+        size = latent_dim if context_dim is None else context_dim
+        if not isinstance(size, int) or size < 0:
+            fix = "Pass 0 for a flow that does not depend on x."
+            raise PyroVAEError(f"expected context_dim to be an integer of at least 0, got {size!r}. {fix}")
+        return 2 * latent_dim + size
 
     @classmethod
     def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Self:
@@ -288,14 +287,6 @@ class FlowPosterior(Posterior):
         base, context = self._base(apply_batched(self.encoder, x, len(self.event_shape), *given))
         return ComposeTransform(self.flow(context))(base.mean)
 
-    @staticmethod
-    def _context_size(latent_dim: int, context_dim: int | None) -> int:
-        size = latent_dim if context_dim is None else context_dim
-        if not isinstance(size, int) or size < 0:
-            fix = "Pass 0 for a flow that does not depend on x."
-            raise PyroVAEError(f"expected context_dim to be an integer of at least 0, got {size!r}. {fix}")
-        return size
-
     def _base(self, features: Tensor) -> tuple[Any, Tensor | None]:
         sizes = [self.latent_dim, self.latent_dim, self.flow.context_dim]
         if features.shape[-1] != sum(sizes):
@@ -310,15 +301,11 @@ def _wrong_outputs(expected: str, features: Tensor) -> PyroVAEError:
 
 
 class Unconditional(nn.Module):
-    r"""A normal q(z) that does not depend on x, to demonstrate posterior collapse.
+    r"""A normal q(z) of Z = `latent_dim` dimensions that does not depend on x, to demonstrate posterior collapse.
 
     .. math:: q(z \mid x) = \mathcal N(z; \mu, \operatorname{diag} \sigma^2) \quad \text{for every } x
 
     The ELBO is highest where q is the prior and the decoder ignores z: the posterior collapses by construction.
-
-    Arguments:
-        latent_dim: Z.
-        event_shape: the shape of one datum.
 
     Example:
         >>> import torch

@@ -12,12 +12,9 @@ from pyro_vae.flows import Flow, Kind
 
 
 class StandardNormal(nn.Module):
-    """A standard normal prior.
+    """A standard normal prior of Z = `latent_dim` dimensions.
 
     .. math:: p(z) = \\mathcal N(z; 0, I)
-
-    Arguments:
-        latent_dim: Z, the number of latent dimensions.
 
     Example:
         >>> StandardNormal(3)().event_shape
@@ -38,16 +35,12 @@ class StandardNormal(nn.Module):
 
 
 class MixturePrior(nn.Module):
-    r"""A mixture of diagonal normals with learned weights, means and scales.
+    r"""A mixture of K = `components` diagonal normals of Z = `latent_dim` dimensions. All its parameters are learned.
 
     .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal N(z; \mu_k, \operatorname{diag} \sigma_k^2)
 
     Initially the weights are equal, the scales are 1, and the means are draws from a standard normal. The KL to this
     prior has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
-
-    Arguments:
-        latent_dim: Z, the number of latent dimensions.
-        components: K, the number of components.
 
     Example:
         >>> MixturePrior(3, components=10)().event_shape
@@ -87,9 +80,8 @@ class VampPrior(nn.Module):
 
     Example:
         >>> import torch, pyro_vae as pv
-        >>> data = torch.rand(100, 4).round()
         >>> vae = pv.mlp_vae((4,), latent_dim=3)
-        >>> vae.prior = VampPrior(vae.posterior, data[:20])
+        >>> vae.prior = pv.VampPrior(vae.posterior, torch.rand(20, 4).round())
         >>> vae.prior().event_shape
         torch.Size([3])
 

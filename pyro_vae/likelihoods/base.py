@@ -25,7 +25,8 @@ class Likelihood(nn.Module):
         event_shape: the shape of one datum.
 
     Raises:
-        ValueError: `decoder` is not a module, or `event_shape` is not a tuple.
+        ValueError: `decoder` is not a module, or `event_shape` is not a tuple. When a model runs: x is outside the
+            support, as :meth:`check` says.
 
     Example:
         >>> import pyro.distributions as dist, torch, pyro_vae as pv

@@ -25,8 +25,8 @@ class LowRankGaussian(Likelihood):
     grainy. Here the noise is correlated through F. Cost and memory grow as D R, not as D^2.
 
     Arguments:
-        decoder, event_shape: as in :class:`Likelihood`, with the D means. With ``shared=False`` the R columns of F, then
-            the sigmas before softplus, come after the means.
+        decoder, event_shape: as in :class:`Likelihood`, with the D means. With ``shared=False`` the R columns of F,
+            then the sigmas before softplus, come after the means.
         rank: R, the number of columns of F.
         shared: True for F and sigma as parameters that all data share, False for F and sigma as decoder outputs.
         min_scale: a constant that is added to each sigma, as in :class:`Gaussian`.
@@ -95,27 +95,15 @@ class LowRankEvent(dist.TorchDistribution):
     scale. For 784 pixels, R = 4, F of 1 and scale 0.02 its error in float32 is 4 nats. Here the quadratic form is a sum
     of squares, and R x R matrices are in float64: the error is 0.001 nats.
 
-    Arguments:
-        loc: the mean, of shape (*batch, *event).
-        factor: F, of shape (*event, R) or (*batch, *event, R).
-        scale: the scale, of shape (*event) or (*batch, *event).
-        event_dim: the number of event dimensions of `loc`.
-        mask: booleans that broadcast to (*batch, *event), True where an element is observed. `log_prob` is the marginal
-            density of the observed elements. Samples and moments include all elements.
+    `loc` has shape (*batch, *event), with `event_dim` event dimensions. `factor` has shape (*event, R) or
+    (*batch, *event, R), and `scale` that shape without R. `log_prob` is the marginal density of the elements where
+    `mask` is True. Samples and moments include all elements.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     has_rsample = True
 
-    def __init__(
-        self,
-        loc: Tensor,
-        factor: Tensor,
-        scale: Tensor,
-        event_dim: int,
-        mask: Tensor | None = None,
-        validate_args: bool | None = None,
-    ) -> None:
+    def __init__(self, loc: Tensor, factor: Tensor, scale: Tensor, event_dim: int, mask: Tensor | None = None) -> None:
         event_shape = loc.shape[loc.dim() - event_dim :]
         self.loc = loc.flatten(-event_dim)
         self.factor = factor.flatten(-event_dim - 1, -2)
@@ -123,7 +111,7 @@ class LowRankEvent(dist.TorchDistribution):
         if mask is not None:
             mask = mask.expand(torch.broadcast_shapes(mask.shape, event_shape)).flatten(-event_dim)
         self.observed = mask
-        super().__init__(self.loc.shape[:-1], event_shape, validate_args=validate_args)
+        super().__init__(self.loc.shape[:-1], event_shape)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -160,10 +148,7 @@ class LowRankEvent(dist.TorchDistribution):
         return (self.loc + _rows(self.factor, u)).unflatten(-1, self.event_shape)
 
     def _explained(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, W, the mean u of the factors given y, and the Cholesky factor of their precision.
-
-        y and W are zero at missing elements.
-        """
+        """y and W, zero at missing elements, the mean u of the factors, and the Cholesky factor of their precision."""
         y = (value.flatten(-len(self.event_shape)) - self.loc) / self.scale
         W = self.factor / self.scale[..., None]
         if self.observed is not None:

@@ -12,7 +12,7 @@ from pyro_vae.likelihoods.base import Likelihood
 
 class _Counts(Likelihood):
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless x is counts."""
+        """Raise ValueError unless x is counts 0, 1, 2, ..."""
         fix = "Pass the counts, neither normalised nor their logarithms, or use a Gaussian likelihood."
         self._refuse_unless((x >= 0) & (x % 1 == 0) & x.isfinite(), x, "of counts 0, 1, 2, ...", fix)
 
@@ -24,9 +24,6 @@ class Poisson(_Counts):
 
     Arguments:
         decoder, event_shape: as in :class:`Likelihood`, with one log rate for each element, clamped to [-30, 30].
-
-    Raises:
-        ValueError: when a model runs: x has values other than 0, 1, 2, ...
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -58,9 +55,6 @@ class NegativeBinomial(_Counts):
 
     Arguments:
         decoder, event_shape: as in :class:`Likelihood`, with one log mean for each element of a datum.
-
-    Raises:
-        ValueError: when a model runs: x has values other than 0, 1, 2, ...
 
     Example:
         >>> import torch, pyro_vae as pv

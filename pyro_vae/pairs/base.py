@@ -20,7 +20,6 @@ from pyro_vae.likelihoods import Likelihood
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-
 #: The parts whose type is checked, each with the example in the error message.
 PARTS = {
     "likelihood": ", such as pv.Bernoulli(decoder, event_shape)",
@@ -43,7 +42,7 @@ def in_evaluation_mode(method: Method) -> Method:
 
 
 class Pair(nn.Module):
-    """Base class of model/guide pairs of named parts with one plate, ``data``. A subclass defines `model` and `guide`."""
+    """Base class of pairs of named parts with one plate, ``data``. A subclass defines `model` and `guide`."""
 
     prior: nn.Module
     likelihood: Likelihood
@@ -92,8 +91,7 @@ class Pair(nn.Module):
                 if any(key in trace.nodes and trace.nodes[key]["value"] is not parameter for trace in traces):
                     raise PyroVAEError(
                         f"expected one pair in a program, got two pairs with a parameter named '{key}', of which Pyro "
-                        "would train only the last. Write a program of your own from the parts of both, with different "
-                        "names in pyro.module."
+                        "would train only the last. Write a program of their parts, with other names in pyro.module."
                     )
                 # pyro.module alone would pass the earlier pair's parameter to the optimiser, and this pair would never
                 # learn. The store turns requires_grad on, so a frozen parameter must stay out.
@@ -117,8 +115,8 @@ class Pair(nn.Module):
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
                 raise PyroVAEError(
-                    f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, got "
-                    f"{described(mask)}. If these are a DataLoader's labels, drop them, or use pv.ConditionalVAE."
+                    f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, "
+                    f"got {described(mask)}. If these are a DataLoader's labels, drop them, or use pv.ConditionalVAE."
                 )
             x = torch.where(mask, x, self.likelihood.filler)
         self._check(x, subsample_size)
@@ -143,9 +141,7 @@ class Pair(nn.Module):
             raise PyroVAEError(f"expected x of floating point, got {x.dtype}. Convert it: x.float().")
         own = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != own:
-            raise PyroVAEError(
-                f"expected x of {own}, the dtype of the networks, got {x.dtype}. Convert it: x.to({own})."
-            )
+            raise PyroVAEError(f"expected x of {own}, the dtype of the networks, got {x.dtype}. Pass x.to({own}).")
         if subsample_size is not None and not isinstance(subsample_size, int):
             got = type(subsample_size).__name__
             raise PyroVAEError(f"expected subsample_size to be an integer or None, got {got}. Pass the minibatch size.")
@@ -173,9 +169,7 @@ def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) ->
     """The network input for y: vectors (N, Y) unchanged, and integer labels (N,) as indicators of the classes."""
     if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise PyroVAEError(
-            f"expected y to be a tensor with a row for each of {size} data, got {got}. Pass such a tensor."
-        )
+        raise PyroVAEError(f"expected y to be a tensor with a row for each of {size} data, got {got}. Pass one.")
     if y.is_floating_point() and y.dim() == 2:
         if y.dtype != dtype or not (classes is None or y.shape[1] == classes):
             width = "Y" if classes is None else classes

@@ -255,9 +255,11 @@ def mlp_autoencoder(
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> Autoencoder:
-    """Build an :class:`Autoencoder` with the networks, the arguments and the errors of :func:`mlp_vae`.
+    """Build an :class:`Autoencoder` of fully connected networks. Invalid arguments raise the errors of `mlp_vae`.
 
-    The number of dimensions of the code is `latent_dim`.
+    Arguments:
+        event_shape, hidden_dims, likelihood, options: as in :func:`mlp_vae`.
+        latent_dim: Z, the number of dimensions of the code.
 
     Example:
         >>> import torch

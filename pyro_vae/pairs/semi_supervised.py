@@ -33,9 +33,7 @@ class SemiSupervisedVAE(Labelled):
     ``pv.ELBO().bound``, call ``vae.eval()``.
 
     Arguments:
-        prior: a module that returns the distribution of one z.
-        likelihood: a module from z and y's indicator vector to the distribution of x.
-        posterior: a module from x and y's indicator vector to the distribution of z.
+        prior, likelihood, posterior: as in :class:`ConditionalVAE`, where y is indicator vectors.
         classifier: a network from (N, *event) to (N, C), the logits of q(y|x).
         num_classes: C, the number of classes.
         classifier_weight: alpha, at least 0.
@@ -46,9 +44,7 @@ class SemiSupervisedVAE(Labelled):
 
     Example:
         >>> import torch, pyro_vae as pv
-        >>> vae = pv.mlp_semi_supervised_vae(
-        ...     (5,), latent_dim=2, num_classes=3, hidden_dims=(16,), likelihood="gaussian", classifier_weight=10.0
-        ... )
+        >>> vae = pv.mlp_semi_supervised_vae((5,), latent_dim=2, num_classes=3, likelihood="gaussian")
         >>> x, y = torch.randn(100, 5), torch.randint(-1, 3, (100,))  # -1 is an unobserved label
         >>> history = pv.fit(vae, (x, y), pv.ELBO(gradient="score"), epochs=1)
         >>> vae.classify(x).shape
@@ -60,7 +56,6 @@ class SemiSupervisedVAE(Labelled):
 
     classifier: nn.Module
     num_classes: int
-    uniform: Tensor
 
     def __init__(
         self,
@@ -79,7 +74,6 @@ class SemiSupervisedVAE(Labelled):
         super().__init__(prior=prior, likelihood=likelihood, posterior=posterior, classifier=classifier)
         self.num_classes = num_classes
         self.classifier_weight = classifier_weight
-        self.register_buffer("uniform", torch.zeros(num_classes), persistent=False)
 
     def model(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model p(y) p(z) p(x|z, y), as a Pyro function. It returns the value at site ``x``.
@@ -90,7 +84,7 @@ class SemiSupervisedVAE(Labelled):
         """
         self._register("prior", "likelihood")
         with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed, _):
-            label = pyro.sample("y", dist.Categorical(logits=self.uniform))
+            label = pyro.sample("y", dist.Categorical(logits=x.new_zeros(self.num_classes)))
             observed = observed[..., 0]
             if y is not None:  # for other guides, since this pair's guide proposes only the observed label
                 contradicts = (observed != UNOBSERVED) & (label != observed)
