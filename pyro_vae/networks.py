@@ -31,8 +31,7 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
 class Concatenated(nn.Module):
     """A network of several arguments, which flattens and concatenates them for a network of one argument.
 
-    Arguments:
-        network: a network from (N, D + Y + ...), where the arguments have shapes (N, *event), (N, Y), ...
+    Arguments of shapes (N, *event), (N, Y), ... are together one input (N, D + Y + ...) of `network`.
 
     Example:
         >>> import torch
@@ -126,9 +125,8 @@ def conv_decoder(
     Each entry of `channels` adds a transposed convolution of stride 2, which doubles height and width.
 
     Arguments:
-        channels: the number of channels before each doubling.
         event_shape: (C, H, W), of any height and width.
-        residual_blocks: the number of :class:`ResidualBlock` before each doubling.
+        channels, residual_blocks: as in :func:`conv_encoder`, before each doubling.
 
     Example:
         >>> import torch

@@ -50,12 +50,10 @@ def mlp_vae(
             either, or a size that is not positive.
 
     Example:
-        >>> mlp_vae((1, 28, 28), latent_dim=20, hidden_dims=(400,)).generate(3).shape
+        >>> import pyro_vae as pv
+        >>> vae = pv.mlp_vae((1, 28, 28), latent_dim=20, posterior=pv.LowRankNormal, posterior_options={"rank": 4})
+        >>> vae.generate(3).shape
         torch.Size([3, 1, 28, 28])
-        >>> from pyro_vae.posteriors import LowRankNormal
-        >>> vae = mlp_vae((5,), latent_dim=3, posterior=LowRankNormal, posterior_options={"rank": 4})
-        >>> vae.posterior.rank
-        4
     """
     _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], hidden_dims=hidden_dims)
     chosen = check_posterior(posterior, posterior_options)
@@ -207,8 +205,7 @@ def mlp_hierarchical_vae(
         guide: ``"ladder"`` for :class:`Ladder`, ``"bottom_up"`` for :class:`BottomUp`.
 
     Raises:
-        ValueError: an unknown guide or likelihood, an unknown option, a size that is not positive, or another number of
-            widths than of layers.
+        ValueError: an unknown guide, another number of widths than of layers, or any reason of :func:`mlp_vae`.
 
     Example:
         >>> mlp_hierarchical_vae((1, 28, 28), latent_dims=(32, 16), hidden_dims=(400, 200)).generate(3).shape
