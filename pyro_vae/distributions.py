@@ -17,8 +17,7 @@ class NormalMixture(dist.MixtureOfDiagNormals):
     @property
     def mean(self) -> Tensor:
         """The mean, of shape (*batch, Z)."""
-        mean: Tensor = (self.categorical.probs.unsqueeze(-1) * self.locs).sum(-2)
-        return mean
+        return (self.categorical.probs.unsqueeze(-1) * self.locs).sum(-2)
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Reparameterised samples of shape (*sample_shape, *batch, Z)."""

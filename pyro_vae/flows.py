@@ -70,16 +70,13 @@ class Flow(nn.Module):
                 f"length={length!r}. For one latent dimension, use DiagonalNormal."
             )
         if isinstance(hidden_dims, int) or not hidden_dims or min(hidden_dims) < latent_dim:
-            raise PyroVAEError(
-                f"expected hidden layers of width latent_dim={latent_dim} or more, got hidden_dims={hidden_dims!r}. "
-                "Widen them."
-            )
+            expected = f"hidden layers of width latent_dim={latent_dim} or more"
+            raise PyroVAEError(f"expected {expected}, got hidden_dims={hidden_dims!r}. Widen them.")
         # Every second transform reverses the order of the dimensions, so that each can depend on every other.
         order = torch.arange(latent_dim)
-        make = _MAKERS[kind]
         self.context_dim = context_dim
         self.steps = nn.ModuleList(
-            make(order.flip(0) if i % 2 else order, context_dim, list(hidden_dims)) for i in range(length)
+            _MAKERS[kind](order.flip(0) if i % 2 else order, context_dim, list(hidden_dims)) for i in range(length)
         )
         self.flips = kind == "coupling"
 
@@ -118,10 +115,9 @@ class Affine(transforms.AffineAutoregressive):
         default = torch.get_default_dtype()  # in which Pyro allocates the inverse
         torch.set_default_dtype(y.dtype)
         try:
-            inverse: Tensor = super()._inverse(y)
+            return super()._inverse(y)
         finally:
             torch.set_default_dtype(default)
-        return inverse
 
 
 class ConditionalAffine(transforms.ConditionalAffineAutoregressive):
@@ -135,10 +131,8 @@ class ConditionalAffine(transforms.ConditionalAffineAutoregressive):
 
 
 def _network(order: Any, context_dim: int, hidden_dims: list[int], numbers: list[int]) -> nn.Module:
-    """An autoregressive network with a fixed order of dimensions.
-
-    Pyro's default order is random and lies in a buffer, and a checkpoint of plain functions holds no buffers.
-    """
+    """An autoregressive network with a fixed order of dimensions."""
+    # Pyro's default order is random and lies in a buffer, and a checkpoint of plain functions holds no buffers.
     if context_dim:
         return ConditionalAutoRegressiveNN(len(order), context_dim, hidden_dims, numbers, permutation=order)
     return AutoRegressiveNN(len(order), hidden_dims, numbers, permutation=order)

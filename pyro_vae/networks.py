@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor, nn
 
 
 def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor) -> Tensor:
-    """Apply a network that takes one batch dimension to a tensor with any number of batch dimensions.
+    """Apply a network of one batch dimension to any number of these, and return outputs (*batch, *features).
 
     Vectorised particles and ``Predictive`` add batch dimensions on the left, and convolutions take exactly one.
 
@@ -18,9 +18,6 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
         x: a tensor of shape (*batch, *event).
         event_dim: the number of event dimensions of x.
         given: conditions such as labels, vectors of shape (..., Y). Their batch dimensions and those of x broadcast.
-
-    Returns:
-        The network's outputs, of shape (*batch, *features).
     """
     split = x.dim() - event_dim
     if split == 1 and not given:
@@ -34,12 +31,11 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
 class Concatenated(nn.Module):
     """A network of several arguments, which flattens and concatenates them for a network of one argument.
 
-    Arguments:
-        network: a network from (N, D + Y + ...), where the arguments have shapes (N, *event), (N, Y), ...
+    Arguments of shapes (N, *event), (N, Y), ... are together one input (N, D + Y + ...) of `network`.
 
     Example:
         >>> import torch
-        >>> Concatenated(mlp(4 + 2, [8], 3))(torch.zeros(5, 2, 2), torch.zeros(5, 2)).shape
+        >>> Concatenated(torch.nn.Linear(4 + 2, 3))(torch.zeros(5, 2, 2), torch.zeros(5, 2)).shape
         torch.Size([5, 3])
     """
 
@@ -61,7 +57,6 @@ def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.S
     Arguments:
         in_features: the number of elements of one datum.
         hidden_dims: the width of each hidden layer.
-        out_features: the width of the output.
 
     Example:
         >>> import torch
@@ -76,10 +71,7 @@ def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.S
 
 
 class ResidualBlock(nn.Module):
-    """A residual block of two convolutions, which maps (N, C, H, W) to the same shape.
-
-    Arguments:
-        channels: C, the number of channels.
+    """A residual block of two convolutions, which maps (N, channels, H, W) to the same shape.
 
     Example:
         >>> import torch
@@ -110,7 +102,6 @@ def conv_encoder(
     Arguments:
         event_shape: (C, H, W).
         channels: the number of channels after each halving.
-        out_features: the width of the output.
         residual_blocks: the number of :class:`ResidualBlock` after each halving.
 
     Example:
@@ -118,32 +109,24 @@ def conv_encoder(
         >>> conv_encoder((1, 28, 28), [8, 16], 10)(torch.zeros(5, 1, 28, 28)).shape
         torch.Size([5, 10])
     """
-    widths = [event_shape[0], *channels]
     layers: list[nn.Module] = []
-    for narrow, wide in pairwise(widths):
+    for narrow, wide in pairwise([event_shape[0], *channels]):
         residual = [ResidualBlock(wide) for _ in range(residual_blocks)]
         layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), *residual, nn.SiLU()]
-    small = (channels[-1], *(_sizes(event_shape, len(channels))[-1]))
+    small = (channels[-1], *_sizes(event_shape, len(channels))[-1])
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(prod(small), out_features))
 
 
 def conv_decoder(
-    in_features: int,
-    channels: Sequence[int],
-    out_channels: int,
-    event_shape: Sequence[int],
-    residual_blocks: int = 0,
+    in_features: int, channels: Sequence[int], out_channels: int, event_shape: Sequence[int], residual_blocks: int = 0
 ) -> nn.Sequential:
     """A convolutional network from (N, in_features) to images (N, out_channels, H, W), the mirror image of the encoder.
 
     Each entry of `channels` adds a transposed convolution of stride 2, which doubles height and width.
 
     Arguments:
-        in_features: the width of the input.
-        channels: the number of channels before each doubling.
-        out_channels: the number of channels of the output.
         event_shape: (C, H, W), of any height and width.
-        residual_blocks: the number of :class:`ResidualBlock` before each doubling.
+        channels, residual_blocks: as in :func:`conv_encoder`, before each doubling.
 
     Example:
         >>> import torch
@@ -151,26 +134,17 @@ def conv_decoder(
         torch.Size([5, 2, 27, 28])
     """
     sizes = _sizes(event_shape, len(channels))[::-1]
-    widths = [*channels, out_channels]
-    layers: list[nn.Module] = [
-        nn.Linear(in_features, channels[0] * prod(sizes[0])),
-        nn.Unflatten(1, (channels[0], *sizes[0])),
-    ]
-    for i in range(len(channels)):
-        # A stride of 2 gives 2 s - 1 rows for s, so an even target needs one more.
-        (height, width), (target_height, target_width) = sizes[i], sizes[i + 1]
-        extra = (target_height - (2 * height - 1), target_width - (2 * width - 1))
-        layers += [
-            *(ResidualBlock(widths[i]) for _ in range(residual_blocks)),
-            nn.SiLU(),
-            nn.ConvTranspose2d(widths[i], widths[i + 1], 3, stride=2, padding=1, output_padding=extra),
-        ]
+    small = (channels[0], *sizes[0])
+    layers: list[nn.Module] = [nn.Linear(in_features, prod(small)), nn.Unflatten(1, small)]
+    for (wide, narrow), (height, width) in zip(pairwise([*channels, out_channels]), sizes[1:], strict=True):
+        residual = [ResidualBlock(wide) for _ in range(residual_blocks)]
+        # A stride of 2 gives 2 s - 1 rows for s, so an even height or width needs one more.
+        extra = (1 - height % 2, 1 - width % 2)
+        layers += [*residual, nn.SiLU(), nn.ConvTranspose2d(wide, narrow, 3, stride=2, padding=1, output_padding=extra)]
     return nn.Sequential(*layers)
 
 
 def _sizes(event_shape: Sequence[int], halvings: int) -> list[tuple[int, int]]:
     """Height and width before the first halving and after each, rounded as a convolution of stride 2 does."""
-    sizes = [(event_shape[1], event_shape[2])]
-    for _ in range(halvings):
-        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-    return sizes
+    height, width = event_shape[1:]
+    return [(ceil(height / 2**i), ceil(width / 2**i)) for i in range(halvings + 1)]

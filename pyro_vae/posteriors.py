@@ -35,6 +35,9 @@ class Posterior(nn.Module, ABC):
     Arguments:
         encoder: a network from (N, *event) to (N, features). Its further arguments are conditions such as labels.
         event_shape: the shape of one datum.
+
+    Raises:
+        ValueError: when it runs: the encoder has a number of outputs that is not :meth:`features_for` for any Z.
     """
 
     def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...]) -> None:
@@ -71,16 +74,11 @@ class DiagonalNormal(Posterior):
     .. math:: q(z \\mid x) = \\mathcal N\\bigl(z; \\mu(x), \\operatorname{diag} \\sigma(x)^2\\bigr)
 
     Arguments:
-        encoder: a network from (N, *event) to (N, 2 Z): the means, then the logs of the scales.
-        event_shape: the shape of one datum.
-
-    Raises:
-        ValueError: the encoder has an odd number of outputs.
+        encoder, event_shape: as in :class:`Posterior`, with 2 Z outputs: the means, then the logs of the scales.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> DiagonalNormal(mlp(4, [8], 2 * 3), (4,))(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.DiagonalNormal(torch.nn.Linear(4, 2 * 3), (4,))(torch.zeros(5, 4)).event_shape
         torch.Size([3])
 
     References:
@@ -111,17 +109,12 @@ class FullNormal(Posterior):
     The KL to a standard normal has a closed form. The density costs O(Z^2) operations for each datum.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, Z (Z + 3) / 2): the means, then the rows of a lower triangle. The
-            triangle has the logs of sigma on its diagonal and N below the diagonal.
-        event_shape: the shape of one datum.
-
-    Raises:
-        ValueError: the encoder's number of outputs is not Z (Z + 3) / 2 for any Z.
+        encoder, event_shape: as in :class:`Posterior`, with Z (Z + 3) / 2 outputs: the means, then the rows of a lower
+            triangle. The triangle has the logs of sigma on its diagonal and N below the diagonal.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> FullNormal(mlp(4, [8], FullNormal.features_for(3)), (4,))(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.FullNormal(torch.nn.Linear(4, pv.FullNormal.features_for(3)), (4,))(torch.zeros(5, 4)).event_shape
         torch.Size([3])
     """
 
@@ -154,17 +147,16 @@ class LowRankNormal(Posterior):
     normal has a closed form.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, (2 + R) Z): the means, the logs of sigma, then the columns of F.
-        event_shape: the shape of one datum.
+        encoder, event_shape: as in :class:`Posterior`, with (2 + R) Z outputs: the means, the logs of sigma, then the
+            columns of F.
         rank: R, the number of columns of F.
 
     Raises:
-        ValueError: `rank` is not a positive integer, or the encoder's number of outputs is not a multiple of 2 + R.
+        ValueError: `rank` is not a positive integer.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> LowRankNormal(mlp(4, [8], 4 * 3), (4,), rank=2)(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.LowRankNormal(torch.nn.Linear(4, 4 * 3), (4,), rank=2)(torch.zeros(5, 4)).event_shape
         torch.Size([3])
 
     References:
@@ -201,19 +193,16 @@ class MixturePosterior(Posterior):
     ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, K (2 Z + 1)): the logits of the weights, then the means and the log
-            scales of each component.
-        event_shape: the shape of one datum.
+        encoder, event_shape: as in :class:`Posterior`, with K (2 Z + 1) outputs: the logits of the weights, then the
+            means and the log scales of each component.
         components: K, the number of components.
 
     Raises:
-        ValueError: `components` is not a positive integer, or the encoder's number of outputs is not K (2 Z + 1) for
-            any Z.
+        ValueError: `components` is not a positive integer.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> MixturePosterior(mlp(4, [8], MixturePosterior.features_for(3)), (4,))(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.MixturePosterior(torch.nn.Linear(4, 2 * 7), (4,), components=2)(torch.zeros(5, 4)).event_shape
         torch.Size([3])
 
     References:
@@ -251,29 +240,22 @@ class FlowPosterior(Posterior):
     The KL has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        encoder: a network from (N, *event) to (N, 2 Z + C): the means, the logs of the scales, and the context h(x).
-        event_shape: the shape of one datum.
-        latent_dim: Z, at least 2.
-        flow: the kind of transform, ``"iaf"``, ``"spline"`` or ``"coupling"``; see :class:`~pyro_vae.flows.Flow`.
-        length: the number of transforms.
-        hidden_dims: the widths of the hidden layers of each transform's network; None is one layer of width
-            max(64, 2 Z).
+        encoder, event_shape: as in :class:`Posterior`, with 2 Z + C outputs: the means, the logs of the scales, then
+            the context h(x).
+        latent_dim, length, hidden_dims: as in :class:`~pyro_vae.flows.Flow`.
+        flow: the `kind` of the :class:`~pyro_vae.flows.Flow`, ``"iaf"``, ``"spline"`` or ``"coupling"``.
         context_dim: C, the length of h(x); None is Z.
 
     Raises:
-        ValueError: an unknown flow, fewer than 2 latent dimensions, or an encoder whose number of outputs is not
-            2 Z + C.
+        ValueError: an invalid argument of :class:`~pyro_vae.flows.Flow`, or a negative `context_dim`.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> encoder = mlp(4, [8], FlowPosterior.features_for(3))
-        >>> FlowPosterior(encoder, (4,), 3, flow="spline")(torch.zeros(5, 4)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.FlowPosterior(torch.nn.Linear(4, 9), (4,), latent_dim=3, flow="spline")(torch.zeros(5, 4)).event_shape
         torch.Size([3])
 
     References:
         Rezende and Mohamed (2015), *Variational Inference with Normalizing Flows*, ICML.
-        Kingma et al. (2016), *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS.
     """
 
     def __init__(
@@ -288,12 +270,17 @@ class FlowPosterior(Posterior):
     ) -> None:
         super().__init__(encoder, event_shape)
         self.latent_dim = latent_dim
-        self.flow = Flow(latent_dim, flow, length, hidden_dims, self._context_size(latent_dim, context_dim))
+        size = self.features_for(latent_dim, context_dim) - 2 * latent_dim
+        self.flow = Flow(latent_dim, flow, length, hidden_dims, size)
 
     @classmethod
     def features_for(cls, latent_dim: int, context_dim: int | None = None, **options: Any) -> int:
         """2 Z + C."""
-        return 2 * latent_dim + cls._context_size(latent_dim, context_dim)
+        size = latent_dim if context_dim is None else context_dim
+        if not isinstance(size, int) or size < 0:
+            fix = "Pass 0 for a flow that does not depend on x."
+            raise PyroVAEError(f"expected context_dim to be an integer of at least 0, got {size!r}. {fix}")
+        return 2 * latent_dim + size
 
     @classmethod
     def build(cls, encoder: nn.Module, event_shape: tuple[int, ...], latent_dim: int, **options: Any) -> Self:
@@ -310,16 +297,6 @@ class FlowPosterior(Posterior):
         base, context = self._base(apply_batched(self.encoder, x, len(self.event_shape), *given))
         return ComposeTransform(self.flow(context))(base.mean)
 
-    @staticmethod
-    def _context_size(latent_dim: int, context_dim: int | None) -> int:
-        size = latent_dim if context_dim is None else context_dim
-        if not isinstance(size, int) or size < 0:
-            raise PyroVAEError(
-                f"expected context_dim to be an integer of at least 0, got {size!r}. Pass 0 for a flow that does not "
-                "depend on x."
-            )
-        return size
-
     def _base(self, features: Tensor) -> tuple[Any, Tensor | None]:
         sizes = [self.latent_dim, self.latent_dim, self.flow.context_dim]
         if features.shape[-1] != sum(sizes):
@@ -334,15 +311,11 @@ def _wrong_outputs(expected: str, features: Tensor) -> PyroVAEError:
 
 
 class Unconditional(nn.Module):
-    r"""A normal q(z) that does not depend on x, to demonstrate posterior collapse.
+    r"""A normal q(z) of Z = `latent_dim` dimensions that does not depend on x, to demonstrate posterior collapse.
 
     .. math:: q(z \mid x) = \mathcal N(z; \mu, \operatorname{diag} \sigma^2) \quad \text{for every } x
 
     The ELBO is highest where q is the prior and the decoder ignores z: the posterior collapses by construction.
-
-    Arguments:
-        latent_dim: Z.
-        event_shape: the shape of one datum.
 
     Example:
         >>> import torch

@@ -14,12 +14,9 @@ __all__ = ["FlowPrior", "MixturePrior", "StandardNormal", "VampPrior"]
 
 
 class StandardNormal(nn.Module):
-    """A standard normal prior.
+    """A standard normal prior of Z = `latent_dim` dimensions.
 
     .. math:: p(z) = \\mathcal N(z; 0, I)
-
-    Arguments:
-        latent_dim: Z, the number of latent dimensions.
 
     Example:
         >>> StandardNormal(3)().event_shape
@@ -40,16 +37,12 @@ class StandardNormal(nn.Module):
 
 
 class MixturePrior(nn.Module):
-    r"""A mixture of diagonal normals with learned weights, means and scales.
+    r"""A mixture of K = `components` diagonal normals of Z = `latent_dim` dimensions. All its parameters are learned.
 
     .. math:: p(z) = \sum_{k=1}^K \pi_k\, \mathcal N(z; \mu_k, \operatorname{diag} \sigma_k^2)
 
     Initially the weights are equal, the scales are 1, and the means are draws from a standard normal. The KL to this
     prior has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
-
-    Arguments:
-        latent_dim: Z, the number of latent dimensions.
-        components: K, the number of components.
 
     Example:
         >>> MixturePrior(3, components=10)().event_shape
@@ -89,9 +82,8 @@ class VampPrior(nn.Module):
 
     Example:
         >>> import torch, pyro_vae as pv
-        >>> data = torch.rand(100, 4).round()
         >>> vae = pv.mlp_vae((4,), latent_dim=3)
-        >>> vae.prior = VampPrior(vae.posterior, data[:20])
+        >>> vae.prior = pv.VampPrior(vae.posterior, torch.rand(20, 4).round())
         >>> vae.prior().event_shape
         torch.Size([3])
 
@@ -104,12 +96,9 @@ class VampPrior(nn.Module):
         dtype, shape = pseudo_inputs.dtype, tuple(pseudo_inputs.shape)
         event_shape = getattr(posterior, "event_shape", shape[1:])
         if not dtype.is_floating_point:
-            fix = "Convert them: pseudo_inputs.float()."
-            raise PyroVAEError(f"expected pseudo_inputs of floating point, got {dtype}. {fix}")
+            raise PyroVAEError(f"expected pseudo_inputs of floating point, got {dtype}. Pass pseudo_inputs.float().")
         if len(shape) < 2 or shape[1:] != event_shape:
-            raise PyroVAEError(
-                f"expected pseudo_inputs of shape (K, *{event_shape}), got {shape}. Pass some of the data."
-            )
+            raise PyroVAEError(f"expected pseudo_inputs of shape (K, *{event_shape}), got {shape}. Pass some data.")
         self.posterior = posterior
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
 
@@ -127,12 +116,9 @@ class FlowPrior(nn.Module):
     The KL to this prior has no closed form: use ``pv.ELBO(kl="monte_carlo")``.
 
     Arguments:
-        latent_dim: Z, at least 2.
-        flow: the kind of transform, ``"coupling"``, ``"iaf"`` or ``"spline"``. The last two are inverted here, since
+        latent_dim, length, hidden_dims: as in :class:`~pyro_vae.flows.Flow`.
+        flow: the `kind` of the flow, ``"coupling"``, ``"iaf"`` or ``"spline"``. The last two are inverted here, since
             training needs the density of given values. That density costs one pass, and a sample costs Z passes.
-        length: the number of transforms.
-        hidden_dims: the widths of the hidden layers of each transform's network; None is one layer of width
-            max(64, 2 Z).
 
     Raises:
         ValueError: an unknown flow, or fewer than 2 latent dimensions.

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
+
+IN_EPOCHS = "For a number of epochs, multiply it by the minibatches of an epoch."
 
 
 # The names are in lower case so that a schedule's repr, which checkpoints record, is the code that builds it.
@@ -17,8 +19,7 @@ class warm_up:
     epochs are not comparable.
 
     Arguments:
-        steps: the number of steps of the warm-up. A step is one minibatch; an epoch has N / batch_size steps, rounded
-            up.
+        steps: the number of steps of the warm-up. A step is one minibatch, so an epoch has N / batch_size, rounded up.
         start: beta at step 0.
         stop: beta from step `steps` on.
 
@@ -43,7 +44,7 @@ class warm_up:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_counts(steps=self.steps)
+        require_count("steps", self.steps, IN_EPOCHS)
         _check_values(start=self.start, stop=self.stop)
 
     def __call__(self, step: int) -> float:
@@ -62,7 +63,7 @@ class cyclical:
         \quad \text{for } t < \mathrm{cycles} \cdot \mathrm{period}, \qquad \text{then stop}
 
     Arguments:
-        period: the number of steps of a cycle. A step is one minibatch; an epoch has N / batch_size steps, rounded up.
+        period: the number of steps of a cycle, as in :class:`warm_up`.
         cycles: the number of cycles.
         ramp: the fraction of a cycle in which beta rises, above 0 and at most 1. In the rest of the cycle beta is
             `stop`.
@@ -89,12 +90,11 @@ class cyclical:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_counts(period=self.period, cycles=self.cycles)
+        require_count("period", self.period, IN_EPOCHS)
+        require_count("cycles", self.cycles)
         if not 0 < self.ramp <= 1:
-            raise PyroVAEError(
-                f"expected ramp to be a fraction of the cycle, above 0 and at most 1, got {self.ramp!r}. Divide steps "
-                "by period."
-            )
+            expected = "a fraction of the cycle, above 0 and at most 1"
+            raise PyroVAEError(f"expected ramp to be {expected}, got {self.ramp!r}. Divide steps by period.")
         _check_values(stop=self.stop)
 
     def __call__(self, step: int) -> float:
@@ -102,13 +102,6 @@ class cyclical:
         if step >= self.period * self.cycles:
             return self.stop
         return self.stop * min(step % self.period / (self.ramp * self.period), 1.0)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            epochs = "" if name == "cycles" else " For a number of epochs, multiply it by the minibatches of an epoch."
-            raise PyroVAEError(f"expected {name} to be a positive integer, got {value!r}.{epochs}")
 
 
 def _check_values(**values: float) -> None:

@@ -109,8 +109,8 @@ def check_densities(model: Sites, guide: Sites) -> None:
     if points and not auxiliary:
         raise PyroVAEError(
             f"guide site '{points[0]}' is a point (Delta): expected a density, since log p(x, z) - log q(z|x) at a "
-            "point is not a bound. Use a guide with a spread, or pv.ELBO(kl='monte_carlo')'s loss for a maximum a "
-            "posteriori fit."
+            "point is not a bound. Use a guide with a spread. For a maximum a posteriori fit, use the loss of "
+            "pv.ELBO(kl='monte_carlo')."
         )
     sizes = [sum(_size(guide[n], guide[n]) for n in auxiliary), sum(_size(guide[n], model[n]) for n in points)]
     if sizes[0] != sizes[1]:

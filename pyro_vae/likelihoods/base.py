@@ -25,7 +25,8 @@ class Likelihood(nn.Module):
         event_shape: the shape of one datum.
 
     Raises:
-        ValueError: `decoder` is not a module, or `event_shape` is not a tuple.
+        ValueError: `decoder` is not a module, or `event_shape` is not a tuple. When a model runs: x is outside the
+            support, as :meth:`check` says.
 
     Example:
         >>> import pyro.distributions as dist, torch, pyro_vae as pv
@@ -113,8 +114,7 @@ class Likelihood(nn.Module):
             distribution: the result of :meth:`forward`.
             x: data of a distribution with a mask. The statistic is then conditional on the observed elements of x.
         """
-        mean: Tensor = distribution.mean
-        return mean
+        return distribution.mean
 
     def from_statistic(self, statistic: Tensor) -> Tensor:
         """The prediction of x, (*batch, *event), from a statistic or its average. Here it is the statistic."""

@@ -17,16 +17,11 @@ class Bernoulli(Likelihood):
     .. math:: \\log p(x \\mid z) = \\sum_d x_d \\log \\pi_d(z) + (1 - x_d) \\log (1 - \\pi_d(z))
 
     Arguments:
-        decoder: a network from (N, Z) to one logit for each element of a datum.
-        event_shape: the shape of one datum.
-
-    Raises:
-        ValueError: when a model runs: x has values other than 0 and 1.
+        decoder, event_shape: as in :class:`Likelihood`, with one logit for each element of a datum.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> Bernoulli(mlp(2, [8], 4), (4,))(torch.zeros(5, 2)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.Bernoulli(torch.nn.Linear(2, 4), (4,))(torch.zeros(5, 2)).event_shape
         torch.Size([4])
     """
 
@@ -36,7 +31,7 @@ class Bernoulli(Likelihood):
         return PixelBernoulli(logits=logits)
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless x is binary."""
+        """Raise ValueError unless x is zeros and ones."""
         others = x[(x != 0) & (x != 1)]
         if len(others):
             raise PyroVAEError(
@@ -51,18 +46,15 @@ class PixelBernoulli(dist.Bernoulli):
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.TorchDistribution:
         """The distribution with batch dimensions on the right as event dimensions; None is all batch dimensions."""
-        return _PixelEvent(
-            self, len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
-        )
+        dims = len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
+        return _PixelEvent(self, dims)
 
 
 class _PixelEvent(dist.Independent):
-    """Independent Bernoulli pixels with log p(x) = sum_d x_d l_d - log(1 + e^l_d).
+    """Independent Bernoulli pixels with log p(x) = sum_d x_d l_d - log(1 + e^l_d)."""
 
-    This takes one new tensor of the logits' size and a matrix-vector product. The two sums lose digits where pixels are
-    almost surely 1, but not where they are almost surely 0, as most pixels are.
-    """
-
+    # This takes one new tensor of the logits' size and a matrix-vector product. The two sums lose digits where pixels
+    # are almost surely 1, but not where they are almost surely 0, as most pixels are.
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-probability, of shape (*batch,)."""
         if self._validate_args:
@@ -75,14 +67,10 @@ class _PixelEvent(dist.Independent):
 
 
 def _sum_softplus(logits: Tensor) -> Tensor:
-    """The sum of log(1 + e^l) over the last dimension.
-
-    Logarithms take half of the time, so without a gradient four pixels share one. For each pixel
-    log(1 + e^l) = max(l, 0) + log(1 + e^-|l|). The sum of four such logarithms is the logarithm of a product between 1
-    and 16.
-    """
+    """The sum of log(1 + e^l) = max(l, 0) + log(1 + e^-|l|) over the last dimension."""
     if logits.requires_grad and torch.is_grad_enabled():
         return softplus(logits, threshold=40).sum(-1)  # above 40, softplus(l) is l in float64
+    # Logarithms take half of the time, so four pixels share the logarithm of a product, which is between 1 and 16.
     quarter = logits.shape[-1] // 4
     factors = logits.abs().neg_().exp_().add_(1)
     a, b, c, d, rest = factors.split([quarter, quarter, quarter, quarter, logits.shape[-1] - 4 * quarter], -1)
@@ -95,16 +83,11 @@ class ContinuousBernoulli(Likelihood):
     .. math:: \log p(x \mid z) = \sum_d x_d\, l_d(z) - \log (1 + e^{l_d(z)}) + \log \frac{l_d(z)}{\tanh (l_d(z) / 2)}
 
     Arguments:
-        decoder: a network from (N, Z) to one logit l for each element of a datum.
-        event_shape: the shape of one datum.
-
-    Raises:
-        ValueError: when a model runs: x has values outside [0, 1].
+        decoder, event_shape: as in :class:`Likelihood`, with one logit l for each element of a datum.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> ContinuousBernoulli(mlp(2, [8], 4), (4,)).decode(torch.zeros(5, 2)).shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.ContinuousBernoulli(torch.nn.Linear(2, 4), (4,)).decode(torch.zeros(5, 2)).shape
         torch.Size([5, 4])
 
     References:

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.nn.functional import softplus
 from torch.types import _size
 
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.likelihoods.real import refuse_min_scale
 
@@ -25,9 +25,8 @@ class LowRankGaussian(Likelihood):
     grainy. Here the noise is correlated through F. Cost and memory grow as D R, not as D^2.
 
     Arguments:
-        decoder: a network from (N, Z) to the means, (N, D). With ``shared=False`` its outputs are (N, (R + 2) D): the
-            means, the R columns of F, then the sigmas before softplus.
-        event_shape: the shape of one datum, of D elements.
+        decoder, event_shape: as in :class:`Likelihood`, with the D means. With ``shared=False`` the R columns of F,
+            then the sigmas before softplus, come after the means.
         rank: R, the number of columns of F.
         shared: True for F and sigma as parameters that all data share, False for F and sigma as decoder outputs.
         min_scale: a constant that is added to each sigma, as in :class:`Gaussian`.
@@ -36,9 +35,8 @@ class LowRankGaussian(Likelihood):
         ValueError: `rank` is not a positive integer, `shared` is not a boolean, or `min_scale` is negative.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> LowRankGaussian(mlp(2, [8], 4), (2, 2), rank=1)(torch.zeros(5, 2)).rsample().shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.LowRankGaussian(torch.nn.Linear(2, 4), (2, 2), rank=1)(torch.zeros(5, 2)).rsample().shape
         torch.Size([5, 2, 2])
 
     References:
@@ -67,10 +65,7 @@ class LowRankGaussian(Likelihood):
     @classmethod
     def features_for(cls, rank: int = 5, shared: bool = True, min_scale: float = 0.01, **options: Any) -> int:
         """1 if the covariance is shared, R + 2 otherwise."""
-        if not isinstance(rank, int) or rank < 1:
-            raise PyroVAEError(
-                f"expected rank to be a positive integer, got {rank!r}. For rank 0, use a Gaussian likelihood."
-            )
+        require_count("rank", rank, "For rank 0, use a Gaussian likelihood.")
         if not isinstance(shared, bool):
             raise PyroVAEError(
                 f"expected shared to be True or False, got {shared!r}. Pass False for a covariance that depends on z."
@@ -80,19 +75,17 @@ class LowRankGaussian(Likelihood):
 
     def event_distribution(self, *features: Tensor, mask: Tensor | None) -> dist.TorchDistribution:
         """The normal whose means are the first features. With a mask, the density includes only observed elements."""
-        if self.shared:
-            (loc,) = features
-            factor: Tensor = self.factor
-            raw_scale: Tensor = self.raw_scale
-        else:
+        if not self.shared:
             loc, *columns, raw_scale = features
             factor = torch.stack(columns, -1)
+        else:
+            (loc,) = features
+            factor, raw_scale = self.factor, self.raw_scale
         return LowRankEvent(loc, factor, softplus(raw_scale) + self.min_scale, len(self.event_shape), mask)
 
     def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
         """The mean, or the mean given the observed elements of x if there is an x."""
-        mean: Tensor = distribution.mean if x is None else distribution.conditional_mean(x)
-        return mean
+        return distribution.mean if x is None else distribution.conditional_mean(x)
 
 
 class LowRankEvent(dist.TorchDistribution):
@@ -102,27 +95,15 @@ class LowRankEvent(dist.TorchDistribution):
     scale. For 784 pixels, R = 4, F of 1 and scale 0.02 its error in float32 is 4 nats. Here the quadratic form is a sum
     of squares, and R x R matrices are in float64: the error is 0.001 nats.
 
-    Arguments:
-        loc: the mean, of shape (*batch, *event).
-        factor: F, of shape (*event, R) or (*batch, *event, R).
-        scale: the scale, of shape (*event) or (*batch, *event).
-        event_dim: the number of event dimensions of `loc`.
-        mask: booleans that broadcast to (*batch, *event), True where an element is observed. `log_prob` is the marginal
-            density of the observed elements. Samples and moments include all elements.
+    `loc` has shape (*batch, *event), with `event_dim` event dimensions. `factor` has shape (*event, R) or
+    (*batch, *event, R), and `scale` that shape without R. `log_prob` is the marginal density of the elements where
+    `mask` is True. Samples and moments include all elements.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
     has_rsample = True
 
-    def __init__(
-        self,
-        loc: Tensor,
-        factor: Tensor,
-        scale: Tensor,
-        event_dim: int,
-        mask: Tensor | None = None,
-        validate_args: bool | None = None,
-    ) -> None:
+    def __init__(self, loc: Tensor, factor: Tensor, scale: Tensor, event_dim: int, mask: Tensor | None = None) -> None:
         event_shape = loc.shape[loc.dim() - event_dim :]
         self.loc = loc.flatten(-event_dim)
         self.factor = factor.flatten(-event_dim - 1, -2)
@@ -130,7 +111,7 @@ class LowRankEvent(dist.TorchDistribution):
         if mask is not None:
             mask = mask.expand(torch.broadcast_shapes(mask.shape, event_shape)).flatten(-event_dim)
         self.observed = mask
-        super().__init__(self.loc.shape[:-1], event_shape, validate_args=validate_args)
+        super().__init__(self.loc.shape[:-1], event_shape)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -167,10 +148,7 @@ class LowRankEvent(dist.TorchDistribution):
         return (self.loc + _rows(self.factor, u)).unflatten(-1, self.event_shape)
 
     def _explained(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y, W, the mean u of the factors given y, and the Cholesky factor of their precision.
-
-        y and W are zero at missing elements.
-        """
+        """y and W, zero at missing elements, the mean u of the factors, and the Cholesky factor of their precision."""
         y = (value.flatten(-len(self.event_shape)) - self.loc) / self.scale
         W = self.factor / self.scale[..., None]
         if self.observed is not None:

@@ -12,7 +12,7 @@ from pyro_vae.likelihoods.base import Likelihood
 
 class _Counts(Likelihood):
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless x is counts."""
+        """Raise ValueError unless x is counts 0, 1, 2, ..."""
         fix = "Pass the counts, neither normalised nor their logarithms, or use a Gaussian likelihood."
         self._refuse_unless((x >= 0) & (x % 1 == 0) & x.isfinite(), x, "of counts 0, 1, 2, ...", fix)
 
@@ -23,16 +23,11 @@ class Poisson(_Counts):
     .. math:: \log p(x \mid z) = \sum_d x_d \log \lambda_d(z) - \lambda_d(z) - \log x_d!
 
     Arguments:
-        decoder: a network from (N, Z) to one log rate for each element of a datum. Log rates are clamped to [-30, 30].
-        event_shape: the shape of one datum.
-
-    Raises:
-        ValueError: when a model runs: x has values other than 0, 1, 2, ...
+        decoder, event_shape: as in :class:`Likelihood`, with one log rate for each element, clamped to [-30, 30].
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> Poisson(mlp(2, [8], 4), (4,)).decode(torch.zeros(5, 2)).shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.Poisson(torch.nn.Linear(2, 4), (4,)).decode(torch.zeros(5, 2)).shape
         torch.Size([5, 4])
 
     References:
@@ -59,16 +54,11 @@ class NegativeBinomial(_Counts):
     Poisson.
 
     Arguments:
-        decoder: a network from (N, Z) to one log mean for each element of a datum.
-        event_shape: the shape of one datum.
-
-    Raises:
-        ValueError: when a model runs: x has values other than 0, 1, 2, ...
+        decoder, event_shape: as in :class:`Likelihood`, with one log mean for each element of a datum.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> NegativeBinomial(mlp(2, [8], 4), (4,)).total_count
+        >>> import torch, pyro_vae as pv
+        >>> pv.NegativeBinomial(torch.nn.Linear(2, 4), (4,)).total_count
         tensor([1., 1., 1., 1.], grad_fn=<ExpBackward0>)
 
     References:

@@ -22,18 +22,15 @@ class Categorical(Likelihood):
     The mean of codes is meaningless, so `decode` and `impute` return the most probable category of each element.
 
     Arguments:
-        decoder: a network from (N, Z) to C logits for each element of a datum, (N, C D), one category after the other.
-        event_shape: the shape of one datum.
+        decoder, event_shape: as in :class:`Likelihood`, with C logits for each element, one category after the other.
         categories: C, the number of categories.
 
     Raises:
-        ValueError: `categories` is not an integer of at least 2. When a model runs: x has values other than
-            0, ..., C - 1.
+        ValueError: `categories` is not an integer of at least 2.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> Categorical(mlp(2, [8], 3 * 4), (4,), categories=3).decode(torch.zeros(5, 2)).shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.Categorical(torch.nn.Linear(2, 3 * 4), (4,), categories=3).decode(torch.zeros(5, 2)).shape
         torch.Size([5, 4])
     """
 
@@ -46,10 +43,8 @@ class Categorical(Likelihood):
     def features_for(cls, categories: int | None = None, **options: Any) -> int:
         """C."""
         if not isinstance(categories, int) or categories < 2:
-            raise PyroVAEError(
-                f"expected categories to be an integer of at least 2, got {categories!r}. Pass "
-                "categories=int(x.max()) + 1."
-            )
+            fix = "Pass categories=int(x.max()) + 1."
+            raise PyroVAEError(f"expected categories to be an integer of at least 2, got {categories!r}. {fix}")
         return categories
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
@@ -60,15 +55,14 @@ class Categorical(Likelihood):
         """The probabilities of the categories, (*batch, *event, C)."""
         while not isinstance(distribution, Codes):
             distribution = distribution.base_dist
-        probs: Tensor = distribution.probs
-        return probs
+        return distribution.probs
 
     def from_statistic(self, statistic: Tensor) -> Tensor:
         """The most probable category of each element, (*batch, *event)."""
         return statistic.argmax(-1).to(statistic.dtype)
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless x is codes of the categories."""
+        """Raise ValueError unless x is codes 0, ..., C - 1."""
         valid = (x >= 0) & (x < self.categories) & (x % 1 == 0)
         fix = "Number the categories from 0, or pass a larger number of categories."
         self._refuse_unless(valid, x, f"of codes 0, ..., {self.categories - 1}", fix)
@@ -93,21 +87,17 @@ class DiscretizedLogistic(Likelihood):
     pixels. `decode` returns the exact mean, at the cost of L - 1 passes over the elements.
 
     Arguments:
-        decoder: a network from (N, Z) to the locations, then the log scales, (N, 2 D), in the units of x. For M > 1
-            components its outputs are M logits, M locations and M log scales for each element, (N, 3 M D), in that
-            order.
-        event_shape: the shape of one datum.
+        decoder, event_shape: as in :class:`Likelihood`, with a location, then a log scale for each element, in the
+            units of x. For M > 1 components these are M logits, then M locations, then M log scales.
         levels: L, the number of grey levels.
         components: M, the number of logistics in the mixture.
 
     Raises:
-        ValueError: `levels` is not an integer of at least 2, or `components` is not a positive integer. When a model
-            runs: x has values off the grid.
+        ValueError: `levels` is not an integer of at least 2, or `components` is not a positive integer.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> DiscretizedLogistic(mlp(2, [8], 2 * 4), (4,), levels=16).decode(torch.zeros(5, 2)).shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.DiscretizedLogistic(torch.nn.Linear(2, 2 * 4), (4,), levels=16).decode(torch.zeros(5, 2)).shape
         torch.Size([5, 4])
 
     References:
@@ -147,28 +137,20 @@ class DiscretizedLogistic(Likelihood):
         """Raise ValueError unless x is on the grid."""
         top = self.levels - 1
         fix = f"Pass bytes as x / 255, other grey values as (x * {top}).round() / {top}, or change levels."
-        self._refuse_unless(_on_grid(x, self.levels), x, f"on the grid 0, 1/{top}, ..., 1", fix)
+        self._refuse_unless(_Grid(self.levels).check(x), x, f"on the grid 0, 1/{top}, ..., 1", fix)
 
 
 class LogisticOnGrid(dist.TorchDistribution):
-    """A logistic variable rounded to the nearest of the levels 0, 1/(L - 1), ..., 1.
-
-    Arguments:
-        loc: the location, of shape `batch`.
-        log_scale: the log of the scale, of shape `batch`. The scale is clamped to between 0.001 cells and 1000 grid
-            lengths.
-        levels: L, the number of levels.
-    """
+    """A logistic variable of shape `batch`, rounded to the nearest of the L levels 0, 1/(L - 1), ..., 1."""
 
     arg_constraints: dict[str, Any] = {"loc": constraints.real, "log_scale": constraints.real}  # noqa: RUF012
-    has_rsample = False
 
-    def __init__(self, loc: Tensor, log_scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
+    def __init__(self, loc: Tensor, log_scale: Tensor, levels: int) -> None:
         self.levels = levels
         self.loc, log_scale = torch.broadcast_tensors(loc, log_scale)
-        # Beyond these bounds no probability changes in floating point, and 1 / scale may overflow.
+        # Below 0.001 cells and above 1000 grid lengths no probability changes, and 1 / scale may overflow.
         self.log_scale = log_scale.clamp(-math.log(1e3 * (levels - 1)), math.log(1e3))
-        super().__init__(self.loc.shape, validate_args=validate_args)
+        super().__init__(self.loc.shape)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -233,12 +215,7 @@ class _Grid(constraints.Constraint):
 
     def __init__(self, levels: int) -> None:
         self.levels = levels
-        super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        return _on_grid(value, self.levels)
-
-
-def _on_grid(x: Tensor, levels: int) -> Tensor:
-    level = x * (levels - 1)
-    return ((level - level.round()).abs() < 0.01) & (x > -0.01 / levels) & (level < levels - 0.99)
+        level = value * (self.levels - 1)
+        return ((level - level.round()).abs() < 0.01) & (value > -0.01 / self.levels) & (level < self.levels - 0.99)

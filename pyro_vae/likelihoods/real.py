@@ -18,12 +18,16 @@ class _Scaled(Likelihood):
     fixed_scale: Tensor
 
     def __init__(
-        self, decoder: nn.Module, event_shape: tuple[int, ...], scale: float | str, min_scale: float, **options: Any
+        self,
+        decoder: nn.Module,
+        event_shape: tuple[int, ...],
+        scale: float | Literal["learned", "per_pixel"] = 1.0,
+        min_scale: float = 0.01,
     ) -> None:
         super().__init__(decoder, event_shape)
         self.scale = scale
         self.min_scale = min_scale
-        self.num_features = self.features_for(scale=scale, min_scale=min_scale, **options)
+        self.num_features = self.features_for(scale=scale, min_scale=min_scale)
         if scale == "learned":
             self.log_scale = nn.Parameter(torch.zeros(()))
         elif not isinstance(scale, str):
@@ -62,9 +66,8 @@ class Gaussian(_Scaled):
         = -\\sum_d \\frac{(x_d - \\mu_d(z))^2}{2 \\sigma_d^2} + \\tfrac12 \\log 2 \\pi \\sigma_d^2
 
     Arguments:
-        decoder: a network from (N, Z) to the means, (N, D). With ``"per_pixel"`` its outputs are (N, 2 D): the means,
-            then the sigmas before softplus.
-        event_shape: the shape of one datum.
+        decoder, event_shape: as in :class:`Likelihood`, with one mean for each element of a datum. With
+            ``"per_pixel"``, the sigmas before softplus come after all means.
         scale: a positive number for a fixed sigma. ``"learned"`` is one sigma for all elements, a parameter with
             initial value 1. ``"per_pixel"`` is one sigma for each element of each datum.
         min_scale: a constant that ``"per_pixel"`` adds to each sigma. Without it the likelihood of a constant pixel is
@@ -74,23 +77,13 @@ class Gaussian(_Scaled):
         ValueError: `scale` is not one of these values, or `min_scale` is negative.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> Gaussian(mlp(2, [8], 2 * 4), (4,), scale="per_pixel")(torch.zeros(5, 2)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.Gaussian(torch.nn.Linear(2, 2 * 4), (4,), scale="per_pixel")(torch.zeros(5, 2)).event_shape
         torch.Size([4])
 
     References:
         Rybkin, Daniilidis and Levine (2021), *Simple and Effective VAE Training with Calibrated Decoders*, ICML.
     """
-
-    def __init__(
-        self,
-        decoder: nn.Module,
-        event_shape: tuple[int, ...],
-        scale: float | Literal["learned", "per_pixel"] = 1.0,
-        min_scale: float = 0.01,
-    ) -> None:
-        super().__init__(decoder, event_shape, scale, min_scale)
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """The normal whose means are the first features."""
@@ -106,20 +99,16 @@ class StudentT(_Scaled):
     The variance is :math:`\sigma_d^2\, \nu / (\nu - 2)`, and infinite for :math:`\nu \le 2`.
 
     Arguments:
-        decoder: as in :class:`Gaussian`.
-        event_shape: the shape of one datum.
+        decoder, event_shape, scale, min_scale: as in :class:`Gaussian`.
         df: the degrees of freedom :math:`\nu`, a number above 1, so that the mean exists. ``"learned"`` is one number
             for all elements, a parameter between 1 and 100 with initial value 4.
-        scale: as in :class:`Gaussian`.
-        min_scale: as in :class:`Gaussian`.
 
     Raises:
         ValueError: `df`, `scale` or `min_scale` is not one of these values.
 
     Example:
-        >>> import torch
-        >>> from pyro_vae.networks import mlp
-        >>> StudentT(mlp(2, [8], 4), (4,), df="learned")(torch.zeros(5, 2)).event_shape
+        >>> import torch, pyro_vae as pv
+        >>> pv.StudentT(torch.nn.Linear(2, 4), (4,), df="learned")(torch.zeros(5, 2)).event_shape
         torch.Size([4])
 
     References:
@@ -137,7 +126,8 @@ class StudentT(_Scaled):
         scale: float | Literal["learned", "per_pixel"] = 1.0,
         min_scale: float = 0.01,
     ) -> None:
-        super().__init__(decoder, event_shape, scale, min_scale, df=df)
+        super().__init__(decoder, event_shape, scale, min_scale)
+        self.features_for(df=df)
         if df == "learned":
             self.raw_df = nn.Parameter(torch.tensor(3 / 99).logit())
         else:

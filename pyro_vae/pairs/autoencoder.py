@@ -38,11 +38,7 @@ class Autoencoder(Pair):
         self.likelihood = likelihood
 
     def model(self, x: Tensor, *, subsample_size: int | None = None) -> Tensor:
-        """The model p(x | z = f(x)), as a Pyro function. It returns the value at site ``x``.
-
-        Arguments:
-            x, subsample_size: as in :meth:`VAE.model`.
-        """
+        """The model p(x | z = f(x)), as a Pyro function with these arguments of :meth:`VAE.model`. It returns x."""
         self._register("encoder", "likelihood")
         with self._data(x, None, subsample_size) as (x, _):
             return pyro.sample("x", self.likelihood(self._code(x)), obs=x)

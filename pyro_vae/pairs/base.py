@@ -20,7 +20,6 @@ from pyro_vae.likelihoods import Likelihood
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-
 #: The parts whose type is checked, each with the example in the error message.
 PARTS = {
     "likelihood": ", such as pv.Bernoulli(decoder, event_shape)",
@@ -43,9 +42,16 @@ def in_evaluation_mode(method: Method) -> Method:
 
 
 class Pair(nn.Module):
-    """Base class of model/guide pairs with one plate, ``data``. A subclass defines `model` and `guide`."""
+    """Base class of pairs of named parts with one plate, ``data``. A subclass defines `model` and `guide`."""
 
+    prior: nn.Module
     likelihood: Likelihood
+    posterior: nn.Module
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in PARTS:
@@ -56,14 +62,12 @@ class Pair(nn.Module):
         """Raise ValueError for a part of the wrong type, or of another event shape than the other parts."""
         kind, named = (Likelihood, "pv.Likelihood") if name == "likelihood" else (nn.Module, "torch.nn.Module")
         if not isinstance(part, kind):
-            fix = f"Pass an instance{PARTS[name]}."
-            raise PyroVAEError(f"expected {name} to be a {named}, got {part!r}. {fix}")
+            raise PyroVAEError(f"expected {name} to be a {named}, got {part!r}. Pass an instance{PARTS[name]}.")
         parts = {**self._modules, name: part}
         own, theirs = (getattr(parts.get(key), "event_shape", None) for key in ("likelihood", "posterior"))
         if own is not None and theirs is not None and theirs != own:
             raise PyroVAEError(
-                f"expected a posterior of the likelihood's event_shape {own}, got {theirs}. Pass the shape of one datum "
-                "to both."
+                f"expected a posterior of the likelihood's event_shape {own}, got {theirs}. Pass one shape to both."
             )
 
     @property
@@ -77,10 +81,7 @@ class Pair(nn.Module):
         return self.likelihood.decode(z)
 
     def _register(self, *names: str) -> None:
-        """Register parts' parameters with Pyro, in place of an earlier pair's parameters of the same names.
-
-        ``pyro.module`` alone would pass the earlier parameters to the optimiser, and this pair would never learn.
-        """
+        """Register parts' parameters with Pyro, in place of an earlier pair's parameters of the same names."""
         store = pyro.get_param_store()
         traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
         for name in names:
@@ -90,10 +91,10 @@ class Pair(nn.Module):
                 if any(key in trace.nodes and trace.nodes[key]["value"] is not parameter for trace in traces):
                     raise PyroVAEError(
                         f"expected one pair in a program, got two pairs with a parameter named '{key}', of which Pyro "
-                        "would train only the last. Write a program of your own from the parts of both, with different "
-                        "names in pyro.module."
+                        "would train only the last. Write a program of their parts, with other names in pyro.module."
                     )
-                # The store turns requires_grad on, so a frozen parameter must stay out.
+                # pyro.module alone would pass the earlier pair's parameter to the optimiser, and this pair would never
+                # learn. The store turns requires_grad on, so a frozen parameter must stay out.
                 if parameter.requires_grad and key in store and store[key] is not parameter:
                     store[key] = parameter
             pyro.module(name, module)
@@ -113,10 +114,9 @@ class Pair(nn.Module):
         """Check x and the mask, and replace missing elements by the likelihood's `filler`."""
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
-                got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise PyroVAEError(
                     f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, "
-                    f"got {got}. If these are labels from a DataLoader, remove them from it, or use pv.ConditionalVAE."
+                    f"got {described(mask)}. If these are a DataLoader's labels, drop them, or use pv.ConditionalVAE."
                 )
             x = torch.where(mask, x, self.likelihood.filler)
         self._check(x, subsample_size)
@@ -141,9 +141,7 @@ class Pair(nn.Module):
             raise PyroVAEError(f"expected x of floating point, got {x.dtype}. Convert it: x.float().")
         own = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != own:
-            raise PyroVAEError(
-                f"expected x of {own}, the dtype of the networks, got {x.dtype}. Convert it: x.to({own})."
-            )
+            raise PyroVAEError(f"expected x of {own}, the dtype of the networks, got {x.dtype}. Pass x.to({own}).")
         if subsample_size is not None and not isinstance(subsample_size, int):
             got = type(subsample_size).__name__
             raise PyroVAEError(f"expected subsample_size to be an integer or None, got {got}. Pass the minibatch size.")
@@ -154,7 +152,6 @@ class Pair(nn.Module):
 class Labelled(Pair):
     """Base class of pairs given y: labels, which the networks get as indicator vectors, or vectors."""
 
-    prior: nn.Module
     num_classes: int | None
 
     @in_evaluation_mode
@@ -172,21 +169,17 @@ def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) ->
     """The network input for y: vectors (N, Y) unchanged, and integer labels (N,) as indicators of the classes."""
     if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise PyroVAEError(
-            f"expected y to be a tensor with a row for each of {size} data, got {got}. Pass such a tensor."
-        )
+        raise PyroVAEError(f"expected y to be a tensor with a row for each of {size} data, got {got}. Pass one.")
     if y.is_floating_point() and y.dim() == 2:
         if y.dtype != dtype or not (classes is None or y.shape[1] == classes):
             width = "Y" if classes is None else classes
-            raise PyroVAEError(
-                f"expected y of {dtype} and shape ({size}, {width}), got {y.dtype} of shape {tuple(y.shape)}. Pass "
-                "such vectors."
-            )
+            expected = f"y of {dtype} and shape ({size}, {width})"
+            raise PyroVAEError(f"expected {expected}, got {described(y)}. Pass such vectors.")
         return y
     if y.is_floating_point() or y.dim() != 1 or classes is None:
         raise PyroVAEError(
             f"expected y to be floating-point vectors (N, Y), or integer labels (N,) with num_classes={classes}, got "
-            f"{y.dtype} of shape {tuple(y.shape)}. Build the pair with num_classes, or pass one_hot(y).float()."
+            f"{described(y)}. Build the pair with num_classes, or pass one_hot(y).float()."
         )
     check_labels(y, 0, classes)
     return one_hot(y.long(), classes).to(dtype)
@@ -195,10 +188,13 @@ def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) ->
 def check_labels(y: Tensor, lowest: int, classes: int) -> None:
     """Raise ValueError for labels out of range, if Pyro's validation is on, since reading values takes time."""
     if is_validation_enabled() and not bool(((y >= lowest) & (y < classes)).all()):
-        raise PyroVAEError(
-            f"expected labels from {lowest} to {classes - 1}, got {int(y.min())} to {int(y.max())}. Number the classes "
-            "from 0."
-        )
+        got = f"{int(y.min())} to {int(y.max())}"
+        raise PyroVAEError(f"expected labels from {lowest} to {classes - 1}, got {got}. Number the classes from 0.")
+
+
+def described(value: Any) -> str:
+    """The dtype and shape of a tensor, or the type of another value, for an error message."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def mean_of(posterior: nn.Module, x: Tensor, *given: Tensor) -> Tensor:

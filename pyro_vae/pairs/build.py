@@ -50,12 +50,10 @@ def mlp_vae(
             either, or a size that is not positive.
 
     Example:
-        >>> mlp_vae((1, 28, 28), latent_dim=20, hidden_dims=(400,)).generate(3).shape
+        >>> import pyro_vae as pv
+        >>> vae = pv.mlp_vae((1, 28, 28), latent_dim=20, posterior=pv.LowRankNormal, posterior_options={"rank": 4})
+        >>> vae.generate(3).shape
         torch.Size([3, 1, 28, 28])
-        >>> from pyro_vae.posteriors import LowRankNormal
-        >>> vae = mlp_vae((5,), latent_dim=3, posterior=LowRankNormal, posterior_options={"rank": 4})
-        >>> vae.posterior.rank
-        4
     """
     _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], hidden_dims=hidden_dims)
     chosen = check_posterior(posterior, posterior_options)
@@ -85,15 +83,10 @@ def conv_vae(
 
     Arguments:
         event_shape: (C, H, W).
-        latent_dim: Z, the number of latent dimensions.
+        latent_dim, likelihood, posterior, posterior_options, prior, options: as in :func:`mlp_vae`.
         channels: the number of the encoder's channels after each halving of height and width. The decoder has them in
             reverse order.
         residual_blocks: the number of residual blocks after each halving and before each doubling.
-        likelihood: as in :func:`mlp_vae`.
-        posterior: as in :func:`mlp_vae`.
-        posterior_options: as in :func:`mlp_vae`.
-        prior: as in :func:`mlp_vae`.
-        options: options of the likelihood, such as `scale` for :class:`Gaussian`.
 
     Raises:
         ValueError: an `event_shape` that is not (C, H, W), empty `channels`, or any reason of :func:`mlp_vae`.
@@ -129,18 +122,11 @@ def mlp_conditional_vae(
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> ConditionalVAE:
-    """Build a :class:`ConditionalVAE` of fully connected networks.
+    """Build a :class:`ConditionalVAE` of fully connected networks. Invalid arguments raise the errors of `mlp_vae`.
 
     Arguments:
-        event_shape: the shape of one datum, (C, H, W) or (D,).
-        latent_dim: Z, the number of latent dimensions.
+        event_shape, latent_dim, hidden_dims, likelihood, options: as in :func:`mlp_vae`.
         label_dim: the number of classes if y is labels, or the length of y if it is vectors.
-        hidden_dims: the widths of the encoder's hidden layers. The decoder has them in reverse order.
-        likelihood: as in :func:`mlp_vae`.
-        options: options of the likelihood.
-
-    Raises:
-        ValueError: an unknown likelihood, an unknown option, or a size that is not positive.
 
     Example:
         >>> import torch
@@ -170,19 +156,12 @@ def mlp_semi_supervised_vae(
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> SemiSupervisedVAE:
-    """Build a :class:`SemiSupervisedVAE` of fully connected networks.
+    """Build a :class:`SemiSupervisedVAE` of fully connected networks. Invalid arguments raise the errors of `mlp_vae`.
 
     Arguments:
-        event_shape: the shape of one datum, (C, H, W) or (D,).
-        latent_dim: Z, the number of latent dimensions.
-        num_classes: the number of classes.
+        event_shape, latent_dim, likelihood, options: as in :func:`mlp_vae`.
+        num_classes, classifier_weight: as in :class:`SemiSupervisedVAE`.
         hidden_dims: the widths of the hidden layers of encoder and classifier. The decoder has them in reverse order.
-        classifier_weight: as in :class:`SemiSupervisedVAE`.
-        likelihood: as in :func:`mlp_vae`.
-        options: options of the likelihood.
-
-    Raises:
-        ValueError: an unknown likelihood, an unknown option, or a size that is not positive.
 
     Example:
         >>> vae = mlp_semi_supervised_vae((1, 28, 28), latent_dim=20, num_classes=10, classifier_weight=50.0)
@@ -219,17 +198,14 @@ def mlp_hierarchical_vae(
     """Build a :class:`HierarchicalVAE` of fully connected networks with one hidden layer each.
 
     Arguments:
-        event_shape: the shape of one datum, (C, H, W) or (D,).
+        event_shape, likelihood, options: as in :func:`mlp_vae`.
         latent_dims: the numbers of latent dimensions of ``z1``, ``z2``, and so on.
         hidden_dims: the widths of the hidden layers between x and ``z1``, between ``z1`` and ``z2``, and so on. One
             width applies to all.
         guide: ``"ladder"`` for :class:`Ladder`, ``"bottom_up"`` for :class:`BottomUp`.
-        likelihood: as in :func:`mlp_vae`.
-        options: options of the likelihood.
 
     Raises:
-        ValueError: an unknown guide or likelihood, an unknown option, a size that is not positive, or another number of
-            widths than of layers.
+        ValueError: an unknown guide, another number of widths than of layers, or any reason of :func:`mlp_vae`.
 
     Example:
         >>> mlp_hierarchical_vae((1, 28, 28), latent_dims=(32, 16), hidden_dims=(400, 200)).generate(3).shape
@@ -239,22 +215,20 @@ def mlp_hierarchical_vae(
     widths = list(hidden_dims) * len(latent_dims) if len(hidden_dims) == 1 else list(hidden_dims)
     if not latent_dims or len(widths) != len(latent_dims):
         raise PyroVAEError(
-            "expected at least one layer, and one hidden width or one for each layer, got "
-            f"latent_dims={tuple(latent_dims)} and hidden_dims={tuple(hidden_dims)}. Pass as many hidden_dims as "
-            "latent_dims."
+            "expected at least one layer, and one hidden width or one for each layer, got latent_dims="
+            f"{tuple(latent_dims)} and hidden_dims={tuple(hidden_dims)}. Pass as many hidden_dims as latent_dims."
         )
     family, shape, size = find_likelihood(likelihood, options), tuple(event_shape), prod(event_shape)
-    above = list(pairwise(latent_dims))
     if guide == "bottom_up":
-        climbs = [(size, shape, latent_dims[0])] + [(low, (low,), high) for low, high in above]
-        steps = [
-            DiagonalNormal(mlp(inputs, [width], 2 * z), below)
-            for (inputs, below, z), width in zip(climbs, widths, strict=True)
-        ]
-        posterior: BottomUp | Ladder = BottomUp(steps)
+        inputs = [shape, *((z,) for z in latent_dims[:-1])]
+        posterior: BottomUp | Ladder = BottomUp(
+            [
+                DiagonalNormal(mlp(prod(below), [width], 2 * z), below)
+                for below, width, z in zip(inputs, widths, latent_dims, strict=True)
+            ]
+        )
     elif guide == "ladder":
-        inputs = [size, *widths[:-1]]
-        encoders = [nn.Sequential(*mlp(n, [], width), nn.Tanh()) for n, width in zip(inputs, widths, strict=True)]
+        encoders = [nn.Sequential(*mlp(n, [], width), nn.Tanh()) for n, width in pairwise([size, *widths])]
         heads = [nn.Linear(width, 2 * z) for width, z in zip(widths, latent_dims, strict=True)]
         posterior = Ladder(encoders, heads, shape)
     else:
@@ -263,7 +237,7 @@ def mlp_hierarchical_vae(
         prior=StandardNormal(latent_dims[-1]),
         layers=[
             DiagonalNormal(mlp(high, [width], 2 * low), (high,))
-            for (low, high), width in zip(above, widths[1:], strict=True)
+            for (low, high), width in zip(pairwise(latent_dims), widths[1:], strict=True)
         ],
         likelihood=family(mlp(latent_dims[0], [widths[0]], family.features_for(**options) * size), shape, **options),
         posterior=posterior,
@@ -278,17 +252,11 @@ def mlp_autoencoder(
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> Autoencoder:
-    """Build an :class:`Autoencoder` with the networks of :func:`mlp_vae`.
+    """Build an :class:`Autoencoder` of fully connected networks. Invalid arguments raise the errors of `mlp_vae`.
 
     Arguments:
-        event_shape: the shape of one datum, (C, H, W) or (D,).
+        event_shape, hidden_dims, likelihood, options: as in :func:`mlp_vae`.
         latent_dim: Z, the number of dimensions of the code.
-        hidden_dims: the widths of the encoder's hidden layers. The decoder has them in reverse order.
-        likelihood: as in :func:`mlp_vae`.
-        options: options of the likelihood.
-
-    Raises:
-        ValueError: an unknown likelihood, an unknown option, or a size that is not positive.
 
     Example:
         >>> import torch
@@ -306,7 +274,7 @@ def mlp_autoencoder(
 
 def _check_sizes(**sizes: Sequence[int]) -> None:
     for name, values in sizes.items():
-        empty = isinstance(values, Sequence) and len(values) == 0 and name == "event_shape"
-        if empty or not isinstance(values, Sequence) or not all(isinstance(v, int) and v > 0 for v in values):
+        positive = isinstance(values, Sequence) and all(isinstance(value, int) and value > 0 for value in values)
+        if not positive or (name == "event_shape" and not values):
             fix = f" Write ({values},)." if isinstance(values, int) else ""
             raise PyroVAEError(f"expected {name} of positive integers, got {values!r}.{fix}")

@@ -19,15 +19,12 @@ class ConditionalVAE(Labelled):
     :class:`pyro_vae.networks.Concatenated` adapts a network of one argument.
 
     Arguments:
-        prior: a module that returns the distribution of one z.
-        likelihood: a module from z and y to the distribution of x.
-        posterior: a module from x and y to the distribution of z.
+        prior, likelihood, posterior: as in :class:`VAE`, where the last two take y as their second argument.
         num_classes: the number of classes if y is integer labels, which the networks get as indicator vectors; None if
             y is vectors.
 
     Raises:
-        ValueError: parts of the wrong type or of different event shapes. When it runs: x or y of another shape or type,
-            or labels out of range.
+        ValueError: as in :class:`VAE`. When it runs: y of another shape or type, or labels out of range.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -45,10 +42,7 @@ class ConditionalVAE(Labelled):
     def __init__(
         self, *, prior: nn.Module, likelihood: Likelihood, posterior: nn.Module, num_classes: int | None = None
     ) -> None:
-        super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
-        self.posterior = posterior
+        super().__init__(prior=prior, likelihood=likelihood, posterior=posterior)
         self.num_classes = num_classes
 
     def model(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:

@@ -85,10 +85,8 @@ class Ladder(nn.Module):
     def __init__(self, encoders: Sequence[nn.Module], heads: Sequence[nn.Module], event_shape: tuple[int, ...]) -> None:
         super().__init__()
         if len(encoders) != len(heads):
-            raise PyroVAEError(
-                f"expected a head for each encoder, got {len(encoders)} encoders and {len(heads)} heads. Pass one of "
-                "each per layer."
-            )
+            got = f"{len(encoders)} encoders and {len(heads)} heads"
+            raise PyroVAEError(f"expected a head for each encoder, got {got}. Pass one of each per layer.")
         self.encoders = nn.ModuleList(encoders)
         self.heads = nn.ModuleList(heads)
         self.event_shape = tuple(event_shape)
@@ -135,24 +133,19 @@ class HierarchicalVAE(Pair):
         [4, 2]
 
     References:
-        Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
-        Sønderby, Raiko, Maaløe, Sønderby and Winther (2016), *Ladder Variational Autoencoders*, NeurIPS.
+        The papers of :class:`BottomUp` and :class:`Ladder`.
     """
+
+    layers: nn.ModuleList
 
     def __init__(
         self, *, prior: nn.Module, layers: Sequence[nn.Module], likelihood: Likelihood, posterior: BottomUp | Ladder
     ) -> None:
-        super().__init__()
         given = len(posterior.posteriors if isinstance(posterior, BottomUp) else posterior.encoders)
         if given != len(layers) + 1:
-            raise PyroVAEError(
-                f"expected a guide of {len(layers) + 1} layers, for the prior and {len(layers)} layers below it, got "
-                f"{given}. Give the guide one layer more than layers."
-            )
-        self.prior = prior
-        self.layers = nn.ModuleList(layers)
-        self.likelihood = likelihood
-        self.posterior = posterior
+            expected = f"a guide of {len(layers) + 1} layers, for the prior and {len(layers)} layers below it"
+            raise PyroVAEError(f"expected {expected}, got {given}. Give the guide one layer more than layers.")
+        super().__init__(prior=prior, layers=nn.ModuleList(layers), likelihood=likelihood, posterior=posterior)
 
     def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model, as a Pyro function with the arguments of :meth:`VAE.model`."""
@@ -206,8 +199,7 @@ def _independent_normal(distribution: Any, size: int, layer: int) -> Any:
             f"{type(distribution).__name__}. Use pv.DiagonalNormal as the layer, or pv.BottomUp as the guide."
         )
     if normal.loc.shape[-1] != size:
-        raise PyroVAEError(
-            f"expected z{layer} to have one size in model and guide, got a layer of {normal.loc.shape[-1]} dimensions "
-            f"and a head of {size} dimensions. Give the head 2 outputs for each dimension of the layer."
-        )
+        got = f"a layer of {normal.loc.shape[-1]} dimensions and a head of {size}"
+        fix = "Give the head 2 outputs for each dimension of the layer."
+        raise PyroVAEError(f"expected z{layer} to have one size in model and guide, got {got}. {fix}")
     return normal

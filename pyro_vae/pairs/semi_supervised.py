@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Labelled, check_labels, in_evaluation_mode, mean_of
+from pyro_vae.pairs.base import Labelled, check_labels, described, in_evaluation_mode, mean_of
 
 UNOBSERVED = -1
 IMPOSSIBLE = -1e4  # a logit of probability zero in any precision; minus infinity times zero would be NaN
@@ -33,9 +33,7 @@ class SemiSupervisedVAE(Labelled):
     ``pv.ELBO().bound``, call ``vae.eval()``.
 
     Arguments:
-        prior: a module that returns the distribution of one z.
-        likelihood: a module from z and y's indicator vector to the distribution of x.
-        posterior: a module from x and y's indicator vector to the distribution of z.
+        prior, likelihood, posterior: as in :class:`ConditionalVAE`, where y is indicator vectors.
         classifier: a network from (N, *event) to (N, C), the logits of q(y|x).
         num_classes: C, the number of classes.
         classifier_weight: alpha, at least 0.
@@ -46,9 +44,7 @@ class SemiSupervisedVAE(Labelled):
 
     Example:
         >>> import torch, pyro_vae as pv
-        >>> vae = pv.mlp_semi_supervised_vae(
-        ...     (5,), latent_dim=2, num_classes=3, hidden_dims=(16,), likelihood="gaussian", classifier_weight=10.0
-        ... )
+        >>> vae = pv.mlp_semi_supervised_vae((5,), latent_dim=2, num_classes=3, likelihood="gaussian")
         >>> x, y = torch.randn(100, 5), torch.randint(-1, 3, (100,))  # -1 is an unobserved label
         >>> history = pv.fit(vae, (x, y), pv.ELBO(gradient="score"), epochs=1)
         >>> vae.classify(x).shape
@@ -58,8 +54,8 @@ class SemiSupervisedVAE(Labelled):
         Kingma, Rezende, Mohamed and Welling (2014), *Semi-Supervised Learning with Deep Generative Models*, NeurIPS.
     """
 
+    classifier: nn.Module
     num_classes: int
-    uniform: Tensor
 
     def __init__(
         self,
@@ -71,18 +67,13 @@ class SemiSupervisedVAE(Labelled):
         num_classes: int,
         classifier_weight: float = 0.0,
     ) -> None:
-        super().__init__()
         if not 0 <= classifier_weight < torch.inf:
             raise PyroVAEError(
                 f"expected classifier_weight to be a finite number of at least 0, got {classifier_weight!r}. Try 10.0."
             )
-        self.prior = prior
-        self.likelihood = likelihood
-        self.posterior = posterior
-        self.classifier = classifier
+        super().__init__(prior=prior, likelihood=likelihood, posterior=posterior, classifier=classifier)
         self.num_classes = num_classes
         self.classifier_weight = classifier_weight
-        self.register_buffer("uniform", torch.zeros(num_classes), persistent=False)
 
     def model(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model p(y) p(z) p(x|z, y), as a Pyro function. It returns the value at site ``x``.
@@ -93,7 +84,7 @@ class SemiSupervisedVAE(Labelled):
         """
         self._register("prior", "likelihood")
         with self._data(x, None, subsample_size, self._column(x, y)) as (x, observed, _):
-            label = pyro.sample("y", dist.Categorical(logits=self.uniform))
+            label = pyro.sample("y", dist.Categorical(logits=x.new_zeros(self.num_classes)))
             observed = observed[..., 0]
             if y is not None:  # for other guides, since this pair's guide proposes only the observed label
                 contradicts = (observed != UNOBSERVED) & (label != observed)
@@ -155,10 +146,7 @@ class SemiSupervisedVAE(Labelled):
         if y is None:
             return torch.full((len(x), 1), UNOBSERVED, device=x.device)
         if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (len(x),):
-            got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise PyroVAEError(
-                f"expected y to be integer labels of shape ({len(x)},), {UNOBSERVED} where unobserved, got {got}. "
-                "Pass y.long()."
-            )
+            expected = f"integer labels of shape ({len(x)},), {UNOBSERVED} where unobserved"
+            raise PyroVAEError(f"expected y to be {expected}, got {described(y)}. Pass y.long().")
         check_labels(y, UNOBSERVED, self.num_classes)
         return y.long().unsqueeze(-1)

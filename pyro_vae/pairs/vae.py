@@ -31,11 +31,10 @@ class VAE(Pair):
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
-        >>> from pyro_vae.networks import mlp
         >>> vae = pv.VAE(
         ...     prior=pv.StandardNormal(2),
-        ...     likelihood=pv.Gaussian(mlp(2, [16], 5), (5,), scale="learned"),
-        ...     posterior=pv.DiagonalNormal(mlp(5, [16], 2 * 2), (5,)),
+        ...     likelihood=pv.Gaussian(pv.networks.mlp(2, [16], 5), (5,), scale="learned"),
+        ...     posterior=pv.DiagonalNormal(pv.networks.mlp(5, [16], 2 * 2), (5,)),
         ... )
         >>> svi = pyro.infer.SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss=pv.ELBO())
         >>> loss = svi.step(torch.randn(100, 5))
@@ -49,10 +48,7 @@ class VAE(Pair):
     """
 
     def __init__(self, *, prior: nn.Module, likelihood: Likelihood, posterior: nn.Module) -> None:
-        super().__init__()
-        self.prior = prior
-        self.likelihood = likelihood
-        self.posterior = posterior
+        super().__init__(prior=prior, likelihood=likelihood, posterior=posterior)
 
     def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model p(z) p(x|z), as a Pyro function. It returns the value at site ``x``.
@@ -106,8 +102,7 @@ class VAE(Pair):
             \quad z_k \sim q(z \mid x_\text{obs})
 
         Arguments:
-            x: data of shape (N, *event).
-            mask: booleans of x's shape, True where an element is observed.
+            x, mask: as in :meth:`model`.
             num_samples: K, the number of importance samples for each datum.
 
         Raises:
