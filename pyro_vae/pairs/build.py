@@ -19,6 +19,8 @@ from pyro_vae.pairs.vae import VAE
 from pyro_vae.posteriors import DiagonalNormal, Posterior
 from pyro_vae.priors import StandardNormal
 
+MOST_COLOURS = 4  # of an image: more channels in the first place, and no more in the last, are channels last
+
 
 def mlp_vae(
     event_shape: Sequence[int],
@@ -100,6 +102,11 @@ def conv_vae(
         raise PyroVAEError(
             "expected an event_shape (C, H, W) and at least one entry in channels, got "
             f"event_shape={tuple(event_shape)} and channels={tuple(channels)}. For vectors, use mlp_vae."
+        )
+    if event_shape[0] > MOST_COLOURS >= event_shape[2]:
+        raise PyroVAEError(
+            f"expected an event_shape (C, H, W), with the channels first, got {tuple(event_shape)}, which has them last. "
+            f"Pass {(event_shape[2], *event_shape[:2])}, and x.permute(0, 3, 1, 2)."
         )
     chosen = check_posterior(posterior, posterior_options)
     family, shape = find_likelihood(likelihood, options, posterior), tuple(event_shape)
