@@ -123,5 +123,10 @@ def same_supports(model: Sites, guide: Sites) -> bool:
 def checked_sites(program: Program) -> tuple[Sites, Sites]:
     """The sites of model and guide in one run; an error unless the batch plate has one row for each row of x."""
     model, guide = map(sample_sites, program.trace())
+    if not any(site["is_observed"] for site in model.values()):
+        raise PyroVAEError(
+            "the model observes nothing: expected a model with data, whose log p(x) there is, got latent sites "
+            f"{list(model)} alone. Pass obs= to pyro.sample, or condition the model on data by pyro.condition."
+        )
     check_rows(find_batch_plate(labelled(model, guide)), len(program.args[0]))
     return model, guide

@@ -35,8 +35,11 @@ def binary():
     ("spoil", "match"),
     [
         (lambda x: x / 2, "zeros and ones, got values from 0 to 0.5, such as 0.5. Binarise it"),
-        (lambda x: torch.where(x > 0, math.nan, x), "x to be finite, got NaN or infinity"),
-        (lambda x: torch.where(x > 0, math.inf, x), "x to be finite, got NaN or infinity"),
+        (
+            lambda x: torch.where(x > 0, math.nan, x),
+            "x to be finite, got NaN. Drop those rows; or, where they are missing",
+        ),
+        (lambda x: torch.where(x > 0, math.inf, x), "x to be finite, got infinity. Drop those rows, or correct them"),
         (lambda x: x[:, 0], r"x of shape \(N, 1, 4, 4\), got \(6, 4, 4\). Reshape it"),
         (lambda x: x.long(), "x of floating point, got torch.int64"),
         (lambda x: x.numpy(), "x to be a tensor, .* got ndarray"),
@@ -192,6 +195,23 @@ def shared_guide(x):
 def test_programs_without_a_bound_per_datum(evaluation):
     with pytest.raises(ValueError, match="model site 's' is a latent site outside the batch plate 'data'"):
         evaluation(shared, shared_guide, torch.zeros(4))
+
+
+@everywhere
+def test_a_model_that_observes_nothing(evaluation):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)).expand(len(x)), 1.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    if evaluation is EVALUATIONS["to_arviz"]:
+        evaluation(model, guide, torch.randn(4))
+    else:
+        with pytest.raises(pv.PyroVAEError, match=r"the model observes nothing: .* got latent sites \['z'\] alone"):
+            evaluation(model, guide, torch.randn(4))
 
 
 @everywhere
