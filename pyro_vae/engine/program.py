@@ -133,7 +133,7 @@ class Program:
     def run_guide(self, number: int = 1) -> Drawn:
         """Draw particles from the guide."""
         particle_dim = None if number == 1 else -self._known_nesting() - 1
-        guide = _in_particles(self.guide_or_prior, number, particle_dim)
+        guide = in_particles(self.guide_or_prior, number, particle_dim)
         drawing = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
         with drawing:
             trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
@@ -164,7 +164,7 @@ class Program:
             if self.needs.samples and isinstance(value, Tensor) and value.requires_grad:
                 value = views[name] = value.view_as(value)
             entering.nodes[name] = site | {"value": value}
-        model = poutine.replay(_in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)
+        model = poutine.replay(in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)
         sites = sample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
         run = self._as_run(sites, drawn)
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
@@ -175,10 +175,10 @@ class Program:
 
         Without a guide the model runs once, and its own latent sites are the run's guide.
         """
-        given, particle_dim = _given(values), -self._known_nesting() - 1
-        first = _in_particles(self.model if self.guide is None else self.guide, number, particle_dim)
-        sites = sample_sites(poutine.trace(poutine.replay(first, trace=given)).get_trace(*self.args, **self.kwargs))
-        drawn = Drawn(given, sites, None, (), number, particle_dim)
+        fixed, particle_dim = given(values), -self._known_nesting() - 1
+        first = in_particles(self.model if self.guide is None else self.guide, number, particle_dim)
+        sites = sample_sites(poutine.trace(poutine.replay(first, trace=fixed)).get_trace(*self.args, **self.kwargs))
+        drawn = Drawn(fixed, sites, None, (), number, particle_dim)
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
         if self.guide is not None:
             return program.run_model(drawn)
@@ -186,14 +186,14 @@ class Program:
 
     def simulate(self, values: dict[str, Tensor] | None, number: int) -> Sites:
         """The model's sites with new data: at given values of the latents, or at draws from the prior."""
-        model = poutine.uncondition(_in_particles(self.model, number, -self._known_nesting() - 1))
-        return sample_sites(poutine.trace(poutine.replay(model, trace=_given(values or {}))).get_trace(*self.args))
+        model = poutine.uncondition(in_particles(self.model, number, -self._known_nesting() - 1))
+        return sample_sites(poutine.trace(poutine.replay(model, trace=given(values or {}))).get_trace(*self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
         """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run."""
         guide = self.guide_or_prior
         if values is not None:
-            guide = poutine.replay(guide, trace=_given(values))
+            guide = poutine.replay(guide, trace=given(values))
         with self.unnoticed():
             guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
             model = poutine.replay(self.model, trace=guide_trace)
@@ -302,7 +302,7 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
     return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
 
 
-def _given(values: dict[str, Tensor]) -> Trace:
+def given(values: dict[str, Tensor]) -> Trace:
     """A trace to replay values from."""
     trace = Trace()
     for name, value in values.items():
@@ -310,7 +310,8 @@ def _given(values: dict[str, Tensor]) -> Trace:
     return trace
 
 
-def _in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
+def in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
+    """The function in a plate of particles; itself, if there is no dimension for one."""
     return function if particle_dim is None else pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
 
 

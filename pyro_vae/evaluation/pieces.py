@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import check_rows, find_batch_plate
 from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, sample_sites
 from pyro_vae.engine.sites import Sites, labelled
@@ -64,6 +65,7 @@ class Pieces:
         """The program on minibatches that fit in memory with so many particles."""
         batches = self.minibatches(rows_at_once(self.program.args) // num_particles)
         program = self.program.on(batches[0]).with_nesting()
+        check_particles(program)
         return [program.on(batch) for batch in batches]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Needs, Program, Run
@@ -171,6 +172,7 @@ class Objective(pyro.infer.ELBO):
         self._check_particles()
         self.step = 0  #: how many differentiable losses it has computed, which is the argument of a schedule
         self._found_nesting: tuple[PyroFunction, PyroFunction, int] | None = None
+        self._checked: tuple[PyroFunction, PyroFunction] | None = None  # the program that keeps particles apart
 
     def _check_particles(self) -> None:
         fewest, even = self.estimator.fewest, self.estimator.even
@@ -302,12 +304,16 @@ class Objective(pyro.infer.ELBO):
         """The program as this objective runs it; `per_datum` demands a batch plate, which some losses do without."""
         needs = self.needs() if per_datum is None else replace(self.needs(), per_datum=per_datum)
         program = Program(model, guide, args, kwargs, needs, self.max_plate_nesting)
-        if self.num_samples == 1 or not self.vectorize_particles or self.max_plate_nesting is not None:
+        if self.num_samples == 1 or not self.vectorize_particles:
             return program
         # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found here.
         if self._found_nesting is None or self._found_nesting[:2] != (model, guide):
             self.remember(program.with_nesting())
-        return replace(program, nesting=self._found_nesting[2] if self._found_nesting else None)
+        program = replace(program, nesting=self._found_nesting[2] if self._found_nesting else None)
+        if self._checked != (model, guide):
+            check_particles(program)
+            self._checked = (model, guide)
+        return program
 
     def remember(self, program: Program) -> None:
         """Keep the nesting of a program's plates, so that later calls need no run to find it."""
