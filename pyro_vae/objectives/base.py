@@ -146,11 +146,14 @@ class Objective(pyro.infer.ELBO):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = vars(cls)
-        if ("reduce" in own or "reduce_for_guide" in own) and "curvature" not in own:
-            cls.curvature = Objective.curvature  # type: ignore[method-assign]  # a parent's is of another bound
-        if not isinstance(cls.gradients, dict):
-            cls.gradients = gradients.rows_of(cls.__name__, cls.gradients, super(cls, cls).gradients)
+        own, rows = vars(cls), super(cls, cls).gradients  # type: ignore[misc]
+        if "reduce" in own or "reduce_for_guide" in own:
+            # What serves the parent's bound alone gives way to what serves any.
+            rows = {n: r if r.any_bound else ESTIMATORS[n] for n, r in rows.items() if r.any_bound or n in ESTIMATORS}
+            if "curvature" not in own:
+                cls.curvature = Objective.curvature  # type: ignore[method-assign]
+        names = own.get("gradients", rows)
+        cls.gradients = names if isinstance(names, dict) else gradients.rows_of(cls.__name__, names, rows)
 
     def __init__(
         self,

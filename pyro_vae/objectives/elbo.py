@@ -25,7 +25,7 @@ from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks,
 from pyro_vae.engine.weights import Terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options, with_gradient
-from pyro_vae.objectives.gradients import DISARM, STL, rows_of
+from pyro_vae.objectives.gradients import DISARM, STL
 
 
 class NoClosedFormError(PyroVAEError):
@@ -90,14 +90,7 @@ class ELBO(Objective):
 
     family = "ELBO"
     # A mean is linear, so that DReG's factors are STL's.
-    gradients = Objective.gradients | {"dreg": replace(STL, suffix=", DReG"), "disarm": DISARM}
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        own = vars(cls)
-        if "reduce" in own or "reduce_for_guide" in own:  # the rows of the ELBO are for a mean
-            names = own.get("gradients", Objective.gradients)
-            cls.gradients = names if isinstance(names, dict) else rows_of(cls.__name__, names, Objective.gradients)
-        super().__init_subclass__(**options)
+    gradients = Objective.gradients | {"dreg": replace(STL, suffix=", DReG", any_bound=False), "disarm": DISARM}
 
     def __init__(
         self,

@@ -83,6 +83,7 @@ class Estimator:
             None draws them independently.
         score_term: the function of a guide site, in the shape of its log-density, whose derivative is the score that b
             multiplies; None is the log-density.
+        any_bound: whether it estimates the gradient of any bound. False keeps it from subclasses with another `reduce`.
     """
 
     suffix: str
@@ -95,6 +96,7 @@ class Estimator:
     even: bool = False
     sampler: Callable[[int, int], Messenger] | None = None
     score_term: Callable[[Site], Tensor] | None = None
+    any_bound: bool = True
 
     def __post_init__(self) -> None:
         signals = self.signal is not None
@@ -192,6 +194,7 @@ DISARM = Estimator(
     even=True,
     sampler=antithetic.Antithetic,
     score_term=antithetic.score_term,
+    any_bound=False,
 )
 
 

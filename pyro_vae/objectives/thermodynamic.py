@@ -88,7 +88,9 @@ class TVO(Objective):
         means = (weights * log_weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
         return (weights * (log_weights - means)).sum(0) - c
 
-    gradients = Objective.gradients | {"covariance": Estimator(", covariance", "none", signal=covariance)}
+    gradients = Objective.gradients | {
+        "covariance": Estimator(", covariance", "none", signal=covariance, any_bound=False)
+    }
 
 
 def _log_uniform(intervals: int) -> tuple[float, ...]:
