@@ -366,6 +366,8 @@ class Objective(pyro.infer.ELBO):
         c = gradients.slope(self.reduce_for_guide, fixed) if two else a
         if row.curvature:
             c = c - self.curvature(fixed)
+        if two:  # where the guide's bound is minus infinity, and the model's is not
+            c = c.nan_to_num(0.0, 0.0, 0.0)
         if row.curvature or two:
             # The gradient that reaches the samples has the factor a, which may be tiny, but not zero where c is not.
             a = torch.where(a.abs() < SMALLEST, SMALLEST, a)
@@ -376,7 +378,8 @@ class Objective(pyro.infer.ELBO):
         if parts.stopped is not None:
             surrogate = surrogate + weighted(c, parts.stopped)
         if row.signal is not None:
-            surrogate = surrogate + weighted(row.signal(self, fixed, c), parts.score)
+            signal = row.signal(self, fixed, c)
+            surrogate = surrogate + weighted(signal.nan_to_num(0.0, 0.0, 0.0) if two else signal, parts.score)
         return with_gradient(bound, surrogate)
 
     # Abstract in pyro.infer.ELBO, and used by its own machinery alone.
