@@ -48,7 +48,7 @@ class ObjectiveModule(ELBOModule):
         if not len(self.program):
             raise PyroVAEError(
                 "can't know the parameters: expected a model or guide that is a torch.nn.Module, or a method of one, "
-                "got plain functions, whose pyro.param and pyro.module statements are found only by running them. Run the "
-                "loss once, and build the optimiser on [p for _, p in pyro.get_param_store().named_parameters()]."
+                "got plain functions, whose pyro.param and pyro.module statements are found only by running them. Run "
+                "the loss once, and build the optimiser on [p for _, p in pyro.get_param_store().named_parameters()]."
             )
         return super().named_parameters(*args, **kwargs)
