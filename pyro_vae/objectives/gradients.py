@@ -39,13 +39,13 @@ For IWAE, g is the normalised weight and g - h its square.
 
 References:
     Roeder, Wu and Duvenaud (2017), *Sticking the Landing*, NeurIPS.
-    Tucker, Lawson, Gu and Maddison (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, ICLR.
+    Tucker et al. (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, ICLR.
     Mnih and Rezende (2016), *Variational Inference for Monte Carlo Objectives*, ICML.
     Williams (1992), *Simple Statistical Gradient-Following Algorithms*, Machine Learning.
     Dong, Mnih and Tucker (2020), *DisARM: An Antithetic Gradient Estimator for Binary Latent Variables*, NeurIPS.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -83,6 +83,7 @@ class Estimator:
             None draws them independently.
         score_term: the function of a guide site, in the shape of its log-density, whose derivative is the score that b
             multiplies; None is the log-density.
+        any_bound: whether it estimates the gradient of any bound. False keeps it from subclasses with another `reduce`.
     """
 
     suffix: str
@@ -95,14 +96,15 @@ class Estimator:
     even: bool = False
     sampler: Callable[[int, int], Messenger] | None = None
     score_term: Callable[[Site], Tensor] | None = None
+    any_bound: bool = True
 
     def __post_init__(self) -> None:
         signals = self.signal is not None
         if signals == (self.path == "all") or (signals and (self.curvature or not self.score)):
             raise PyroVAEError(
                 "expected an estimator of reparameterised sites (path='all', no signal), or one with a signal for the "
-                f"others (path='some' or 'none', score=True, curvature=False), got {self}. A score that is left out, or a "
-                "path with a curvature, is biased beside sites without a path."
+                f"others (path='some' or 'none', score=True, curvature=False), got {self}. A score that is left out, "
+                "or a path with a curvature, is biased beside sites without a path."
             )
 
 
@@ -127,11 +129,7 @@ def curvature(reduce: Reduction, log_weights: Tensor) -> Tensor:
 
 
 def learning_signal(reduce: Reduction, log_weights: Tensor, baseline: Tensor) -> Tensor:
-    """R - R' + g', where the k-th log-weight is replaced by the baseline's, (K, N).
-
-    The baseline of particle k must not depend on its sample: then the score times R - R' + g' has the mean of the score
-    times R.
-    """
+    """R - R' + g', (K, N): the k-th log-weight is replaced by a baseline that does not depend on the k-th sample."""
     log_weights, baseline = log_weights.detach(), baseline.detach().requires_grad_()
     signals = []
     for block in _blocks(log_weights):
@@ -162,10 +160,10 @@ def _each_replaced(reduce: Reduction, log_weights: Tensor, value: Tensor, block:
     return reduce(replaced.flatten(1)).unflatten(0, replaced.shape[1:])
 
 
-def _blocks(log_weights: Tensor) -> Iterator[Tensor]:
+def _blocks(log_weights: Tensor) -> Sequence[Tensor]:
     """Indices of particles, as many at a time as memory allows."""
     particles = torch.arange(len(log_weights), device=log_weights.device)
-    return iter(particles.split(max(1, ELEMENTS_AT_ONCE // log_weights.numel())))
+    return particles.split(max(1, ELEMENTS_AT_ONCE // log_weights.numel()))
 
 
 def _over(baseline: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
@@ -192,6 +190,7 @@ DISARM = Estimator(
     even=True,
     sampler=antithetic.Antithetic,
     score_term=antithetic.score_term,
+    any_bound=False,
 )
 
 
