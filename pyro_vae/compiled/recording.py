@@ -76,8 +76,8 @@ def _record(function: Callable[..., Any], args: Sequence[Tensor]) -> Recording:
             graph = make_fx(refusing)(*args)
     except _ReadsValues as error:
         raise PyroVAEError(
-            f"the program can't be compiled, since it reads a tensor's value ({error}), at {users_line(error)}: expected "
-            f"operations that depend on shapes alone, as a compiled step does the same for any data. {FIX}"
+            f"the program can't be compiled, since it reads a tensor's value ({error}), at {users_line(error)}: "
+            f"expected operations that depend on shapes alone, as a compiled step does the same for any data. {FIX}"
         ) from error
     if _other_generators() != elsewhere:
         raise PyroVAEError(
@@ -143,7 +143,10 @@ class _RefuseValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = _tensors((args, kwargs))
-        constant = given and not any(leaf in self.recorded or _counts(given[leaf]) for leaf in given)
+        dtypes = [tensor.dtype for tensor in given.values()]
+        # An order, a size or an index is not of these types; data are.
+        data = any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
+        constant = given and not data and not given.keys() & self.recorded.keys()
         if constant and (not func._schema.is_mutable or id(args[0]) in self.constants):
             self.read |= {leaf: given[leaf] for leaf in given.keys() - self.constants.keys()}
             with _disable_current_modes():
@@ -165,13 +168,8 @@ def _tensors(values: Any) -> dict[int, Tensor]:
     return {id(leaf): leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
 
 
-def _counts(tensor: Tensor) -> bool:
-    """Whether a tensor holds data, and not an order, a size or an index."""
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
-
-
 class _RefuseArrays(TorchFunctionMode):
-    """Refuses to turn tensors into arrays and lists, which can't be recorded; serves ``one_hot``, which only checks values."""
+    """Refuses to turn tensors into arrays and lists, which can't be recorded; ``one_hot`` only checks values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.one_hot:
@@ -205,15 +203,8 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[Callable[[Iterable[Tensor]]
             storage.copy_(copy)
 
 
-@contextlib.contextmanager
-def writes_undone() -> Iterator[None]:
-    """Restore afterwards every older tensor that an operation declares to write to."""
-    with unchanged(()) as save, _Writes(save):
-        yield
-
-
-class _Writes(TorchDispatchMode):
-    """Saves older tensors before an operation writes to them."""
+class SavesBeforeWriting(TorchDispatchMode):
+    """Saves each older tensor before an operation that declares to write to it."""
 
     def __init__(self, save: Callable[[Iterable[Tensor]], None]) -> None:
         super().__init__()

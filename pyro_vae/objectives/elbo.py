@@ -9,16 +9,7 @@ import torch
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import (
-    HalfCauchy,
-    HalfNormal,
-    Independent,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-    Normal,
-    TransformedDistribution,
-    kl_divergence,
-)
+from torch import distributions as td
 
 from pyro_vae.engine.program import Needs, Program, Run
 from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks, unwrapped
@@ -55,9 +46,8 @@ class ELBO(Objective):
         kl: ``"analytic"`` for the closed form, ``"monte_carlo"`` to estimate it from the samples. None is Monte Carlo
             with ``gradient="stl"`` or ``"dreg"``, which reduce the noise of the estimate; else the closed form.
         gradient: as in :class:`Objective`; or ``"disarm"`` for Bernoulli latents: antithetic pairs of particles, with a
-            factor for each latent dimension (Dong et al. 2020). It is unbiased and needs an even K. At K = 2 it is
-            quieter than ``"vimco"``; with more particles the baseline of ``"vimco"`` is the better one. All of them
-            differentiate a KL in closed form directly.
+            factor for each latent dimension. It is unbiased and needs an even K. It is quieter than ``"vimco"`` at
+            K = 2 alone. All of them differentiate a KL in closed form directly.
         beta: the factor on the KL, at least 0; or a function from the step, which starts at 0, to the factor. A step is
             one differentiable loss; :attr:`step` counts them, and :func:`pyro_vae.fit` starts it at 0.
         free_bits: lambda, in nats: each latent dimension j contributes :math:`\max(\lambda, \mathrm{KL}_j)`, where the
@@ -264,16 +254,16 @@ def _closed_form(q: Any, p: Any, name: str) -> Tensor:
     if isinstance(unwrapped(q), Delta) or _folds(q) or _folds(p):
         raise no_closed_form
     try:
-        return kl_divergence(_beside(q, p), _beside(p, q))
+        return td.kl_divergence(_beside(q, p), _beside(p, q))
     except NotImplementedError as error:
         raise no_closed_form from error
 
 
 def _beside(distribution: Any, other: Any) -> Any:
     """Independent normals as a multivariate normal, if the other is one: PyTorch knows the KL of two of these."""
-    normal, multivariate = unwrapped(distribution), MultivariateNormal | LowRankMultivariateNormal
-    if isinstance(normal, Normal) and isinstance(unwrapped(other), multivariate) and distribution.event_dim == 1:
-        return MultivariateNormal(normal.loc, scale_tril=torch.diag_embed(normal.scale))
+    normal, multivariate = unwrapped(distribution), td.MultivariateNormal | td.LowRankMultivariateNormal
+    if isinstance(normal, td.Normal) and isinstance(unwrapped(other), multivariate) and distribution.event_dim == 1:
+        return td.MultivariateNormal(normal.loc, scale_tril=torch.diag_embed(normal.scale))
     return distribution
 
 
@@ -281,7 +271,7 @@ def _folds(distribution: Any) -> bool:
     """Whether a transform takes several values of the base to one, so that the KL is not that of the bases."""
     fn = unwrapped(distribution)
     # These two fold a density that is symmetric about the fold, which leaves the KL as it is.
-    if not isinstance(fn, TransformedDistribution) or isinstance(fn, HalfNormal | HalfCauchy):
+    if not isinstance(fn, td.TransformedDistribution) or isinstance(fn, td.HalfNormal | td.HalfCauchy):
         return False
     return not all(transform.bijective for transform in fn.transforms) or _folds(fn.base_dist)
 
@@ -289,7 +279,7 @@ def _folds(distribution: Any) -> bool:
 def _by_dimension(distribution: Any, name: str) -> Any:
     """The distribution of each dimension of an event; refuse dimensions that depend on each other."""
     whole = distribution
-    while isinstance(distribution, Independent):
+    while isinstance(distribution, td.Independent):
         distribution = distribution.base_dist
     if distribution.event_dim:
         raise PyroVAEError(
