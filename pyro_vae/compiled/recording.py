@@ -97,9 +97,7 @@ def _lifted(graph: fx.GraphModule, read: list[Tensor]) -> Recording:
     """Turn the captured tensors into the graph's first arguments: each call reads them, and updates them in place."""
     captured: dict[int, tuple[Tensor, fx.Node]] = {}
     first = next(iter(graph.graph.nodes))
-    for node in list(graph.graph.nodes):
-        if node.op != "get_attr":
-            continue
+    for node in graph.graph.find_nodes(op="get_attr"):
         tensor = getattr(graph, node.target)
         if id(tensor) not in captured:
             with graph.graph.inserting_before(first):
