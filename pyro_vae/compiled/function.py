@@ -40,9 +40,8 @@ OnCompile = Callable[[Compiled | None], None]  # called when a compilation begin
 class CompiledFunction:
     """A function that runs a Pyro program on tensors, compiled at the first call with arguments of a new kind.
 
-    The kind of the arguments is their shapes, types and devices. An argument that is not a tensor is a constant of the
-    code, which is compiled again for each value. Each call draws new random numbers, those of the uncompiled function,
-    from torch's generators.
+    The kind of a tensor is its shape, type and device; any other argument is a constant of the code. Each call draws
+    the random numbers of the uncompiled function, from torch's generators.
     """
 
     function: Callable[..., Any]  # it returns tensors, or None among them
@@ -105,7 +104,7 @@ class CompiledFunction:
                 with pyro.validation_enabled(True):
                     function(*tensors)
                 started = time.perf_counter()
-                reordered = [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]
+                reordered = [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]  # in their support too
                 recorded = record(function, tensors, reordered)
             inputs = [*recorded.captured, *tensors]
             with unchanged(inputs), torch.no_grad():

@@ -38,11 +38,7 @@ class Recording:
 
 
 def record(function: Callable[..., Any], args: Sequence[Tensor], other_args: Sequence[Tensor]) -> Recording:
-    """Record the operations of a function of tensors.
-
-    The function runs twice. The second time has other random numbers, and the same rows in another order, which are in
-    their support. Both runs must do the same: else a Python value decides what happens, and the graph would freeze it.
-    """
+    """Record a function of tensors at two arguments; refuse it if the runs differ: then a Python value decides."""
     first, second = _record(function, args), _record(function, other_args)
     alike = len(first.captured) == len(second.captured) and all(map(_equal, first.captured, second.captured))
     here, there = (str(recording.graph.graph).splitlines() for recording in (first, second))
@@ -123,11 +119,7 @@ class _ReadsValues(BaseException):
 
 
 class _RefuseValues(TorchDispatchMode):
-    """Refuses operations whose result, or whose shape, is a tensor's value: ``item``, ``if tensor``, ``x[mask]``.
-
-    Tensors of integers that come neither from arguments nor from parameters are constants, such as the order of a
-    flow's dimensions. The program may read these; they stay out of the graph, and are noted.
-    """
+    """Refuses operations whose result, or whose shape, is a tensor's value: ``item``, ``if tensor``, ``x[mask]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +134,8 @@ class _RefuseValues(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = _tensors((args, kwargs))
         dtypes = [tensor.dtype for tensor in given.values()]
-        # An order, a size or an index is not of these types; data are.
+        # Integers that come neither from arguments nor from parameters are constants, such as the order of a flow's
+        # dimensions. The program may read these; they stay out of the graph, and are noted.
         data = any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
         constant = given and not data and not given.keys() & self.recorded.keys()
         if constant and (not func._schema.is_mutable or id(args[0]) in self.constants):

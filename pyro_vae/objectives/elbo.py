@@ -45,8 +45,8 @@ class ELBO(Objective):
         num_particles: K, the number of samples drawn from the guide for each datum.
         kl: ``"analytic"`` for the closed form, ``"monte_carlo"`` to estimate it from the samples. None is Monte Carlo
             with ``gradient="stl"`` or ``"dreg"``, which reduce the noise of the estimate; else the closed form.
-        gradient: as in :class:`Objective`; or ``"disarm"`` for Bernoulli latents, from antithetic pairs of particles. It is
-            unbiased and needs an even K. At K = 2 it is quieter than ``"vimco"``, above it noisier. All of them
+        gradient: as in :class:`Objective`; or ``"disarm"`` for Bernoulli latents, from antithetic pairs of particles.
+            It is unbiased and needs an even K. At K = 2 it is quieter than ``"vimco"``, above it noisier. All of them
             differentiate a KL in closed form directly.
         beta: the factor on the KL, at least 0; or a function from the step, which starts at 0, to the factor. A step is
             one differentiable loss; :attr:`step` counts them, and :func:`pyro_vae.fit` starts it at 0.
