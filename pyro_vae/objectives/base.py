@@ -42,7 +42,7 @@ class Densities:
     stopped: Tensor | None  # log q(z | x) at the same samples, through which no gradient flows
     score: Tensor | None  # the sum over sites without a path of the function whose derivative is the score
     scale: Tensor | float  # of a datum's bound, such as N / b of a subsampled plate
-    # For each run, the number of its particles, and its samples with the shapes that a matrix (K, N) broadcasts from.
+    # For each run: the number of its particles; its samples, and the shape in which a matrix (K, N) broadcasts to each.
     samples: list[tuple[int, list[tuple[Tensor, list[int]]]]]
 
     @classmethod
@@ -71,9 +71,8 @@ class Objective(pyro.infer.ELBO):
     ``"pathwise"``
         the derivative through the reparameterised samples (Kingma and Welling 2014): unbiased.
     ``"stl"``
-        sticking the landing (Roeder et al. 2017): pathwise without the score. The score has mean zero in the ELBO's
-        gradient, so it is unbiased for the ELBO, and zero at the exact posterior. For other bounds with K > 1 it is
-        **biased**.
+        sticking the landing (Roeder et al. 2017): pathwise without the score, which has mean zero in the ELBO. It is
+        unbiased for the ELBO, and zero at the exact posterior. For other bounds with K > 1 it is **biased**.
     ``"dreg"``
         doubly reparameterised (Tucker et al. 2019): pathwise, with the score turned into a path. It is unbiased, and
         zero at the exact posterior. For IWAE its signal-to-noise ratio rises with K. For the ELBO it is ``"stl"``.
@@ -83,8 +82,7 @@ class Objective(pyro.infer.ELBO):
         If only some sites can be reparameterised, these get the pathwise gradient.
     ``"vimco"``
         the score function with the mean log-weight of the other particles as baseline (Mnih and Rezende 2016). It is
-        unbiased, serves any guide, and needs K of at least 2. For the ELBO it is REINFORCE with a leave-one-out
-        baseline.
+        unbiased, serves any guide, and needs K of at least 2.
 
     *Unbiased* refers to the gradient of the bound's mean at this K. :mod:`pyro_vae.objectives.gradients` has the table
     of the estimators and their papers; a new one is a row. A subclass may set `gradients` to a tuple of their names, or
@@ -118,7 +116,7 @@ class Objective(pyro.infer.ELBO):
         >>> Best(4, gradient="dreg")(vae)(torch.randn(5, 3)).backward()
     """
 
-    #: The name of its kind in tables and legends; an instance's `name` adds the gradient.
+    #: The name of its kind in tables and legends; an instance's `name` adds its settings and the gradient.
     family: ClassVar[str]
     #: The estimators of its gradient, by name.
     gradients: ClassVar[dict[str, Estimator]] = ESTIMATORS

@@ -45,7 +45,7 @@ References:
     Dong, Mnih and Tucker (2020), *DisARM: An Antithetic Gradient Estimator for Binary Latent Variables*, NeurIPS.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -119,8 +119,7 @@ def curvature(reduce: Reduction, log_weights: Tensor) -> Tensor:
     log_weights = log_weights.detach()
     own = log_weights.clone().requires_grad_()
     parts = []
-    for block in _blocks(log_weights):
-        values = _each_replaced(reduce, log_weights, own, block)
+    for block, values in _each_replaced(reduce, log_weights, own):
         (first,) = torch.autograd.grad(values.sum(), own, create_graph=True)
         linear = not first.requires_grad
         second = torch.zeros_like(own) if linear else torch.autograd.grad(first.sum(), own)[0]
@@ -132,10 +131,9 @@ def learning_signal(reduce: Reduction, log_weights: Tensor, baseline: Tensor) ->
     """R - R' + g', (K, N): the k-th log-weight is replaced by a baseline that does not depend on the k-th sample."""
     log_weights, baseline = log_weights.detach(), baseline.detach().requires_grad_()
     signals = []
-    for block in _blocks(log_weights):
-        replaced = _each_replaced(reduce, log_weights, baseline, block)
-        (slope_there,) = torch.autograd.grad(replaced.sum(), baseline)
-        signals.append(slope_there[block] - replaced.detach())
+    for block, values in _each_replaced(reduce, log_weights, baseline):
+        (slope_there,) = torch.autograd.grad(values.sum(), baseline)
+        signals.append(slope_there[block] - values.detach())
     return reduce(log_weights) + torch.cat(signals)
 
 
@@ -153,17 +151,13 @@ def mean_of_other_particles(log_weights: Tensor) -> Tensor:
     return (log_weights.sum(0) - log_weights) / (len(log_weights) - 1)
 
 
-def _each_replaced(reduce: Reduction, log_weights: Tensor, value: Tensor, block: Tensor) -> Tensor:
-    """The reduction with the k-th log-weight replaced by ``value[k]``, for each k of a block: (block, N)."""
-    at = torch.arange(len(log_weights), device=log_weights.device)[:, None] == block
-    replaced = torch.where(at[..., None], value[block], log_weights[:, None])  # (K, block, N)
-    return reduce(replaced.flatten(1)).unflatten(0, replaced.shape[1:])
-
-
-def _blocks(log_weights: Tensor) -> Sequence[Tensor]:
-    """Indices of particles, as many at a time as memory allows."""
+def _each_replaced(reduce: Reduction, log_weights: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The reduction with the k-th log-weight replaced by ``value[k]``, (block, N), for each block of indices k."""
     particles = torch.arange(len(log_weights), device=log_weights.device)
-    return particles.split(max(1, ELEMENTS_AT_ONCE // log_weights.numel()))
+    for block in particles.split(max(1, ELEMENTS_AT_ONCE // log_weights.numel())):
+        at = particles[:, None] == block
+        replaced = torch.where(at[..., None], value[block], log_weights[:, None])  # (K, block, N)
+        yield block, reduce(replaced.flatten(1)).unflatten(0, replaced.shape[1:])
 
 
 def _over(baseline: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:

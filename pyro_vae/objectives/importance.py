@@ -49,7 +49,6 @@ class IWAE(Objective):
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
-        Tucker et al. (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, ICLR.
     """
 
     family = "IWAE"
