@@ -1,4 +1,4 @@
-"""What biased estimators of a gradient converge to, exactly; refusals; and which estimators are without noise or with less.
+"""What biased estimators of a gradient converge to, exactly; refusals; which estimators have no noise, or less.
 
 That unbiased ones have the exact mean is in test_bounds.py.
 """
