@@ -1,4 +1,4 @@
-"""pv.to_arviz: what the groups hold, against exact moments; and that ArviZ's own functions take them, on both its lines."""
+"""pv.to_arviz: what the groups hold, against exact moments; and that ArviZ's own functions take them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: the network, its batch, and what every contestant is, so that all of them do one and the same thing."""
+"""What is measured: the network, its batch, and what each contestant is, so that all of them do the same."""
 
 from __future__ import annotations
 

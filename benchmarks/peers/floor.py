@@ -14,7 +14,7 @@ Calls = list[Callable[[], object]]
 
 
 def training(configuration: Configuration) -> Callable[[], None]:
-    """Those of a step: for each layer the output, the gradient by its weight, and that by its input, but for the data's."""
+    """Those of a step: for each layer the output and the gradients by its weight and its input, except by the data."""
     encoder, decoder = configuration.networks()
     z = torch.randn(configuration.particles * configuration.batch, configuration.latent)
     return in_turn(products(encoder, configuration.data(), data=True) + products(decoder, z))

@@ -29,7 +29,7 @@ class Spread:
 
 
 def seconds(function: Callable[[], object], repeats: int = 1) -> float:
-    """Of the processor, over all threads: one that takes a second thread is not flattered, nor one that waits punished."""
+    """Processor time, over all threads: a second thread does not make it less, and waiting does not make it more."""
     started = time.process_time()
     for _ in range(repeats):
         function()
@@ -73,8 +73,8 @@ def check_same(name: str, values: Sequence[float], others: Sequence[float], most
     most *= 1 + (most**2 + 1) / (4 * (len(values) + len(others) - 2))
     if not abs(z) <= most:
         raise ValueError(
-            f"{name} computes something else: expected a mean loss of {statistics.fmean(others):.6g}, as pyro_vae's, got "
-            f"{statistics.fmean(values):.6g}, {z:.1f} standard errors away."
+            f"{name} computes something else: expected a mean loss of {statistics.fmean(others):.6g}, as pyro_vae's, "
+            f"got {statistics.fmean(values):.6g}, {z:.1f} standard errors away."
         )
     return z
 

@@ -37,7 +37,7 @@ class Network:
                     bias, weight = next(values), next(values)
                     x = jax.lax.conv_general_dilated(x, weight, (2, 2), [(1, 1)] * 2, dimension_numbers=NHWC) + bias
                 case nn.ConvTranspose2d():
-                    # torch pads the output by 2 - 1 pixels on the left, and by one more on the right where the size is even
+                    # torch pads the output by a pixel on the left, and by one more on the right where the size is even
                     bias, weight = next(values), next(values)
                     padding = [(1, 1 + extra) for extra in layer.output_padding]
                     x = jax.lax.conv_general_dilated(

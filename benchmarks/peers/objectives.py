@@ -1,4 +1,4 @@
-"""What each objective costs: a step of the same network, K particles, compiled and uncompiled, beside the ELBO's with as many."""
+"""What each objective costs: a step of one network with K particles, compiled and not, beside the ELBO's."""
 
 from __future__ import annotations
 

@@ -137,9 +137,16 @@ def _name_ends(ax: Any, ends: list[tuple[float, str, str, int]]) -> None:
     for i in range(1, len(ends)):
         heights[i] = min(heights[i], heights[i - 1] / apart)
     shift = min((top / heights[0]) ** 0.9, (ends[-1][0] / heights[-1]) ** 0.5)
+    line = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 2, "shrinkB": 4, "relpos": (0, 0.5)}
     for (height, name, colour, size), at in zip(ends, heights, strict=True):
         ax.annotate(
-            name, (size, height), xytext=(right * 1.15, at * shift), textcoords="data", color=colour, va="center", fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 2, "shrinkB": 4, "relpos": (0, 0.5)},
+            name,
+            (size, height),
+            xytext=(right * 1.15, at * shift),
+            textcoords="data",
+            color=colour,
+            va="center",
+            fontsize=9,
+            arrowprops=line | {"color": colour},
             annotation_clip=False,
-        )  # fmt: skip
+        )

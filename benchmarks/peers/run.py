@@ -1,7 +1,9 @@
-"""A VAE's training step and log p(x), ours and other packages': python benchmarks/peers/run.py [--quick] [--only CONFIGURATION]
+"""A VAE's training step and log p(x), ours and other packages'.
 
-All contestants have the same network, weights, batch, Adam and arithmetic, which is checked; one thread; they take turns in one
-process. Written are tables, bench.json and two figures.
+    python benchmarks/peers/run.py [--quick] [--only CONFIGURATION]
+
+All contestants have the same network, weights, batch, Adam and arithmetic, which is checked. They take turns in one
+process with one thread. Written are tables, bench.json and two figures.
 """
 
 from __future__ import annotations
@@ -225,7 +227,7 @@ def lines(found: list[dict[str, Any]], size: str) -> dict[str, list[tuple[int, d
 
 
 def growth(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """How our compiled step's time, and its share outside the matrix products, go with K: a minibatch at once, and in portions."""
+    """Our compiled step's time by K, and its share outside the matrix products: whole and in portions."""
     found = [
         result["contestants"] | {"particles": result["particles"]} for result in found if result["particles"] >= 16
     ]

@@ -1,4 +1,4 @@
-"""Docstrings are written to be read in a terminal; here a bare (N, *event) or p(x|z) becomes code, as reStructuredText wants it."""
+"""Docstrings are written for a terminal. Here a bare (N, *event) or p(x|z) becomes code, for reStructuredText."""
 
 import re
 from typing import Any
@@ -8,7 +8,7 @@ BARE = re.compile(r"(``.*?``|`[^`]*`|\*\*.*?\*\*)|(\w*\([^()`]*\*\w[^()`]*\)|\w+
 
 
 def mark(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Put what reStructuredText would read as emphasis or a substitution into code, outside of examples and formulas."""
+    """Put what reStructuredText reads as emphasis or a substitution into code, outside of examples and formulas."""
     _list_references(lines)
     indent = None  # of the block that is left as it is
     for i, line in enumerate(lines):

@@ -1,6 +1,7 @@
-"""A function of a Pyro program as compiled code: recorded for each shape of its arguments, then compiled by Inductor."""
+"""A function of a Pyro program as compiled code: recorded for each shape of its arguments, compiled by Inductor."""
 
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pyro_vae.compiled.recording import record, unchanged, writes_undone
+from pyro_vae.compiled.recording import SavesBeforeWriting, record, unchanged
 from pyro_vae.engine import rng
 from pyro_vae.engine.modules import eval_mode
 from pyro_vae.errors import MissingCompilerError, PyroVAEError
@@ -39,9 +40,8 @@ OnCompile = Callable[[Compiled | None], None]  # called when a compilation begin
 class CompiledFunction:
     """A function that runs a Pyro program on tensors, compiled at the first call with arguments of a new kind.
 
-    The kind of the arguments is their shapes, types and devices. An argument that is not a tensor is a constant of the
-    code, which is compiled again for each value. Each call draws new random numbers, those of the uncompiled function,
-    from torch's generators.
+    The kind of a tensor is its shape, type and device; any other argument is a constant of the code. Each call draws
+    the random numbers of the uncompiled function, from torch's generators.
     """
 
     function: Callable[..., Any]  # it returns tensors, or None among them
@@ -53,24 +53,22 @@ class CompiledFunction:
         """The function's results, without gradients."""
         if am_i_wrapped():
             raise PyroVAEError(
-                "compiled code runs no Pyro handlers: expected a call outside of all of them, got one around the call (such as "
-                "poutine.scale, poutine.mask or a plate). Put the handler inside the model and the guide."
+                "compiled code runs no Pyro handlers: expected a call outside of all of them, got one around the call "
+                "(such as poutine.scale, poutine.mask or a plate). Put the handler inside the model and the guide."
             )
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
         kind = (repr(structure), *map(_kind, leaves))
         key = (*kind, *_modes(self.modules))
         compiled = self.compiled.get(key)
-        if compiled is not None and any(owner.get(name) is not tensor for owner, name, tensor in compiled.bound):
-            del self.compiled[key]
-            compiled = None
-        if compiled is None:
+        if compiled is None or any(owner.get(name) is not tensor for owner, name, tensor in compiled.bound):
+            self.compiled.pop(key, None)
             compiled = self._compile(leaves, structure, tensors)
             self.compiled[(*kind, *_modes(self.modules))] = compiled  # it may have found more modules
         if any(tensor._version != version for tensor, version in compiled.read):
             raise PyroVAEError(
-                "a tensor of integers that the program read when it was compiled has changed since: expected a constant, "
-                "such as a permutation. Pass it as a tensor argument, or run the program uncompiled."
+                "a tensor of integers that the program read when it was compiled has changed since: expected a "
+                "constant, such as a permutation. Pass it as a tensor argument, or run the program uncompiled."
             )
         with torch.no_grad():
             if not any(tensor.is_cuda for tensor in compiled.captured):
@@ -82,9 +80,9 @@ class CompiledFunction:
     def _compile(self, leaves: list[Any], structure: Any, tensors: list[Tensor]) -> Compiled:
         if len(self.compiled) == MAX_KINDS:
             raise PyroVAEError(
-                f"compiled for {MAX_KINDS} kinds of arguments, got one more: expected arguments of few shapes, and a tensor "
-                "for each argument that changes from call to call, since any other argument is a constant of the code. Pass "
-                "torch.tensor(value), or pad the data to one shape."
+                f"compiled for {MAX_KINDS} kinds of arguments, got one more: expected arguments of few shapes, and a "
+                "tensor for each argument that changes from call to call, since any other argument is a constant of "
+                "the code. Pass torch.tensor(value), or pad the data to one shape."
             )
         if self.on_compile is not None:
             self.on_compile(None)
@@ -96,19 +94,18 @@ class CompiledFunction:
             return self.function(*args, **kwargs)
 
         with rng.preserved():
-            with writes_undone():
+            with unchanged([]) as save, SavesBeforeWriting(save):
                 with eval_mode(self.modules) as found:  # so that batch norm does not notice
                     function(*tensors)
                 parts = [part for module in (*self.modules, *found) for part in module.modules()]
                 self.modules = list(dict.fromkeys(parts))
                 # Batch norm does not say that it writes to its statistics.
-                statistics = [buffer for module in self.modules for buffer in module.buffers(recurse=False)]
-                with unchanged(statistics):
-                    with pyro.validation_enabled(True):
-                        function(*tensors)
-                    started = time.perf_counter()
-                    reordered = [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]
-                    recorded = record(function, tensors, reordered)
+                save(buffer for module in self.modules for buffer in module.buffers(recurse=False))
+                with pyro.validation_enabled(True):
+                    function(*tensors)
+                started = time.perf_counter()
+                reordered = [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]  # in their support too
+                recorded = record(function, tensors, reordered)
             inputs = [*recorded.captured, *tensors]
             with unchanged(inputs), torch.no_grad():
                 code = _inductor(recorded.graph, inputs)
@@ -152,20 +149,19 @@ def _modes(modules: list[nn.Module]) -> list[Any]:
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     import torch._inductor  # to import it takes half a second
 
-    graph = _with_whole_bernoullis(graph)
-    options: dict[str, Any] = {"fallback_random": True}  # torch's own generators, in the program's order
-    if any(tensor.is_cuda for tensor in inputs):
-        options["triton.cudagraphs"] = True
+    options = {
+        "fallback_random": True,  # torch's own generators, in the program's order
+        "triton.cudagraphs": any(tensor.is_cuda for tensor in inputs),
+    }
     try:
-        code: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options=options)
+        return torch._inductor.compile(_with_whole_bernoullis(graph), list(inputs), options=options)
     except Exception as error:
         if "InvalidCxxCompiler" not in str(error):
             raise
         raise MissingCompilerError(
-            f"compiled code needs a C++ compiler: expected one that works, got none ({error}). Install one (g++, say; the "
-            "variable CXX names another), or run the program uncompiled."
+            f"compiled code needs a C++ compiler: expected one that works, got none ({error}). Install one (g++, say; "
+            "the variable CXX names another), or run the program uncompiled."
         ) from error
-    return code
 
 
 def _with_whole_bernoullis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -183,11 +179,10 @@ def _with_whole_bernoullis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 def _seconds(function: Callable[..., Any], args: list[Tensor]) -> float:
     """The least time of three calls: the first call does more, and other processes use the machine too."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
+
+    def call() -> None:
         function(*args)
         if any(tensor.is_cuda for tensor in args):
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times)
+
+    return min(timeit.repeat(call, number=1, repeat=3))

@@ -38,11 +38,7 @@ class Recording:
 
 
 def record(function: Callable[..., Any], args: Sequence[Tensor], other_args: Sequence[Tensor]) -> Recording:
-    """Record the operations of a function of tensors.
-
-    The function runs twice. The second time has other random numbers, and the same rows in another order, which are in
-    their support. Both runs must do the same: else a Python value decides what happens, and the graph would freeze it.
-    """
+    """Record a function of tensors at two arguments; refuse it if the runs differ: then a Python value decides."""
     first, second = _record(function, args), _record(function, other_args)
     alike = len(first.captured) == len(second.captured) and all(map(_equal, first.captured, second.captured))
     here, there = (str(recording.graph.graph).splitlines() for recording in (first, second))
@@ -98,9 +94,7 @@ def _lifted(graph: fx.GraphModule, read: list[Tensor]) -> Recording:
     """Turn the captured tensors into the graph's first arguments: each call reads them, and updates them in place."""
     captured: dict[int, tuple[Tensor, fx.Node]] = {}
     first = next(iter(graph.graph.nodes))
-    for node in list(graph.graph.nodes):
-        if node.op != "get_attr":
-            continue
+    for node in graph.graph.find_nodes(op="get_attr"):
         tensor = getattr(graph, node.target)
         if id(tensor) not in captured:
             with graph.graph.inserting_before(first):
@@ -126,11 +120,7 @@ class _ReadsValues(BaseException):
 
 
 class _RefuseValues(TorchDispatchMode):
-    """Refuses operations whose result, or whose shape, is a tensor's value: ``item``, ``if tensor``, ``x[mask]``.
-
-    Tensors of integers that come neither from arguments nor from parameters are constants, such as the order of a
-    flow's dimensions. The program may read these; they stay out of the graph, and are noted.
-    """
+    """Refuses operations whose result, or whose shape, is a tensor's value: ``item``, ``if tensor``, ``x[mask]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +134,11 @@ class _RefuseValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = _tensors((args, kwargs))
-        constant = given and not any(leaf in self.recorded or _counts(given[leaf]) for leaf in given)
+        dtypes = [tensor.dtype for tensor in given.values()]
+        # Integers that come neither from arguments nor from parameters are constants, such as the order of a flow's
+        # dimensions. The program may read these; they stay out of the graph, and are noted.
+        data = any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
+        constant = given and not data and not given.keys() & self.recorded.keys()
         if constant and (not func._schema.is_mutable or id(args[0]) in self.constants):
             self.read |= {leaf: given[leaf] for leaf in given.keys() - self.constants.keys()}
             with _disable_current_modes():
@@ -166,13 +160,8 @@ def _tensors(values: Any) -> dict[int, Tensor]:
     return {id(leaf): leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
 
 
-def _counts(tensor: Tensor) -> bool:
-    """Whether a tensor holds data, and not an order, a size or an index."""
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
-
-
 class _RefuseArrays(TorchFunctionMode):
-    """Refuses to turn tensors into arrays and lists, which can't be recorded; serves ``one_hot``, which only checks values."""
+    """Refuses to turn tensors into arrays and lists, which can't be recorded; ``one_hot`` only checks values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.one_hot:
@@ -206,15 +195,8 @@ def unchanged(tensors: Iterable[Tensor]) -> Iterator[Callable[[Iterable[Tensor]]
             storage.copy_(copy)
 
 
-@contextlib.contextmanager
-def writes_undone() -> Iterator[None]:
-    """Restore afterwards every older tensor that an operation declares to write to."""
-    with unchanged(()) as save, _Writes(save):
-        yield
-
-
-class _Writes(TorchDispatchMode):
-    """Saves older tensors before an operation writes to them."""
+class SavesBeforeWriting(TorchDispatchMode):
+    """Saves each older tensor before an operation that declares to write to it."""
 
     def __init__(self, save: Callable[[Iterable[Tensor]], None]) -> None:
         super().__init__()

@@ -67,8 +67,8 @@ class CompiledStep:
     def accumulate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Add to each parameter's ``grad`` and return the loss: for a minibatch in portions.
 
-        With many particles, portions save memory, and time too, since a portion fits the processor's cache. Each portion
-        counts as a step of a schedule, as each differentiable loss does.
+        With many particles, portions save memory, and time too, since a portion fits the processor's cache. Each
+        portion counts as a step of a schedule, as each differentiable loss does.
         """
         loss, gradients = self._run(args, kwargs)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -138,35 +138,33 @@ def compile_step(
     .. math:: \theta \leftarrow \mathrm{optimizer}\bigl(\theta, \nabla_\theta \, \mathrm{loss}(\theta; x)\bigr), \qquad
         \mathrm{loss} = -\sum_n s_n \mathcal L(x_n)
 
-    with the bound :math:`\mathcal L` of each datum and its scale s. At the first call with arguments of a new shape, model
-    and guide run a few times. Two of these runs are recorded: loss and gradients together, as one graph. Inductor compiles
-    the graph, which takes 4 to 20 s on one core, and less if its cache on disk has it. From then on Pyro does not run.
+    with the bound :math:`\mathcal L` of each datum and its scale s. At the first call with arguments of a new shape,
+    model and guide run a few times. Two of these runs are recorded: loss and gradients together, as one graph. Inductor
+    compiles it, which takes 4 to 20 s on one core, or less if its cache on disk has it. From then on Pyro doesn't run.
 
     A step repeats the operations of the recorded run on other data, parameters and random numbers. It draws the random
     numbers of an uncompiled step, from the generators that ``pyro.set_rng_seed`` starts. Dropout and batch norm work.
     `beta` may change, and may be a schedule; a subclass of :class:`pyro_vae.Objective` lists in `scheduled` the other
-    settings that may change. All other Python values are constants. **Nothing is validated after that run**, also not the
-    data: check the loss, or use :func:`pyro_vae.fit`, which checks both.
+    settings that may change. All other Python values are constants. **Nothing is validated after that run**, also not
+    the data: check the loss, or use :func:`pyro_vae.fit`, which checks both.
 
     Arguments:
-        model: a Pyro model. A model/guide pair, or a tuple ``(model, guide)``, may stand in place of `model` and `guide`.
-        guide: its guide.
+        model, guide: as in :meth:`pyro_vae.Objective.bound`.
         objective: the bound, such as :class:`pyro_vae.ELBO`, with all particles in one run.
         optimizer: an optimiser of ``torch.optim`` over parameters of the program (``fused=True`` is fastest), or one of
             ``pyro.optim``.
 
     Returns:
         A function of a minibatch, with the model's arguments; those that change must be tensors. It takes one step, and
-        returns the loss before the step in nats, a tensor without dimensions. To clip gradients, call its ``compute``,
-        which replaces every ``grad`` and returns the loss, then clip, then step the optimiser. To run a minibatch in
-        portions, call its ``accumulate`` with each portion, which adds to every ``grad``; then step the optimiser, and
-        call ``zero_grad``.
+        returns the loss before the step in nats, a tensor without dimensions. Its ``compute`` replaces every ``grad``
+        and leaves the step to you, to clip gradients. Its ``accumulate`` adds to every ``grad``, for a minibatch in
+        portions; then step the optimiser, and call ``zero_grad``.
 
     Raises:
-        ValueError: the objective is not of this package, or splits its particles into several runs; or the optimizer has
-            no parameter of the program. At the first step: see :func:`pyro_vae.log_weights`; or the program can't be
-            compiled, since it reads a tensor's value, or does something else when it runs again. The message names the
-            line.
+        ValueError: the objective is not of this package, or splits its particles into several runs; or the optimizer
+            has no parameter of the program. At the first step: see :func:`pyro_vae.log_weights`; or the program can't
+            be compiled, since it reads a tensor's value (the message names the line), or does something else when it
+            runs again.
         RuntimeError: there is no C++ compiler, which Inductor needs for a CPU.
 
     Example:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import Bernoulli
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -21,31 +22,21 @@ def partner(values: Tensor, dim: int) -> Tensor:
 
 
 class Antithetic(Messenger):
-    """Draws the Bernoulli sites of a guide in antithetic pairs; other sites draw as usual.
-
-    Arguments:
-        num_particles: K, an even number.
-        particle_dim: the dimension of the particles in a batch shape, counted from the right.
-    """
+    """Draws the Bernoulli sites of a guide in antithetic pairs; other sites draw as usual."""
 
     def __init__(self, num_particles: int, particle_dim: int) -> None:
         super().__init__()
-        self.num_particles, self.particle_dim = num_particles, particle_dim
+        self.num_particles = num_particles  # an even number
+        self.particle_dim = particle_dim  # of a batch shape, counted from the right
 
     def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        base = unwrapped(fn)
-        if (
-            site_is_subsample(msg)
-            or msg["done"]
-            or msg["is_observed"]
-            or msg["value"] is not None
-            or getattr(fn, "has_rsample", True)
-        ):
+        fn, base = msg["fn"], unwrapped(msg["fn"])
+        given = msg["done"] or msg["is_observed"] or msg["value"] is not None
+        if given or site_is_subsample(msg) or getattr(fn, "has_rsample", True):
             return
         if not isinstance(base, Bernoulli):
             raise PyroVAEError(
-                f"DisARM draws Bernoulli sites in antithetic pairs: expected a Bernoulli or a reparameterised family at "
+                "DisARM draws Bernoulli sites in antithetic pairs: expected a Bernoulli or a reparameterised family at "
                 f"guide site '{msg['name']}', got {family(fn)}. Use gradient='vimco'."
             )
         if any(getattr(layer, "_mask", None) is not None for layer in layers(fn)):
@@ -57,8 +48,8 @@ class Antithetic(Messenger):
         probs = base.probs.expand(fn.batch_shape + fn.event_shape)
         if probs.shape[dim] == 1 or not (being_recorded() or torch.equal(probs, partner(probs, dim))):
             raise PyroVAEError(
-                f"DisARM pairs samples of one distribution: expected the probabilities of guide site '{msg['name']}' to "
-                "depend on the data alone, got some that depend on other samples. Use gradient='vimco'."
+                f"DisARM pairs samples of one distribution: expected the probabilities of guide site '{msg['name']}' "
+                "to depend on the data alone, got some that depend on other samples. Use gradient='vimco'."
             )
         first = probs.narrow(dim, 0, half)
         uniform = torch.rand_like(first)
@@ -72,11 +63,11 @@ def score_term(site: Site) -> Tensor:
     fn, value = site["fn"], site["value"]
     if not isinstance(unwrapped(fn), Bernoulli):
         raise PyroVAEError(
-            f"DisARM serves Bernoulli latents: expected a Bernoulli guide site, beside reparameterised ones or alone, got "
-            f"'{site['name']}' ({family(fn)}). Use gradient='pathwise', or gradient='vimco'."
+            "DisARM serves Bernoulli latents: expected a Bernoulli guide site, beside reparameterised ones or alone, "
+            f"got '{site['name']}' ({family(fn)}). Use gradient='pathwise', or gradient='vimco'."
         )
     particle_dim = next(f.dim for f in site["cond_indep_stack"] if f.name == PARTICLE_PLATE) - fn.event_dim
     logits = unwrapped(fn).logits
     with torch.no_grad():
         factor = (value - partner(value, particle_dim)) * logits.abs().sigmoid()
-    return (factor * logits).flatten(value.dim() - fn.event_dim).sum(-1) if fn.event_dim else factor * logits
+    return sum_rightmost(factor * logits, fn.event_dim)

@@ -36,41 +36,28 @@ class Options(TypedDict, total=False):
 
 @dataclass
 class Densities:
-    """The log-densities of a run, each (K, N).
+    """The log-densities of a run, or of several runs one after another, each (K, N); None where none is needed."""
 
-    Attributes:
-        log_p: log p(x, z).
-        log_q: log q(z | x). Sites with a learning signal add no gradient here, but in `score`.
-        stopped: log q(z | x) at the same samples, through which no gradient flows, if the estimator needs it.
-        score: the sum over sites without a path of the function whose derivative is the score.
-        scale: the scale of a datum's bound, such as N / b of a subsampled plate.
-        samples: the samples of each run, with the shapes in which a matrix (K, N) broadcasts to them.
-        sizes: the number of particles of each run.
-    """
-
-    log_p: Tensor
-    log_q: Tensor
-    stopped: Tensor | None
-    score: Tensor
-    scale: Tensor | float
-    samples: list[list[tuple[Tensor, list[int]]]]
-    sizes: list[int]
+    log_p: Tensor  # log p(x, z)
+    log_q: Tensor  # log q(z | x); sites with a learning signal add no gradient here, but in `score`
+    stopped: Tensor | None  # log q(z | x) at the same samples, through which no gradient flows
+    score: Tensor | None  # the sum over sites without a path of the function whose derivative is the score
+    scale: Tensor | float  # of a datum's bound, such as N / b of a subsampled plate
+    # For each run: the number of its particles; its samples, and the shape in which a matrix (K, N) broadcasts to each.
+    samples: list[tuple[int, list[tuple[Tensor, list[int]]]]]
 
     @classmethod
     def joined(cls, parts: list[Self]) -> Self:
-        """The densities of all runs, one after another."""
-        if len(parts) == 1:
-            return parts[0]
-        stopped = [part.stopped for part in parts if part.stopped is not None]
-        return cls(
-            torch.cat([part.log_p for part in parts]),
-            torch.cat([part.log_q for part in parts]),
-            torch.cat(stopped) if stopped else None,
-            torch.cat([part.score for part in parts]),
-            parts[0].scale,
-            [samples for part in parts for samples in part.samples],
-            [size for part in parts for size in part.sizes],
-        )
+        """The densities of all runs."""
+        first, *others = parts
+        if not others:
+            return first
+        matrices: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("log_p", "log_q", "stopped", "score")
+            if getattr(first, name) is not None
+        }
+        return replace(first, **matrices, samples=[run for part in parts for run in part.samples])
 
 
 class Objective(pyro.infer.ELBO):
@@ -85,32 +72,29 @@ class Objective(pyro.infer.ELBO):
     ``"pathwise"``
         the derivative through the reparameterised samples (Kingma and Welling 2014): unbiased.
     ``"stl"``
-        sticking the landing (Roeder et al. 2017): pathwise without the score. The score has mean zero in the ELBO's
-        gradient, so it is unbiased for the ELBO, and zero at the exact posterior. For other bounds with K > 1 it is
-        **biased**.
+        sticking the landing (Roeder et al. 2017): pathwise without the score, which has mean zero in the ELBO. It is
+        unbiased for the ELBO, and zero at the exact posterior. For other bounds with K > 1 it is **biased**.
     ``"dreg"``
-        doubly reparameterised (Tucker et al. 2019): pathwise, with the score turned into a path. It is unbiased, and zero
-        at the exact posterior. For IWAE its signal-to-noise ratio rises with K. For the ELBO it is ``"stl"``.
+        doubly reparameterised (Tucker et al. 2019): pathwise, with the score turned into a path. It is unbiased, and
+        zero at the exact posterior. For IWAE its signal-to-noise ratio rises with K. For the ELBO it is ``"stl"``.
     ``"score"``
         the score function (Williams 1992), with the mean log-weight of the other data as baseline. It serves any guide
-        and is noisy. It is unbiased if no datum's weight depends on other data; batch norm in training mode breaks that.
+        and is noisy. It is unbiased unless a datum's weight depends on other data, as with batch norm in training mode.
         If only some sites can be reparameterised, these get the pathwise gradient.
     ``"vimco"``
         the score function with the mean log-weight of the other particles as baseline (Mnih and Rezende 2016). It is
-        unbiased, serves any guide, and needs K of at least 2. For the ELBO it is REINFORCE with a leave-one-out
-        baseline.
+        unbiased, serves any guide, and needs K of at least 2.
 
     *Unbiased* refers to the gradient of the bound's mean at this K. :mod:`pyro_vae.objectives.gradients` has the table
-    of the estimators; a new one is a row. A subclass may set `gradients` to a tuple of their names, or to a dictionary
-    from names to :class:`pyro_vae.objectives.gradients.Estimator`.
+    of the estimators and their papers; a new one is a row. A subclass may set `gradients` to a tuple of their names, or
+    to a dictionary from names to :class:`pyro_vae.objectives.gradients.Estimator`.
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
         gradient: the estimator of the gradient, one of the above.
         vectorize_particles: whether the program runs once, with a leading dimension for the particles. False runs it K
             times, for networks that take no leading dimension; see :func:`pyro_vae.log_weights`.
-        max_plate_nesting: how many dimensions the program's plates take; None finds it at the first call with
-            a model and guide, by one more run.
+        max_plate_nesting: how many dimensions the program's plates take; None finds it, by one more run.
         chunk_size: run the model for so many particles at a time, which needs less memory. The result is the same, and
             the model runs twice where gradients are recorded.
 
@@ -131,27 +115,23 @@ class Objective(pyro.infer.ELBO):
         ...         return log_weights.amax(0) - torch.tensor(len(log_weights)).log()
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
         >>> Best(4, gradient="dreg")(vae)(torch.randn(5, 3)).backward()
-
-    References:
-        Roeder, Wu and Duvenaud (2017), *Sticking the Landing*, NeurIPS.
-        Tucker, Lawson, Gu and Maddison (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo
-        Objectives*, ICLR.
-        Mnih and Rezende (2016), *Variational Inference for Monte Carlo Objectives*, ICML.
-        Williams (1992), *Simple Statistical Gradient-Following Algorithms*, Machine Learning.
     """
 
-    #: The name of its kind in tables and legends; an instance's `name` adds the gradient.
+    #: The name of its kind in tables and legends; an instance's `name` adds its settings and the gradient.
     family: ClassVar[str]
     #: The estimators of its gradient, by name.
     gradients: ClassVar[dict[str, Estimator]] = ESTIMATORS
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = vars(cls)
-        if ("reduce" in own or "reduce_for_guide" in own) and "curvature" not in own:
-            cls.curvature = Objective.curvature  # type: ignore[method-assign]  # a parent's is of another bound
-        if not isinstance(cls.gradients, dict):
-            cls.gradients = gradients.rows_of(cls.__name__, cls.gradients, super(cls, cls).gradients)
+        own, rows = vars(cls), super(cls, cls).gradients  # type: ignore[misc]
+        if "reduce" in own or "reduce_for_guide" in own:
+            # What serves the parent's bound alone gives way to what serves any.
+            rows = {n: r if r.any_bound else ESTIMATORS[n] for n, r in rows.items() if r.any_bound or n in ESTIMATORS}
+            if "curvature" not in own:
+                cls.curvature = Objective.curvature  # type: ignore[method-assign]
+        names = own.get("gradients", rows)
+        cls.gradients = names if isinstance(names, dict) else gradients.rows_of(cls.__name__, names, rows)
 
     def __init__(
         self,
@@ -192,8 +172,7 @@ class Objective(pyro.infer.ELBO):
         """The loss as a module with the program's parameters: called with the program's arguments, it returns the loss.
 
         Arguments:
-            model: a Pyro model; or a model/guide pair, or a tuple ``(model, guide)``, in place of `model` and `guide`.
-            guide: its guide.
+            model, guide: as in :meth:`bound`.
         """
         return ObjectiveModule(self, model, guide)
 
@@ -210,7 +189,11 @@ class Objective(pyro.infer.ELBO):
     @property
     def name(self) -> str:
         """Its name in tables and legends."""
-        return self.family + self.estimator.suffix
+        return ", ".join([self.family, *self._settings()]) + self.estimator.suffix
+
+    def _settings(self) -> list[str]:
+        """What its name says of its settings."""
+        return []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._arguments().items())})"
@@ -235,8 +218,8 @@ class Objective(pyro.infer.ELBO):
     def bound(self, model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> Tensor:
         """The bound on log p(x_n) for each datum, in nats, of shape (N,); differentiable.
 
-        A scale, such as the N / b of a subsampled plate, is left out: these are nats of one datum. Modules stay in their
-        mode: call ``vae.eval()`` first to turn dropout off and to fix the statistics of batch norm.
+        A scale, such as the N / b of a subsampled plate, is left out: these are nats of one datum. Modules stay in
+        their mode: call ``vae.eval()`` first to turn dropout off and to fix the statistics of batch norm.
 
         Arguments:
             model: a Pyro model; or a model/guide pair, or a tuple ``(model, guide)``, in place of `model` and `guide`.
@@ -340,22 +323,19 @@ class Objective(pyro.infer.ELBO):
 
     def _read(self, run: Run) -> Densities:
         scale = datum_scale(run)  # first, since its message is more specific than those of the terms
-        guide, row = run.guide, self.estimator
+        guide, row, score = run.guide, self.estimator, None
         if row.signal is not None:
             scored = {name: guide[name] for name in run.scored}
-            fixed = {n: s | {"unscaled_log_prob": s["unscaled_log_prob"].detach()} for n, s in scored.items()}
-            guide = guide | fixed
+            guide = guide | {n: s | {"unscaled_log_prob": s["unscaled_log_prob"].detach()} for n, s in scored.items()}
             term = row.score_term
             score = log_density(run, terms(scored) if term is None else ((s, term(s)) for s in scored.values()))
-        log_p = log_density(run, self._model_terms(run))
         return Densities(
-            log_p,
+            log_density(run, self._model_terms(run)),
             log_density(run, self._guide_terms(run, guide)),
             None if run.stopped is None else log_density(run, self._guide_terms(run, run.stopped)),
-            torch.zeros_like(log_p) if row.signal is None else score,
+            score,
             scale,
-            [run.samples],
-            [run.num_particles],
+            [(run.num_particles, run.samples)],
         )
 
     def _estimate(self, parts: Densities) -> Tensor:
@@ -369,17 +349,21 @@ class Objective(pyro.infer.ELBO):
         c = gradients.slope(self.reduce_for_guide, fixed) if two else a
         if row.curvature:
             c = c - self.curvature(fixed)
+        if two:  # where the guide's bound is minus infinity, and the model's is not
+            c = c.nan_to_num(0.0, 0.0, 0.0)
         if row.curvature or two:
             # The gradient that reaches the samples has the factor a, which may be tiny, but not zero where c is not.
             a = torch.where(a.abs() < SMALLEST, SMALLEST, a)
-            for samples, ratio in zip(parts.samples, (c / a).split(parts.sizes), strict=True):
+            ratios = (c / a).split([size for size, _ in parts.samples])
+            for (_, samples), ratio in zip(parts.samples, ratios, strict=True):
                 for sample, shape in samples:
                     sample.register_hook(functools.partial(torch.mul, ratio.reshape(shape)))
         surrogate = weighted(a, parts.log_p) - weighted(c, parts.log_q)
         if parts.stopped is not None:
             surrogate = surrogate + weighted(c, parts.stopped)
-        if row.signal is not None:
-            surrogate = surrogate + weighted(row.signal(self, fixed, c), parts.score)
+        if row.signal is not None and parts.score is not None:
+            signal = row.signal(self, fixed, c)
+            surrogate = surrogate + weighted(signal.nan_to_num(0.0, 0.0, 0.0) if two else signal, parts.score)
         return with_gradient(bound, surrogate)
 
     # Abstract in pyro.infer.ELBO, and used by its own machinery alone.

@@ -7,25 +7,16 @@ from typing import Any, Literal, Unpack
 
 import torch
 from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import (
-    HalfCauchy,
-    HalfNormal,
-    Independent,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-    Normal,
-    TransformedDistribution,
-    kl_divergence,
-)
+from torch import distributions as td
 
 from pyro_vae.engine.program import Needs, Program, Run
 from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks, unwrapped
 from pyro_vae.engine.weights import Terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options, with_gradient
-from pyro_vae.objectives.gradients import DISARM, STL, rows_of
+from pyro_vae.objectives.gradients import DISARM, STL
 
 
 class NoClosedFormError(PyroVAEError):
@@ -40,12 +31,12 @@ class ELBO(Objective):
         \qquad z_k \sim q(z \mid x), \quad \beta = 1
 
     with :math:`\mathrm{KL} = \mathrm{KL}(q(z|x) \,\|\, p(z))` in closed form, or its estimate
-    :math:`\frac1K \sum_k \log q(z_k|x) - \log p(z_k)`. Both have the same mean, log p(x) - KL(q(z|x) || p(z|x)) where beta
-    is 1. With several latent sites, each has its own KL, given the sites sampled before it. All gradients are unbiased,
-    except with free bits and a sampled KL: the maximum of a noisy mean is biased.
+    :math:`\frac1K \sum_k \log q(z_k|x) - \log p(z_k)`. Where beta is 1, both have the mean
+    log p(x) - KL(q(z|x) || p(z|x)). With several latent sites, each has its own KL, given the sites sampled before it.
+    All gradients are unbiased, except with free bits and a sampled KL: the maximum of a noisy mean is biased.
 
-    With :math:`\beta > 1`, the objective of a beta-VAE, it is still a lower bound. With free bits it is a lower bound in
-    the mean over a batch, not for each datum. With :math:`\beta < 1` it is not a bound. Report ``pv.ELBO().bound``.
+    With :math:`\beta > 1`, the objective of a beta-VAE, it is still a lower bound. With free bits it is one in the mean
+    over a batch, not for each datum. With :math:`\beta < 1` it is not a bound. Report ``pv.ELBO().bound``.
 
     The pathwise and STL losses are linear in the log-densities. Unlike :meth:`bound`, they need no batch plate: they
     serve global latents, factors, subsampled nested plates and different scales.
@@ -54,15 +45,14 @@ class ELBO(Objective):
         num_particles: K, the number of samples drawn from the guide for each datum.
         kl: ``"analytic"`` for the closed form, ``"monte_carlo"`` to estimate it from the samples. None is Monte Carlo
             with ``gradient="stl"`` or ``"dreg"``, which reduce the noise of the estimate; else the closed form.
-        gradient: as in :class:`Objective`; or ``"disarm"`` for Bernoulli latents: antithetic pairs of particles, with a
-            factor for each latent dimension (Dong et al. 2020). It is unbiased and needs an even K. At K = 2 it is
-            quieter than ``"vimco"``; with more particles the baseline of ``"vimco"`` is the better one. All of them
+        gradient: as in :class:`Objective`; or ``"disarm"`` for Bernoulli latents, from antithetic pairs of particles.
+            It is unbiased and needs an even K. At K = 2 it is quieter than ``"vimco"``, above it noisier. All of them
             differentiate a KL in closed form directly.
         beta: the factor on the KL, at least 0; or a function from the step, which starts at 0, to the factor. A step is
             one differentiable loss; :attr:`step` counts them, and :func:`pyro_vae.fit` starts it at 0.
         free_bits: lambda, in nats: each latent dimension j contributes :math:`\max(\lambda, \mathrm{KL}_j)`, where the
-            KL is averaged over the batch and has no gradient below lambda. It needs a guide with independent dimensions;
-            0 turns it off.
+            KL is averaged over the batch and has no gradient below lambda. It needs a guide with independent
+            dimensions; 0 turns it off.
         **options: as in :class:`Objective`.
 
     Raises:
@@ -73,31 +63,22 @@ class ELBO(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.ELBO(num_particles=4).bound(vae, torch.randn(5, 3)).shape
-        torch.Size([5])
-        >>> warm_up = pv.ELBO(beta=lambda step: min(1.0, (step + 1) / 1000))
+        >>> warm_up = pv.ELBO(num_particles=4, beta=lambda step: min(1.0, (step + 1) / 1000))
         >>> warm_up.differentiable_loss(vae, torch.randn(5, 3)).backward()
         >>> warm_up.step
         1
 
     References:
         Kingma and Welling (2014), *Auto-Encoding Variational Bayes*, ICLR.
-        Higgins et al. (2017), *beta-VAE*, ICLR. Bowman et al. (2016), *Generating Sentences from a Continuous Space*,
-        CoNLL (the schedule).
+        Higgins et al. (2017), *beta-VAE*, ICLR.
+        Bowman et al. (2016), *Generating Sentences from a Continuous Space*, CoNLL (the schedule).
         Kingma et al. (2016), *Improved Variational Inference with Inverse Autoregressive Flow*, NeurIPS (free bits).
         Dong, Mnih and Tucker (2020), *DisARM: An Antithetic Gradient Estimator for Binary Latent Variables*, NeurIPS.
     """
 
     family = "ELBO"
     # A mean is linear, so that DReG's factors are STL's.
-    gradients = Objective.gradients | {"dreg": replace(STL, suffix=", DReG"), "disarm": DISARM}
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        own = vars(cls)
-        if "reduce" in own or "reduce_for_guide" in own:  # the rows of the ELBO are for a mean
-            names = own.get("gradients", Objective.gradients)
-            cls.gradients = names if isinstance(names, dict) else rows_of(cls.__name__, names, Objective.gradients)
-        super().__init_subclass__(**options)
+    gradients = Objective.gradients | {"dreg": replace(STL, suffix=", DReG", any_bound=False), "disarm": DISARM}
 
     def __init__(
         self,
@@ -120,8 +101,8 @@ class ELBO(Objective):
         self.kl = kl or ("monte_carlo" if without_score else "analytic")
         if self.kl == "analytic" and self.chunk_size is not None:
             raise PyroVAEError(
-                "a KL in closed form needs the whole run: expected kl='monte_carlo' with chunk_size, got 'analytic'. Pass "
-                "kl='monte_carlo', or drop chunk_size."
+                "a KL in closed form needs the whole run: expected kl='monte_carlo' with chunk_size, got 'analytic'. "
+                "Pass kl='monte_carlo', or drop chunk_size."
             )
         if not callable(beta):
             _check_beta(beta)
@@ -129,8 +110,8 @@ class ELBO(Objective):
             raise PyroVAEError(f"expected free_bits to be a number of nats, at least 0, got {free_bits!r}.")
         if free_bits and gradient != "pathwise":
             raise PyroVAEError(
-                f"free bits take the maximum of a mean, which has a pathwise gradient only: expected gradient='pathwise' "
-                f"with free_bits, got {gradient!r}. Drop one of the two."
+                "free bits take the maximum of a mean, which has a pathwise gradient only: expected "
+                f"gradient='pathwise' with free_bits, got {gradient!r}. Drop one of the two."
             )
         apart = self.chunk_size is not None or (num_particles > 1 and not self.vectorize_particles)
         if free_bits and apart:
@@ -140,16 +121,11 @@ class ELBO(Objective):
             )
         self.beta, self.free_bits = beta, free_bits
 
-    @property
-    def name(self) -> str:
-        """Its name in tables and legends."""
+    def _settings(self) -> list[str]:
+        kl = "closed-form KL" if self.kl == "analytic" else "Monte Carlo KL"
         beta = "beta schedule" if callable(self.beta) else f"beta {self.beta:g}"
-        parts = [
-            "ELBO, closed-form KL" if self.kl == "analytic" else "ELBO, Monte Carlo KL",
-            *([] if self.beta == 1 else [beta]),
-            *([f"free bits {self.free_bits:g}"] if self.free_bits else []),
-        ]
-        return ", ".join(parts) + self.estimator.suffix
+        free_bits = f"free bits {self.free_bits:g}"
+        return [kl, *([] if self.beta == 1 else [beta]), *([free_bits] if self.free_bits else [])]
 
     def scheduled(self) -> dict[str, float]:
         """Beta, from its schedule if it has one."""
@@ -168,9 +144,7 @@ class ELBO(Objective):
     def _loss(self, program: Program) -> Tensor:
         if program.needs.per_datum:
             return super()._loss(program)
-        totals = self._particles().read(program, self._total)
-        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-        return -total / self.num_particles if self.num_particles > 1 else -total
+        return -torch.stack(self._particles().read(program, self._total)).sum() / self.num_particles
 
     def _total(self, run: Run) -> Tensor:
         """The sum of all terms of a run, each masked and scaled."""
@@ -194,9 +168,11 @@ class ELBO(Objective):
                 yield site, site["unscaled_log_prob"]
             elif self.free_bits:
                 yield site, self._weighed(self._free_kl(run, name))
+            elif self.kl == "monte_carlo":
+                yield site, self._weighed(site["unscaled_log_prob"])
             else:
-                sampled = self.kl == "monte_carlo"
-                yield site, self._weighed(site["unscaled_log_prob"] if sampled else _site_kl(run, name))
+                q, p = _both_sites(run, name)
+                yield site, self._weighed(_closed_form(q["fn"], p["fn"], name))
 
     def _weighed(self, term: Tensor) -> Tensor:
         beta = self._beta()
@@ -211,22 +187,20 @@ class ELBO(Objective):
         q, p = (_by_dimension(site["fn"], name) for site in (guide, model))
         if masks(guide):
             raise PyroVAEError(
-                f"free_bits averages the KL over whole batches: expected no mask at site '{name}', got one. Drop the mask, "
-                "or use free_bits=0."
+                f"free_bits averages the KL over whole batches: expected no mask at site '{name}', got one. Drop the "
+                "mask, or use free_bits=0."
             )
         sampled = self.kl == "monte_carlo"
         kl = q.log_prob(guide["value"]) - p.log_prob(guide["value"]) if sampled else _closed_form(q, p, name)
         event_dim = guide["fn"].event_dim
         average = kl.flatten(0, kl.dim() - event_dim - 1).mean(0) if kl.dim() > event_dim else kl
         kl = torch.where(average > self.free_bits, kl, self.free_bits)
-        return kl.flatten(-event_dim).sum(-1) if event_dim else kl
+        return sum_rightmost(kl, event_dim)
 
 
 def _sum(terms: Terms) -> Tensor:
-    first, *rest = [scale_and_mask(value, site["scale"], site["mask"]).sum() for site, value in terms] or [
-        torch.zeros(())
-    ]
-    return sum(rest, first)
+    sums = [scale_and_mask(value, site["scale"], site["mask"]).sum() for site, value in terms]
+    return sum(sums[1:], sums[0]) if sums else torch.zeros(())
 
 
 def _check_beta(beta: float) -> float:
@@ -270,44 +244,33 @@ def _both_sites(run: Run, name: str) -> tuple[Site, Site]:
     return guide, model
 
 
-def _site_kl(run: Run, name: str) -> Tensor:
-    """KL(q || p) of one site in closed form, in the shape of its batch."""
-    guide, model = _both_sites(run, name)
-    return _closed_form(guide["fn"], model["fn"], name)
-
-
 def _closed_form(q: Any, p: Any, name: str) -> Tensor:
-    no_closed_form = NoClosedFormError(
-        f"ELBO(kl='analytic') has no closed form at site '{name}' for KL({family(q)} || {family(p)}): expected families "
-        "whose KL PyTorch knows. Use kl='monte_carlo'."
-    )
-    # PyTorch has formulas for these, which are wrong: for a Delta without its log-density; for folded families that of
-    # the bases.
-    if isinstance(unwrapped(q), Delta) or _folds(q) or _folds(p):
-        raise no_closed_form
+    """KL(q || p) at one site, in the shape of its batch."""
     try:
-        return kl_divergence(_beside(q, p), _beside(p, q))
+        # PyTorch's formulas for these are wrong: a Delta's has no log-density, a folded family's is that of the base.
+        if isinstance(unwrapped(q), Delta) or _folds(q) or _folds(p):
+            raise NotImplementedError
+        return td.kl_divergence(_beside(q, p), _beside(p, q))
     except NotImplementedError as error:
-        raise no_closed_form from error
+        raise NoClosedFormError(
+            f"ELBO(kl='analytic') has no closed form at site '{name}' for KL({family(q)} || {family(p)}): expected "
+            "families whose KL PyTorch knows. Use kl='monte_carlo'."
+        ) from error
 
 
 def _beside(distribution: Any, other: Any) -> Any:
     """Independent normals as a multivariate normal, if the other is one: PyTorch knows the KL of two of these."""
-    normal = unwrapped(distribution)
-    if not isinstance(unwrapped(other), MultivariateNormal | LowRankMultivariateNormal) or distribution.event_dim != 1:
-        return distribution
-    return (
-        MultivariateNormal(normal.loc, scale_tril=torch.diag_embed(normal.scale))
-        if isinstance(normal, Normal)
-        else distribution
-    )
+    normal, multivariate = unwrapped(distribution), td.MultivariateNormal | td.LowRankMultivariateNormal
+    if isinstance(normal, td.Normal) and isinstance(unwrapped(other), multivariate) and distribution.event_dim == 1:
+        return td.MultivariateNormal(normal.loc, scale_tril=torch.diag_embed(normal.scale))
+    return distribution
 
 
 def _folds(distribution: Any) -> bool:
     """Whether a transform takes several values of the base to one, so that the KL is not that of the bases."""
     fn = unwrapped(distribution)
     # These two fold a density that is symmetric about the fold, which leaves the KL as it is.
-    if not isinstance(fn, TransformedDistribution) or isinstance(fn, HalfNormal | HalfCauchy):
+    if not isinstance(fn, td.TransformedDistribution) or isinstance(fn, td.HalfNormal | td.HalfCauchy):
         return False
     return not all(transform.bijective for transform in fn.transforms) or _folds(fn.base_dist)
 
@@ -315,7 +278,7 @@ def _folds(distribution: Any) -> bool:
 def _by_dimension(distribution: Any, name: str) -> Any:
     """The distribution of each dimension of an event; refuse dimensions that depend on each other."""
     whole = distribution
-    while isinstance(distribution, Independent):
+    while isinstance(distribution, td.Independent):
         distribution = distribution.base_dist
     if distribution.event_dim:
         raise PyroVAEError(

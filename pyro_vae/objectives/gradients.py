@@ -39,7 +39,7 @@ For IWAE, g is the normalised weight and g - h its square.
 
 References:
     Roeder, Wu and Duvenaud (2017), *Sticking the Landing*, NeurIPS.
-    Tucker, Lawson, Gu and Maddison (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, ICLR.
+    Tucker et al. (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, ICLR.
     Mnih and Rezende (2016), *Variational Inference for Monte Carlo Objectives*, ICML.
     Williams (1992), *Simple Statistical Gradient-Following Algorithms*, Machine Learning.
     Dong, Mnih and Tucker (2020), *DisARM: An Antithetic Gradient Estimator for Binary Latent Variables*, NeurIPS.
@@ -83,6 +83,7 @@ class Estimator:
             None draws them independently.
         score_term: the function of a guide site, in the shape of its log-density, whose derivative is the score that b
             multiplies; None is the log-density.
+        any_bound: whether it estimates the gradient of any bound. False keeps it from subclasses with another `reduce`.
     """
 
     suffix: str
@@ -95,14 +96,15 @@ class Estimator:
     even: bool = False
     sampler: Callable[[int, int], Messenger] | None = None
     score_term: Callable[[Site], Tensor] | None = None
+    any_bound: bool = True
 
     def __post_init__(self) -> None:
         signals = self.signal is not None
         if signals == (self.path == "all") or (signals and (self.curvature or not self.score)):
             raise PyroVAEError(
                 "expected an estimator of reparameterised sites (path='all', no signal), or one with a signal for the "
-                f"others (path='some' or 'none', score=True, curvature=False), got {self}. A score that is left out, or a "
-                "path with a curvature, is biased beside sites without a path."
+                f"others (path='some' or 'none', score=True, curvature=False), got {self}. A score that is left out, "
+                "or a path with a curvature, is biased beside sites without a path."
             )
 
 
@@ -117,8 +119,7 @@ def curvature(reduce: Reduction, log_weights: Tensor) -> Tensor:
     log_weights = log_weights.detach()
     own = log_weights.clone().requires_grad_()
     parts = []
-    for block in _blocks(log_weights):
-        values = _each_replaced(reduce, log_weights, own, block)
+    for block, values in _each_replaced(reduce, log_weights, own):
         (first,) = torch.autograd.grad(values.sum(), own, create_graph=True)
         linear = not first.requires_grad
         second = torch.zeros_like(own) if linear else torch.autograd.grad(first.sum(), own)[0]
@@ -127,17 +128,12 @@ def curvature(reduce: Reduction, log_weights: Tensor) -> Tensor:
 
 
 def learning_signal(reduce: Reduction, log_weights: Tensor, baseline: Tensor) -> Tensor:
-    """R - R' + g', where the k-th log-weight is replaced by the baseline's, (K, N).
-
-    The baseline of particle k must not depend on its sample: then the score times R - R' + g' has the mean of the score
-    times R.
-    """
+    """R - R' + g', (K, N): the k-th log-weight is replaced by a baseline that does not depend on the k-th sample."""
     log_weights, baseline = log_weights.detach(), baseline.detach().requires_grad_()
     signals = []
-    for block in _blocks(log_weights):
-        replaced = _each_replaced(reduce, log_weights, baseline, block)
-        (slope_there,) = torch.autograd.grad(replaced.sum(), baseline)
-        signals.append(slope_there[block] - replaced.detach())
+    for block, values in _each_replaced(reduce, log_weights, baseline):
+        (slope_there,) = torch.autograd.grad(values.sum(), baseline)
+        signals.append(slope_there[block] - values.detach())
     return reduce(log_weights) + torch.cat(signals)
 
 
@@ -155,17 +151,13 @@ def mean_of_other_particles(log_weights: Tensor) -> Tensor:
     return (log_weights.sum(0) - log_weights) / (len(log_weights) - 1)
 
 
-def _each_replaced(reduce: Reduction, log_weights: Tensor, value: Tensor, block: Tensor) -> Tensor:
-    """The reduction with the k-th log-weight replaced by ``value[k]``, for each k of a block: (block, N)."""
-    at = torch.arange(len(log_weights), device=log_weights.device)[:, None] == block
-    replaced = torch.where(at[..., None], value[block], log_weights[:, None])  # (K, block, N)
-    return reduce(replaced.flatten(1)).unflatten(0, replaced.shape[1:])
-
-
-def _blocks(log_weights: Tensor) -> Iterator[Tensor]:
-    """Indices of particles, as many at a time as memory allows."""
+def _each_replaced(reduce: Reduction, log_weights: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The reduction with the k-th log-weight replaced by ``value[k]``, (block, N), for each block of indices k."""
     particles = torch.arange(len(log_weights), device=log_weights.device)
-    return iter(particles.split(max(1, ELEMENTS_AT_ONCE // log_weights.numel())))
+    for block in particles.split(max(1, ELEMENTS_AT_ONCE // log_weights.numel())):
+        at = particles[:, None] == block
+        replaced = torch.where(at[..., None], value[block], log_weights[:, None])  # (K, block, N)
+        yield block, reduce(replaced.flatten(1)).unflatten(0, replaced.shape[1:])
 
 
 def _over(baseline: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
@@ -192,6 +184,7 @@ DISARM = Estimator(
     even=True,
     sampler=antithetic.Antithetic,
     score_term=antithetic.score_term,
+    any_bound=False,
 )
 
 

@@ -36,8 +36,7 @@ class IWAE(Objective):
     :math:`\mathbb E \sum_k \tilde w_k \nabla \log q(z_k|x)`, and is zero at the exact posterior.
 
     Arguments:
-        num_particles: K, the number of samples drawn from the guide for each datum.
-        gradient: as in :class:`Objective`, which has the other arguments too.
+        num_particles: K, the number of samples drawn from the guide for each datum; others as in :class:`Objective`.
 
     Raises:
         ValueError: when it runs: the program has no log-weight per datum; see :func:`pyro_vae.log_weights`.
@@ -45,13 +44,11 @@ class IWAE(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.IWAE(64, gradient="dreg").bound(vae, torch.randn(5, 3)).shape
-        torch.Size([5])
+        >>> pv.IWAE(64, gradient="dreg").differentiable_loss(vae, torch.randn(5, 3)).backward()
 
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
-        Tucker et al. (2019), *Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives*, ICLR.
     """
 
     family = "IWAE"
@@ -80,9 +77,7 @@ class Renyi(Objective):
 
     Arguments:
         alpha: the order, any finite number but 1.
-        num_particles: K, the number of samples drawn from the guide for each datum.
-        gradient: as in :class:`Objective`.
-        **options: as in :class:`Objective`.
+        num_particles, gradient, options: as in :class:`Objective`.
 
     Raises:
         ValueError: alpha is 1 or not finite; when it runs, as :class:`IWAE`.
@@ -90,8 +85,7 @@ class Renyi(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.Renyi(0.5, 16).bound(vae, torch.randn(5, 3)).shape
-        torch.Size([5])
+        >>> pv.Renyi(0.5, 16).differentiable_loss(vae, torch.randn(5, 3)).backward()
 
     References:
         Li and Turner (2016), *Renyi Divergence Variational Inference*, NeurIPS.
@@ -111,10 +105,8 @@ class Renyi(Objective):
         self.alpha = alpha
         super().__init__(num_particles, gradient, **options)
 
-    @property
-    def name(self) -> str:
-        """Its name in tables and legends."""
-        return f"{self.family}, alpha {self.alpha:g}{self.estimator.suffix}"
+    def _settings(self) -> list[str]:
+        return [f"alpha {self.alpha:g}"]
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the weights' power mean with exponent 1 - alpha."""
@@ -137,8 +129,7 @@ class MIWAE(Objective):
     Arguments:
         num_outer: M, the number of bounds that are averaged.
         num_particles: K, the number of samples in each.
-        gradient: as in :class:`Objective`.
-        **options: as in :class:`Objective`.
+        gradient, options: as in :class:`Objective`.
 
     Raises:
         ValueError: `num_outer` is not a positive integer; when it runs, as :class:`IWAE`.
@@ -146,8 +137,7 @@ class MIWAE(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.MIWAE(8, 8).bound(vae, torch.randn(5, 3)).shape
-        torch.Size([5])
+        >>> pv.MIWAE(8, 8).differentiable_loss(vae, torch.randn(5, 3)).backward()
 
     References:
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
@@ -167,10 +157,8 @@ class MIWAE(Objective):
         """M K."""
         return self.num_outer * self.num_particles
 
-    @property
-    def name(self) -> str:
-        """Its name in tables and legends."""
-        return f"{self.family}, {self.num_outer} outer{self.estimator.suffix}"
+    def _settings(self) -> list[str]:
+        return [f"{self.num_outer} outer"]
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean over groups of K of the log-mean-weight of each."""
@@ -190,27 +178,14 @@ class PIWAE(MIWAE):
     .. math:: \theta:\ \nabla_\theta \log \frac{1}{MK} \sum_{m,k} w_{mk}, \qquad
         \phi:\ \nabla_\phi \frac1M \sum_m \log \frac1K \sum_k w_{mk}
 
-    The model follows the tightest bound, and the guide a bound with a stronger signal. :meth:`bound` is the model's: IWAE
-    with M K particles, a lower bound on log p(x). Each of the two gradients is unbiased for its own bound, except with
-    STL. Together they are not the gradient of any function.
-
-    Arguments:
-        num_outer: M, the number of groups.
-        num_particles: K, the number of samples in each.
-        gradient: as in :class:`Objective`.
-        **options: as in :class:`Objective`.
-
-    Raises:
-        ValueError: as :class:`MIWAE`.
+    The model follows the tightest bound, and the guide a bound with a stronger signal. :meth:`bound` is the model's,
+    IWAE with M K particles. Each of the two gradients is unbiased for its own bound, except with STL. Together they are
+    not the gradient of any function. Arguments, exceptions and the paper are those of :class:`MIWAE`.
 
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.PIWAE(8, 8).bound(vae, torch.randn(5, 3)).shape
-        torch.Size([5])
-
-    References:
-        Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
+        >>> pv.PIWAE(8, 8).differentiable_loss(vae, torch.randn(5, 3)).backward()
     """
 
     family = "PIWAE"
@@ -219,10 +194,7 @@ class PIWAE(MIWAE):
         """The log of the mean of all weights."""
         return log_mean_exp(log_weights)
 
-    def reduce_for_guide(self, log_weights: Tensor) -> Tensor:
-        """The mean over groups of K of the log-mean-weight of each."""
-        return super().reduce(log_weights)
-
+    reduce_for_guide = MIWAE.reduce
     curvature = MIWAE.curvature
 
 
@@ -237,9 +209,7 @@ class CIWAE(Objective):
 
     Arguments:
         beta: the share of the ELBO, from 0 to 1.
-        num_particles: K, the number of samples drawn from the guide for each datum.
-        gradient: as in :class:`Objective`.
-        **options: as in :class:`Objective`.
+        num_particles, gradient, options: as in :class:`Objective`.
 
     Raises:
         ValueError: beta is outside; when it runs, as :class:`IWAE`.
@@ -247,8 +217,7 @@ class CIWAE(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.CIWAE(0.5, 16).bound(vae, torch.randn(5, 3)).shape
-        torch.Size([5])
+        >>> pv.CIWAE(0.5, 16).differentiable_loss(vae, torch.randn(5, 3)).backward()
 
     References:
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
@@ -264,10 +233,8 @@ class CIWAE(Objective):
         self.beta = beta
         super().__init__(num_particles, gradient, **options)
 
-    @property
-    def name(self) -> str:
-        """Its name in tables and legends."""
-        return f"{self.family}, beta {self.beta:g}{self.estimator.suffix}"
+    def _settings(self) -> list[str]:
+        return [f"beta {self.beta:g}"]
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean of the log-weights and the log of the mean weight, combined."""
@@ -282,23 +249,21 @@ class CIWAE(Objective):
 
 
 class JVI(Objective):
-    r"""The jackknife estimate of log p(x): importance-weighted bounds of fewer particles take the bias out of one with K.
+    r"""The jackknife estimate of log p(x): bounds of fewer particles take the bias out of one with K.
 
     .. math:: \mathcal J_{K,m} = \sum_{j=0}^m c_j\, \bar{\mathcal L}_{K-j}, \qquad
         c_j = (-1)^j \frac{(K - j)^m}{(m - j)!\, j!}
 
     where :math:`\bar{\mathcal L}_{K-j}` is the mean of the importance-weighted bound over all choices of K - j of the
-    K particles. Its bias is of order :math:`K^{-(m+1)}`; order 0 is IWAE, with a bias of order 1/K. It is **not a bound**: at
-    finite K its mean may lie on either side of log p(x). All gradients except STL are unbiased for that mean.
+    K particles. Its bias is of order :math:`K^{-(m+1)}`; order 0 is IWAE, with a bias of order 1/K. It is **not a
+    bound**: at finite K its mean may lie on either side of log p(x). All gradients but STL are unbiased for that mean.
 
     Use it for evaluation, or train with care: it has no upper bound, so a guide can raise it by spreading the weights
     without raising log p(x), and training can diverge.
 
     Arguments:
-        num_particles: K, the number of samples drawn from the guide for each datum.
         order: m, less than K. The number of subsets, K choose m, is limited.
-        gradient: as in :class:`Objective`.
-        **options: as in :class:`Objective`.
+        num_particles, gradient, options: as in :class:`Objective`.
 
     Raises:
         ValueError: `order` is negative or not below K, or there are more than 10,000 subsets of a size; when it runs,
@@ -307,8 +272,7 @@ class JVI(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.JVI(16, order=1).bound(vae, torch.randn(5, 3)).shape
-        torch.Size([5])
+        >>> pv.JVI(16, order=1).differentiable_loss(vae, torch.randn(5, 3)).backward()
 
     References:
         Nowozin (2018), *Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife
@@ -329,10 +293,8 @@ class JVI(Objective):
                 f"particles, got {order!r} and {num_particles} particles. Take a lower order or fewer particles."
             )
 
-    @property
-    def name(self) -> str:
-        """Its name in tables and legends."""
-        return f"{self.family}, order {self.order}{self.estimator.suffix}"
+    def _settings(self) -> list[str]:
+        return [f"order {self.order}"]
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The jackknife's combination of bounds over subsets."""

@@ -20,11 +20,6 @@ class ObjectiveModule(ELBOModule):
 
     Its parameters, buffers and modes are those of the modules that model and guide are, or are methods of.
 
-    Arguments:
-        objective: the objective.
-        model: a Pyro model.
-        guide: its guide.
-
     Raises:
         ValueError: when its parameters are asked for, and neither model nor guide belongs to a module.
 
@@ -52,8 +47,8 @@ class ObjectiveModule(ELBOModule):
         """The parameters of the modules of model and guide."""
         if not len(self.program):
             raise PyroVAEError(
-                "can't know the parameters: expected a model or guide that is a torch.nn.Module, or a method of one, got "
-                "plain functions, whose pyro.param and pyro.module statements are found only by running them. Run the "
-                "loss once, and build the optimiser on [p for _, p in pyro.get_param_store().named_parameters()]."
+                "can't know the parameters: expected a model or guide that is a torch.nn.Module, or a method of one, "
+                "got plain functions, whose pyro.param and pyro.module statements are found only by running them. Run "
+                "the loss once, and build the optimiser on [p for _, p in pyro.get_param_store().named_parameters()]."
             )
         return super().named_parameters(*args, **kwargs)

@@ -19,8 +19,8 @@ class TVO(Objective):
         \ge \sum_{t=0}^{T-1} (\beta_{t+1} - \beta_t)\, \mathbb E_{\pi_{\beta_t}} \log w, \qquad
         \pi_\beta \propto q^{1 - \beta}\, p(x, z)^\beta
 
-    with each expectation estimated from the same K samples of q, weighted by :math:`w^\beta` and normalised. It is a lower
-    bound on log p(x), between the ELBO and IWAE of the same particles at any K; T = 1 is the ELBO.
+    with each expectation estimated from the same K samples of q, weighted by :math:`w^\beta` and normalised. It is
+    a lower bound on log p(x), between the ELBO and IWAE of the same particles at any K; T = 1 is the ELBO.
 
     The gradients of every objective are unbiased, except STL, for the mean at this K. ``"covariance"`` is the paper's:
 
@@ -30,11 +30,10 @@ class TVO(Objective):
     with normalised weights. It serves any guide, also a discrete one, and its bias is of order 1/K.
 
     Arguments:
-        num_particles: K, the number of samples drawn from the guide for each datum.
-        partitions: T, the number of intervals, or the points :math:`\beta_0 = 0 < \beta_1 < \dots < \beta_T = 1` themselves.
+        partitions: T, the number of intervals, or the points :math:`\beta_0 = 0 < \beta_1 < \dots < \beta_T = 1`.
             T intervals are [0, 0.025], and T - 1 from there to 1 of equal length in log beta.
         gradient: one of :class:`Objective`'s, or ``"covariance"``.
-        **options: as in :class:`Objective`.
+        num_particles, options: as in :class:`Objective`.
 
     Raises:
         ValueError: the points don't rise from 0 to 1; when it runs, see :class:`pyro_vae.IWAE`.
@@ -42,8 +41,7 @@ class TVO(Objective):
     Example:
         >>> import torch, pyro_vae as pv
         >>> vae = pv.mlp_vae((3,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> pv.TVO(16, partitions=5).bound(vae, torch.randn(5, 3)).shape
-        torch.Size([5])
+        >>> pv.TVO(16, partitions=5).differentiable_loss(vae, torch.randn(5, 3)).backward()
 
     References:
         Masrani, Le and Wood (2019), *The Thermodynamic Variational Objective*, NeurIPS.
@@ -69,10 +67,8 @@ class TVO(Objective):
         self.partitions = points
         super().__init__(num_particles, gradient, **options)
 
-    @property
-    def name(self) -> str:
-        """Its name in tables and legends."""
-        return f"{self.family}, T = {len(self.partitions) - 1}{self.estimator.suffix}"
+    def _settings(self) -> list[str]:
+        return [f"T = {len(self.partitions) - 1}"]
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The sum over intervals of width times mean log-weight; the mean is weighted by powers of the weights."""
@@ -93,7 +89,9 @@ class TVO(Objective):
         means = (weights * log_weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
         return (weights * (log_weights - means)).sum(0) - c
 
-    gradients = Objective.gradients | {"covariance": Estimator(", covariance", "none", signal=covariance)}
+    gradients = Objective.gradients | {
+        "covariance": Estimator(", covariance", "none", signal=covariance, any_bound=False)
+    }
 
 
 def _log_uniform(intervals: int) -> tuple[float, ...]:

@@ -4,7 +4,6 @@ from typing import Any, Unpack
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -20,22 +19,21 @@ from pyro_vae.objectives.importance import log_mean_exp
 class RWS(Objective):
     r"""Reweighted wake-sleep: the model follows the importance-weighted bound, the guide KL(p(z|x) || q(z|x)).
 
-    With normalised weights :math:`\tilde w_k` of samples :math:`z_k \sim q(z|x)`, and a dream (z', x') of the model, steps are
+    With normalised weights :math:`\tilde w_k` of samples :math:`z_k \sim q(z|x)`, and a dream (z', x') of the model,
 
     .. math:: \theta:\ \sum_k \tilde w_k \nabla_\theta \log p(x, z_k), \qquad
         \phi:\ (1 - s) \sum_k \tilde w_k \nabla_\phi \log q(z_k \mid x) + s\, \nabla_\phi \log q(z' \mid x'), \qquad
         z', x' \sim p(x, z)
 
-    the wake phase of theta, the wake phase of phi and, with share s, its sleep phase. :meth:`bound` is the importance-weighted
-    one, a lower bound on log p(x), and theta's step is its unbiased gradient. Its derivative by phi is the wake step, which
-    is not the bound's gradient: it estimates the gradient of -KL(p(z|x) || q(z|x)) with a bias of order 1/K. The sleep step
-    is an unbiased gradient for dreams. No gradient flows through a sample, so any guide serves, also a discrete one.
+    are the steps: the wake phase of theta, the wake phase of phi and, with share s, its sleep phase. :meth:`bound` is
+    that of :class:`IWAE`, and theta's step is its unbiased gradient. Its derivative by phi is the wake step, which is
+    not the bound's gradient: it estimates the gradient of -KL(p(z|x) || q(z|x)) with a bias of order 1/K. The sleep
+    step is an unbiased gradient for dreams. No gradient flows through a sample, so a discrete guide serves too.
 
     Arguments:
-        num_particles: K, the number of samples drawn from the guide for each datum.
         sleep: s, the share of the sleep phase, from 0 to 1. Above 0, the model must observe an argument itself, or the
-            argument reshaped, since the guide is called with dreams in its place. It must not read the argument otherwise.
-        **options: as in :class:`Objective`, but without `gradient`.
+            argument reshaped, since the guide is called with dreams in its place. It must not read it otherwise.
+        num_particles, options: as in :class:`Objective`, but without `gradient`.
 
     Raises:
         ValueError: `sleep` is out of range. When it runs: the program has no log-weight per datum (see
@@ -48,8 +46,8 @@ class RWS(Objective):
 
     References:
         Bornschein and Bengio (2015), *Reweighted Wake-Sleep*, ICLR.
-        Le, Kosiorek, Siddharth, Teh and Wood (2019), *Revisiting Reweighted Wake-Sleep for Models with Stochastic Control
-        Flow*, UAI.
+        Le, Kosiorek, Siddharth, Teh and Wood (2019), *Revisiting Reweighted Wake-Sleep for Models with Stochastic
+        Control Flow*, UAI.
     """
 
     family = "RWS"
@@ -64,10 +62,8 @@ class RWS(Objective):
         self.sleep = sleep
         super().__init__(num_particles, **options)
 
-    @property
-    def name(self) -> str:
-        """Its name in tables and legends."""
-        return f"{self.family}, sleep {self.sleep:g}" if self.sleep else self.family
+    def _settings(self) -> list[str]:
+        return [f"sleep {self.sleep:g}"] if self.sleep else []
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the mean of the weights over particles."""
@@ -89,8 +85,8 @@ def _dreamt(program: Program) -> Tensor:
     for site in dreamt:
         if not any(_observes(site, argument) for argument in (*args, *kwargs.values())):
             raise PyroVAEError(
-                f"RWS(sleep) calls the guide with dreamt data: expected model site '{site['name']}' to observe an argument as "
-                "it is, or reshaped, got other data. Observe the argument itself, or use sleep=0."
+                f"RWS(sleep) calls the guide with dreamt data: expected model site '{site['name']}' to observe an "
+                "argument as it is, or reshaped, got other data. Observe the argument itself, or use sleep=0."
             )
     replaced = tuple(_dreamt_argument(argument, dreamt) for argument in args)
     named = {name: _dreamt_argument(argument, dreamt) for name, argument in kwargs.items()}
@@ -101,34 +97,29 @@ def _dreamt(program: Program) -> Tensor:
     for name, site in sites.items():
         if site["infer"].get("is_auxiliary"):
             raise PyroVAEError(
-                f"RWS(sleep) needs the guide's density of a dreamt latent: expected a guide without auxiliary sites, got "
-                f"'{name}', which dreams don't have. Use sleep=0, or sample the latents themselves."
+                "RWS(sleep) needs the guide's density of a dreamt latent: expected a guide without auxiliary sites, "
+                f"got '{name}', which dreams don't have. Use sleep=0, or sample the latents themselves."
             )
-    terms = [scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"]) for site in sites.values()]
-    return torch.stack([term.sum() for term in terms]).sum()
+    return torch.stack([site["log_prob_sum"] for site in sites.values()]).sum()
 
 
 def _check_dream(program: Program, dream: Trace, asleep: tuple[Any, Any]) -> None:
-    """Refuse a model that reads data while it dreams: given the data and given the dream, it has different densities."""
+    """Refuse a model that reads data while it dreams: it has another density given the data than given the dream."""
     densities: list[dict[str, Tensor]] = []
     awake = program.args, program.kwargs
     for (args, kwargs), model in ((awake, poutine.uncondition(program.model)), (asleep, program.model)):
         # Batch norm must not notice such a run, and both draw dropout from one state, so that only the data differ.
-        trace, _ = Program(poutine.replay(model, trace=dream), _nothing, args, kwargs).trace()
+        trace, _ = Program(poutine.replay(model, trace=dream), lambda *_, **__: None, args, kwargs).trace()
         densities.append({name: site["log_prob"] for name, site in sample_sites(trace).items()})
     given, dreamt = densities
     for name in given:
         same = name in dreamt and given[name].shape == dreamt[name].shape
         if not same or not torch.allclose(given[name], dreamt[name], rtol=1e-3, atol=1e-2, equal_nan=True):
             raise PyroVAEError(
-                f"RWS(sleep) dreams data that model site '{name}' depends on: expected a model that only observes its data, "
-                "got another density when dreams replace them (teacher forcing, as in an autoregressive likelihood). Use "
-                "sleep=0, or pass the conditions of the model as an argument of their own."
+                f"RWS(sleep) dreams data that model site '{name}' depends on: expected a model that only observes its "
+                "data, got another density when dreams replace them (teacher forcing, as in an autoregressive "
+                "likelihood). Use sleep=0, or pass the conditions of the model as an argument of their own."
             )
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """A guide without sites."""
 
 
 def _dreamt_argument(argument: Any, dreamt: list[Site]) -> Any:

@@ -57,8 +57,8 @@ def check_objective(
     ``float32``
         `reduce` in float32 against float64, also for log-weights that are far apart.
     ``mean``
-        the mean of 10,000 bounds from :meth:`pyro_vae.Objective.bound` against the exact mean, by a z-test, in float64 and
-        float32.
+        the mean of 10,000 bounds from :meth:`pyro_vae.Objective.bound` against the exact mean, by a z-test, in float64
+        and float32.
     ``loss``
         :meth:`pyro_vae.Objective.differentiable_loss` is minus the sum of the bounds.
     ``gradient NAME``
@@ -172,9 +172,9 @@ class Variants:
         if missing:
             kind = type(self.base).__name__
             raise PyroVAEError(
-                f"expected {kind} to keep its argument '{missing[0]}' as an attribute, so that it can be made "
-                f"again with other gradients, got none. Write self.{missing[0]} = {missing[0]}, or pass a function: "
-                f"lambda **options: {kind}(..., **options)."
+                f"expected {kind} to keep its argument '{missing[0]}' as an attribute, so that it can be made again "
+                f"with other gradients, got none. Write self.{missing[0]} = {missing[0]}, or pass a function: lambda "
+                f"**options: {kind}(..., **options)."
             )
         names = [*self.names, *(name for name in OPTIONS if self.takes_more and name not in self.names)]
         return {name: getattr(self.base, name) for name in names}

@@ -13,7 +13,7 @@ import gradient_snr as example
 
 @pytest.mark.slow
 def test_signal_to_noise_goes_as_theory_says():
-    """Rainforth et al. (2018), Tucker et al. (2019): -1/2 pathwise, +1/2 DReG and for the model, sqrt(M / K) for MIWAE."""
+    """Rainforth et al. (2018), Tucker et al. (2019): -1/2 pathwise, +1/2 DReG and the model, sqrt(M / K) MIWAE."""
     benchmark = example.Benchmark()
     table = example.measure(benchmark, particles=[64, 256], gradients=["pathwise", "dreg"])
     found = example.slopes(table, example.measure_miwae(benchmark, repeats=5))

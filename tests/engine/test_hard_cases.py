@@ -1,4 +1,4 @@
-"""Programs on which gradient estimators go wrong elsewhere: scales, masks, flows, dropout, many particles, long spreads."""
+"""Programs on which gradient estimators go wrong elsewhere: scales, masks, flows, dropout, many particles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pyro's published examples, as they are: each trains with every objective that applies to it, and others say why not."""
+"""Pyro's published examples, as they are: each trains with every objective that applies; others say why not."""
 
 from __future__ import annotations
 

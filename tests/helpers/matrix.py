@@ -2,7 +2,8 @@
 
     python tests/helpers/matrix.py
 
-prints it. A cell takes a step of Pyro's SVI, after which every parameter has moved. The last columns are one thing each.
+prints it. A cell takes a step of Pyro's SVI, after which every parameter has moved. The last columns are one thing
+each.
 """
 
 from __future__ import annotations
@@ -274,7 +275,8 @@ def maps(row: Row) -> None:
 
 
 CHECKS = {
-    "Predictive": simulates, "log p(x)": estimates, "ArviZ": converts, "checkpoint": resumes, "compiled": compiles, "maps": maps,
+    "Predictive": simulates, "log p(x)": estimates, "ArviZ": converts, "checkpoint": resumes, "compiled": compiles,
+    "maps": maps,
 }  # fmt: skip
 
 

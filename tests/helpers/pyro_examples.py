@@ -1,4 +1,4 @@
-"""The programs of four of Pyro's published examples (examples/vae, cvae, dmm.py), at sizes of a test, with data for each.
+"""The programs of four of Pyro's published examples (examples/vae, cvae, dmm.py), at sizes of a test, with data.
 
 Plates, sites, names, scales, masks and registered modules are the examples' own; so is each oddity, such as a
 ``pyro.plate("data")`` without a size.
@@ -39,7 +39,7 @@ def quadrants(number: int = 18) -> tuple[Tensor, Tensor]:
 
 
 def sequences(number: int = 12, num_steps: int = 4, width: int = 5) -> tuple:
-    """A note that rises by one a step, in sequences of 1 to 4 steps: as they are, reversed and packed, mask, lengths."""
+    """A note that rises by one a step, in 1 to 4 steps: sequences as they are, reversed and packed, mask, lengths."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.arange(number) % num_steps + 1
     lengths = lengths.sort(descending=True).values

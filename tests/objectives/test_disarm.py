@@ -1,4 +1,4 @@
-"""DisARM on a Bernoulli model: unbiased against enumeration, quieter than leave-one-out REINFORCE, refused elsewhere."""
+"""DisARM on a Bernoulli model: unbiased, quieter than leave-one-out REINFORCE, refused elsewhere."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class BernoulliModel:
         return flat(torch.autograd.grad(-self.exact_elbo().sum(), [self.A, self.b]))
 
     def gradients(self, objective: pv.Objective, repeats: int = REPEATS) -> Tensor:
-        """Independent estimates of the gradient, (repeats, P): of copies of the parameters, each with copies of the data."""
+        """Independent gradient estimates, (repeats, P): of copies of parameters, each with copies of the data."""
         one = self.A, self.b
         self.A, self.b = (p.detach().repeat(repeats, *[1] * (p.dim() - 1)).requires_grad_() for p in one)
         loss = objective.differentiable_loss(self.model, self.guide, self.x.repeat(repeats, 1))

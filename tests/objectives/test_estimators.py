@@ -54,6 +54,29 @@ def test_names_mean_the_rows_of_the_parent():
     assert Linear.gradients == {name: pv.ELBO.gradients[name] for name in ("dreg", "disarm")}
 
 
+def best(self, log_weights):
+    return log_weights.amax(0)
+
+
+@pytest.mark.parametrize("base", [pv.ELBO, pv.TVO, pv.RWS, pv.PIWAE], ids=lambda base: base.__name__)
+@pytest.mark.parametrize("method", ["reduce", "reduce_for_guide"])
+def test_another_reduction_keeps_the_rows_that_serve_any(base, method):
+    """The ELBO's "dreg" and "disarm" and TVO's "covariance" serve one bound; the row of RWS serves any."""
+
+    class Child(base):
+        pass
+
+    changed = type("Changed", (Child,), {method: best})
+    assert Child.gradients == base.gradients
+    assert changed.gradients == (pv.RWS.gradients if base is pv.RWS else ESTIMATORS)
+    assert changed.curvature is pv.Objective.curvature
+    few = type("Few", (base,), {method: best, "gradients": ("pathwise",)})
+    assert few.gradients == {"pathwise": base.gradients["pathwise"]}
+    if base is not pv.RWS:
+        with pytest.raises(pv.PyroVAEError, match=r"expected Wrong.gradients to name.*got 'covariance'"):
+            type("Wrong", (base,), {method: best, "gradients": ("covariance",)})
+
+
 @pytest.mark.parametrize("objective", [pv.IWAE(2, "vimco"), pv.RWS(3), pv.ELBO(2, "monte_carlo", "disarm")], ids=repr)
 def test_objectives_can_be_pickled(objective):
     assert repr(pickle.loads(pickle.dumps(objective))) == repr(objective)

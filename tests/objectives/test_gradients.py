@@ -1,4 +1,4 @@
-"""What biased estimators of a gradient converge to, exactly; refusals; and which estimators are without noise or with less.
+"""What biased estimators of a gradient converge to, exactly; refusals; which estimators have no noise, or less.
 
 That unbiased ones have the exact mean is in test_bounds.py.
 """
@@ -279,3 +279,34 @@ def test_a_site_that_draws_by_rejection_has_no_path_in_a_mixed_guide():
     first, second = gradients(RejectionGamma), gradients(dist.Gamma)
     error = torch.hypot(first.std(0), second.std(0)) / math.sqrt(150)
     assert ((first.mean(0) - second.mean(0)).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("kind", ["pathwise", "stl", "dreg", "score", "vimco"])
+def test_a_group_of_zero_weights_adds_nothing_to_the_guides_gradient(kind):
+    """In PIWAE the bound of the group is minus infinity, and the model's bound is finite."""
+    loc = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x = torch.zeros(20, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0 * x, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("positive", torch.where(z < 0, -math.inf, 0.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc.expand(len(x)), 1.0))
+
+    pyro.set_rng_seed(0)
+    groups = pv.log_weights(model, guide, x, num_particles=6).unflatten(0, (3, 2))
+    alive = groups.isfinite().any(1)
+    assert alive.any(0).all() and not alive.all()
+    slope = torch.where(alive[:, None], groups.detach().softmax(1), 0.0).flatten(0, 1) / 3
+    expected = torch.autograd.grad(torch.where(slope > 0, slope * groups.flatten(0, 1), 0.0).sum(), loc)[0]
+    pyro.set_rng_seed(0)
+    loss = pv.PIWAE(3, 2, kind).differentiable_loss(model, guide, x)
+    assert loss.item() == pytest.approx(-pv.IWAE(6).reduce(groups.flatten(0, 1)).sum().item())
+    (found,) = torch.autograd.grad(loss, loc)
+    assert found.isfinite()
+    if kind == "pathwise":
+        torch.testing.assert_close(found, -expected)
