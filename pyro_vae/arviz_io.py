@@ -65,7 +65,8 @@ def to_arviz(
 
     Raises:
         ValueError: there are fewer than 2 samples; data are not finite; coordinates are of a dimension that does not
-            exist; a site is named ``chain`` or ``draw``; or the program has no log-weight per datum (see :func:`pyro_vae.log_weights`).
+            exist; a site is named ``chain`` or ``draw``; or the program has no log-weight per datum (see
+            :func:`pyro_vae.log_weights`).
 
     Example:
         >>> import torch, pyro_vae as pv

@@ -1,6 +1,7 @@
 """Refuses a program that mixes particles or data where it runs for several particles at once."""
 
 import warnings
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -13,8 +14,8 @@ from pyro_vae.engine.sites import Site, being_recorded, labelled
 from pyro_vae.errors import PyroVAEError
 
 CAUSE = (
-    "An operation that counts dimensions from the left, such as dim=1, meets another dimension where latents have one more "
-    "there. Count from the right (dim=-1), wrap networks in pyro_vae.networks.apply_batched, or pass "
+    "An operation that counts dimensions from the left, such as dim=1, meets another dimension where latents have one "
+    "more there. Count from the right (dim=-1), wrap networks in pyro_vae.networks.apply_batched, or pass "
     "vectorize_particles=False."
 )
 
@@ -30,22 +31,24 @@ def check_particles(program: Program) -> None:
     with program.unnoticed():
         traces = program.trace()
         nodes = {name: site for trace in traces for name, site in trace.nodes.items() if site["type"] == "sample"}
-        drawn = {name: site["value"] for name, site in nodes.items() if not site["is_observed"]}
+        drawn: dict[str, Any] = {name: site["value"] for name, site in nodes.items() if not site["is_observed"]}
         subsamples = {name: value for name, value in drawn.items() if site_is_subsample(nodes[name])}
         guide = poutine.replay(program.guide_or_prior, trace=given(subsamples))
         second = poutine.trace(guide).get_trace(*program.args, **program.kwargs).nodes
         particle_dim = -(program.nesting or 0) - 1
         both = dict(subsamples)
         for name in drawn.keys() - subsamples.keys():
-            pair = drawn[name], second[name]["value"] if name in second else drawn[name]
+            pair: Any = drawn[name], second[name]["value"] if name in second else drawn[name]
             if not isinstance(pair[0], Tensor) or pair[0].shape != pair[1].shape:
                 return  # no program for several particles at once, whose run says so
             both[name] = torch.stack([_aligned(nodes[name], value, particle_dim) for value in pair])
-        first = _densities(traces)
         try:
+            first = _densities(traces)
             together = _densities(_run(program, both, particle_dim))
         except (RuntimeError, IndexError, ValueError):
             return  # it fails again in the run that follows, which says how many particles there were
+        except (KeyError, NotImplementedError):
+            return  # a flow without an inverse has no density at given values
         for words, log_prob in first.items():
             with_other = together.get(words, log_prob)
             if with_other.dim() >= -particle_dim and with_other.shape[particle_dim] == 2:
@@ -55,15 +58,16 @@ def check_particles(program: Program) -> None:
             again = _densities(program.trace(drawn))
             if not _same(again.get(words, log_prob), log_prob):
                 warnings.warn(
-                    f"{words} has another density when the program runs again at the same values, so that the program is "
-                    "noisy outside of its sample sites, and pyro_vae can't check that it keeps particles apart.",
+                    f"{words} has another density when the program runs again at the same values, so that the program "
+                    "is noisy outside of its sample sites, and pyro_vae can't check that it keeps particles apart.",
                     stacklevel=2,
                 )
                 return
+            program.run(2)  # refuses what has a message of its own
             raise PyroVAEError(
-                f"{words} has another density for a particle alone than for the same particle beside another one: expected "
-                f"a program that computes each particle by itself, got a mean of {log_prob.mean():.6g} alone, and of "
-                f"{with_other.mean():.6g} in a run of two particles. {CAUSE}"
+                f"{words} has another density for a particle alone than for the same particle beside another one: "
+                f"expected a program that computes each particle by itself, got a mean of {log_prob.mean():.6g} alone, "
+                f"and of {with_other.mean():.6g} in a run of two particles. {CAUSE}"
             )
 
 

@@ -88,8 +88,8 @@ class Unknown(td.constraints.Constraint):
 def support_of(distribution: Any) -> Any:
     """A distribution's true support; the real line if its family does not define one.
 
-    PyTorch gives the codomain of the last transform: of a shifted Uniform, the real line. A mixture's support has a type
-    of its own there; here it is that of its components.
+    PyTorch gives the codomain of the last transform: of a shifted Uniform, the real line. A mixture's support has a
+    type of its own there; here it is that of its components.
     """
     fn = unwrapped(distribution)
     try:

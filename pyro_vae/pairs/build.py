@@ -105,8 +105,8 @@ def conv_vae(
         )
     if event_shape[0] > MOST_COLOURS >= event_shape[2]:
         raise PyroVAEError(
-            f"expected an event_shape (C, H, W), with the channels first, got {tuple(event_shape)}, which has them last. "
-            f"Pass {(event_shape[2], *event_shape[:2])}, and x.permute(0, 3, 1, 2)."
+            f"expected an event_shape (C, H, W), with the channels first, got {tuple(event_shape)}, which has them "
+            f"last. Pass {(event_shape[2], *event_shape[:2])}, and x.permute(0, 3, 1, 2)."
         )
     chosen = check_posterior(posterior, posterior_options)
     family, shape = find_likelihood(likelihood, options, posterior), tuple(event_shape)
@@ -222,8 +222,9 @@ def mlp_hierarchical_vae(
     widths = list(hidden_dims) * len(latent_dims) if len(hidden_dims) == 1 else list(hidden_dims)
     if not latent_dims or len(widths) != len(latent_dims):
         raise PyroVAEError(
-            "expected at least one layer, and one hidden width or one for each layer, got latent_dims="
-            f"{tuple(latent_dims)} and hidden_dims={tuple(hidden_dims)}. Pass as many hidden_dims as latent_dims."
+            "expected at least one layer, and one hidden width or one for each layer, got "
+            f"latent_dims={tuple(latent_dims)} and hidden_dims={tuple(hidden_dims)}. Pass as many hidden_dims as "
+            "latent_dims."
         )
     family, shape, size = find_likelihood(likelihood, options), tuple(event_shape), prod(event_shape)
     if guide == "bottom_up":
