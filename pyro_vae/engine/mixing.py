@@ -10,7 +10,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.engine.program import Program, given, in_particles, sample_sites
-from pyro_vae.engine.sites import Site, being_recorded, labelled
+from pyro_vae.engine.sites import being_recorded, labelled
 from pyro_vae.errors import PyroVAEError
 
 CAUSE = (
@@ -30,7 +30,9 @@ def check_particles(program: Program) -> None:
         return
     with program.unnoticed():
         traces = program.trace()
-        nodes = {name: site for trace in traces for name, site in trace.nodes.items() if site["type"] == "sample"}
+        nodes: dict[str, Any] = {
+            name: site for trace in traces for name, site in trace.nodes.items() if site["type"] == "sample"
+        }
         drawn: dict[str, Any] = {name: site["value"] for name, site in nodes.items() if not site["is_observed"]}
         subsamples = {name: value for name, value in drawn.items() if site_is_subsample(nodes[name])}
         guide = poutine.replay(program.guide_or_prior, trace=given(subsamples))
@@ -41,7 +43,11 @@ def check_particles(program: Program) -> None:
             pair: Any = drawn[name], second[name]["value"] if name in second else drawn[name]
             if not isinstance(pair[0], Tensor) or pair[0].shape != pair[1].shape:
                 return  # no program for several particles at once, whose run says so
-            both[name] = torch.stack([_aligned(nodes[name], value, particle_dim) for value in pair])
+            shape = (1,) * (-particle_dim - 1 + nodes[name]["fn"].event_dim - pair[0].dim()) + tuple(pair[0].shape)
+            both[name] = torch.stack([value.reshape(shape) for value in pair])
+            for carried in [key for key, value in vars(pair[0]).items() if isinstance(value, Tensor)]:
+                soft = [getattr(value, carried).reshape(shape) for value in pair]
+                setattr(both[name], carried, torch.stack(soft))
         try:
             first = _densities(traces)
             together = _densities(_run(program, both, particle_dim))
@@ -69,12 +75,6 @@ def check_particles(program: Program) -> None:
                 f"expected a program that computes each particle by itself, got a mean of {log_prob.mean():.6g} alone, "
                 f"and of {with_other.mean():.6g} in a run of two particles. {CAUSE}"
             )
-
-
-def _aligned(site: Site, value: Tensor, particle_dim: int) -> Tensor:
-    """The value with as many batch dimensions as the plates take."""
-    event_dim = site["fn"].event_dim
-    return value.reshape((1,) * (-particle_dim - 1 + event_dim - value.dim()) + tuple(value.shape))
 
 
 def _run(program: Program, values: dict[str, Tensor], particle_dim: int) -> tuple[Trace, Trace]:

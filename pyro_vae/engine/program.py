@@ -33,6 +33,7 @@ from pyro_vae.engine.sites import (
     Site,
     Sites,
     being_recorded,
+    derived,
     is_factor,
     labelled,
     not_reparameterised,
@@ -162,7 +163,7 @@ class Program:
         for name, site in drawn.sites.items():
             value = site["value"]
             if self.needs.samples and isinstance(value, Tensor) and value.requires_grad:
-                value = views[name] = value.view_as(value)
+                value = views[name] = derived(value, lambda each: each.view_as(each))
             entering.nodes[name] = site | {"value": value}
         model = poutine.replay(in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)
         sites = sample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
@@ -247,7 +248,7 @@ class Program:
         stopped = trace.copy()
         for name, site in sites.items():
             cleared: Any = {key: value for key, value in site.items() if "log_prob" not in key}
-            stopped.nodes[name] = cleared | {"value": site["value"].detach()}
+            stopped.nodes[name] = cleared | {"value": derived(site["value"], Tensor.detach)}
         try:
             if len(sites) > 1:
                 stopped = poutine.trace(poutine.replay(guide, trace=stopped)).get_trace(*self.args, **self.kwargs)
@@ -323,7 +324,7 @@ def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
         rows[name] = site | {
             "cond_indep_stack": tuple(frames),
             "fn": _with_masks(site["fn"], part, particle_dim),
-            "value": part(site["value"], particle_dim - site["fn"].event_dim),
+            "value": derived(site["value"], functools.partial(part, dim=particle_dim - site["fn"].event_dim)),
             **{key: part(site[key], particle_dim) for key in ("unscaled_log_prob", "mask", "scale")},
         }
     return rows

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,6 +55,18 @@ def layers(distribution: Any) -> Iterator[Any]:
 def unwrapped(distribution: Any) -> Any:
     """The distribution inside the wrappers that plates, masks and ``to_event`` add."""
     return list(layers(distribution))[-1]
+
+
+def derived(value: Any, operation: Callable[[Any], Any]) -> Any:
+    """A sample's slice, view or copy, with those of the tensors that it carries.
+
+    A straight-through sample of Pyro's carries its soft value in an attribute, at which its density is computed.
+    """
+    result = operation(value)
+    for name, carried in vars(value).items() if isinstance(value, Tensor) else ():
+        if isinstance(carried, Tensor):
+            setattr(result, name, operation(carried))
+    return result
 
 
 def family(distribution: Any) -> str:
