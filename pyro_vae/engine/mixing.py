@@ -20,16 +20,17 @@ CAUSE = (
 )
 
 
-def check_particles(program: Program) -> None:
+def check_particles(program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
     """Compare each site's density in a run of two different particles with that of the first particle alone.
 
     They differ where an operation over a dimension that is counted from the left, such as ``dim=1``, meets the
-    particles' dimension. No other check could show it: the shapes fit, and all numbers are finite.
+    particles' dimension. No other check could show it: the shapes fit, and all numbers are finite. `traces` are those
+    of the model and the guide for one particle, if they ran before.
     """
     if being_recorded():
         return
     with program.unnoticed():
-        traces = program.trace()
+        traces = traces or program.trace()
         nodes: dict[str, Any] = {
             name: site for trace in traces for name, site in trace.nodes.items() if site["type"] == "sample"
         }

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import pyro.infer
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
@@ -293,15 +294,24 @@ class Objective(pyro.infer.ELBO):
         if self._found_nesting is None or self._found_nesting[:2] != (model, guide):
             self.remember(program.with_nesting())
         program = replace(program, nesting=self._found_nesting[2] if self._found_nesting else None)
-        if self._checked != (model, guide):
-            check_particles(program)
-            self._checked = (model, guide)
+        self._check_apart(program)
         return program
 
-    def remember(self, program: Program) -> None:
-        """Keep the nesting of a program's plates, so that later calls need no run to find it."""
+    def remember(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
+        """Keep the nesting of a program's plates, so that later calls need no run to find it.
+
+        If there are traces of it for one particle, they serve the check that it keeps particles apart.
+        """
         if program.nesting is not None and program.guide is not None:
             self._found_nesting = (program.model, program.guide, program.nesting)
+            if traces is not None and self.num_samples > 1 and self.vectorize_particles:
+                self._check_apart(program, traces)
+
+    def _check_apart(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
+        """Refuse a program that mixes particles, once for each program."""
+        if self._checked != (program.model, program.guide) and program.guide is not None:
+            check_particles(program, traces)
+            self._checked = (program.model, program.guide)
 
     def _has_two_reductions(self) -> bool:
         return type(self).reduce_for_guide is not Objective.reduce_for_guide

@@ -204,7 +204,7 @@ def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[
     if batches.steps != 1:
         _check_minibatches(sites[0], len(program.args[0]))
     if isinstance(objective, Objective):
-        objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1))
+        objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1), traces)
     # The optimiser's state in a checkpoint has the parameters by their order.
     return dict(sorted(require_parameters(*traces).items())), sites[0]
 
