@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pyro
+import pytest
 import torch
 
 import pyro_vae as pv
