@@ -57,14 +57,16 @@ def to_arviz(
     Arguments:
         model, guide, x, seed: see :func:`pyro_vae.log_likelihood`.
         num_samples: draws for each datum, at least 2. All of them are in memory.
-        coords: coordinates by dimension, as in ArviZ; whole numbers from 0 by default.
+        coords: coordinates by dimension, as in ArviZ; whole numbers from 0 by default. Where a site has the name of a
+            dimension, such as ``data``, the dimension is ``data_dim``.
 
     Returns:
         An ``arviz.InferenceData`` under ArviZ 0.2x, an ``xarray.DataTree`` under ArviZ 1.x. Both have ``to_netcdf``.
 
     Raises:
         ValueError: there are fewer than 2 samples; data are not finite; coordinates are of a dimension that does not
-            exist; or the program has no log-weight per datum (see :func:`pyro_vae.log_weights`).
+            exist; a site is named ``chain`` or ``draw``; or the program has no log-weight per datum (see
+            :func:`pyro_vae.log_weights`).
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -156,6 +158,14 @@ def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -
     """The groups in the container of the installed ArviZ."""
     import xarray as xr
 
+    taken = {name for variables in groups.values() for name in variables}
+    for name in taken & {"chain", "draw"}:
+        raise PyroVAEError(f"site '{name}' has the name of a dimension of ArviZ: expected another name. Rename it.")
+    # xarray takes a variable with the name of a dimension for its coordinates.
+    groups = {
+        group: {n: ([f"{d}_dim" if d in taken else d for d in dims], array) for n, (dims, array) in variables.items()}
+        for group, variables in groups.items()
+    }
     found = [variable for variables in groups.values() for variable in variables.values()]
     sizes = {dim: size for dims, array in found for dim, size in zip(dims, array.shape, strict=True)}
     for dim, values in coords.items():

@@ -5,6 +5,11 @@ import torch
 from torch import Tensor
 
 
+def wide(value: Tensor) -> Tensor:
+    """The value in float64, on the CPU if its device has no float64."""
+    return value.cpu().double() if value.device.type == "mps" else value.double()
+
+
 class NormalMixture(dist.MixtureOfDiagNormals):
     r"""Pyro's mixture of diagonal normals, with a pathwise derivative that is unbiased in the logits too.
 

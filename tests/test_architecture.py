@@ -17,7 +17,7 @@ ALLOWED = {
     "flows": set(),
     "distributions": set(),
     "priors": {"flows", "distributions"},
-    "likelihoods": {"networks"},
+    "likelihoods": {"networks", "distributions"},
     "posteriors": {"networks", "flows", "distributions"},
     "pairs": {"networks", "priors", "likelihoods", "posteriors", "engine.modules"},
     "engine": set(),

@@ -47,6 +47,39 @@ def groups(program):
 
 
 @arviz_warnings
+@pytest.mark.parametrize("name", ["latent", "data", "height", "z_dim_0"])
+def test_sites_named_as_dimensions(name):
+    def model(x):
+        with pyro.plate("plate", len(x)):
+            z = pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("obs", dist.Normal(z[..., None, None, :], 1.0).to_event(3), obs=x[:, None, None])
+
+    def guide(x):
+        with pyro.plate("plate", len(x)):
+            pyro.sample(name, dist.Normal(x / 2, 0.7).to_event(1))
+
+    found = datasets(pv.to_arviz((model, guide), torch.randn(5, 2), num_samples=10))
+    assert found.keys() == GROUPS
+    dims = {"chain": "chain", "draw": "draw", "data": "data", "latent": "latent"} | {name: f"{name}_dim"}
+    sizes = dict(zip((dims[d] for d in ("chain", "draw", "data", "latent")), (1, 10, 5, 2), strict=True))
+    assert dict(found["posterior"][name].sizes) == sizes
+    assert "height_dim" in found["observed_data"]["obs"].dims or name != "height"
+
+
+def test_sites_named_as_the_dimensions_that_arviz_needs():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("draw", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("draw", dist.Normal(x / 2, 0.7))
+
+    with pytest.raises(pv.PyroVAEError, match="site 'draw' has the name of a dimension of ArviZ"):
+        pv.to_arviz((model, guide), torch.randn(5), num_samples=10)
+
+
+@arviz_warnings
 def test_groups_and_dimensions(groups):
     found = datasets(groups)
     assert found.keys() == GROUPS

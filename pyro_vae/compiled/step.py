@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae.compiled.function import CompiledFunction, OnCompile
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.parameters import require_parameters
 from pyro_vae.engine.program import Program
@@ -28,7 +29,7 @@ class CompiledStep:
     objective: Objective
     optimizer: torch.optim.Optimizer | PyroOptim
     _: KW_ONLY
-    mean: bool = False
+    rows: Rows | None = None  # divides the loss before its gradients are taken; None leaves the sum over data
     on_compile: OnCompile | None = None
     parameters: list[Tensor] = field(default_factory=list, init=False)  # those that the optimiser steps
     loss_and_gradients: CompiledFunction = field(init=False)  # with the compiling time of each shape
@@ -100,7 +101,7 @@ class CompiledStep:
         vars(self._compiled_objective).update(settings)
         with torch.enable_grad():
             loss = self._compiled_objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
-            whole = loss / len(args[0]) if self.mean else loss
+            whole = loss / self.rows(args) if self.rows else loss
             gradients = torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
             if all(gradient is None for gradient in gradients):
                 raise PyroVAEError(

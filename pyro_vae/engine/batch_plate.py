@@ -4,6 +4,11 @@ A bound per datum exists only if each term of the log-density belongs to one row
 own multi-particle objectives silently bound another quantity. Here each failure has its own message.
 """
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, plates
 from pyro_vae.errors import PyroVAEError
 
@@ -44,6 +49,34 @@ def find_batch_plate(sites: Sites) -> Plate:
                     "unbiased."
                 )
     return batch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many data the loss of a minibatch stands for: the size of an argument's dimension, or a fixed number."""
+
+    argument: int = 0
+    dim: int = 0
+    fixed: int | None = None
+
+    def __call__(self, batch: Sequence[Any]) -> int:
+        """The number for this minibatch."""
+        return self.fixed or batch[self.argument].shape[self.dim]
+
+
+def find_rows(sites: Sites, batch: Sequence[Any]) -> Rows:
+    """What gives the size of the data's plate, with what a subsample leaves out: of the first dimension, if one has it.
+
+    Else the data's plate is that of most sites.
+    """
+    counts = Counter(plate for site in sites.values() for plate in plates(site))
+    if not counts or any(plate.full_size in (-1, len(batch[0])) for plate in counts):
+        return Rows()
+    data = max(counts, key=counts.__getitem__)
+    shapes = [tuple(getattr(argument, "shape", ())) for argument in batch]
+    found = (Rows(i, shape.index(data.size)) for i, shape in enumerate(shapes) if data.size in shape)
+    fixed = Rows(fixed=data.full_size)
+    return next(found, fixed) if data.size == data.full_size else fixed
 
 
 def check_rows(plate: Plate, number: int) -> None:

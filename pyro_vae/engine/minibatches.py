@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_vae.engine import rng
 from pyro_vae.errors import PyroVAEError, require_count
@@ -25,6 +26,7 @@ class Minibatches:
             if batch_size is not None and name == "data":
                 raise PyroVAEError("expected no batch_size with a DataLoader, which has its own. Set it there.")
             self.batch_size, self.size = self.loader.batch_size, None
+            self.begun: tuple[Any, Iterator[Any]] | None = None  # a stream's first minibatch, and the others
             try:
                 self.steps: int | None = len(self.loader)
             except TypeError:  # an iterable data set has no length
@@ -51,9 +53,13 @@ class Minibatches:
             raise PyroVAEError("expected data to train on, got none.")
         for column in self.columns:
             if isinstance(column, Tensor) and not bool(torch.isfinite(column).all()):
+                missing = (
+                    "; or, where they are missing values, pass (x.nan_to_num(), ~x.isnan()) to a model with a mask"
+                )
+                nan = bool(column.isnan().any())
                 raise PyroVAEError(
-                    f"expected {name} to be finite, got NaN or infinity. Drop those rows; or, where they are missing "
-                    "values, pass (x.nan_to_num(), ~x.isnan()) to a model with a mask, such as pv.VAE's."
+                    f"expected {name} to be finite, got {'NaN' if nan else 'infinity'}. Drop those rows"
+                    f"{f'{missing}, such as pv.VAE' if nan else ', or correct them'}."
                 )
         self.steps = math.ceil(self.size / self.batch_size)
 
@@ -62,9 +68,12 @@ class Minibatches:
         with rng.preserved():
             if self.loader is not None:
                 states = self.generator_states()
-                batch = next(iter(self.in_order()))
+                rest = iter(self.loader)
+                first = next(rest)
+                if isinstance(self.loader.dataset, IterableDataset):  # which may not begin again
+                    self.begun = first, rest
                 self.set_generator_states(states)
-                return batch
+                return self._checked(first)
             return self._take(slice(0, self.batch_size))
 
     def all_at_hand(self) -> Batch | None:
@@ -83,17 +92,26 @@ class Minibatches:
     def in_order(self) -> Iterator[Batch]:
         """One pass in the data's own order."""
         if self.loader is not None:
-            for batch in self.loader:
-                columns = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-                if not isinstance(columns[0], Tensor):
-                    raise PyroVAEError(
-                        "expected a DataLoader of tensors, or of tuples that begin with one, got minibatches of "
-                        f"{type(batch).__name__}. Set its collate_fn."
-                    )
-                yield columns
+            if self.begun is None:
+                batches: Iterator[Any] = iter(self.loader)
+            else:
+                (first, rest), self.begun = self.begun, None
+                torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)  # as iter(loader) does
+                batches = chain([first], rest)
+            yield from map(self._checked, batches)
             return
         for start in range(0, self.size or 0, self.batch_size or 1):
             yield self._take(slice(start, start + (self.batch_size or 1)))
+
+    def _checked(self, batch: Any) -> Batch:
+        """A DataLoader's minibatch as a program's arguments."""
+        columns = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        if not isinstance(columns[0], Tensor):
+            raise PyroVAEError(
+                "expected a DataLoader of tensors, or of tuples that begin with one, got minibatches of "
+                f"{type(batch).__name__}. Set its collate_fn."
+            )
+        return columns
 
     def generator_states(self) -> list[Tensor]:
         """The states of the DataLoader's random number generators, if it has any."""

@@ -4,6 +4,8 @@ A :class:`Program` is a model and a guide with their arguments. A :class:`Run` h
 log-densities. :class:`Needs` says through which samples gradients flow. This file knows no objective.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,10 +28,12 @@ from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.modules import PyroFunction, eval_mode, find_modules
 from pyro_vae.engine.sites import (
     PARTICLE_PLATE,
+    WRAPPERS,
     Plate,
     Site,
     Sites,
     being_recorded,
+    derived,
     is_factor,
     labelled,
     not_reparameterised,
@@ -130,7 +134,7 @@ class Program:
     def run_guide(self, number: int = 1) -> Drawn:
         """Draw particles from the guide."""
         particle_dim = None if number == 1 else -self._known_nesting() - 1
-        guide = _in_particles(self.guide_or_prior, number, particle_dim)
+        guide = in_particles(self.guide_or_prior, number, particle_dim)
         drawing = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
         with drawing:
             trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
@@ -159,9 +163,9 @@ class Program:
         for name, site in drawn.sites.items():
             value = site["value"]
             if self.needs.samples and isinstance(value, Tensor) and value.requires_grad:
-                value = views[name] = value.view_as(value)
+                value = views[name] = derived(value, lambda each: each.view_as(each))
             entering.nodes[name] = site | {"value": value}
-        model = poutine.replay(_in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)
+        model = poutine.replay(in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)
         sites = sample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
         run = self._as_run(sites, drawn)
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
@@ -172,10 +176,10 @@ class Program:
 
         Without a guide the model runs once, and its own latent sites are the run's guide.
         """
-        given, particle_dim = _given(values), -self._known_nesting() - 1
-        first = _in_particles(self.model if self.guide is None else self.guide, number, particle_dim)
-        sites = sample_sites(poutine.trace(poutine.replay(first, trace=given)).get_trace(*self.args, **self.kwargs))
-        drawn = Drawn(given, sites, None, (), number, particle_dim)
+        fixed, particle_dim = given(values), -self._known_nesting() - 1
+        first = in_particles(self.model if self.guide is None else self.guide, number, particle_dim)
+        sites = sample_sites(poutine.trace(poutine.replay(first, trace=fixed)).get_trace(*self.args, **self.kwargs))
+        drawn = Drawn(fixed, sites, None, (), number, particle_dim)
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
         if self.guide is not None:
             return program.run_model(drawn)
@@ -183,14 +187,14 @@ class Program:
 
     def simulate(self, values: dict[str, Tensor] | None, number: int) -> Sites:
         """The model's sites with new data: at given values of the latents, or at draws from the prior."""
-        model = poutine.uncondition(_in_particles(self.model, number, -self._known_nesting() - 1))
-        return sample_sites(poutine.trace(poutine.replay(model, trace=_given(values or {}))).get_trace(*self.args))
+        model = poutine.uncondition(in_particles(self.model, number, -self._known_nesting() - 1))
+        return sample_sites(poutine.trace(poutine.replay(model, trace=given(values or {}))).get_trace(*self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
         """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run."""
         guide = self.guide_or_prior
         if values is not None:
-            guide = poutine.replay(guide, trace=_given(values))
+            guide = poutine.replay(guide, trace=given(values))
         with self.unnoticed():
             guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
             model = poutine.replay(self.model, trace=guide_trace)
@@ -244,7 +248,7 @@ class Program:
         stopped = trace.copy()
         for name, site in sites.items():
             cleared: Any = {key: value for key, value in site.items() if "log_prob" not in key}
-            stopped.nodes[name] = cleared | {"value": site["value"].detach()}
+            stopped.nodes[name] = cleared | {"value": derived(site["value"], Tensor.detach)}
         try:
             if len(sites) > 1:
                 stopped = poutine.trace(poutine.replay(guide, trace=stopped)).get_trace(*self.args, **self.kwargs)
@@ -299,7 +303,7 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
     return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
 
 
-def _given(values: dict[str, Tensor]) -> Trace:
+def given(values: dict[str, Tensor]) -> Trace:
     """A trace to replay values from."""
     trace = Trace()
     for name, value in values.items():
@@ -307,19 +311,38 @@ def _given(values: dict[str, Tensor]) -> Trace:
     return trace
 
 
-def _in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
+def in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
+    """The function in a plate of particles; itself, if there is no dimension for one."""
     return function if particle_dim is None else pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
-    """The sites' values and log-densities of some particles."""
-    rows = {}
+    """The sites' values, log-densities, masks and scales of some particles."""
+    part, rows = functools.partial(_part, start=start, size=size), {}
     for name, site in sites.items():
-        log_prob, value = site["unscaled_log_prob"], site["value"]
         frames = (f._replace(size=size) if f.name == PARTICLE_PLATE else f for f in site["cond_indep_stack"])
         rows[name] = site | {
             "cond_indep_stack": tuple(frames),
-            "unscaled_log_prob": log_prob.narrow(particle_dim, start, size),
-            "value": value.narrow(particle_dim - site["fn"].event_dim, start, size),
+            "fn": _with_masks(site["fn"], part, particle_dim),
+            "value": derived(site["value"], functools.partial(part, dim=particle_dim - site["fn"].event_dim)),
+            **{key: part(site[key], particle_dim) for key in ("unscaled_log_prob", "mask", "scale")},
         }
     return rows
+
+
+def _part(value: Any, dim: int, start: int, size: int) -> Any:
+    """Some of the particles in that dimension, if the value is a tensor that has it."""
+    has_it = isinstance(value, Tensor) and value.dim() >= -dim and value.shape[dim] > 1
+    return value.narrow(dim, start, size) if has_it else value
+
+
+def _with_masks(distribution: Any, part: Callable[[Any, int], Any], dim: int) -> Any:
+    """A distribution with the masks of some particles. Its parameters, which serve no more, remain those of all."""
+    if not isinstance(distribution, WRAPPERS):
+        return distribution
+    found = copy.copy(distribution)
+    inner = dim - len(distribution.event_shape) + len(distribution.base_dist.event_shape)
+    found.base_dist = _with_masks(distribution.base_dist, part, inner)
+    shape = part(torch.empty(distribution.batch_shape, device="meta"), dim).shape
+    vars(found).update(_batch_shape=shape, _mask=part(getattr(distribution, "_mask", None), dim))
+    return found

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own objectives give it
+WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)  # what plates, masks and to_event add
 
 Site = Any  # a message of Pyro's, as a trace holds it
 Sites = dict[str, Site]  # by name
@@ -46,7 +47,7 @@ def particle_dim_of(*sites: Sites) -> int:
 def layers(distribution: Any) -> Iterator[Any]:
     """The distribution, and each one inside the wrappers that plates, masks and ``to_event`` add."""
     yield distribution
-    while isinstance(distribution, Independent | MaskedDistribution | ExpandedDistribution):
+    while isinstance(distribution, WRAPPERS):
         distribution = distribution.base_dist
         yield distribution
 
@@ -54,6 +55,18 @@ def layers(distribution: Any) -> Iterator[Any]:
 def unwrapped(distribution: Any) -> Any:
     """The distribution inside the wrappers that plates, masks and ``to_event`` add."""
     return list(layers(distribution))[-1]
+
+
+def derived(value: Any, operation: Callable[[Any], Any]) -> Any:
+    """A sample's slice, view or copy, with those of the tensors that it carries.
+
+    A straight-through sample of Pyro's carries its soft value in an attribute, at which its density is computed.
+    """
+    result = operation(value)
+    for name, carried in vars(value).items() if isinstance(value, Tensor) else ():
+        if isinstance(carried, Tensor):
+            setattr(result, name, operation(carried))
+    return result
 
 
 def family(distribution: Any) -> str:

@@ -1,6 +1,7 @@
 """Where a distribution has mass: its support as an interval, whether parameters move it, whether a guide covers it."""
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,12 +75,92 @@ def interval(support: Any) -> tuple[Any, Any] | None:
     return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
 
 
+class Unknown(td.constraints.Constraint):
+    """The support of a distribution whose transforms leave out a part of their codomain that can't be computed."""
+
+    def __init__(self, event_dim: int) -> None:
+        self.event_dim = event_dim
+
+    def __repr__(self) -> str:
+        return "an unknown part of the transform's codomain"
+
+
 def support_of(distribution: Any) -> Any:
-    """A distribution's support; the real line if its family does not define one."""
+    """A distribution's true support; the real line if its family does not define one.
+
+    PyTorch gives the codomain of the last transform: of a shifted Uniform, the real line. A mixture's support has a
+    type of its own there; here it is that of its components.
+    """
+    fn = unwrapped(distribution)
     try:
-        return distribution.support
+        found = fn.support
     except NotImplementedError:  # a user's family without a support
-        return td.constraints.real
+        found = td.constraints.real
+    if isinstance(fn, td.MixtureSameFamily):
+        found = _of_mixture(support_of(fn.component_distribution))
+    elif isinstance(fn, td.TransformedDistribution) and type(fn).support is td.TransformedDistribution.support:
+        found = support_of(fn.base_dist)
+        for transform in _parts(fn.transforms):
+            found = _through(transform, found)
+    return _with_event_dim(found, len(distribution.event_shape))
+
+
+def _of_mixture(components: Any) -> Any:
+    """The support of a mixture, whose components lie along the last batch dimension; unknown if theirs differ."""
+    ends = [torch.as_tensor(end) for end in interval(components) or ()]
+    dim = -1 - components.event_dim
+    if all(end.dim() < -dim for end in ends):
+        return components
+    if any(end.dim() >= -dim and bool((end != end.narrow(dim, 0, 1)).any()) for end in ends):
+        return Unknown(components.event_dim)
+    low, high = (end.select(dim, 0) if end.dim() >= -dim else end for end in ends)
+    return _with_event_dim(_between(low, high), components.event_dim)
+
+
+def _parts(transforms: Iterable[Any]) -> Iterator[Any]:
+    """The transforms, each without the wrappers that join several, or that sum over events."""
+    for transform in transforms:
+        if isinstance(transform, td.ComposeTransform):
+            yield from _parts(transform.parts)
+        elif isinstance(transform, td.IndependentTransform):
+            yield from _parts([transform.base_transform])
+        else:
+            yield transform
+
+
+def _through(transform: Any, support: Any) -> Any:
+    """The image of a support under a transform."""
+    here, domain = _ends(support), _ends(transform.domain)
+    if domain is None:
+        whole = type(plain(support)) is type(plain(transform.domain))
+    else:
+        whole = here is not None and bool((here[0] <= domain[0]).all() and (here[1] >= domain[1]).all())
+    if whole:
+        return transform.codomain
+    moves = not transform.domain.event_dim and transform.bijective and not support.is_discrete
+    if here is None or not moves:
+        return Unknown(max(plain(support).event_dim, transform.codomain.event_dim))
+    dtypes = [value.dtype for value in vars(transform).values() if isinstance(value, Tensor)]
+    first, last = (transform(end.to(dtypes[0] if dtypes else torch.get_default_dtype())) for end in here)
+    return _between(torch.minimum(first, last), torch.maximum(first, last))
+
+
+def _between(low: Tensor, high: Tensor) -> Any:
+    """The numbers between two bounds, of which each is finite everywhere or nowhere; else unknown."""
+    lower, upper = low.isfinite(), high.isfinite()
+    if bool((low.isnan() | high.isnan()).any() or lower.any() != lower.all() or upper.any() != upper.all()):
+        return Unknown(0)
+    if bool(lower.all()):
+        if bool(upper.all()):
+            return td.constraints.interval(low, high)
+        return td.constraints.positive if bool((low == 0).all()) else td.constraints.greater_than(low)
+    return td.constraints.less_than(high) if bool(upper.all()) else td.constraints.real
+
+
+def _with_event_dim(support: Any, event_dim: int) -> Any:
+    """A support whose last `event_dim` dimensions are one event."""
+    more = event_dim - support.event_dim
+    return td.constraints.independent(support, more) if more > 0 else support
 
 
 def check_covers(name: str, model: Any, guide: Any) -> bool:
@@ -87,8 +168,16 @@ def check_covers(name: str, model: Any, guide: Any) -> bool:
 
     The weights would miss the mass of p(x, z) outside, and no diagnostic could show it.
     """
-    own, base = plain(model.support), plain(guide.support)
+    own, base = plain(support_of(model)), plain(support_of(guide))
+    if isinstance(base, Unknown) and not isinstance(own, Unknown):
+        raise PyroVAEError(
+            f"the support of the guide's {family(guide)} at site '{name}' is unknown, since its transforms get only a "
+            f"part of their domain: expected a support that covers {own}. Choose a base distribution on the whole "
+            "domain."
+        )
     here, there = _ends(own), _ends(base)
+    if isinstance(own, Unknown) and there is not None:
+        here = torch.tensor(-math.inf), torch.tensor(math.inf)  # only the whole line certainly covers it
     if here is None or there is None:
         same = whole = type(own) is type(base)
     else:

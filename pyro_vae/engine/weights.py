@@ -16,6 +16,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
@@ -92,6 +93,9 @@ def log_weights(
     """
     particles = Particles(num_particles, vectorize_particles, chunk_size)
     program = Program(model, guide, args, kwargs, nesting=max_plate_nesting)
+    if num_particles > 1 and vectorize_particles:
+        program = program.with_nesting()
+        check_particles(program)
     return torch.cat(particles.read(program, log_weights_of))
 
 

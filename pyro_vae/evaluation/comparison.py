@@ -98,8 +98,7 @@ def compare(
     program = Program(model, guide, arguments(x))
     check_same_data(log_likelihood, program.args)
     with eval_mode(program.modules()):
-        sites = checked_sites(program)
-        data = Pieces(program, is_divisible(program), not compile or same_supports(*sites))
+        data = Pieces(program, is_divisible(program), same_supports(*checked_sites(program)))
         named = _named(program, objectives, compile)
         keys = [(name, objective.num_particles) for name, objective in named]
         if len(set(keys)) < len(keys):

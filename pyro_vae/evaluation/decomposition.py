@@ -98,7 +98,7 @@ def decompose_elbo(
         NeurIPS.
     """
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
-    with checked(model, guide, x, seed) as data:
+    with checked(model, guide, x, seed, least=2) as data:
         programs = data.programs(num_samples)
         samples = [_Samples.draw(program, num_samples) for program in programs]
         only_guide = replace(programs[0], model=guide, guide=None)

@@ -22,8 +22,8 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         log_weights: (K, N).
 
     Returns:
-        (N,); NaN where no fit is possible: fewer than 25 samples, a tail of equal weights, a NaN, or only weights of
-        zero.
+        (N,); infinity where so few weights are above zero in floating point that they have no tail; NaN where no fit is
+        possible: fewer than 25 samples, a tail of equal weights, a NaN, or only weights of zero.
 
     Raises:
         ValueError: `log_weights` is not a matrix.
@@ -56,8 +56,10 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         # ArviZ takes the same tail and sorts fewer weights.
         kept = min(number, int(15 * number**0.5) + 5)
         largest = np.partition(rows[usable], number - kept, axis=1)[:, number - kept :]
-        shapes[usable] = _arviz_shapes(largest, kept / number)
-    shapes[~np.isfinite(shapes)] = np.nan
+        found = _arviz_shapes(largest, kept / number)
+        above_zero = (largest > largest.max(1, keepdims=True) + np.log(np.finfo(float).tiny)).sum(1)
+        # ArviZ gives infinity too where rounding leaves few different weights, which is no tail either, but harmless.
+        shapes[usable] = np.where(np.isfinite(found), found, np.where(above_zero < FEWEST_SAMPLES / 5, np.inf, np.nan))
     return torch.from_numpy(shapes).to(log_weights.device)
 
 

@@ -32,16 +32,18 @@ class Estimate:
     def of(cls, values: Tensor) -> Self:
         r"""The mean of independent values (N,), with the standard error :math:`\operatorname{std} / \sqrt N`.
 
+        The standard error of a single value is NaN.
+
         Raises:
-            ValueError: `values` is not a vector, or has fewer than two elements.
+            ValueError: `values` is not a vector, or is empty.
         """
-        if values.dim() != 1 or len(values) < 2:
+        if values.dim() != 1 or not len(values):
             raise PyroVAEError(
-                "expected a vector of at least 2 values, since their spread is the error bar, got shape "
-                f"{tuple(values.shape)}. Pass one value for each datum."
+                f"expected a vector of values, got shape {tuple(values.shape)}. Pass one value for each datum."
             )
         values = values.double()
-        return cls(values.mean().item(), values.std().item() / math.sqrt(len(values)))
+        spread = values.std().item() if len(values) > 1 else math.nan
+        return cls(values.mean().item(), spread / math.sqrt(len(values)))
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The normal confidence interval. At level 0.95 it is the value plus and minus 1.96 standard errors."""
@@ -51,6 +53,8 @@ class Estimate:
         return self.value - reach * self.standard_error, self.value + reach * self.standard_error
 
     def __str__(self) -> str:
+        if math.isnan(self.standard_error):
+            return f"{self.value:.2f} (of a single value, without an error)"
         # Two decimals, or up to four where a small standard error needs them.
         tiny = not 0 < self.standard_error < 0.095
         digits = 2 if tiny else min(4, 1 - math.floor(math.log10(self.standard_error)))

@@ -11,7 +11,7 @@ from torch.distributions import biject_to
 
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Site, Sites, family, unwrapped
-from pyro_vae.engine.supports import same_support
+from pyro_vae.engine.supports import same_support, support_of
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
 
@@ -51,7 +51,7 @@ class Chains:
         self.example = first = self.program.run(num_chains)  # for the shapes of the sites
         _check_latents(first.model, first.guide, self.program.run(num_chains).model)
         self.names = [name for name, site in first.model.items() if not site["is_observed"]]
-        self.transforms = {name: biject_to(first.model[name]["fn"].support) for name in self.names}
+        self.transforms = {name: biject_to(support_of(first.model[name]["fn"])) for name in self.names}
 
     def start(self, latents: dict[str, Tensor] | None = None) -> State:
         """The state at samples from the base, or with all chains of a datum at the given latents."""
@@ -167,7 +167,7 @@ def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
                 f"guide site '{name}' is auxiliary, or a point: expected a guide with a density at each latent site of "
                 "the model alone, since annealing moves the latents themselves. Pass start='prior'."
             )
-        own, base, kind = model[name]["fn"].support, site["fn"].support, family(model[name]["fn"])
+        own, base, kind = support_of(model[name]["fn"]), support_of(site["fn"]), family(model[name]["fn"])
         if own.is_discrete:
             raise PyroVAEError(
                 f"model site '{name}' is discrete ({kind}): expected continuous latents, which Hamiltonian transitions "
@@ -178,7 +178,7 @@ def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
                 f"model site '{name}' is on a curved or periodic space ({kind}): expected latents with a one-to-one "
                 "transform to as many unconstrained numbers. Use pv.log_likelihood."
             )
-        if not same_support(own, again[name]["fn"].support):
+        if not same_support(own, support_of(again[name]["fn"])):
             raise PyroVAEError(
                 f"model site '{name}' has a support that depends on another latent: expected fixed bounds. Sample it "
                 "on fixed bounds and transform it."

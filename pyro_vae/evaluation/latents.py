@@ -62,7 +62,7 @@ def active_units(
         raise PyroVAEError(
             f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
         )
-    with checked(model, guide, x, seed) as data:
+    with checked(model, guide, x, seed, least=2) as data:
         parts = [_read(program.run(num_samples)) for program in data.programs(num_samples)]
     rows = {}
     for name in parts[0]:

@@ -59,7 +59,7 @@ def log_likelihood(
         progress: whether to show a progress bar, in a terminal.
 
     Raises:
-        ValueError: fewer than 2 samples or data, NaN or infinity in the data, data outside the support of the
+        ValueError: fewer than 2 samples, no data, NaN or infinity in the data, data outside the support of the
             likelihood, or a program without a log-weight per datum (see :func:`pyro_vae.log_weights`); with `compile`,
             a program that can't be traced, with the line at fault.
         FloatingPointError: a log-weight is NaN or plus infinity.

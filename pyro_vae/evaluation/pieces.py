@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import check_rows, find_batch_plate
 from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, sample_sites
 from pyro_vae.engine.sites import Sites, labelled
@@ -24,16 +25,14 @@ ELEMENTS_AT_ONCE = 2**21  # data elements times particles in one run: 8 MB of fl
 Args = tuple[Tensor, ...]  # the program's arguments; the rows of every tensor are the data
 
 
-def arguments(x: Any) -> Args:
-    """The program's arguments as tensors: at least 2 data, since their spread is the error bar, and all finite."""
+def arguments(x: Any, least: int = 2) -> Args:
+    """The program's arguments as tensors, with at least so many data, all finite."""
     data = Minibatches(x, None, "x")
     if data.size is None:
         raise PyroVAEError("expected x to be tensors, got a DataLoader. Pass a split of pv.data, or its tensors.")
-    if data.size < 2:
-        raise PyroVAEError(
-            f"expected at least 2 data, since their spread is the error bar, got {data.size}. Pass more rows. "
-            "pv.log_weights takes a single one."
-        )
+    if data.size < least:
+        wanted = "a datum" if least == 1 else f"at least {least} data, since their spread is the error bar"
+        raise PyroVAEError(f"expected {wanted}, got {data.size}. Pass more rows.")
     (args,) = Minibatches(x, data.size, "x").in_order()
     return args
 
@@ -66,25 +65,28 @@ class Pieces:
         """The program on minibatches that fit in memory with so many particles."""
         batches = self.minibatches(rows_at_once(self.program.args) // num_particles)
         program = self.program.on(batches[0]).with_nesting()
+        check_particles(program)
         return [program.on(batch) for batch in batches]
 
 
 @contextmanager
-def checked(model: PyroFunction, guide: PyroFunction | None, x: Any, seed: int | None) -> Iterator[Pieces]:
+def checked(
+    model: PyroFunction, guide: PyroFunction | None, x: Any, seed: int | None, least: int = 1
+) -> Iterator[Pieces]:
     """Check data and program by one run on all data with Pyro's validation, then yield them for an evaluation.
 
     Inside, the random numbers have the seed, modules are in evaluation mode, and no gradients are recorded. Pyro's
     validation is off: it checks every density and would take a third of the time.
     """
-    program = Program(model, guide, arguments(x))
+    program = Program(model, guide, arguments(x, least))
     # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system
     # and fetches it again page by page, which takes a third of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)
     with eval_mode(program.modules()), torch.no_grad():
         pieces = Pieces(program, is_divisible(program))
-        for piece in pieces.minibatches(rows_at_once(program.args)):
-            with pyro.validation_enabled():
-                same = same_supports(*checked_sites(program.on(piece)))
+        with pyro.validation_enabled():
+            batches = pieces.minibatches(rows_at_once(program.args))
+            same = {same_supports(*checked_sites(program.on(batch))) for batch in batches} == {True}
         # Where the guide's support exceeds the model's, Pyro must check every sample.
         with pyro.validation_enabled(not same), rng.seeded(seed):
             yield replace(pieces, same_supports=same)
@@ -93,6 +95,8 @@ def checked(model: PyroFunction, guide: PyroFunction | None, x: Any, seed: int |
 def is_divisible(program: Program) -> bool:
     """Whether a datum has the same densities in every minibatch, unlike with a guide with parameters for each datum."""
     half = min(len(program.args[0]) // 2, 4)
+    if not half:
+        return False
     first, second = (tuple(column[start : 2 * half] for column in program.args) for start in (0, half))
     try:
         whole = [sample_sites(trace) for trace in program.on(first).trace()]
@@ -121,5 +125,10 @@ def same_supports(model: Sites, guide: Sites) -> bool:
 def checked_sites(program: Program) -> tuple[Sites, Sites]:
     """The sites of model and guide in one run; an error unless the batch plate has one row for each row of x."""
     model, guide = map(sample_sites, program.trace())
+    if not any(site["is_observed"] for site in model.values()):
+        raise PyroVAEError(
+            "the model observes nothing: expected a model with data, whose log p(x) there is, got latent sites "
+            f"{list(model)} alone. Pass obs= to pyro.sample, or condition the model on data by pyro.condition."
+        )
     check_rows(find_batch_plate(labelled(model, guide)), len(program.args[0]))
     return model, guide

@@ -1,12 +1,14 @@
 """Likelihoods of counts 0, 1, 2, ...: Poisson and negative binomial."""
 
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from pyro_vae.distributions import wide
 from pyro_vae.likelihoods.base import Likelihood
 
 
@@ -15,6 +17,11 @@ class _Counts(Likelihood):
         """Raise ValueError unless x is counts 0, 1, 2, ..."""
         fix = "Pass the counts, neither normalised nor their logarithms, or use a Gaussian likelihood."
         self._refuse_unless((x >= 0) & (x % 1 == 0) & x.isfinite(), x, "of counts 0, 1, 2, ...", fix)
+        most = int(2 / torch.finfo(x.dtype).eps)
+        fix = (
+            f"Above {most}, {x.dtype} does not have all integers. Use float64, or a Gaussian likelihood of log counts."
+        )
+        self._refuse_unless(x <= most, x, f"of counts up to {most}", fix)
 
 
 class Poisson(_Counts):
@@ -38,7 +45,7 @@ class Poisson(_Counts):
         """The Poisson distribution whose log rates are the features."""
         (log_rate,) = features
         # A rate of 0 or infinity has no gradient. The sum clamps the value and keeps the gradient of the log rate.
-        return dist.Poisson((log_rate + (log_rate.clamp(-30, 30) - log_rate).detach()).exp())
+        return WidePoisson(log_rate + (log_rate.clamp(-30, 30) - log_rate).detach())
 
 
 class NegativeBinomial(_Counts):
@@ -79,11 +86,52 @@ class NegativeBinomial(_Counts):
         """The negative binomial distribution whose log means are the features."""
         (log_mean,) = features
         log_r = self._log_total_count()
-        return dist.NegativeBinomial(log_r.exp(), logits=log_mean - log_r)
+        return WideNegativeBinomial(log_mean, log_r)
 
     def _log_total_count(self) -> Tensor:
         return math.log(MOST) + logsigmoid(self.raw_total_count)
 
 
-#: The greatest dispersion. Above it, float32 loses the difference of two lgammas, and a Poisson fits as well.
+#: The greatest dispersion. Above it, a Poisson fits as well.
 MOST = 1000.0
+
+
+class WidePoisson(dist.Poisson):
+    """A Poisson distribution of a log rate, whose terms are added in float64: at counts of 1e6 they are of 1e7 nats."""
+
+    def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
+        self.log_rate = log_rate
+        super().__init__(log_rate.exp(), validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> dist.TorchDistribution:
+        """The same distribution with another batch shape."""
+        return WidePoisson(self.log_rate.expand(batch_shape), validate_args=self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-probability, of shape `batch`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_rate, x = wide(self.log_rate), wide(value)
+        return (x * log_rate - log_rate.exp() - (x + 1).lgamma()).to(self.log_rate)
+
+
+class WideNegativeBinomial(dist.NegativeBinomial):
+    """A negative binomial distribution of a log mean and a log dispersion, whose terms are added in float64."""
+
+    def __init__(self, log_mean: Tensor, log_r: Tensor, validate_args: bool | None = None) -> None:
+        self.log_mean, self.log_r = log_mean, log_r
+        super().__init__(log_r.exp(), logits=log_mean - log_r, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> dist.TorchDistribution:
+        """The same distribution with another batch shape."""
+        log_mean, log_r = (each.expand(batch_shape) for each in (self.log_mean, self.log_r))
+        return WideNegativeBinomial(log_mean, log_r, self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-probability, of shape `batch`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_mean, log_r, x = wide(self.log_mean), wide(self.log_r), wide(value)
+        r, odds = log_r.exp(), log_mean - log_r
+        choices = (x + r).lgamma() - (x + 1).lgamma() - r.lgamma()
+        return (choices + r * logsigmoid(-odds) + x * logsigmoid(odds)).to(self.log_mean)

@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import pyro.infer
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Needs, Program, Run
@@ -151,6 +153,7 @@ class Objective(pyro.infer.ELBO):
         self._check_particles()
         self.step = 0  #: how many differentiable losses it has computed, which is the argument of a schedule
         self._found_nesting: tuple[PyroFunction, PyroFunction, int] | None = None
+        self._checked: tuple[PyroFunction, PyroFunction] | None = None  # the program that keeps particles apart
 
     def _check_particles(self) -> None:
         fewest, even = self.estimator.fewest, self.estimator.even
@@ -285,17 +288,30 @@ class Objective(pyro.infer.ELBO):
         """The program as this objective runs it; `per_datum` demands a batch plate, which some losses do without."""
         needs = self.needs() if per_datum is None else replace(self.needs(), per_datum=per_datum)
         program = Program(model, guide, args, kwargs, needs, self.max_plate_nesting)
-        if self.num_samples == 1 or not self.vectorize_particles or self.max_plate_nesting is not None:
+        if self.num_samples == 1 or not self.vectorize_particles:
             return program
         # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found here.
         if self._found_nesting is None or self._found_nesting[:2] != (model, guide):
             self.remember(program.with_nesting())
-        return replace(program, nesting=self._found_nesting[2] if self._found_nesting else None)
+        program = replace(program, nesting=self._found_nesting[2] if self._found_nesting else None)
+        self._check_apart(program)
+        return program
 
-    def remember(self, program: Program) -> None:
-        """Keep the nesting of a program's plates, so that later calls need no run to find it."""
+    def remember(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
+        """Keep the nesting of a program's plates, so that later calls need no run to find it.
+
+        If there are traces of it for one particle, they serve the check that it keeps particles apart.
+        """
         if program.nesting is not None and program.guide is not None:
             self._found_nesting = (program.model, program.guide, program.nesting)
+            if traces is not None and self.num_samples > 1 and self.vectorize_particles:
+                self._check_apart(program, traces)
+
+    def _check_apart(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
+        """Refuse a program that mixes particles, once for each program."""
+        if self._checked != (program.model, program.guide) and program.guide is not None:
+            check_particles(program, traces)
+            self._checked = (program.model, program.guide)
 
     def _has_two_reductions(self) -> bool:
         return type(self).reduce_for_guide is not Objective.reduce_for_guide

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, Unpack
 
+import torch
 from torch import Tensor
 
 from pyro_vae.errors import PyroVAEError
@@ -71,12 +72,16 @@ class TVO(Objective):
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The sum over intervals of width times mean log-weight; the mean is weighted by powers of the weights."""
-        return (self._weights(log_weights) * log_weights).sum((0, 1))
+        weights = self._weights(log_weights)
+        # A weight of zero makes the plain mean minus infinity. In the other means, w log w is 0 there.
+        return (weights * torch.where(weights > 0, log_weights, 0.0)).sum((0, 1))
 
     def _weights(self, log_weights: Tensor) -> Tensor:
         """Each interval's width times its normalised weights, (T, K, N)."""
         points = log_weights.new_tensor(self.partitions)[:, None, None]
-        return points.diff(dim=0) * (points[:-1] * log_weights).softmax(1)
+        some = (log_weights > -torch.inf).any(0)  # else all weights are zero, and no mean but the plain one exists
+        powers = [torch.zeros_like(log_weights[None]), points[1:-1] * torch.where(some, log_weights, 0.0)]
+        return points.diff(dim=0) * torch.cat(powers).softmax(1)
 
     def covariance(self, log_weights: Tensor, c: Tensor) -> Tensor:
         """The factor (K, N) on the score: each log-weight minus its mean under each interval's weights, minus c."""

@@ -1,6 +1,6 @@
 """The base class of model/guide pairs: checks of parts and data, the data plate, and registration of parameters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from math import prod
@@ -132,7 +132,9 @@ class Pair(nn.Module):
             shape = ", ".join(map(str, self.event_shape))
             if tuple(x.shape) == self.event_shape:
                 fix = "For one datum, pass x[None]."
-            elif x.dim() > 1 and prod(x.shape[1:]) == prod(self.event_shape):
+            elif len(self.event_shape) == 3 and tuple(x.shape[1:]) == (*self.event_shape[1:], self.event_shape[0]):
+                fix = "The channels come first: x.permute(0, 3, 1, 2)."
+            elif x.dim() > 1 and _same_order(x.shape[1:], self.event_shape):
                 fix = f"Reshape it: x.reshape(-1, {shape})."
             else:
                 fix = "Build the VAE with the event_shape of your data, or pass data of that shape."
@@ -147,6 +149,12 @@ class Pair(nn.Module):
             raise PyroVAEError(f"expected subsample_size to be an integer or None, got {got}. Pass the minibatch size.")
         if is_validation_enabled():
             self.likelihood.check(x)
+
+
+def _same_order(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether reshaping keeps the axes: one of both is flat, or they differ by axes of size 1."""
+    flat = 1 in (len(shape), len(other)) and prod(shape) == prod(other)
+    return flat or [n for n in shape if n != 1] == [n for n in other if n != 1]
 
 
 class Labelled(Pair):

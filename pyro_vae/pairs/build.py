@@ -19,6 +19,8 @@ from pyro_vae.pairs.vae import VAE
 from pyro_vae.posteriors import DiagonalNormal, Posterior
 from pyro_vae.priors import StandardNormal
 
+MOST_COLOURS = 4  # of an image: more channels in the first place, and no more in the last, are channels last
+
 
 def mlp_vae(
     event_shape: Sequence[int],
@@ -100,6 +102,11 @@ def conv_vae(
         raise PyroVAEError(
             "expected an event_shape (C, H, W) and at least one entry in channels, got "
             f"event_shape={tuple(event_shape)} and channels={tuple(channels)}. For vectors, use mlp_vae."
+        )
+    if event_shape[0] > MOST_COLOURS >= event_shape[2]:
+        raise PyroVAEError(
+            f"expected an event_shape (C, H, W), with the channels first, got {tuple(event_shape)}, which has them "
+            f"last. Pass {(event_shape[2], *event_shape[:2])}, and x.permute(0, 3, 1, 2)."
         )
     chosen = check_posterior(posterior, posterior_options)
     family, shape = find_likelihood(likelihood, options, posterior), tuple(event_shape)
@@ -215,8 +222,9 @@ def mlp_hierarchical_vae(
     widths = list(hidden_dims) * len(latent_dims) if len(hidden_dims) == 1 else list(hidden_dims)
     if not latent_dims or len(widths) != len(latent_dims):
         raise PyroVAEError(
-            "expected at least one layer, and one hidden width or one for each layer, got latent_dims="
-            f"{tuple(latent_dims)} and hidden_dims={tuple(hidden_dims)}. Pass as many hidden_dims as latent_dims."
+            "expected at least one layer, and one hidden width or one for each layer, got "
+            f"latent_dims={tuple(latent_dims)} and hidden_dims={tuple(hidden_dims)}. Pass as many hidden_dims as "
+            "latent_dims."
         )
     family, shape, size = find_likelihood(likelihood, options), tuple(event_shape), prod(event_shape)
     if guide == "bottom_up":

@@ -118,7 +118,7 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
 
     Arguments:
         shapes: k-hat of each datum, (N,), from :func:`pyro_vae.pareto_k` or ``pyro_vae.log_likelihood(...).pareto_k``.
-            NaN, for a k-hat that could not be computed, counts in the legend's shares and is not in the histogram.
+            NaN and infinity count in the legend's shares and are not in the histogram.
 
     Raises:
         ValueError: no element of `shapes` is finite.
@@ -137,9 +137,9 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
         )
     ax = ax or new_figure().add_subplot()
     edges = list(np.arange(np.floor(min(finite.min(), 0) / 0.05), np.ceil(max(finite.max(), 1) / 0.05) + 1) * 0.05)
-    for part, colour, sign in ((finite <= 0.7, BLUE, "at most"), (finite > 0.7, VERMILLION, "above")):
-        share = part.sum() / len(values)
-        ax.hist(finite[part], edges, color=colour, label=f"{sign} 0.7: {share:.1%} of {len(values)} data")
+    for part, colour, sign in ((values <= 0.7, BLUE, "at most"), (values > 0.7, VERMILLION, "above")):
+        shown = values[part & np.isfinite(values)]
+        ax.hist(shown, edges, color=colour, label=f"{sign} 0.7: {part.mean():.1%} of {len(values)} data")
     ax.axvline(0.7, color=BLACK, linewidth=0.8, linestyle="--")
     return _finished(ax, "Pareto k-hat of the importance weights", "number of data")
 

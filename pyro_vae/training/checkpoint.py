@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,24 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Train first, or check the path.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch does not compare the checksums
+                raise zipfile.BadZipFile("a part of the file has another checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        KeyError,
+        ValueError,
+        NotImplementedError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise PyroVAEError(
-            f"{path} can't be read as a checkpoint: it is truncated, or another kind of file. Delete it and train "
-            "again, or pass another path."
+            f"{path} can't be read as a checkpoint: it is truncated, damaged, or another kind of file. Delete it and "
+            "train again, or pass another path."
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__

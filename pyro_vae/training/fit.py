@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from pyro_vae.compiled.function import Compiled, OnCompile
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.batch_plate import find_rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import require_parameters
@@ -150,8 +151,20 @@ def fit(
         "N": batches.size,
         "compile": compile,
     }
+    rows_of = find_rows(model_sites, program.args)
     loop = Loop(
-        program, objective, batches, held_out, parameters, optimizer, scheduler, patience, checkpoint, settings, support
+        program,
+        objective,
+        batches,
+        held_out,
+        parameters,
+        optimizer,
+        scheduler,
+        patience,
+        checkpoint,
+        settings,
+        support,
+        rows_of,
     )
     if isinstance(getattr(objective, "step", None), int):
         objective.step = 0
@@ -163,7 +176,7 @@ def fit(
     bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
     bar.update(len(loop.rows) * (batches.steps or 0))
     if compile:
-        loop.compiled = CompiledStep(model, guide, objective, optimizer, mean=True, on_compile=_teller(bar, batches))
+        loop.compiled = CompiledStep(model, guide, objective, optimizer, rows=rows_of, on_compile=_teller(bar, batches))
     try:
         with _flushing_denormals():
             while len(loop.rows) < epochs and not checkpoints.stalled(len(loop.rows), loop.best, patience):
@@ -191,7 +204,7 @@ def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[
     if batches.steps != 1:
         _check_minibatches(sites[0], len(program.args[0]))
     if isinstance(objective, Objective):
-        objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1))
+        objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1), traces)
     # The optimiser's state in a checkpoint has the parameters by their order.
     return dict(sorted(require_parameters(*traces).items())), sites[0]
 
@@ -202,7 +215,12 @@ def _check_minibatches(model: Sites, size: int) -> None:
     if any(frame.full_size != frame.size for stack in frames.values() for frame in stack):
         return  # scaled to all data: each minibatch's loss estimates the whole
     for name, stack in frames.items():
-        if all(frame.size != size for frame in stack):
+        shape = model[name]["fn"].batch_shape
+        # A plate without a size has that of its sites.
+        sizes = [
+            f.size if f.size >= 0 or not f.vectorized else shape[f.dim] if len(shape) >= -f.dim else 1 for f in stack
+        ]
+        if size not in sizes:
             raise PyroVAEError(
                 f"expected a program whose minibatches add up to the data, got model site '{name}' outside the data's "
                 f"plate of size {size}: its term would count once for each minibatch. Move it inside; or give the "

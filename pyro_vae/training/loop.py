@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine import rng
+from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
 from pyro_vae.engine.program import Program
@@ -37,6 +38,7 @@ class Loop:
     checkpoint: str | Path | None  # the file of the state
     settings: dict[str, Any]  # what a checkpoint must agree on
     support: DataSupport  # the check of the data
+    rows_of: Rows  # how many data the loss of a minibatch stands for
     compiled: CompiledStep | None = None
     rows: list[dict[str, float]] = field(default_factory=list)  # the history, a row an epoch
     best: dict[str, Any] | None = None  # epoch, bound, parameters and buffers of the best epoch, with `patience`
@@ -65,14 +67,14 @@ class Loop:
                 if self.compiled is None:
                     self.optimizer.zero_grad()
                     loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
-                    (loss / len(batch[0])).backward()
+                    (loss / self.rows_of(batch)).backward()
                 else:
                     loss = self.compiled.compute(*batch)
             loss = loss.detach()
             if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
                 raise self._not_finite(f"the loss is {loss:g}")
             self.optimizer.step()
-            total, count = total + loss.double(), count + len(batch[0])
+            total, count = total + loss.double(), count + self.rows_of(batch)
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
                 bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
             bar.update()
@@ -109,7 +111,7 @@ class Loop:
                 if self.unchecked_held_out is not None:
                     self.unchecked_held_out.check(batch)
                 total += self.objective.loss(self.program.model, self.program.guide, *batch)
-                count += len(batch[0])
+                count += self.rows_of(batch)
         self.unchecked_held_out = None
         self.held_out.set_generator_states(own)
         return -total / count

@@ -202,7 +202,7 @@ def test_refusals_of_settings():
     refused(r"increasing temperatures from 0 to 1", schedule=torch.linspace(1, 0, 41))
     refused("positive step_size", step_size=0.0)
     refused("num_leapfrog", num_leapfrog=0)
-    refused("at least 2 data", x=torch.zeros(1, 2, dtype=torch.float64))
+    refused("a datum", x=torch.zeros(0, 2, dtype=torch.float64))
     refused("x to be finite", x=torch.tensor([[0.0, math.nan], [1.0, 2.0]], dtype=torch.float64))
 
 

@@ -69,6 +69,36 @@ def test_pareto_k_that_cannot_be_computed_is_nan():
     assert pv.pareto_k(torch.randn(10, 2)).isnan().all()
 
 
+@pytest.mark.parametrize("kind", ["one weight is all", "three weights", "far apart"])
+def test_pareto_k_of_weights_without_a_tail_is_infinite(kind):
+    """The worst of weights counts as bad, and not as unknown."""
+    log_w = torch.full((1000, 2), -math.inf, dtype=torch.float64)
+    log_w[: 1 if kind == "one weight is all" else 3] = 0.0
+    if kind == "far apart":
+        log_w = 1e4 * torch.arange(1000.0, dtype=torch.float64).expand(2, -1).T
+    assert pv.pareto_k(log_w).tolist() == [math.inf, math.inf]
+
+
+def test_pareto_k_of_weights_that_rounding_alone_tells_apart_is_nan():
+    log_w = torch.zeros(1000, 1, dtype=torch.float64)
+    log_w[:3] = 2**-50
+    assert pv.pareto_k(log_w).isnan().all()
+
+
+def test_weights_without_a_tail_are_warned_of():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1e-4), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.warns(UserWarning, match=r"100\.0% of the data have a Pareto k-hat above 0\.7"):
+        result = pv.log_likelihood(model, guide, torch.zeros(20), 1000, seed=0)
+    assert (result.share_high_k, result.share_no_k) == (1, 0)
+
+
 def test_high_k_is_warned_of_with_what_to_do():
     model, guide = narrow(0.3)
     with pytest.warns(UserWarning, match=r"of the data have a Pareto k-hat above 0\.7.*more flexible guide.*pv\.ais"):
@@ -89,5 +119,5 @@ def test_pareto_k_is_arvizs_of_the_whole_sample(number):
         import arviz
 
         whole = arviz.psislw(rows)[1]
-    whole = np.where(np.isfinite(whole), whole, np.nan)
+    assert np.isfinite(whole).all()
     np.testing.assert_allclose(pv.pareto_k(log_w).numpy(), whole, rtol=1e-9)

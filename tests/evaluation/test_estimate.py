@@ -20,7 +20,10 @@ def test_estimate():
     )
     assert str(pv.Estimate(-104.9649, 0.2731)) == "-104.96 ± 0.27"
     assert str(pv.Estimate(0.00123, 0.0004)) == "0.0012 ± 0.0004"
-    with pytest.raises(ValueError, match="at least 2 values"):
-        pv.Estimate.of(torch.zeros(1))
+    with pytest.raises(ValueError, match="expected a vector of values"):
+        pv.Estimate.of(torch.zeros(0))
+    single = pv.Estimate.of(torch.tensor([1.5]))
+    assert (single.value, math.isnan(single.standard_error)) == (1.5, True)
+    assert str(single) == "1.50 (of a single value, without an error)"
     with pytest.raises(ValueError, match="between 0 and 1"):
         estimate.interval(95)

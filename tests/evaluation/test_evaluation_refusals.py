@@ -35,12 +35,15 @@ def binary():
     ("spoil", "match"),
     [
         (lambda x: x / 2, "zeros and ones, got values from 0 to 0.5, such as 0.5. Binarise it"),
-        (lambda x: torch.where(x > 0, math.nan, x), "x to be finite, got NaN or infinity"),
-        (lambda x: torch.where(x > 0, math.inf, x), "x to be finite, got NaN or infinity"),
+        (
+            lambda x: torch.where(x > 0, math.nan, x),
+            "x to be finite, got NaN. Drop those rows; or, where they are missing",
+        ),
+        (lambda x: torch.where(x > 0, math.inf, x), "x to be finite, got infinity. Drop those rows, or correct them"),
         (lambda x: x[:, 0], r"x of shape \(N, 1, 4, 4\), got \(6, 4, 4\). Reshape it"),
         (lambda x: x.long(), "x of floating point, got torch.int64"),
         (lambda x: x.numpy(), "x to be a tensor, .* got ndarray"),
-        (lambda x: x[:0], "datum or more|at least 2 data"),
+        (lambda x: x[:0], "a datum|datum or more|at least 2 data"),
     ],
     ids=["support", "nan", "infinity", "shape", "integers", "numpy", "none"],
 )
@@ -195,13 +198,50 @@ def test_programs_without_a_bound_per_datum(evaluation):
 
 
 @everywhere
-def test_one_datum_has_no_error_bar(evaluation):
-    vae = pv.mlp_vae((1, 4, 4), latent_dim=2, hidden_dims=(8,))
+def test_a_model_that_observes_nothing(evaluation):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)).expand(len(x)), 1.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
     if evaluation is EVALUATIONS["to_arviz"]:
-        assert evaluation(vae.model, vae.guide, binary()[:1])["posterior"]["z"].shape == (1, 5, 1, 2)
+        evaluation(model, guide, torch.randn(4))
     else:
+        with pytest.raises(pv.PyroVAEError, match=r"the model observes nothing: .* got latent sites \['z'\] alone"):
+            evaluation(model, guide, torch.randn(4))
+
+
+@everywhere
+def test_one_datum_has_no_error_over_data(evaluation):
+    """An evaluation of each datum takes one; one whose result is over data refuses it."""
+    vae = pv.mlp_vae((1, 4, 4), latent_dim=2, hidden_dims=(8,))
+    if any(evaluation is EVALUATIONS[name] for name in ("decompose_elbo", "active_units", "compare")):
         with pytest.raises(ValueError, match="at least 2 data, since their spread is the error bar, got 1"):
             evaluation(vae.model, vae.guide, binary()[:1])
+    elif evaluation is EVALUATIONS["to_arviz"]:
+        assert evaluation(vae.model, vae.guide, binary()[:1])["posterior"]["z"].shape == (1, 5, 1, 2)
+    else:
+        assert "(of a single value, without an error)" in str(evaluation(vae.model, vae.guide, binary()[:1]))
+
+
+def test_log_likelihood_of_one_datum_is_exact():
+    """The guide is the posterior, so that every weight is p(x)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.tensor([0.4])
+    found = pv.log_likelihood(model, guide, x, 100, seed=0)
+    torch.testing.assert_close(found.per_datum.float(), dist.Normal(0.0, 2**0.5).log_prob(x), rtol=0, atol=4 * 2**-23)
+    assert float(found.per_datum_error) < 2**-20
 
 
 @pytest.mark.parametrize("number", [1, 0, -3, 2.0, True])

@@ -262,3 +262,18 @@ def test_a_share_of_zero_or_one_is_one_bound_where_a_weight_is_zero(beta):
     log_weights = torch.tensor([[0.0, -math.inf, -math.inf], [1.0, 2.0, -math.inf]])
     alone = pv.ELBO(2) if beta else pv.IWAE(2)
     torch.testing.assert_close(pv.CIWAE(beta, 2).reduce(log_weights), alone.reduce(log_weights))
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_tvo_of_a_weight_of_zero_is_minus_infinity(partitions):
+    """The first mean has equal weights. The others, and the derivative, are those of the weights above zero."""
+    log_w = torch.tensor([[-1.0, -1.0], [-2.0, -2.0], [-math.inf, 0.5], [-1.5, -1.5]], dtype=torch.float64)
+    log_w.requires_grad_()
+    objective = pv.TVO(4, partitions)
+    bound = objective.reduce(log_w)
+    assert bound[0] == -math.inf
+    (slope,) = torch.autograd.grad(bound.sum(), log_w)
+    assert bool(slope.isfinite().all())
+    nearly = log_w.detach().masked_fill(log_w == -math.inf, -1e6).requires_grad_()
+    (expected,) = torch.autograd.grad(objective.reduce(nearly).sum(), nearly)
+    torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-9)

@@ -19,6 +19,24 @@ def binary(n=10):
 
 
 @pytest.mark.parametrize(
+    ("event_shape", "shape", "fix"),
+    [
+        ((3, 4, 5), (10, 4, 5, 3), r"The channels come first: x.permute\(0, 3, 1, 2\)"),
+        ((3, 4, 4), (10, 4, 4, 3), r"The channels come first: x.permute\(0, 3, 1, 2\)"),
+        ((1, 4, 5), (10, 4, 5), r"Reshape it: x.reshape\(-1, 1, 4, 5\)"),
+        ((3, 4, 5), (10, 60), r"Reshape it: x.reshape\(-1, 3, 4, 5\)"),
+        ((60,), (10, 3, 4, 5), r"Reshape it: x.reshape\(-1, 60\)"),
+        ((3, 4, 5), (10, 4, 3, 5), "Build the VAE with the event_shape of your data"),
+        ((3, 4, 5), (10, 12, 5), "Build the VAE with the event_shape of your data"),
+    ],
+)
+def test_the_fix_of_a_shape_never_mixes_axes(event_shape, shape, fix):
+    vae = pv.mlp_vae(event_shape, latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
+    with pytest.raises(ValueError, match=fix):
+        vae.model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
     ("x", "message"),
     [
         (
@@ -66,6 +84,7 @@ def test_bad_data(x, message):
         (lambda: pv.mlp_vae((4,), latent_dim=2, hidden_dims=20), r"expected hidden_dims of positive integers, got 20"),
         (lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale=0), r"positive number, 'learned'"),
         (lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale="fixed"), r"got 'fixed'"),
+        (lambda: pv.conv_vae((28, 28, 3), latent_dim=2), r"channels first, got \(28, 28, 3\).*Pass \(3, 28, 28\)"),
         (lambda: pv.conv_vae((28, 28), latent_dim=2), r"expected an event_shape \(C, H, W\).*use mlp_vae"),
         (lambda: pv.conv_vae((1, 28, 28), latent_dim=2, channels=()), r"at least one entry in channels"),
     ],

@@ -413,11 +413,11 @@ def test_latent_grid_errors():
 
 
 def test_pareto_k_counts_every_datum():
-    shapes = torch.tensor([-0.2, 0.1, 0.5, 0.69, 0.71, 1.4, math.nan])
+    shapes = torch.tensor([-0.2, 0.1, 0.5, 0.69, 0.71, 1.4, math.nan, math.inf])
     ax = plots.pareto_k(shapes)
     assert sum(patch.get_height() for patch in ax.patches) == 6
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["at most 0.7: 57.1% of 7 data", "above 0.7: 28.6% of 7 data"]
+    assert labels == ["at most 0.7: 50.0% of 8 data", "above 0.7: 37.5% of 8 data"]
     with pytest.raises(ValueError, match="at least one finite k-hat, got 3 values of NaN"):
         plots.pareto_k(torch.full((3,), math.nan))
 

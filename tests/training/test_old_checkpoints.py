@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pyro
+import pytest
 import torch
 
 import pyro_vae as pv
@@ -40,3 +41,20 @@ def test_a_training_of_version_0_1_0_goes_on(tmp_path):
     torch.testing.assert_close(*(torch.tensor(h.train_bound.to_numpy()) for h in (history, whole)), rtol=1e-4, atol=0)
     for own, other in zip(resumed.parameters(), unbroken.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_flipped_byte_of_a_tensor_is_refused(tmp_path):
+    """Each tensor, and the pickle, has a checksum; torch does not compare it."""
+    path, vae = tmp_path / "run.pt", pv.mlp_vae((5,), latent_dim=2, hidden_dims=(16,), likelihood="gaussian")
+    x = torch.randn(64, 5)
+    pv.fit(vae, x, pv.ELBO(), epochs=1, seed=0, checkpoint=path)
+    whole = path.read_bytes()
+    for parameter in vae.parameters():
+        if parameter.numel() < 8:  # so few bytes may stand elsewhere too
+            continue
+        at = whole.index(parameter.detach().numpy().tobytes())
+        path.write_bytes(whole[: at + 2] + bytes([whole[at + 2] ^ 0x7F]) + whole[at + 3 :])
+        with pytest.raises(pv.PyroVAEError, match="truncated, damaged, or another kind of file"):
+            pv.load_parameters(path, vae, x)
+    path.write_bytes(whole)
+    pv.load_parameters(path, vae, x)

@@ -1,0 +1,123 @@
+"""Programs that are right for one particle, and mix data or particles where several run at once, are refused."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pyro_vae as pv
+from pyro_vae.networks import apply_batched
+
+N, Z, D = 6, 3, 4
+GENERATOR = torch.Generator().manual_seed(0)
+X, W = torch.randn(N, D, generator=GENERATOR), torch.randn(Z, D, generator=GENERATOR)
+
+
+def program(decode, *, second=None, plate=lambda x: pyro.plate("data", len(x))):
+    """A model whose x has the mean ``decode(z)``, and a guide, with a second site of mean ``second(z)`` if given."""
+
+    def model(x):
+        with plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(Z), 1.0).to_event(1))
+            if second is not None:
+                pyro.sample("w", dist.Normal(torch.zeros(Z), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decode(z), 0.5).to_event(1), obs=x)
+
+    def guide(x):
+        with plate(x):
+            z = pyro.sample("z", dist.Normal(x[:, :Z], 0.5).to_event(1))
+            if second is not None:
+                pyro.sample("w", dist.Normal(second(z), 0.5).to_event(1))
+
+    return model, guide
+
+
+MIXING = {
+    "normalize over dim 1": lambda z: F.normalize(z, dim=1) @ W,
+    "softmax over dim 1": lambda z: z.softmax(1) @ W,
+    "a mean over dim 0": lambda z: (z - z.mean(0)) @ W,
+    "cumulative over dim 1": lambda z: z.cumsum(1) @ W,
+    "group norm": lambda z: nn.GroupNorm(1, z.shape[1], affine=False)(z) @ W,
+    "reshaped": lambda z: z.reshape(*z.shape[:-2], Z, -1).transpose(-1, -2).reshape(z.shape).sort(0).values @ W,
+}
+APART = {
+    "over the last dimension": lambda z: F.normalize(z, dim=-1) @ W,
+    "wrapped": lambda z: apply_batched(nn.Identity(), z, 1).softmax(-1) @ W,
+    "over the data": lambda z: (z - z.mean(-2, keepdim=True)) @ W,  # depends on other data, for one particle too
+}
+CALLS = {
+    "bound": lambda *p: pv.IWAE(3).bound(*p, X),
+    "loss, nesting given": lambda *p: pv.IWAE(3, max_plate_nesting=1).loss(*p, X),
+    "log_weights": lambda *p: pv.log_weights(*p, X, num_particles=3),
+    "log_weights, nesting given": lambda *p: pv.log_weights(*p, X, num_particles=3, max_plate_nesting=1),
+    "log_likelihood": lambda *p: pv.log_likelihood(*p, X, 30),
+    "fit": lambda *p: pv.fit(*p, X, pv.IWAE(3), epochs=1),
+    "closed-form ELBO": lambda *p: pv.ELBO(3).loss(*p, X),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", MIXING)
+def test_a_program_that_mixes_is_refused(name, call):
+    model, guide = program(MIXING[name])
+    guide_with_parameter = lambda x: (pyro.param("p", torch.ones(1)), guide(x))[1]  # noqa: E731
+    with pytest.raises(ValueError, match=r"model site 'x' has another density.*Count from the right \(dim=-1\)"):
+        CALLS[call](model, guide_with_parameter)
+
+
+def test_a_guide_that_mixes_is_refused():
+    parts = program(lambda z: z @ W, second=lambda z: F.normalize(z, dim=1))
+    with pytest.raises(ValueError, match="guide site 'w' has another density"):
+        pv.IWAE(3).loss(*parts, X)
+    assert pv.IWAE(3, vectorize_particles=False).loss(*parts, X) > 0
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_program_that_keeps_particles_apart_is_not(name):
+    parts = program(APART[name])
+    pv.IWAE(3).loss(*parts, X)
+    pv.log_weights(*parts, X, num_particles=3)
+
+
+def test_a_random_minibatch_is_replayed():
+    """The runs that are compared have the same subsample; each draws another otherwise."""
+    rows = lambda x: pyro.plate("data", N, subsample_size=2)  # noqa: E731
+
+    def model(x):
+        with rows(x) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(Z), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ W, 0.5).to_event(1), obs=x[index])
+
+    def guide(x):
+        with rows(x) as index:
+            pyro.sample("z", dist.Normal(x[index, :Z], 0.5).to_event(1))
+
+    pv.IWAE(3).loss(model, guide, X)
+
+
+def test_a_program_with_noise_of_its_own_is_told_so():
+    model, guide = program(lambda z: (z + torch.randn(z.shape)) @ W)
+    with pytest.warns(UserWarning, match="model site 'x' has another density when the program runs again"):
+        pv.IWAE(3).loss(model, guide, X)
+
+
+def test_the_check_comes_once_for_a_program():
+    runs = []
+
+    def decode(z):
+        runs.append(tuple(z.shape))
+        return z @ W
+
+    parts, objective = program(decode), pv.IWAE(3)
+    objective.loss(*parts, X)
+    first = len(runs)
+    objective.loss(*parts, X)
+    assert len(runs) == first + 1
