@@ -19,7 +19,7 @@ from pyro.distributions import Delta
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
@@ -165,7 +165,8 @@ class Program:
             if self.needs.samples and isinstance(value, Tensor) and value.requires_grad:
                 value = views[name] = derived(value, lambda each: each.view_as(each))
             entering.nodes[name] = site | {"value": value}
-        model = poutine.replay(in_particles(self.model, drawn.number, drawn.particle_dim), trace=entering)
+        own = _OwnSubsamples(drawn.trace)(in_particles(self.model, drawn.number, drawn.particle_dim))
+        model = poutine.replay(own, trace=entering)
         sites = sample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
         run = self._as_run(sites, drawn)
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
@@ -278,6 +279,26 @@ class Program:
                     "guide that is a function of its samples. Turn dropout off (eval()), or use gradient='pathwise'."
                 )
         return stopped
+
+
+class _OwnSubsamples(Messenger):
+    """Refuses a model with an explicit subsample that is not the guide's, by which replaying replaces it."""
+
+    def __init__(self, guide: Trace) -> None:
+        super().__init__()
+        self.guide = guide
+
+    def _pyro_sample(self, msg: Any) -> None:
+        own, name = msg["value"], msg["name"]
+        if own is None or not site_is_subsample(msg) or name not in self.guide or being_recorded():
+            return
+        drawn = self.guide.nodes[name]["value"]
+        if not torch.equal(*(torch.as_tensor(rows).cpu() for rows in (own, drawn))):
+            raise PyroVAEError(
+                f"plate '{name}' has other rows in the model than in the guide: expected one subsample in both, got "
+                f"rows {torch.as_tensor(own)[:5].tolist()} ... in the model and {torch.as_tensor(drawn)[:5].tolist()} "
+                "... in the guide. Pass the same subsample= to both plates."
+            )
 
 
 def prior(model: PyroFunction) -> PyroFunction:

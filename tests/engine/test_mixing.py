@@ -121,3 +121,27 @@ def test_the_check_comes_once_for_a_program():
     first = len(runs)
     objective.loss(*parts, X)
     assert len(runs) == first + 1
+
+
+@pytest.mark.parametrize("number", [1, 8])
+def test_another_subsample_in_the_model_is_refused(number):
+    """Replaying would put the guide's rows in place of the model's own, beside the data of the model's."""
+    data, index = torch.arange(100.0), torch.arange(10)
+
+    def model(x, index):
+        with pyro.plate("data", 100, subsample=index):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 100.0)), 1.0), obs=x[index])
+
+    def guide(x, index):
+        with pyro.plate("data", 100, subsample_size=10) as rows:
+            pyro.sample("z", dist.Normal(x[rows], 1.0))
+
+    def same(x, index):
+        with pyro.plate("data", 100, subsample=index):
+            pyro.sample("z", dist.Normal(x[index], 1.0))
+
+    with pytest.raises(
+        pv.PyroVAEError, match=r"plate 'data' has other rows.*got rows \[0, 1, 2, 3, 4\] \.\.\. in the model"
+    ):
+        pv.IWAE(number).loss(model, guide, data, index)
+    pv.IWAE(number).loss(model, same, data, index)
