@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.engine.program import Program, given, in_particles, sample_sites
-from pyro_vae.engine.sites import being_recorded, labelled
+from pyro_vae.engine.sites import being_recorded, labelled, unwrapped
 from pyro_vae.errors import PyroVAEError
 
 CAUSE = (
@@ -34,7 +35,12 @@ def check_particles(program: Program, traces: tuple[Trace, Trace] | None = None)
         nodes: dict[str, Any] = {
             name: site for trace in traces for name, site in trace.nodes.items() if site["type"] == "sample"
         }
-        drawn: dict[str, Any] = {name: site["value"] for name, site in nodes.items() if not site["is_observed"]}
+        # A Delta is a function of other sites. Given its value, one unit of rounding would make its density zero.
+        drawn: dict[str, Any] = {
+            name: site["value"]
+            for name, site in nodes.items()
+            if not (site["is_observed"] or isinstance(unwrapped(site["fn"]), Delta))
+        }
         subsamples = {name: value for name, value in drawn.items() if site_is_subsample(nodes[name])}
         guide = poutine.replay(program.guide_or_prior, trace=given(subsamples))
         second = poutine.trace(guide).get_trace(*program.args, **program.kwargs).nodes
@@ -46,9 +52,10 @@ def check_particles(program: Program, traces: tuple[Trace, Trace] | None = None)
                 return  # no program for several particles at once, whose run says so
             shape = (1,) * (-particle_dim - 1 + nodes[name]["fn"].event_dim - pair[0].dim()) + tuple(pair[0].shape)
             both[name] = torch.stack([value.reshape(shape) for value in pair])
-            for carried in [key for key, value in vars(pair[0]).items() if isinstance(value, Tensor)]:
-                soft = [getattr(value, carried).reshape(shape) for value in pair]
-                setattr(both[name], carried, torch.stack(soft))
+            for carried in vars(pair[0]).keys() & vars(pair[1]).keys():  # a straight-through sample's soft value
+                soft = [getattr(value, carried) for value in pair]
+                if all(isinstance(each, Tensor) and each.shape == pair[0].shape for each in soft):
+                    setattr(both[name], carried, torch.stack([each.reshape(shape) for each in soft]))
         try:
             first = _densities(traces)
             together = _densities(_run(program, both, particle_dim))
@@ -80,10 +87,11 @@ def check_particles(program: Program, traces: tuple[Trace, Trace] | None = None)
 
 def _run(program: Program, values: dict[str, Tensor], particle_dim: int) -> tuple[Trace, Trace]:
     """The traces of model and guide for two particles at given values."""
-    trace, functions = given(values), (program.model, program.guide_or_prior)
-    replayed = (poutine.replay(in_particles(function, 2, particle_dim), trace=trace) for function in functions)
-    model, guide = (poutine.trace(function).get_trace(*program.args, **program.kwargs) for function in replayed)
-    return model, guide
+    trace, functions = given(values), (program.guide_or_prior, program.model)
+    guide, model = (poutine.replay(in_particles(function, 2, particle_dim), trace=trace) for function in functions)
+    guide_trace = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
+    model = poutine.replay(model, trace=guide_trace)  # which has what the guide computed too: its Deltas
+    return poutine.trace(model).get_trace(*program.args, **program.kwargs), guide_trace
 
 
 def _densities(traces: tuple[Trace, Trace]) -> dict[str, Tensor]:

@@ -145,3 +145,17 @@ def test_another_subsample_in_the_model_is_refused(number):
     ):
         pv.IWAE(number).loss(model, guide, data, index)
     pv.IWAE(number).loss(model, same, data, index)
+
+
+@pytest.mark.parametrize("guide", [pyro.infer.autoguide.AutoNormal, pyro.infer.autoguide.AutoIAFNormal])
+def test_points_of_autoguides_are_computed_again(guide):
+    """A Delta at a transformed sample has a density of zero one unit of rounding beside it."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(torch.zeros(Z), 1.0).to_event(1))
+            pyro.sample("s", dist.Dirichlet(torch.ones(5)))
+            pyro.sample("x", dist.Normal(z @ W, 0.5).to_event(1), obs=x)
+
+    x = torch.randn(37, D, generator=torch.Generator().manual_seed(1))
+    assert pv.ELBO(7, "monte_carlo").loss(model, guide(model), x) < float("inf")
