@@ -9,7 +9,8 @@ from torch import Tensor
 from pyro_vae.errors import PyroVAEError
 
 HIGH_K = 0.7  # above it, more samples do not make the average of the weights reliable
-FEWEST_SAMPLES = 25  # a fifth of the samples is the tail, and ArviZ fits no tail of fewer than 5
+FEWEST_IN_TAIL = 6  # of five, the first quartile is the least, and ArviZ (1.3.3) fits none whose quartile is the least
+FEWEST_SAMPLES = 5 * FEWEST_IN_TAIL  # of few samples, a fifth is the tail
 
 
 def pareto_k(log_weights: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
 
     Returns:
         (N,); infinity where so few weights are above zero in floating point that they have no tail; NaN where no fit is
-        possible: fewer than 25 samples, a tail of equal weights, a NaN, or only weights of zero.
+        possible: fewer than 30 samples, a tail of equal weights, a NaN, or only weights of zero.
 
     Raises:
         ValueError: `log_weights` is not a matrix.
@@ -47,31 +48,45 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     rows = log_weights.detach().double().T.cpu().numpy()
     number = rows.shape[1]
     usable = np.isfinite(rows.max(1)) & ~np.isnan(rows).any(1) & (number >= FEWEST_SAMPLES)
-    if usable.any():
-        tail = int(min(number / 5, 3 * number**0.5))  # ArviZ's own rule
-        usable &= np.partition(rows, number - tail, axis=1)[:, number - tail] < rows.max(1)
     shapes = np.full(len(rows), np.nan)
     if usable.any():
         # The fit uses only the 3 sqrt(K) largest weights. From five times as many, with a matching relative efficiency,
         # ArviZ takes the same tail and sorts fewer weights.
         kept = min(number, int(15 * number**0.5) + 5)
         largest = np.partition(rows[usable], number - kept, axis=1)[:, number - kept :]
-        found = _arviz_shapes(largest, kept / number)
-        above_zero = (largest > largest.max(1, keepdims=True) + np.log(np.finfo(float).tiny)).sum(1)
-        # ArviZ gives infinity too where rounding leaves few different weights, which is no tail either, but harmless.
-        shapes[usable] = np.where(np.isfinite(found), found, np.where(above_zero < FEWEST_SAMPLES / 5, np.inf, np.nan))
+        shapes[usable] = _shapes(largest, tail=int(min(number / 5, 3 * number**0.5)), efficiency=kept / number)
     return torch.from_numpy(shapes).to(log_weights.device)
 
 
-def _arviz_shapes(rows: np.ndarray, efficiency: float) -> np.ndarray:
+def _shapes(rows: np.ndarray, tail: int, efficiency: float) -> np.ndarray:
+    """The shape of each row's tail, which is of the weights above zero where these are fewer than `tail`."""
+    above_zero = (rows > rows.max(1, keepdims=True) + np.log(np.finfo(float).tiny)).sum(1)
+    shapes = np.full(len(rows), np.inf)
+    for size in np.unique(above_zero[above_zero >= FEWEST_IN_TAIL].clip(max=tail)):
+        chosen = above_zero.clip(max=tail) == size
+        if size == tail:
+            shapes[chosen] = _arviz_shapes(rows[chosen], size, efficiency)
+        else:  # of less than 225 effective samples, ArviZ takes a fifth
+            shapes[chosen] = _arviz_shapes(np.sort(rows[chosen])[:, -5 * size :], size, min(1.0, 200 / (5 * size)))
+    return shapes
+
+
+def _arviz_shapes(rows: np.ndarray, tail: int, efficiency: float) -> np.ndarray:
+    varied = rows.max(1) > np.partition(rows, -tail, axis=1)[:, -tail]
+    shapes = np.full(len(rows), np.nan)
+    if not varied.any():
+        return shapes  # ArviZ 1.x raises at a tail of equal weights
     with np.errstate(all="ignore"):  # a tail that can't be fitted gives NaN or infinity
         try:
             from arviz_stats.base import array_stats  # ArviZ 1.x, which takes log-ratios of the opposite sign
+
+            fitted = array_stats.psislw(-rows[varied], r_eff=efficiency, axis=-1)[1]
         except ImportError:
             from arviz import psislw
 
-            return np.asarray(psislw(rows, reff=efficiency)[1])
-        return np.asarray(array_stats.psislw(-rows, r_eff=efficiency, axis=-1)[1])
+            fitted = psislw(rows[varied], reff=efficiency)[1]
+    shapes[varied] = np.where(np.isfinite(fitted), fitted, np.nan)
+    return shapes
 
 
 def warn_of_high_k(shapes: Tensor, advice: str) -> None:

@@ -133,7 +133,7 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
     if not len(finite):
         raise PyroVAEError(
             f"expected at least one finite k-hat, got {len(values)} values of NaN or infinity. "
-            "Compute k-hat from 25 samples or more for each datum."
+            "Compute k-hat from 30 samples or more for each datum."
         )
     ax = ax or new_figure().add_subplot()
     edges = list(np.arange(np.floor(min(finite.min(), 0) / 0.05), np.ceil(max(finite.max(), 1) / 0.05) + 1) * 0.05)
