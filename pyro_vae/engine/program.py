@@ -56,6 +56,7 @@ class Needs:
     samples: bool = False  # whether Run.samples is needed
     of_mean: bool = True  # of the guide's samples: the score misses what a moving support adds, which is refused
     densities: bool = True  # whether the guide's latents need log-densities without `per_datum`; a closed KL needs none
+    factors: bool = False  # whether the guide may have pyro.factor statements: terms of a loss, which are no densities
     # Makes a handler around the guide that draws its K samples in that dimension; None draws them independently.
     sampler: Callable[[int, int], Messenger] | None = None
 
@@ -83,7 +84,7 @@ class Run(NamedTuple):
     model: Sites  # the model's sample sites by name, in order, each with its unscaled_log_prob
     guide: Sites
     stopped: Sites | None  # the guide's, with no gradient through values: log-densities differentiate to the score
-    scored: tuple[str, ...]  # the names of the guide's sites through whose samples no gradient flows
+    scored: tuple[str, ...]  # the names of the guide's latent sites through whose samples no gradient flows
     num_particles: int  # K
     particle_dim: int  # counted from the right; it lies left of every plate
     batch_plate: Plate  # whose rows are the data; None if no log-weight per datum is needed
@@ -113,7 +114,10 @@ class Program:
     @property
     def guide_or_prior(self) -> PyroFunction:
         """The guide; without one, the prior. A guide may be a module without parts, which is false."""
-        return prior(self.model) if self.guide is None else self.guide
+        if self.guide is None:
+            return prior(self.model)
+        # Pyro's AutoNormalMessenger and its kin run the model with other distributions at its latent sites.
+        return prior(self.guide) if isinstance(poutine.unwrap(self.guide), Messenger) else self.guide
 
     def on(self, args: tuple[Any, ...]) -> Self:
         """The same program with other arguments, and no keyword arguments."""
@@ -124,7 +128,8 @@ class Program:
         if self.nesting is not None:
             return self
         with self.unnoticed():
-            run = replace(self, needs=Needs(self.needs.per_datum, densities=self.needs.densities)).run()
+            fewer = Needs(self.needs.per_datum, densities=self.needs.densities, factors=self.needs.factors)
+            run = replace(self, needs=fewer).run()
         return replace(self, nesting=-run.particle_dim - 1)
 
     def run(self, number: int = 1) -> Run:
@@ -142,15 +147,12 @@ class Program:
         if not torch.is_grad_enabled():
             return Drawn(trace, sites, None, (), number, particle_dim)
         stopped, scored = None, tuple(not_reparameterised(sites))
+        latent = tuple(name for name, site in sites.items() if not is_factor(site))
         # Whether some sites draw with a complete pathwise gradient, and the others with none at all.
-        differ = 0 < len(scored) < len(sites) and not any(sites[name]["fn"].has_rsample for name in scored)
+        differ = 0 < len(scored) < len(latent) and not any(sites[name]["fn"].has_rsample for name in scored)
         if self.needs.path == "none" or (self.needs.path == "some" and not differ):
             trace = self._stopped(guide, trace)
-            sites = sample_sites(trace)
-            # A factor that arose from reparameterised samples has a derivative, and no score.
-            scored = tuple(
-                n for n, s in sites.items() if not (self.needs.of_mean and is_factor(s) and s["fn"].has_rsample)
-            )
+            sites, scored = sample_sites(trace), latent
         elif self.needs.stopped:
             stopped = sample_sites(self._stopped(guide, trace))
         if self.needs.of_mean and (self.needs.stopped or self.needs.path != "all") and not being_recorded():
@@ -178,7 +180,7 @@ class Program:
         Without a guide the model runs once, and its own latent sites are the run's guide.
         """
         fixed, particle_dim = given(values), -self._known_nesting() - 1
-        first = in_particles(self.model if self.guide is None else self.guide, number, particle_dim)
+        first = in_particles(self.model if self.guide is None else self.guide_or_prior, number, particle_dim)
         sites = sample_sites(poutine.trace(poutine.replay(first, trace=fixed)).get_trace(*self.args, **self.kwargs))
         drawn = Drawn(fixed, sites, None, (), number, particle_dim)
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
@@ -214,7 +216,7 @@ class Program:
 
     def check(self, model: Sites, guide: Sites, particle_dim: int) -> Plate:
         """Refuse a program whose number would be wrong; return the batch plate."""
-        agreement.check_sites(model, guide)
+        agreement.check_sites(model, guide, factors=self.needs.factors)
         if torch.is_grad_enabled() and self.needs.path == "all":
             agreement.check_reparameterised(guide)
         sites, batch_plate = labelled(model, guide), None

@@ -11,7 +11,8 @@ from torch import Tensor
 from pyro_vae.engine.program import Program, sample_sites
 from pyro_vae.engine.sites import Site
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.objectives.base import Objective, Options, with_gradient
+from pyro_vae.objectives.base import Objective, Options
+from pyro_vae.objectives.densities import densities, with_gradient
 from pyro_vae.objectives.gradients import Estimator
 from pyro_vae.objectives.importance import log_mean_exp
 
@@ -92,8 +93,8 @@ def _dreamt(program: Program) -> Tensor:
     named = {name: _dreamt_argument(argument, dreamt) for name, argument in kwargs.items()}
     if is_validation_enabled():
         _check_dream(program, dream, (replaced, named))
-    guide = poutine.replay(program.guide, trace=dream)
-    sites = sample_sites(poutine.trace(guide).get_trace(*replaced, **named))
+    guide = poutine.replay(program.guide_or_prior, trace=dream)
+    sites = densities(sample_sites(poutine.trace(guide).get_trace(*replaced, **named)))
     for name, site in sites.items():
         if site["infer"].get("is_auxiliary"):
             raise PyroVAEError(

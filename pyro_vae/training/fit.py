@@ -194,7 +194,9 @@ def fit(
     finally:
         bar.close()
     columns = ["train_bound", "validation_bound", "seconds", *(["lr"] if scheduler else [])]
-    return pd.DataFrame(loop.rows, index=pd.RangeIndex(1, len(loop.rows) + 1, name="epoch"), columns=columns)
+    history = pd.DataFrame(loop.rows, index=pd.RangeIndex(1, len(loop.rows) + 1, name="epoch"), columns=columns)
+    history.attrs["quantity"] = getattr(objective, "quantity", "bound on log p(x)")
+    return history
 
 
 def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites]:
