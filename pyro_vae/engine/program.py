@@ -19,7 +19,6 @@ from pyro.distributions import Delta
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
@@ -41,6 +40,7 @@ from pyro_vae.engine.sites import (
     unwrapped,
 )
 from pyro_vae.engine.supports import check_fixed_supports
+from pyro_vae.engine.traces import OwnSubsamples, given, in_particles, prior, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
 
@@ -142,7 +142,7 @@ class Program:
         guide = in_particles(self.guide_or_prior, number, particle_dim)
         drawing = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
         with drawing:
-            trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            trace = traced(guide, self.args, self.kwargs)
         sites = sample_sites(trace, latent=self.needs.per_datum or self.needs.densities)
         if not torch.is_grad_enabled():
             return Drawn(trace, sites, None, (), number, particle_dim)
@@ -167,9 +167,9 @@ class Program:
             if self.needs.samples and isinstance(value, Tensor) and value.requires_grad:
                 value = views[name] = derived(value, lambda each: each.view_as(each))
             entering.nodes[name] = site | {"value": value}
-        own = _OwnSubsamples(drawn.trace)(in_particles(self.model, drawn.number, drawn.particle_dim))
+        own = OwnSubsamples(drawn.trace)(in_particles(self.model, drawn.number, drawn.particle_dim))
         model = poutine.replay(own, trace=entering)
-        sites = sample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
+        sites = sample_sites(traced(model, self.args, self.kwargs))
         run = self._as_run(sites, drawn)
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
         return run
@@ -181,7 +181,7 @@ class Program:
         """
         fixed, particle_dim = given(values), -self._known_nesting() - 1
         first = in_particles(self.model if self.guide is None else self.guide_or_prior, number, particle_dim)
-        sites = sample_sites(poutine.trace(poutine.replay(first, trace=fixed)).get_trace(*self.args, **self.kwargs))
+        sites = sample_sites(traced(poutine.replay(first, trace=fixed), self.args, self.kwargs))
         drawn = Drawn(fixed, sites, None, (), number, particle_dim)
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
         if self.guide is not None:
@@ -191,7 +191,7 @@ class Program:
     def simulate(self, values: dict[str, Tensor] | None, number: int) -> Sites:
         """The model's sites with new data: at given values of the latents, or at draws from the prior."""
         model = poutine.uncondition(in_particles(self.model, number, -self._known_nesting() - 1))
-        return sample_sites(poutine.trace(poutine.replay(model, trace=given(values or {}))).get_trace(*self.args))
+        return sample_sites(traced(poutine.replay(model, trace=given(values or {})), self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
         """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run."""
@@ -199,9 +199,9 @@ class Program:
         if values is not None:
             guide = poutine.replay(guide, trace=given(values))
         with self.unnoticed():
-            guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            guide_trace = traced(guide, self.args, self.kwargs)
             model = poutine.replay(self.model, trace=guide_trace)
-            return poutine.trace(model).get_trace(*self.args, **self.kwargs), guide_trace
+            return traced(model, self.args, self.kwargs), guide_trace
 
     @contextmanager
     def unnoticed(self) -> Iterator[None]:
@@ -254,7 +254,7 @@ class Program:
             stopped.nodes[name] = cleared | {"value": derived(site["value"], Tensor.detach)}
         try:
             if len(sites) > 1:
-                stopped = poutine.trace(poutine.replay(guide, trace=stopped)).get_trace(*self.args, **self.kwargs)
+                stopped = traced(poutine.replay(guide, trace=stopped), self.args, self.kwargs)
             stopped.compute_log_prob()
         except (NotImplementedError, KeyError) as error:
             raise PyroVAEError(
@@ -281,62 +281,6 @@ class Program:
                     "guide that is a function of its samples. Turn dropout off (eval()), or use gradient='pathwise'."
                 )
         return stopped
-
-
-class _OwnSubsamples(Messenger):
-    """Refuses a model with an explicit subsample that is not the guide's, by which replaying replaces it."""
-
-    def __init__(self, guide: Trace) -> None:
-        super().__init__()
-        self.guide = guide
-
-    def _pyro_sample(self, msg: Any) -> None:
-        own, name = msg["value"], msg["name"]
-        if own is None or not site_is_subsample(msg) or name not in self.guide or being_recorded():
-            return
-        drawn = self.guide.nodes[name]["value"]
-        if not torch.equal(*(torch.as_tensor(rows).cpu() for rows in (own, drawn))):
-            raise PyroVAEError(
-                f"plate '{name}' has other rows in the model than in the guide: expected one subsample in both, got "
-                f"rows {torch.as_tensor(own)[:5].tolist()} ... in the model and {torch.as_tensor(drawn)[:5].tolist()} "
-                "... in the guide. Pass the same subsample= to both plates."
-            )
-
-
-def prior(model: PyroFunction) -> PyroFunction:
-    """The model's own latent sites, as a guide."""
-    hidden: PyroFunction = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
-    return hidden
-
-
-def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
-    """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``.
-
-    Where `latent` is False, sites that are not observed get no log-density.
-    """
-    trace = prune_subsample_sites(trace)
-    try:
-        trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
-    except ValueError as error:
-        raise PyroVAEError(
-            f"{error}\nexpected values in the support of the distribution at that site. Convert those data, drop them, "
-            "or choose another distribution."
-        ) from error
-    sites: Sites = dict(trace.nodes)
-    return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
-
-
-def given(values: dict[str, Tensor]) -> Trace:
-    """A trace to replay values from."""
-    trace = Trace()
-    for name, value in values.items():
-        trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
-    return trace
-
-
-def in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
-    """The function in a plate of particles; itself, if there is no dimension for one."""
-    return function if particle_dim is None else pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
