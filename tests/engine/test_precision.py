@@ -214,3 +214,14 @@ def test_a_sample_inside_a_layer_of_half_precision_is_refused_by_name():
         ValueError, match=r"site 'z' is of half precision: expected draws and densities of float32.*\.float\(\)"
     ):
         pv.ELBO().loss(model, guide, torch.randn(6, 5))
+
+
+@pytest.mark.parametrize("how", ["autocast", *HALF])
+def test_what_a_pair_reports_is_float32(how):
+    vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+    if how != "autocast":
+        vae.to(how)
+    x = torch.randn(3, 5).to(next(vae.parameters()).dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        reported = [vae.embed(x), vae.reconstruct(x), vae.generate(4), vae.decode(torch.zeros(2, 2))]
+    assert {each.dtype for each in reported} == {torch.float32}
