@@ -19,7 +19,7 @@ ALLOWED = {
     "priors": {"flows", "distributions"},
     "likelihoods": {"networks", "distributions"},
     "posteriors": {"networks", "flows", "distributions"},
-    "pairs": {"networks", "priors", "likelihoods", "posteriors", "engine.modules"},
+    "pairs": {"networks", "priors", "likelihoods", "posteriors", "engine.modules", "engine.precision"},
     "engine": set(),
     "objectives": {"engine"},
     "compiled": {"engine", "objectives"},

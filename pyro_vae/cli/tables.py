@@ -29,7 +29,8 @@ def format_comparison(table: pd.DataFrame, num_images: int, repeats: int) -> Tab
             f"{row[name]:.{2 if abs(row[name]) < 100 else 0}f}"
             for name in ("gap", "estimator_std", "grad_snr_model", "grad_snr_guide")
         ]
-        formatted.add_row(row["objective"], str(row["particles"]), bound, *others, f"{row['milliseconds']:.0f}")
+        name = row["objective"] if row.get("is_bound", True) else f"{row['objective']} (no bound)"
+        formatted.add_row(name, str(row["particles"]), bound, *others, f"{row['milliseconds']:.0f}")
     return formatted
 
 

@@ -164,7 +164,7 @@ def _print_result(history: pd.DataFrame, best_epoch: int | None, objective: str)
     kept = history.iloc[(best_epoch or 0) - 1]
     validation = "" if math.isnan(kept.validation_bound) else f", {kept.validation_bound:.2f} (validation)"
     print(f"{_epochs(len(history))}{best} with {objective}")
-    print(f"mean bound: {kept.train_bound:.2f} (train){validation} nats per datum")
+    print(f"mean {history.attrs['quantity']}: {kept.train_bound:.2f} (train){validation} nats per datum")
 
 
 def _epochs(number: int) -> str:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from pyro_vae.compiled.recording import SavesBeforeWriting, record, unchanged
 from pyro_vae.engine import rng
 from pyro_vae.engine.modules import eval_mode
+from pyro_vae.engine.precision import autocast_of_layers, single_precision
 from pyro_vae.errors import MissingCompilerError, PyroVAEError
 
 MAX_KINDS = 8  # of arguments that one function is compiled for
@@ -51,6 +52,10 @@ class CompiledFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's results, without gradients."""
+        with single_precision():
+            return self._call(args, kwargs)
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         if am_i_wrapped():
             raise PyroVAEError(
                 "compiled code runs no Pyro handlers: expected a call outside of all of them, got one around the call "
@@ -142,8 +147,7 @@ def _kind(leaf: Any) -> Any:
 
 def _modes(modules: list[nn.Module]) -> list[Any]:
     """The settings that compiled code depends on: the default type, autocast, and the modules' modes."""
-    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
-    return [torch.get_default_dtype(), *autocast, *[module.training for module in modules]]
+    return [torch.get_default_dtype(), *autocast_of_layers(), *[module.training for module in modules]]
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -28,14 +28,27 @@ from pyro_vae.engine.supports import support_of
 from pyro_vae.errors import PyroVAEError
 
 
-def check_sites(model: Sites, guide: Sites) -> None:
-    """Every latent site is in both, sampled by the guide; auxiliary sites and factors may be the guide's alone."""
+def check_sites(model: Sites, guide: Sites, *, factors: bool) -> None:
+    """Every latent site is in both, sampled by the guide; auxiliary sites, and `factors`, may be the guide's alone."""
     latent = sorted(name for name, site in model.items() if not site["is_observed"])
     for name, site in guide.items():
         if site["is_observed"] and not is_factor(site):
             raise PyroVAEError(
                 f"guide site '{name}' is observed in the guide: expected a latent site, since no bound contains a "
-                "density of data under the guide. Drop it from the guide."
+                "density of data under the guide. Drop it from the guide; or, if the guide runs the model, hide it: "
+                "poutine.block(guide, hide_fn=lambda site: site['is_observed'])."
+            )
+        if is_factor(site) and not factors:
+            raise PyroVAEError(
+                f"guide site '{name}' is a factor: expected a guide that is a density of the latents, since a factor "
+                "is a term of a loss, and weights with it have another mean than p(x). Hide it here: "
+                f"poutine.block(guide, hide=[{name!r}])."
+            )
+        if is_factor(site) and name in model:
+            raise PyroVAEError(
+                f"site '{name}' is a factor of the guide and a site of the model: expected another name in the guide, "
+                "which must not count the model's densities. Rename it; or, if the guide runs the model, hide it: "
+                "poutine.block(guide, hide_fn=lambda site: site['is_observed'])."
             )
         if site["is_observed"] or site["infer"].get("is_auxiliary"):
             continue

@@ -9,6 +9,7 @@ import pyro.infer
 from pyro.contrib.easyguide import EasyGuide
 
 from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.precision import single_precision
 from pyro_vae.errors import PyroVAEError
 
 T = TypeVar("T")
@@ -19,6 +20,8 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
 
     If `model` is a tuple, it is ``(model, guide)``. Else, if the argument after `model` is callable or None, the two
     are model and guide. Else `model` has the attributes `model` and `guide`, as a model/guide pair has.
+
+    Autocast, where it is on, is off inside but in layers of ``torch.nn``; see :mod:`pyro_vae.engine.precision`.
     """
     parameters = inspect.signature(function).parameters
     place = list(parameters).index("model")
@@ -42,7 +45,8 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
             raise PyroVAEError(
                 f"{function.__name__} expected a guide, got None. Pass one; only pv.ais and pv.bdmc need none."
             )
-        return function(*args, **kwargs)
+        with single_precision():
+            return function(*args, **kwargs)
 
     return with_program
 

@@ -10,8 +10,9 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.engine.program import Program, given, in_particles, sample_sites
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import being_recorded, labelled, unwrapped
+from pyro_vae.engine.traces import given, in_particles, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
 CAUSE = (
@@ -43,7 +44,7 @@ def check_particles(program: Program, traces: tuple[Trace, Trace] | None = None)
         }
         subsamples = {name: value for name, value in drawn.items() if site_is_subsample(nodes[name])}
         guide = poutine.replay(program.guide_or_prior, trace=given(subsamples))
-        second = poutine.trace(guide).get_trace(*program.args, **program.kwargs).nodes
+        second = traced(guide, program.args, program.kwargs).nodes
         particle_dim = -(program.nesting or 0) - 1
         both = dict(subsamples)
         for name in drawn.keys() - subsamples.keys():
@@ -89,9 +90,9 @@ def _run(program: Program, values: dict[str, Tensor], particle_dim: int) -> tupl
     """The traces of model and guide for two particles at given values."""
     trace, functions = given(values), (program.guide_or_prior, program.model)
     guide, model = (poutine.replay(in_particles(function, 2, particle_dim), trace=trace) for function in functions)
-    guide_trace = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
+    guide_trace = traced(guide, program.args, program.kwargs)
     model = poutine.replay(model, trace=guide_trace)  # which has what the guide computed too: its Deltas
-    return poutine.trace(model).get_trace(*program.args, **program.kwargs), guide_trace
+    return traced(model, program.args, program.kwargs), guide_trace
 
 
 def _densities(traces: tuple[Trace, Trace]) -> dict[str, Tensor]:

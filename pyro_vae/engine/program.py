@@ -19,7 +19,6 @@ from pyro.distributions import Delta
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
@@ -41,6 +40,7 @@ from pyro_vae.engine.sites import (
     unwrapped,
 )
 from pyro_vae.engine.supports import check_fixed_supports
+from pyro_vae.engine.traces import OwnSubsamples, given, in_particles, prior, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
 
@@ -56,6 +56,7 @@ class Needs:
     samples: bool = False  # whether Run.samples is needed
     of_mean: bool = True  # of the guide's samples: the score misses what a moving support adds, which is refused
     densities: bool = True  # whether the guide's latents need log-densities without `per_datum`; a closed KL needs none
+    factors: bool = False  # whether the guide may have pyro.factor statements: terms of a loss, which are no densities
     # Makes a handler around the guide that draws its K samples in that dimension; None draws them independently.
     sampler: Callable[[int, int], Messenger] | None = None
 
@@ -83,7 +84,7 @@ class Run(NamedTuple):
     model: Sites  # the model's sample sites by name, in order, each with its unscaled_log_prob
     guide: Sites
     stopped: Sites | None  # the guide's, with no gradient through values: log-densities differentiate to the score
-    scored: tuple[str, ...]  # the names of the guide's sites through whose samples no gradient flows
+    scored: tuple[str, ...]  # the names of the guide's latent sites through whose samples no gradient flows
     num_particles: int  # K
     particle_dim: int  # counted from the right; it lies left of every plate
     batch_plate: Plate  # whose rows are the data; None if no log-weight per datum is needed
@@ -113,7 +114,10 @@ class Program:
     @property
     def guide_or_prior(self) -> PyroFunction:
         """The guide; without one, the prior. A guide may be a module without parts, which is false."""
-        return prior(self.model) if self.guide is None else self.guide
+        if self.guide is None:
+            return prior(self.model)
+        # Pyro's AutoNormalMessenger and its kin run the model with other distributions at its latent sites.
+        return prior(self.guide) if isinstance(poutine.unwrap(self.guide), Messenger) else self.guide
 
     def on(self, args: tuple[Any, ...]) -> Self:
         """The same program with other arguments, and no keyword arguments."""
@@ -124,7 +128,8 @@ class Program:
         if self.nesting is not None:
             return self
         with self.unnoticed():
-            run = replace(self, needs=Needs(self.needs.per_datum, densities=self.needs.densities)).run()
+            fewer = Needs(self.needs.per_datum, densities=self.needs.densities, factors=self.needs.factors)
+            run = replace(self, needs=fewer).run()
         return replace(self, nesting=-run.particle_dim - 1)
 
     def run(self, number: int = 1) -> Run:
@@ -137,20 +142,17 @@ class Program:
         guide = in_particles(self.guide_or_prior, number, particle_dim)
         drawing = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
         with drawing:
-            trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            trace = traced(guide, self.args, self.kwargs)
         sites = sample_sites(trace, latent=self.needs.per_datum or self.needs.densities)
         if not torch.is_grad_enabled():
             return Drawn(trace, sites, None, (), number, particle_dim)
         stopped, scored = None, tuple(not_reparameterised(sites))
+        latent = tuple(name for name, site in sites.items() if not is_factor(site))
         # Whether some sites draw with a complete pathwise gradient, and the others with none at all.
-        differ = 0 < len(scored) < len(sites) and not any(sites[name]["fn"].has_rsample for name in scored)
+        differ = 0 < len(scored) < len(latent) and not any(sites[name]["fn"].has_rsample for name in scored)
         if self.needs.path == "none" or (self.needs.path == "some" and not differ):
             trace = self._stopped(guide, trace)
-            sites = sample_sites(trace)
-            # A factor that arose from reparameterised samples has a derivative, and no score.
-            scored = tuple(
-                n for n, s in sites.items() if not (self.needs.of_mean and is_factor(s) and s["fn"].has_rsample)
-            )
+            sites, scored = sample_sites(trace), latent
         elif self.needs.stopped:
             stopped = sample_sites(self._stopped(guide, trace))
         if self.needs.of_mean and (self.needs.stopped or self.needs.path != "all") and not being_recorded():
@@ -165,9 +167,9 @@ class Program:
             if self.needs.samples and isinstance(value, Tensor) and value.requires_grad:
                 value = views[name] = derived(value, lambda each: each.view_as(each))
             entering.nodes[name] = site | {"value": value}
-        own = _OwnSubsamples(drawn.trace)(in_particles(self.model, drawn.number, drawn.particle_dim))
+        own = OwnSubsamples(drawn.trace)(in_particles(self.model, drawn.number, drawn.particle_dim))
         model = poutine.replay(own, trace=entering)
-        sites = sample_sites(poutine.trace(model).get_trace(*self.args, **self.kwargs))
+        sites = sample_sites(traced(model, self.args, self.kwargs))
         run = self._as_run(sites, drawn)
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
         return run
@@ -178,8 +180,8 @@ class Program:
         Without a guide the model runs once, and its own latent sites are the run's guide.
         """
         fixed, particle_dim = given(values), -self._known_nesting() - 1
-        first = in_particles(self.model if self.guide is None else self.guide, number, particle_dim)
-        sites = sample_sites(poutine.trace(poutine.replay(first, trace=fixed)).get_trace(*self.args, **self.kwargs))
+        first = in_particles(self.model if self.guide is None else self.guide_or_prior, number, particle_dim)
+        sites = sample_sites(traced(poutine.replay(first, trace=fixed), self.args, self.kwargs))
         drawn = Drawn(fixed, sites, None, (), number, particle_dim)
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
         if self.guide is not None:
@@ -189,7 +191,7 @@ class Program:
     def simulate(self, values: dict[str, Tensor] | None, number: int) -> Sites:
         """The model's sites with new data: at given values of the latents, or at draws from the prior."""
         model = poutine.uncondition(in_particles(self.model, number, -self._known_nesting() - 1))
-        return sample_sites(poutine.trace(poutine.replay(model, trace=given(values or {}))).get_trace(*self.args))
+        return sample_sites(traced(poutine.replay(model, trace=given(values or {})), self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
         """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run."""
@@ -197,9 +199,9 @@ class Program:
         if values is not None:
             guide = poutine.replay(guide, trace=given(values))
         with self.unnoticed():
-            guide_trace = poutine.trace(guide).get_trace(*self.args, **self.kwargs)
+            guide_trace = traced(guide, self.args, self.kwargs)
             model = poutine.replay(self.model, trace=guide_trace)
-            return poutine.trace(model).get_trace(*self.args, **self.kwargs), guide_trace
+            return traced(model, self.args, self.kwargs), guide_trace
 
     @contextmanager
     def unnoticed(self) -> Iterator[None]:
@@ -214,7 +216,7 @@ class Program:
 
     def check(self, model: Sites, guide: Sites, particle_dim: int) -> Plate:
         """Refuse a program whose number would be wrong; return the batch plate."""
-        agreement.check_sites(model, guide)
+        agreement.check_sites(model, guide, factors=self.needs.factors)
         if torch.is_grad_enabled() and self.needs.path == "all":
             agreement.check_reparameterised(guide)
         sites, batch_plate = labelled(model, guide), None
@@ -252,7 +254,7 @@ class Program:
             stopped.nodes[name] = cleared | {"value": derived(site["value"], Tensor.detach)}
         try:
             if len(sites) > 1:
-                stopped = poutine.trace(poutine.replay(guide, trace=stopped)).get_trace(*self.args, **self.kwargs)
+                stopped = traced(poutine.replay(guide, trace=stopped), self.args, self.kwargs)
             stopped.compute_log_prob()
         except (NotImplementedError, KeyError) as error:
             raise PyroVAEError(
@@ -279,62 +281,6 @@ class Program:
                     "guide that is a function of its samples. Turn dropout off (eval()), or use gradient='pathwise'."
                 )
         return stopped
-
-
-class _OwnSubsamples(Messenger):
-    """Refuses a model with an explicit subsample that is not the guide's, by which replaying replaces it."""
-
-    def __init__(self, guide: Trace) -> None:
-        super().__init__()
-        self.guide = guide
-
-    def _pyro_sample(self, msg: Any) -> None:
-        own, name = msg["value"], msg["name"]
-        if own is None or not site_is_subsample(msg) or name not in self.guide or being_recorded():
-            return
-        drawn = self.guide.nodes[name]["value"]
-        if not torch.equal(*(torch.as_tensor(rows).cpu() for rows in (own, drawn))):
-            raise PyroVAEError(
-                f"plate '{name}' has other rows in the model than in the guide: expected one subsample in both, got "
-                f"rows {torch.as_tensor(own)[:5].tolist()} ... in the model and {torch.as_tensor(drawn)[:5].tolist()} "
-                "... in the guide. Pass the same subsample= to both plates."
-            )
-
-
-def prior(model: PyroFunction) -> PyroFunction:
-    """The model's own latent sites, as a guide."""
-    hidden: PyroFunction = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
-    return hidden
-
-
-def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
-    """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``.
-
-    Where `latent` is False, sites that are not observed get no log-density.
-    """
-    trace = prune_subsample_sites(trace)
-    try:
-        trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
-    except ValueError as error:
-        raise PyroVAEError(
-            f"{error}\nexpected values in the support of the distribution at that site. Convert those data, drop them, "
-            "or choose another distribution."
-        ) from error
-    sites: Sites = dict(trace.nodes)
-    return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
-
-
-def given(values: dict[str, Tensor]) -> Trace:
-    """A trace to replay values from."""
-    trace = Trace()
-    for name, value in values.items():
-        trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
-    return trace
-
-
-def in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
-    """The function in a plate of particles; itself, if there is no dimension for one."""
-    return function if particle_dim is None else pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:

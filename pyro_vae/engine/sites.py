@@ -80,12 +80,13 @@ def is_factor(site: Site) -> bool:
 
 
 def not_reparameterised(guide: Sites) -> list[str]:
-    """The names of the sites through whose samples no complete pathwise gradient flows."""
+    """The names of the latent sites through whose samples no complete pathwise gradient flows."""
     # Families that sample by rejection have an rsample, and score_parts of their own for the part that it leaves out.
     return [
         name
         for name, site in guide.items()
-        if not site["fn"].has_rsample or type(unwrapped(site["fn"])).score_parts is not Distribution.score_parts
+        if not is_factor(site)
+        and (not site["fn"].has_rsample or type(unwrapped(site["fn"])).score_parts is not Distribution.score_parts)
     ]
 
 

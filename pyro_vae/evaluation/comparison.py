@@ -6,10 +6,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
+from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,6 +22,7 @@ from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.parameters import find_parameters
 from pyro_vae.engine.program import Program
+from pyro_vae.engine.sites import is_factor
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
@@ -64,6 +67,8 @@ def compare(
       particles, or `log_likelihood` where that is higher. The mean of either is at most log p(x).
     - ``pareto_k``: the median over data of :func:`pyro_vae.pareto_k` of the guide's weights, the same in all rows.
       Above 0.7, the bounds with many particles are probably too low, by more than their standard errors.
+    - ``is_bound``: whether the row's mean is a lower bound on log p(x). It is not for an ELBO with beta below 1, a
+      Renyi bound with alpha below 0, a jackknife estimate, or where the guide has a ``pyro.factor``.
 
     Arguments:
         model, guide, x: see :func:`pyro_vae.log_likelihood`.
@@ -98,7 +103,9 @@ def compare(
     program = Program(model, guide, arguments(x))
     check_same_data(log_likelihood, program.args)
     with eval_mode(program.modules()):
-        data = Pieces(program, is_divisible(program), same_supports(*checked_sites(program)))
+        model_sites, guide_sites = checked_sites(program)
+        data = Pieces(program, is_divisible(program), same_supports(model_sites, guide_sites))
+        factors = [name for name, site in guide_sites.items() if is_factor(site)]
         named = _named(program, objectives, compile)
         keys = [(name, objective.num_particles) for name, objective in named]
         if len(set(keys)) < len(keys):
@@ -111,7 +118,8 @@ def compare(
             )
         with torch.no_grad(), rng.seeded(seed):
             vectorize = all(objective.vectorize_particles for _, objective in named)
-            evidence = estimate_evidence(data, COMPARE_SAMPLES, vectorize, progress, compile)
+            whole = data if not factors else replace(data, program=_without(factors, program))
+            evidence = estimate_evidence(whole, COMPARE_SAMPLES, vectorize, progress, compile)
         best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
         rows = []
         bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
@@ -121,8 +129,14 @@ def compare(
                 row, per_datum = _measure(data, objective, parameters, repeats, compile)
             gap = Estimate.of(best.per_datum - per_datum)
             k_hat = evidence.pareto_k.nanmedian().item()
-            rows.append(row | {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": k_hat})
+            row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": k_hat}
+            rows.append(row | {"is_bound": objective.is_bound and not factors})
     return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
+
+
+def _without(factors: list[str], program: Program) -> Program:
+    """The program with a guide whose factors are hidden, since they are terms of a loss and not of log p(x)."""
+    return replace(program, guide=poutine.block(program.guide_or_prior, hide=factors))
 
 
 def _named(program: Program, objectives: Any, compile: bool) -> list[tuple[str, Objective]]:

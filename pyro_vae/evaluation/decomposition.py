@@ -101,7 +101,7 @@ def decompose_elbo(
     with checked(model, guide, x, seed, least=2) as data:
         programs = data.programs(num_samples)
         samples = [_Samples.draw(program, num_samples) for program in programs]
-        only_guide = replace(programs[0], model=guide, guide=None)
+        only_guide = replace(programs[0], model=programs[0].guide_or_prior, guide=None)
         size = max(1, samples[0].prior_by_dimension.shape[-1])
         columns = data.minibatches(min(DATA_AT_ONCE, DENSITIES_AT_ONCE // size))
         step = max(1, DENSITIES_AT_ONCE // (size * len(columns[0][0])))

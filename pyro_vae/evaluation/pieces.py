@@ -15,9 +15,10 @@ from pyro_vae.engine.batch_plate import check_rows, find_batch_plate
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction, eval_mode
-from pyro_vae.engine.program import Program, sample_sites
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, labelled
 from pyro_vae.engine.supports import check_covers
+from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError
 
 ELEMENTS_AT_ONCE = 2**21  # data elements times particles in one run: 8 MB of float32; fewer cost more of Python's time

@@ -5,16 +5,16 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.program import sample_sites
 from pyro_vae.engine.sites import equal, is_factor, same_masks
+from pyro_vae.engine.traces import sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.pieces import Args
 
 
 def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tensor]]:
     """Draw x and z from p(x, z): the arguments with the drawn x in place of the observed one, and z by site."""
-    observed = sample_sites(poutine.trace(model).get_trace(*args))
-    trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)
+    observed = sample_sites(traced(model, args))
+    trace = traced(poutine.uncondition(model), args)
     drawn = sample_sites(trace)
     replaced, latents = list(args), {}
     for name, site in observed.items():
@@ -34,7 +34,7 @@ def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tens
             )
         for place in places:
             replaced[place] = drawn[name]["value"].reshape(args[place].shape).to(args[place])
-    again = sample_sites(poutine.trace(poutine.replay(model, trace=trace)).get_trace(*replaced))
+    again = sample_sites(traced(poutine.replay(model, trace=trace), tuple(replaced)))
     for name in observed:
         first, second = drawn[name]["unscaled_log_prob"], again[name]["unscaled_log_prob"]
         same = torch.allclose(first, second, rtol=1e-3, atol=1e-2, equal_nan=True)

@@ -3,8 +3,8 @@
 import functools
 import inspect
 from abc import abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, TypedDict
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, TypedDict
 
 import pyro.infer
 import torch
@@ -16,10 +16,11 @@ from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Needs, Program, Run
-from pyro_vae.engine.sites import Sites
+from pyro_vae.engine.sites import Sites, is_factor
 from pyro_vae.engine.weights import Terms, datum_scale, log_density, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import gradients
+from pyro_vae.objectives.densities import Densities, densities, weighted, with_gradient
 from pyro_vae.objectives.gradients import ESTIMATORS, Estimator
 from pyro_vae.objectives.module import ObjectiveModule
 
@@ -33,32 +34,6 @@ class Options(TypedDict, total=False):
     vectorize_particles: bool
     max_plate_nesting: int | None
     chunk_size: int | None
-
-
-@dataclass
-class Densities:
-    """The log-densities of a run, or of several runs one after another, each (K, N); None where none is needed."""
-
-    log_p: Tensor  # log p(x, z)
-    log_q: Tensor  # log q(z | x); sites with a learning signal add no gradient here, but in `score`
-    stopped: Tensor | None  # log q(z | x) at the same samples, through which no gradient flows
-    score: Tensor | None  # the sum over sites without a path of the function whose derivative is the score
-    scale: Tensor | float  # of a datum's bound, such as N / b of a subsampled plate
-    # For each run: the number of its particles; its samples, and the shape in which a matrix (K, N) broadcasts to each.
-    samples: list[tuple[int, list[tuple[Tensor, list[int]]]]]
-
-    @classmethod
-    def joined(cls, parts: list[Self]) -> Self:
-        """The densities of all runs."""
-        first, *others = parts
-        if not others:
-            return first
-        matrices: dict[str, Any] = {
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("log_p", "log_q", "stopped", "score")
-            if getattr(first, name) is not None
-        }
-        return replace(first, **matrices, samples=[run for part in parts for run in part.samples])
 
 
 class Objective(pyro.infer.ELBO):
@@ -192,6 +167,16 @@ class Objective(pyro.infer.ELBO):
         """Its name in tables and legends."""
         return ", ".join([self.family, *self._settings()]) + self.estimator.suffix
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether its mean is a lower bound on log p(x) with its settings, if the guide has no factor."""
+        return True
+
+    @property
+    def quantity(self) -> str:
+        """What its value is called on an axis."""
+        return "bound on log p(x)" if self.is_bound else self.name
+
     def _settings(self) -> list[str]:
         """What its name says of its settings."""
         return []
@@ -274,7 +259,12 @@ class Objective(pyro.infer.ELBO):
         """What its loss needs of the runs."""
         row, two = self.estimator, self._has_two_reductions()
         return Needs(
-            path=row.path, stopped=not row.score, samples=row.curvature or two, of_mean=row.of_mean, sampler=row.sampler
+            path=row.path,
+            stopped=not row.score,
+            samples=row.curvature or two,
+            of_mean=row.of_mean,
+            factors=True,
+            sampler=row.sampler,
         )
 
     def program(
@@ -328,21 +318,26 @@ class Objective(pyro.infer.ELBO):
         return terms(run.model)
 
     def _guide_terms(self, run: Run, guide: Sites) -> Terms:
-        """The summands of log q(z | x); `guide` has the run's guide sites, or those at stopped samples."""
+        """The summands of log q(z | x), and factors; `guide` has the run's guide sites, or those at stopped samples."""
         return terms(guide)
 
     def _read(self, run: Run) -> Densities:
         scale = datum_scale(run)  # first, since its message is more specific than those of the terms
-        guide, row, score = run.guide, self.estimator, None
+        guide, row, score, stopped, factors = run.guide, self.estimator, None, None, None
         if row.signal is not None:
             scored = {name: guide[name] for name in run.scored}
             guide = guide | {n: s | {"unscaled_log_prob": s["unscaled_log_prob"].detach()} for n, s in scored.items()}
             term = row.score_term
             score = log_density(run, terms(scored) if term is None else ((s, term(s)) for s in scored.values()))
+        if run.stopped is not None:
+            stopped = log_density(run, self._guide_terms(run, densities(run.stopped)))
+            found = {name: site for name, site in run.stopped.items() if is_factor(site)}
+            factors = log_density(run, terms(found)) if found and row.curvature else None
         return Densities(
             log_density(run, self._model_terms(run)),
             log_density(run, self._guide_terms(run, guide)),
-            None if run.stopped is None else log_density(run, self._guide_terms(run, run.stopped)),
+            stopped,
+            factors,
             score,
             scale,
             [(run.num_particles, run.samples)],
@@ -356,11 +351,10 @@ class Objective(pyro.infer.ELBO):
             return bound
         fixed = log_weights.detach()
         a = gradients.slope(self.reduce, fixed)
-        c = gradients.slope(self.reduce_for_guide, fixed) if two else a
-        if row.curvature:
-            c = c - self.curvature(fixed)
+        g = gradients.slope(self.reduce_for_guide, fixed) if two else a
+        c = g - self.curvature(fixed) if row.curvature else g
         if two:  # where the guide's bound is minus infinity, and the model's is not
-            c = c.nan_to_num(0.0, 0.0, 0.0)
+            g, c = g.nan_to_num(0.0, 0.0, 0.0), c.nan_to_num(0.0, 0.0, 0.0)
         if row.curvature or two:
             # The gradient that reaches the samples has the factor a, which may be tiny, but not zero where c is not.
             a = torch.where(a.abs() < SMALLEST, SMALLEST, a)
@@ -371,6 +365,8 @@ class Objective(pyro.infer.ELBO):
         surrogate = weighted(a, parts.log_p) - weighted(c, parts.log_q)
         if parts.stopped is not None:
             surrogate = surrogate + weighted(c, parts.stopped)
+        if parts.factors is not None:  # c is right for their path alone
+            surrogate = surrogate - weighted(g - c, parts.factors)
         if row.signal is not None and parts.score is not None:
             signal = row.signal(self, fixed, c)
             surrogate = surrogate + weighted(signal.nan_to_num(0.0, 0.0, 0.0) if two else signal, parts.score)
@@ -379,13 +375,3 @@ class Objective(pyro.infer.ELBO):
     # Abstract in pyro.infer.ELBO, and used by its own machinery alone.
     def _get_trace(self, model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any) -> Any:
         raise TypeError("a pyro_vae objective has no single trace: use pyro_vae.log_weights for its parts.")
-
-
-def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
-    """The value, with the derivative of the surrogate."""
-    return value.detach() + surrogate - surrogate.detach()
-
-
-def weighted(factor: Tensor, density: Tensor) -> Tensor:
-    """The sum over particles; a particle of weight zero, and density zero, adds no derivative."""
-    return torch.where(density.isfinite(), factor * density, 0.0).sum(0)

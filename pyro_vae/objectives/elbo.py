@@ -15,7 +15,8 @@ from pyro_vae.engine.program import Needs, Program, Run
 from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks, unwrapped
 from pyro_vae.engine.weights import Terms
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.objectives.base import Gradient, Objective, Options, with_gradient
+from pyro_vae.objectives.base import Gradient, Objective, Options
+from pyro_vae.objectives.densities import densities, with_gradient
 from pyro_vae.objectives.gradients import DISARM, STL
 
 
@@ -127,6 +128,16 @@ class ELBO(Objective):
         free_bits = f"free bits {self.free_bits:g}"
         return [kl, *([] if self.beta == 1 else [beta]), *([free_bits] if self.free_bits else [])]
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether beta is at least 1; not with a schedule, whose steps differ."""
+        return not callable(self.beta) and self.beta >= 1
+
+    @property
+    def quantity(self) -> str:
+        """A bound on log p(x), unless the KL has a weight or free bits, which make it another objective."""
+        return super().quantity if self.beta == 1 and not self.free_bits else self.name
+
     def scheduled(self) -> dict[str, float]:
         """Beta, from its schedule if it has one."""
         return {"beta": self._beta()}
@@ -151,7 +162,7 @@ class ELBO(Objective):
         total = _sum(self._model_terms(run)) - _sum(self._guide_terms(run, run.guide))
         if run.stopped is None:
             return total
-        return with_gradient(total, total + _sum(self._guide_terms(run, run.stopped)))
+        return with_gradient(total, total + _sum(self._guide_terms(run, densities(run.stopped))))
 
     def _model_terms(self, run: Run) -> Terms:
         for name, site in run.model.items():

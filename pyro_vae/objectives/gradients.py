@@ -33,6 +33,9 @@ other particles.
 by its partner's. With logits :math:`\alpha_d`, sample b and partner b', the score of dimension d is
 :math:`(b_d - b'_d)\, \sigma(|\alpha_d|)\, \nabla_\phi \alpha_d`.
 
+A ``pyro.factor`` in the guide is a term of the loss: it is subtracted from each log-weight and has no score. Its
+parameters get -g, and its path c.
+
 The ``dreg`` row holds for any R: by reparameterisation, the mean of :math:`f(z) \nabla \log q(z)` is that of
 :math:`\partial_z f \, \nabla z`. The score in the pathwise gradient has f = -g, whose derivative along the path is -h.
 For IWAE, g is the normalised weight and g - h its square.

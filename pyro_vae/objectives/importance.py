@@ -105,6 +105,11 @@ class Renyi(Objective):
         self.alpha = alpha
         super().__init__(num_particles, gradient, **options)
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether alpha is at least 0."""
+        return self.alpha >= 0
+
     def _settings(self) -> list[str]:
         return [f"alpha {self.alpha:g}"]
 
@@ -292,6 +297,11 @@ class JVI(Objective):
                 f"expected order to be an integer from 0 to num_particles - 1 with at most 10,000 subsets of K - order "
                 f"particles, got {order!r} and {num_particles} particles. Take a lower order or fewer particles."
             )
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the order is 0, which is IWAE."""
+        return self.order == 0
 
     def _settings(self) -> list[str]:
         return [f"order {self.order}"]

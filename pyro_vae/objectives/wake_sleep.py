@@ -8,10 +8,12 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.engine.program import Program, sample_sites
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Site
+from pyro_vae.engine.traces import sample_sites, traced
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.objectives.base import Objective, Options, with_gradient
+from pyro_vae.objectives.base import Objective, Options
+from pyro_vae.objectives.densities import densities, with_gradient
 from pyro_vae.objectives.gradients import Estimator
 from pyro_vae.objectives.importance import log_mean_exp
 
@@ -80,7 +82,7 @@ def _dreamt(program: Program) -> Tensor:
     """The guide's log-density of dreamt latents given the data of the same dream, summed over data."""
     args, kwargs = program.args, program.kwargs
     with torch.no_grad():
-        dream = poutine.trace(poutine.uncondition(program.model)).get_trace(*args, **kwargs)
+        dream = traced(poutine.uncondition(program.model), args, kwargs)
     dreamt = [site for site in sample_sites(dream).values() if site["infer"].get("was_observed")]
     for site in dreamt:
         if not any(_observes(site, argument) for argument in (*args, *kwargs.values())):
@@ -92,8 +94,8 @@ def _dreamt(program: Program) -> Tensor:
     named = {name: _dreamt_argument(argument, dreamt) for name, argument in kwargs.items()}
     if is_validation_enabled():
         _check_dream(program, dream, (replaced, named))
-    guide = poutine.replay(program.guide, trace=dream)
-    sites = sample_sites(poutine.trace(guide).get_trace(*replaced, **named))
+    guide = poutine.replay(program.guide_or_prior, trace=dream)
+    sites = densities(sample_sites(traced(guide, replaced, named)))
     for name, site in sites.items():
         if site["infer"].get("is_auxiliary"):
             raise PyroVAEError(

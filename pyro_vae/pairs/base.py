@@ -1,7 +1,7 @@
 """The base class of model/guide pairs: checks of parts and data, the data plate, and registration of parameters."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from math import prod
 from typing import Any, TypeVar, cast
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_vae.engine.modules import eval_mode
+from pyro_vae.engine.precision import is_half, promoting, single_precision
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 
@@ -31,11 +32,12 @@ PARTS = {
 
 
 def in_evaluation_mode(method: Method) -> Method:
-    """Decorate a method of a pair, so that it runs without gradients and with all modules in evaluation mode."""
+    """Decorate a method of a pair: no gradients, modules in evaluation mode, results of float32 at least."""
 
     @wraps(method)
     def wrapper(pair: "Pair", *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), eval_mode([pair]):
+        widening = promoting() if any(map(is_half, pair.parameters())) else nullcontext()
+        with torch.no_grad(), single_precision(), widening, eval_mode([pair]):
             return method(pair, *args, **kwargs)
 
     return cast(Method, wrapper)

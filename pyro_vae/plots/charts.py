@@ -24,7 +24,7 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
 
     Arguments:
         table: the return value of :func:`pyro_vae.compare`, with index levels "objective" and "particles", and columns
-            `bound` and `bound_se` in nats per datum.
+            `bound` and `bound_se` in nats per datum, and optionally `is_bound`, whose False the legend shows.
         log_likelihood: a lower and an upper estimate of log p(x) of the same data, in nats per datum. A grey band is
             drawn between them.
 
@@ -52,7 +52,8 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
         bound, se = rows["bound"].to_numpy(float), rows["bound_se"].to_numpy(float)
         colour = objective_colour(str(name))
         # The markers are hollow because bounds coincide: with one particle, IWAE is the ELBO.
-        ax.plot(k, bound, color=colour, marker=marker, markersize=7, markerfacecolor="none", label=name)
+        label = str(name) if rows.get("is_bound", default=pd.Series([True])).all() else f"{name} (no bound)"
+        ax.plot(k, bound, color=colour, marker=marker, markersize=7, markerfacecolor="none", label=label)
         if len(k) == 1:
             ax.axhline(bound[0], color=colour, linewidth=0.8, linestyle="--")
             ax.errorbar(k, bound, yerr=se, color=colour, linestyle="", capsize=3)
@@ -74,7 +75,8 @@ def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
     Arguments:
         history: the return value of :func:`pyro_vae.fit`, with index "epoch", the column `train_bound` and
-            optionally `validation_bound`, in nats per datum. NaN and infinite values leave gaps.
+            optionally `validation_bound`, in nats per datum. NaN and infinite values leave gaps. The y label is
+            ``history.attrs["quantity"]``: a weighted objective, such as a beta-VAE's, is no bound on log p(x).
 
     Raises:
         ValueError: `history` is empty, lacks that index or `train_bound`, or has no finite value.
@@ -108,7 +110,7 @@ def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         note = f"{hidden} epoch{'s' * (hidden > 1)} below the axis, down to {low:.0f} nats"
         ax.text(0.98, 0.03, note, transform=ax.transAxes, ha="right", color="0.35", fontsize="small")
     ax.locator_params(axis="x", integer=True, min_n_ticks=1)
-    return _finished(ax, "epoch", "bound on log p(x) (nats per datum)")
+    return _finished(ax, "epoch", f"{history.attrs.get('quantity', 'bound on log p(x)')} (nats per datum)")
 
 
 def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:

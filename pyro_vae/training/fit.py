@@ -24,8 +24,9 @@ from pyro_vae.engine.batch_plate import find_rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import require_parameters
-from pyro_vae.engine.program import Program, sample_sites
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, particle_dim_of
+from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.objectives import Objective
 from pyro_vae.training import checkpoint as checkpoints
@@ -194,7 +195,9 @@ def fit(
     finally:
         bar.close()
     columns = ["train_bound", "validation_bound", "seconds", *(["lr"] if scheduler else [])]
-    return pd.DataFrame(loop.rows, index=pd.RangeIndex(1, len(loop.rows) + 1, name="epoch"), columns=columns)
+    history = pd.DataFrame(loop.rows, index=pd.RangeIndex(1, len(loop.rows) + 1, name="epoch"), columns=columns)
+    history.attrs["quantity"] = getattr(objective, "quantity", "bound on log p(x)")
+    return history
 
 
 def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites]:

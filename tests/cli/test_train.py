@@ -30,7 +30,7 @@ def test_train_writes_a_run(trained):
     training, result, *paths = out.splitlines()
     assert training == "3 epochs with ELBO, closed-form KL, K = 1"
     bound = f"{last.train_bound:.2f} (train), {last.validation_bound:.2f} (validation) nats per datum"
-    assert result == f"mean bound: {bound}"
+    assert result == f"mean bound on log p(x): {bound}"
     assert {Path(path) for path in paths} == {run / "figures" / name for name in FIGURES}
     for path in paths:
         height, width, _ = imread(path).shape

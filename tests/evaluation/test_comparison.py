@@ -40,7 +40,7 @@ def test_bounds_errors_and_deviations():
     table = pv.compare(model, guide, program.x, objectives, repeats=40, seed=0)
     assert list(table.columns) == [
         "bound", "bound_se", "estimator_std", "grad_snr_model", "grad_snr_guide", "milliseconds",
-        "gap", "gap_se", "pareto_k",
+        "gap", "gap_se", "pareto_k", "is_bound",
     ]  # fmt: skip
     assert table.index.names == ["objective", "particles"]
     exact = program.exact_elbo()

@@ -1,0 +1,120 @@
+"""Pyro's traces: how one is made, in float32 at least, and the sample sites that it has."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from pyro_vae.engine import precision
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, layers
+from pyro_vae.errors import PyroVAEError
+
+
+def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Trace:
+    """The trace of a run, whose draws and distributions are of float32 at least.
+
+    A program with tensors in half precision runs again, with its arithmetic in float32.
+
+    Raises:
+        ValueError: a site is of half precision in the second run too.
+    """
+
+    def run() -> Trace:
+        found: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
+        return found
+
+    try:
+        trace = run()
+        if not _half_sites(trace):
+            return trace
+    except RuntimeError as error:  # such as a product of float32 draws and weights in half precision
+        if not any(word in str(error) for word in ("BFloat16", "Half", "dtype")):
+            raise
+    with precision.promoting():
+        trace = run()
+    for name in _half_sites(trace):
+        raise PyroVAEError(
+            f"site '{name}' is of half precision: expected draws and densities of float32 at least, got "
+            f"{trace.nodes[name]['fn']}. Call .float() on the parameters of its distribution."
+        )
+    return trace
+
+
+def _half_sites(trace: Trace) -> list[str]:
+    """The names of the sites with a draw, or a distribution, of half precision; data may be."""
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        if _is_half(site["fn"]) or (precision.is_half(site["value"]) and not site["is_observed"])
+    ]
+
+
+def _is_half(distribution: Any) -> bool:
+    """Whether a parameter of a distribution is of half precision."""
+    return any(precision.is_half(value) for layer in layers(distribution) for value in vars(layer).values())
+
+
+class OwnSubsamples(Messenger):
+    """Refuses a model with an explicit subsample that is not the guide's, by which replaying replaces it."""
+
+    def __init__(self, guide: Trace) -> None:
+        super().__init__()
+        self.guide = guide
+
+    def _pyro_sample(self, msg: Any) -> None:
+        own, name = msg["value"], msg["name"]
+        if own is None or not site_is_subsample(msg) or name not in self.guide or being_recorded():
+            return
+        drawn = self.guide.nodes[name]["value"]
+        if not torch.equal(*(torch.as_tensor(rows).cpu() for rows in (own, drawn))):
+            raise PyroVAEError(
+                f"plate '{name}' has other rows in the model than in the guide: expected one subsample in both, got "
+                f"rows {torch.as_tensor(own)[:5].tolist()} ... in the model and {torch.as_tensor(drawn)[:5].tolist()} "
+                "... in the guide. Pass the same subsample= to both plates."
+            )
+
+
+def prior(model: PyroFunction) -> PyroFunction:
+    """The model's own latent sites, as a guide."""
+    hidden: PyroFunction = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+    return hidden
+
+
+def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
+    """The sites with a density of their own: no parameters, no indices of plates, no ``pyro.deterministic``.
+
+    Where `latent` is False, sites that are not observed get no log-density.
+    """
+    trace = prune_subsample_sites(trace)
+    half = any(precision.is_half(node["value"]) for node in trace.nodes.values() if node["type"] == "sample")
+    try:
+        with precision.promoting() if half else nullcontext():
+            trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
+    except ValueError as error:
+        raise PyroVAEError(
+            f"{error}\nexpected values in the support of the distribution at that site. Convert those data, drop them, "
+            "or choose another distribution."
+        ) from error
+    sites: Sites = dict(trace.nodes)
+    return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
+
+
+def given(values: dict[str, Tensor]) -> Trace:
+    """A trace to replay values from."""
+    trace = Trace()
+    for name, value in values.items():
+        trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+    return trace
+
+
+def in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
+    """The function in a plate of particles; itself, if there is no dimension for one."""
+    return function if particle_dim is None else pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)
