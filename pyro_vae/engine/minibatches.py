@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from pyro_vae.engine import rng
 from pyro_vae.errors import PyroVAEError, require_count
@@ -62,6 +62,12 @@ class Minibatches:
                     f"{f'{missing}, such as pv.VAE' if nan else ', or correct them'}."
                 )
         self.steps = math.ceil(self.size / self.batch_size)
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether other data come to a row of a minibatch from step to step."""
+        sampler = getattr(getattr(self.loader, "batch_sampler", None), "sampler", getattr(self.loader, "sampler", None))
+        return self.steps != 1 or not (sampler is None or isinstance(sampler, SequentialSampler))
 
     def example(self) -> Batch:
         """A first minibatch, for a trial run; the random numbers of the training stay as they are."""

@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 from pyro_vae.compiled.function import Compiled, OnCompile
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.batch_plate import find_rows
+from pyro_vae.engine.batch_plate import Rows, find_rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import require_parameters
 from pyro_vae.engine.program import Program
+from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.sites import Sites, particle_dim_of
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError, require_count
@@ -98,9 +99,10 @@ def fit(
 
     Raises:
         ValueError: an argument is out of range; data have unequal lengths, are empty or hold NaN; there is no parameter
-            to train; `patience` or ``ReduceLROnPlateau`` has no validation data; the scheduler belongs to another
-            optimiser; the checkpoint can't be read, or belongs to another program or other settings; data are outside
-            the support of the site that observes them. With `compile`: the program can't be compiled.
+            to train; a parameter has a value for each row of a minibatch, where rows are shuffled; `patience` or
+            ``ReduceLROnPlateau`` has no validation data; the scheduler belongs to another optimiser; the checkpoint
+            can't be read, or belongs to another program or other settings; data are outside the support of the site
+            that observes them. With `compile`: the program can't be compiled.
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
     Example:
@@ -137,8 +139,7 @@ def fit(
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     program = Program(model, guide, batches.example())
-    parameters, model_sites = _first_run(program, objective, batches)
-    support = DataSupport(model, model_sites, program.args)
+    parameters, support, rows_of = _first_run(program, objective, batches)
     if held_out is not None:
         _check_columns(model, held_out)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
@@ -152,7 +153,6 @@ def fit(
         "N": batches.size,
         "compile": compile,
     }
-    rows_of = find_rows(model_sites, program.args)
     loop = Loop(
         program,
         objective,
@@ -200,16 +200,20 @@ def fit(
     return history
 
 
-def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites]:
-    """Run the program once; return its parameters, and the model's sites."""
-    traces = program.trace()
+def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], DataSupport, Rows]:
+    """Run the program once, and check it; return its parameters, the check of the data, and how many a loss counts."""
+    first = trial(program) if batches.moves_rows else None
+    traces = program.trace() if first is None else (first.model, first.guide)
     sites = [sample_sites(trace, latent=False) for trace in traces]
     if batches.steps != 1:
         _check_minibatches(sites[0], len(program.args[0]))
+    if first is not None:
+        check_row_parameters(program, first)
     if isinstance(objective, Objective):
         objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1), traces)
     # The optimiser's state in a checkpoint has the parameters by their order.
-    return dict(sorted(require_parameters(*traces).items())), sites[0]
+    parameters = dict(sorted(require_parameters(*traces).items()))
+    return parameters, DataSupport(program.model, sites[0], program.args), find_rows(sites[0], program.args)
 
 
 def _check_minibatches(model: Sites, size: int) -> None:

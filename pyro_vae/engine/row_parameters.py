@@ -1,0 +1,201 @@
+"""Refuses parameters with a value for each row of a minibatch, where the rows move from step to step.
+
+Such a parameter (a ``pyro.param`` of the minibatch's size, or an autoguide's) belongs to a place in the minibatch, and
+other data come to that place at each step. It is found by what it does, since a weight may have the same size: with the
+rows of data and latents moved alike, the gradient of every parameter that the data share stays the same.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_vae.engine.parameters import parameters_of
+from pyro_vae.engine.precision import is_half
+from pyro_vae.engine.program import Program
+from pyro_vae.engine.sites import Plate, Site, derived, plates, unwrapped
+from pyro_vae.engine.traces import given, sample_sites, traced
+from pyro_vae.errors import PyroVAEError
+
+Gradients = dict[str, Tensor]  # by the parameter's name
+ZERO = torch.zeros(())
+
+
+class Trial(NamedTuple):
+    """A run of guide and model with gradients, but for those through the latents of the rows."""
+
+    model: Trace
+    guide: Trace
+    chosen: set[str]  # the plates whose subsample the program chooses itself
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Those of model and guide, by name."""
+        return parameters_of(self.model) | parameters_of(self.guide)
+
+    def gradients(self, weights: Tensor, plate: Plate, outside: float = 1.0) -> Gradients:
+        """The gradient of the weighted sum of all log-densities; those outside of the plate have another weight."""
+        total: Any = 0.0
+        for trace in (self.model, self.guide):
+            for site in sample_sites(trace).values():
+                log_prob, inside = site["log_prob"], any(frame.name == plate.name for frame in plates(site))
+                has_rows = inside and log_prob.dim() >= -plate.dim and log_prob.shape[plate.dim] == len(weights)
+                shape = (-1,) + (1,) * (-plate.dim - 1)
+                weight = weights.to(log_prob).reshape(shape) if has_rows else outside
+                total = total + (weight * log_prob).sum()
+        own = {name: parameter for name, parameter in self.parameters().items() if parameter.requires_grad}
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return {}
+        found = torch.autograd.grad(total, list(own.values()), retain_graph=True, allow_unused=True)
+        return {name: gradient for name, gradient in zip(own, found, strict=True) if gradient is not None}
+
+
+def trial(program: Program) -> Trial:
+    """Run a program as :meth:`Program.trace` does, for :func:`check_row_parameters`."""
+    with _unnoticed(program):
+        return _run(program, {})
+
+
+def check_row_parameters(program: Program, first: Trial) -> None:
+    """Raise an error if parameters have a value for each row of the program's arguments; `first` is its trial."""
+    size = len(program.args[0])
+    if size < 2:
+        return
+    order = torch.arange(size).roll(1)  # which moves every row
+    found: set[str] | None = None
+    with _unnoticed(program):
+        weights = 1 + torch.rand(size)
+        try:
+            for plate in _data_plates(first, size):
+                names = _of_rows(program, first, plate, order, weights)
+                found = names if found is None else found & names
+        except (NotImplementedError, KeyError):
+            return  # a flow without an inverse has no density at given values
+    if not found:
+        return
+    shapes = ", ".join(f"'{name}' of shape {tuple(first.parameters()[name].shape)}" for name in sorted(found))
+    raise PyroVAEError(
+        f"expected parameters that all data share, since the rows of a minibatch hold other data at each step, got a "
+        f"value for each row of a minibatch of {size}: {shapes}. Compute the values from the data, by an encoder "
+        "network; or put pyro.param(..., event_dim=...), or an autoguide with create_plates, in a plate of all data, "
+        "pyro.plate('data', N, subsample=index), and pass the index with the data; or train on all data in one order, "
+        "with batch_size=N, or a DataLoader with one minibatch and shuffle=False."
+    )
+
+
+@contextmanager
+def _unnoticed(program: Program) -> Iterator[None]:
+    # cuDNN has no gradient of a recurrent network in evaluation mode.
+    with program.unnoticed(), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+def _data_plates(run: Trial, size: int) -> list[Plate]:
+    """The plates around observations that may hold the rows: those of a value's first dimension, if there are any."""
+    sites: list[Site] = list(run.model.nodes.values())
+    observed = [site for site in sites if site["type"] == "sample" and site["is_observed"]]
+    found = [(frame, site) for site in observed for frame in plates(site) if frame.size in (size, -1)]
+    first = [(frame, site) for frame, site in found if frame.dim - site["fn"].event_dim == -site["value"].dim()]
+    return list({frame.name: frame for frame, _ in first or found}.values())
+
+
+def _of_rows(program: Program, run: Trial, plate: Plate, order: Tensor, weights: Tensor) -> set[str]:
+    """The names of the parameters whose entries belong to places in the plate."""
+    moved = _run(_moved(program, order), _latents(run, plate, order))
+    first = run.gradients(weights, plate)
+    differing = _differing(first, moved.gradients(weights[order], plate))
+    if not differing:
+        return set()
+    again = _run(program, _latents(run, plate, torch.arange(len(order))))
+    if _differing(first, again.gradients(weights, plate)):
+        return set()  # the program is noisy outside of its sample sites
+    half = (torch.arange(len(order)) < len(order) // 2).float()
+    upper, lower = run.gradients(half, plate, 0.0), run.gradients(1 - half, plate, 0.0)
+    # What differs may also be a network that depends on the rows' order. All rows share its parameters.
+    apart = {n for n in differing if not bool((upper.get(n, ZERO).ne(0) & lower.get(n, ZERO).ne(0)).any())}
+    return {name for name in apart if name in upper or name in lower}
+
+
+def _differing(first: Gradients, second: Gradients) -> set[str]:
+    """The names of the parameters with two gradients, by more than the rounding of a sum over rows."""
+    tensors = [gradient for group in (first, second) for gradient in group.values()]
+    largest = max((float(gradient.abs().max()) for gradient in tensors if gradient.numel()), default=0.0)
+    names = set()
+    for name in first.keys() | second.keys():
+        one, other = first.get(name, ZERO), second.get(name, ZERO)
+        scale = max(float(gradient.abs().max()) if gradient.numel() else 0.0 for gradient in (one, other))
+        tolerance = 0.3 if is_half(one) or is_half(other) else 1e-2
+        # A gradient that cancels between rows is all rounding.
+        if scale > 1e-5 * largest and float((one - other).abs().max()) > tolerance * scale:
+            names.add(name)
+    return names
+
+
+def _run(program: Program, values: dict[str, Tensor]) -> Trial:
+    watch = _Watch(len(program.args[0]))
+    with watch:
+        guide = traced(poutine.replay(program.guide_or_prior, trace=given(values)), program.args, program.kwargs)
+    model = traced(poutine.replay(program.model, trace=guide), program.args, program.kwargs)
+    return Trial(model, guide, watch.chosen)
+
+
+class _Watch(Messenger):
+    """Stops gradients at the guide's latents in plates that may hold the rows; notes who chooses each subsample."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.chosen: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None and not msg["done"]:
+            self.chosen.add(msg["name"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if _is_drawn(msg) and any(frame.size in (self.size, -1) for frame in plates(msg)):
+            msg["value"] = derived(msg["value"], Tensor.detach)
+
+
+def _is_drawn(site: Site) -> bool:
+    """Whether a site of the guide is a draw; a Delta is a function of others."""
+    point = site_is_subsample(site) or isinstance(unwrapped(site["fn"]), Delta)
+    return not (point or site["is_observed"]) and isinstance(site["value"], Tensor)
+
+
+def _latents(run: Trial, plate: Plate, order: Tensor) -> dict[str, Tensor]:
+    """The guide's draws, with the rows of the plate in that order."""
+    values: dict[str, Tensor] = {}
+    nodes: dict[str, Site] = dict(run.guide.nodes)
+    for name, site in nodes.items():
+        if site["type"] != "sample" or name in run.chosen:
+            continue
+        if site_is_subsample(site):
+            values[name] = site["value"]
+        elif _is_drawn(site):
+            inside = any(frame.name == plate.name for frame in plates(site))
+            move = functools.partial(_along, order=order, dim=plate.dim - site["fn"].event_dim)
+            values[name] = derived(site["value"], move) if inside else site["value"]
+    return values
+
+
+def _along(value: Tensor, order: Tensor, dim: int) -> Tensor:
+    """The tensor with the rows of a dimension in another order, if it has them."""
+    has_rows = value.dim() >= -dim and value.shape[dim] == len(order)
+    return value.index_select(dim, order.to(value.device)) if has_rows else value
+
+
+def _moved(program: Program, order: Tensor) -> Program:
+    """The program on the same data with the rows in another order."""
+    return program.on(pytree.tree_map_only(Tensor, lambda each: _first(each, order), program.args))
+
+
+def _first(value: Tensor, order: Tensor) -> Tensor:
+    return _along(value, order, -value.dim()) if value.dim() else value
