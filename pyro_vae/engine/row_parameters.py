@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from pyro_vae.engine.parameters import parameters_of
 from pyro_vae.engine.precision import is_half
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.sites import Plate, Site, derived, plates, unwrapped
+from pyro_vae.engine.sites import Plate, Site, Sites, derived, is_factor, plates, unwrapped
 from pyro_vae.engine.traces import given, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
@@ -76,7 +76,8 @@ def check_row_parameters(program: Program, first: Trial) -> None:
         try:
             for plate in _data_plates(first, size):
                 names = _of_rows(program, first, plate, order, weights)
-                found = names if found is None else found & names
+                if names is not None:
+                    found = names if found is None else found & names
         except (NotImplementedError, KeyError):
             return  # a flow without an inverse has no density at given values
     if not found:
@@ -98,18 +99,38 @@ def _unnoticed(program: Program) -> Iterator[None]:
         yield
 
 
+def _observed(run: Trial) -> Sites:
+    nodes: Sites = dict(run.model.nodes)
+    sites = {name: site for name, site in nodes.items() if site["type"] == "sample" and site["is_observed"]}
+    return {n: s for n, s in sites.items() if isinstance(s["value"], Tensor) and not is_factor(s)}
+
+
 def _data_plates(run: Trial, size: int) -> list[Plate]:
-    """The plates around observations that may hold the rows: those of a value's first dimension, if there are any."""
-    sites: list[Site] = list(run.model.nodes.values())
-    observed = [site for site in sites if site["type"] == "sample" and site["is_observed"]]
-    found = [(frame, site) for site in observed for frame in plates(site) if frame.size in (size, -1)]
-    first = [(frame, site) for frame, site in found if frame.dim - site["fn"].event_dim == -site["value"].dim()]
-    return list({frame.name: frame for frame, _ in first or found}.values())
+    """The plates around observations that may hold the rows: a plate of as many pixels may be among them."""
+    frames = [frame for site in _observed(run).values() for frame in plates(site) if frame.size in (size, -1)]
+    return list({frame.name: frame for frame in frames}.values())
 
 
-def _of_rows(program: Program, run: Trial, plate: Plate, order: Tensor, weights: Tensor) -> set[str]:
-    """The names of the parameters whose entries belong to places in the plate."""
+def _has_moved(first: Trial, moved: Trial, plate: Plate, order: Tensor) -> bool:
+    """Whether the observations have moved along the plate."""
+    pairs = ((site, _observed(moved).get(name)) for name, site in _observed(first).items())
+    return all(
+        again is not None and torch.equal(_along(site["value"], order, _dim(site, plate)), again["value"])
+        for site, again in pairs
+        if any(frame.name == plate.name for frame in plates(site))
+    )
+
+
+def _dim(site: Site, plate: Plate) -> int:
+    """The dimension of a site's value that the plate takes."""
+    return int(plate.dim - site["fn"].event_dim)
+
+
+def _of_rows(program: Program, run: Trial, plate: Plate, order: Tensor, weights: Tensor) -> set[str] | None:
+    """The names of the parameters whose entries belong to places in the plate; None if it does not hold the rows."""
     moved = _run(_moved(program, order), _latents(run, plate, order))
+    if not _has_moved(run, moved, plate, order):
+        return None
     first = run.gradients(weights, plate)
     differing = _differing(first, moved.gradients(weights[order], plate))
     if not differing:
@@ -181,7 +202,7 @@ def _latents(run: Trial, plate: Plate, order: Tensor) -> dict[str, Tensor]:
             values[name] = site["value"]
         elif _is_drawn(site):
             inside = any(frame.name == plate.name for frame in plates(site))
-            move = functools.partial(_along, order=order, dim=plate.dim - site["fn"].event_dim)
+            move = functools.partial(_along, order=order, dim=_dim(site, plate))
             values[name] = derived(site["value"], move) if inside else site["value"]
     return values
 

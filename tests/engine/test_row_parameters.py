@@ -117,6 +117,20 @@ def test_whatever_the_data(data):
         fit(model, guide_of(of_size), data)
 
 
+def test_a_first_minibatch_of_equal_rows_does_not_hide_them():
+    with pytest.raises(pv.PyroVAEError, match=f"{REFUSED} of 4: 'AutoDelta.u'"):
+        fit(model, AutoDelta(model), torch.ones(N))
+
+
+def test_a_sharp_likelihood_does_not_hide_them():
+    def sharp(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("obs", dist.Normal(pyro.sample("u", dist.Normal(0.0, 3.0)), 1e-3), obs=x)
+
+    with pytest.raises(pv.PyroVAEError, match=f"{REFUSED} of 4: 'centre'"):
+        fit(sharp, guide_of(of_size), X)
+
+
 @pytest.mark.parametrize("objective", [pyro.infer.Trace_ELBO(), pv.IWAE(3, gradient="score")], ids=["Pyro's", "score"])
 def test_whatever_the_objective(objective):
     with pytest.raises(pv.PyroVAEError, match=REFUSED):
@@ -184,16 +198,19 @@ def network(*layers):
     return guide
 
 
-def between_pixels(size):
+def between_pixels(size, turned=False):
     """A plate of as many pixels beside that of the rows, and a parameter for each pixel, or for each row."""
 
+    dims = (-2, -1) if turned else (-1, -2)
+
     def model(x):
-        with pyro.plate("pixels", B, dim=-1), pyro.plate("rows", len(x), dim=-2):
-            pyro.sample("obs", dist.Normal(pyro.sample("u", dist.Normal(0.0, 3.0)), 0.5), obs=x)
+        with pyro.plate("pixels", B, dim=dims[0]), pyro.plate("rows", len(x), dim=dims[1]):
+            pyro.sample("obs", dist.Normal(pyro.sample("u", dist.Normal(0.0, 3.0)), 0.5), obs=x.T if turned else x)
 
     def guide(x):
-        with pyro.plate("pixels", B, dim=-1), pyro.plate("rows", len(x), dim=-2):
-            pyro.sample("u", dist.Normal(pyro.param("slope", lambda: torch.ones(size)) * x, 0.5))
+        with pyro.plate("pixels", B, dim=dims[0]), pyro.plate("rows", len(x), dim=dims[1]):
+            slope = pyro.param("slope", lambda: torch.ones(size))
+            pyro.sample("u", dist.Normal(slope * (x.T if turned else x), 0.5))
 
     return model, guide
 
@@ -204,6 +221,12 @@ def embedded(x, index):
         pyro.sample("u", dist.Normal(nn.functional.embedding(index, table[:, None])[:, 0], 0.5))
 
 
+def embedded_with_noise(x, index):
+    table = pyro.param("table", lambda: torch.zeros(N))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("u", dist.Normal(table[index] * torch.rand(len(x)), 0.5))
+
+
 SHARED = {
     "a scalar": (model, guide_of(shared), X),
     "a network as wide as the minibatch": (model, network(), X),
@@ -212,7 +235,10 @@ SHARED = {
     "noise outside of sample sites": (model, network(Noise()), X),
     "a network that depends on the rows' order": (model, network(Running()), X),
     "as many pixels as rows": (*between_pixels(B), X[:, None] * torch.arange(1.0, B + 1)),
+    "as many pixels before rows": (*between_pixels((B, 1), True), X[:, None] * torch.arange(1.0, B + 1)),
+    "as many pixels as rows, all equal": (*between_pixels(B), torch.ones(N, B)),
     "an embedding of indices": (model, embedded, (X, INDEX)),
+    "an embedding with noise": (model, embedded_with_noise, (X, INDEX)),
     "a constant for each place": (model, guide_of(lambda x: shared(x) + torch.arange(len(x)) / 9), X),
 }
 
