@@ -28,7 +28,7 @@ class Compiled:
     code: Callable[..., Any]  # a function of the captured tensors, then of the arguments
     captured: list[Tensor]  # it updates those that the program updates, such as batch norm's statistics
     read: list[tuple[Tensor, int]]  # tensors of integers whose values are constants of the code, with their versions
-    bound: list[tuple[dict[str, Any], str, Any]]  # each dictionary, name and tensor of the modules: all must stay
+    bound: list[tuple[dict[str, Any], str, Any]]  # each dictionary, name and part of the modules: all must stay
     seconds: float  # the time to record and compile
     eager_seconds: float | None  # the time of an uncompiled call; None without `on_compile`
     compiled_seconds: float | None  # the time of a compiled call; None without `on_compile`
@@ -55,6 +55,11 @@ class CompiledFunction:
         with single_precision():
             return self._call(args, kwargs)
 
+    @property
+    def outdated(self) -> bool:
+        """Whether the modules have other parameters, buffers or parts than when some code was compiled."""
+        return any(map(_has_lost_parts, self.compiled.values()))
+
     def _call(self, args: Any, kwargs: Any) -> Any:
         if am_i_wrapped():
             raise PyroVAEError(
@@ -66,7 +71,7 @@ class CompiledFunction:
         kind = (repr(structure), *map(_kind, leaves))
         key = (*kind, *_modes(self.modules))
         compiled = self.compiled.get(key)
-        if compiled is None or any(owner.get(name) is not tensor for owner, name, tensor in compiled.bound):
+        if compiled is None or _has_lost_parts(compiled):
             self.compiled.pop(key, None)
             compiled = self._compile(leaves, structure, tensors)
             self.compiled[(*kind, *_modes(self.modules))] = compiled  # it may have found more modules
@@ -120,15 +125,19 @@ class CompiledFunction:
                 with pyro.validation_enabled(False):
                     eager_seconds = _seconds(function, tensors) if self.on_compile else None
         bound = [
-            (owner, name, tensor)
+            (owner, name, part)
             for module in self.modules
-            for owner in (module._parameters, module._buffers)
-            for name, tensor in owner.items()
+            for owner in (module._parameters, module._buffers, module._modules)
+            for name, part in owner.items()
         ]
         compiled = Compiled(code, recorded.captured, recorded.read, bound, seconds, eager_seconds, compiled_seconds)
         if self.on_compile is not None:
             self.on_compile(compiled)
         return compiled
+
+
+def _has_lost_parts(compiled: Compiled) -> bool:
+    return any(owner.get(name) is not part for owner, name, part in compiled.bound)
 
 
 def _kind(leaf: Any) -> Any:

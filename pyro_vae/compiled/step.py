@@ -122,7 +122,8 @@ class CompiledStep:
             return parameters
         store = dict(pyro.get_param_store().named_parameters())
         in_store = not pyro.settings.get("module_local_params")
-        if not self._own or (in_store and any(store.get(name) is not own for name, own in self._own.items())):
+        anew = bool(self.parameters) and self.loss_and_gradients.outdated
+        if anew or not self._own or (in_store and any(store.get(name) is not own for name, own in self._own.items())):
             with pyro.validation_enabled(True):
                 traces = Program(self.model, self.guide, args, kwargs).trace()
             self._own = require_parameters(*traces)

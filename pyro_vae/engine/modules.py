@@ -1,7 +1,6 @@
 """The torch modules behind a program: their buffers, and their training and evaluation modes."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +17,15 @@ def find_modules(*functions: PyroFunction) -> list[nn.Module]:
     Pyro's handlers around the functions make no difference.
     """
     found: list[Any] = []
-    for function in map(inspect.unwrap, functions):
-        while isinstance(function, functools.partial):
-            found += [*function.args, *function.keywords.values()]
-            function = inspect.unwrap(function.func)
-        found.append(getattr(function, "__self__", function))
+    for function in functions:
+        layer: Any = function
+        while layer is not None:  # a method under a decorator, such as pyro_method, is no method any more inside
+            if isinstance(layer, functools.partial):
+                found += [*layer.args, *layer.keywords.values()]
+                layer = layer.func
+            else:
+                found.append(getattr(layer, "__self__", layer))
+                layer = getattr(layer, "__wrapped__", None)
     return list(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
 
 
