@@ -12,7 +12,8 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_vae.engine import precision
-from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.modules import PyroFunction, find_modules
+from pyro_vae.engine.ownership import OwnParameters
 from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, layers
 from pyro_vae.errors import PyroVAEError
 
@@ -27,7 +28,8 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
     """
 
     def run() -> Trace:
-        found: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
+        with OwnParameters(find_modules(function)):
+            found: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
         return found
 
     try:

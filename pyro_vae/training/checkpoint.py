@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, buffers, find_modules
-from pyro_vae.engine.parameters import find_parameters
+from pyro_vae.engine.parameters import find_parameters, merged
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 
@@ -110,8 +110,8 @@ def load_parameters(path: str | Path, model: PyroFunction, guide: PyroFunction, 
         True
     """
     state = load(path)
-    in_model, in_guide = find_parameters(Program(model, guide, args, kwargs))
-    restore(path, state.get("best") or state, in_model | in_guide, buffers(find_modules(model, guide)))
+    parameters = merged(*find_parameters(Program(model, guide, args, kwargs)))
+    restore(path, state.get("best") or state, parameters, buffers(find_modules(model, guide)))
 
 
 def restore(

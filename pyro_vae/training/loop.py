@@ -16,6 +16,7 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
+from pyro_vae.engine.parameters import require_kept
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
@@ -73,6 +74,8 @@ class Loop:
             loss = loss.detach()
             if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
                 raise self._not_finite(f"the loss is {loss:g}")
+            if first:
+                require_kept(self.parameters)
             self.optimizer.step()
             total, count = total + loss.double(), count + self.rows_of(batch)
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
