@@ -74,7 +74,8 @@ class Loop:
             if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
                 raise self._not_finite(f"the loss is {loss:g}")
             self.optimizer.step()
-            total, count = total + loss.double(), count + self.rows_of(batch)
+            share = self.rows_of.count(batch) / self.rows_of(batch)
+            total, count = total + loss.double() * share, count + self.rows_of.count(batch)
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
                 bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
             bar.update()
@@ -110,8 +111,9 @@ class Loop:
             for batch in self.held_out.in_order():
                 if self.unchecked_held_out is not None:
                     self.unchecked_held_out.check(batch)
-                total += self.objective.loss(self.program.model, self.program.guide, *batch)
-                count += self.rows_of(batch)
+                share = self.rows_of.count(batch) / self.rows_of(batch)
+                total += self.objective.loss(self.program.model, self.program.guide, *batch) * share
+                count += self.rows_of.count(batch)
         self.unchecked_held_out = None
         self.held_out.set_generator_states(own)
         return -total / count

@@ -250,3 +250,9 @@ def test_labels_of_any_integer_type_and_decoding_of_particles():
     z = torch.randn(5, 3, 2)
     assert torch.equal(vae.decode(z, y.to(torch.uint8)), vae.decode(z, y))
     torch.testing.assert_close(vae.decode(z, y)[4], vae.decode(z[4], y))
+
+
+@pytest.mark.parametrize("shape", [(103, 3, 3), (10, 28, 4), (5, 4, 4), (5, 8, 2)])
+def test_images_of_many_channels_are_channels_first(shape):
+    """Hyperspectral patches and narrow images: only a square image with its channels last is taken for one."""
+    assert pv.conv_vae(shape, latent_dim=2, likelihood="gaussian").generate(2).shape == (2, *shape)
