@@ -52,10 +52,15 @@ def buffers_kept() -> Iterator[None]:
 
 
 @contextmanager
-def recorded_calls() -> Iterator[list[tuple[nn.Module, Any]]]:
-    """It yields the list of the modules that are called meanwhile, each with its output, one entry a call."""
+def recorded_calls(attribute: str) -> Iterator[list[tuple[nn.Module, Any]]]:
+    """It yields the list of the modules with that attribute that are called meanwhile, and their outputs."""
     found: list[tuple[nn.Module, Any]] = []
-    hook = register_module_forward_hook(lambda module, _, output: found.append((module, output)))
+
+    def record(called: nn.Module, _: Any, output: Any) -> None:
+        if hasattr(called, attribute):
+            found.append((called, output))
+
+    hook = register_module_forward_hook(record)
     try:
         yield found
     finally:

@@ -127,13 +127,13 @@ class Likelihood(nn.Module):
         """Whether a scale is a parameter that :meth:`fit_scale` moves. Here there is none."""
         return False
 
-    def fit_scale(self, distribution: Any, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
+    def fit_scale(self, mean: Tensor, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
         """Move a learned scale towards the residuals' own; :func:`pyro_vae.fit_scale` calls this without gradients.
 
         Arguments:
-            distribution: the result of :meth:`forward`, of which `weights` has the mask.
-            x: data of shape (*batch, *event).
-            weights: how often each element counts, of shape (*batch, *event), 0 where it is missing.
+            mean: means of p(x|z) at samples of z, of shape (R, *event).
+            x: the data that belong to them, of that shape.
+            weights: how much each element counts, at least 0, of that shape; 0 where it is missing.
             rate: how far to go, from 0 (nowhere) to 1 (all the way).
         """
 

@@ -92,26 +92,22 @@ class LowRankGaussian(Likelihood):
         """Whether the covariance is a parameter that is not frozen."""
         return self.shared and self.factor.requires_grad and self.raw_scale.requires_grad
 
-    def fit_scale(self, distribution: Any, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
+    def fit_scale(self, mean: Tensor, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
         """Move each element's variance by `rate` of the way to its mean squared residual; correlations stay.
 
-        The covariance of highest likelihood, F F^T + diag(sigma^2), has these variances (Lawley and Maxwell 1971).
+        The covariance F F^T + diag(sigma^2) of highest likelihood has these variances (Lawley and Maxwell 1971).
         """
         if not self.has_learned_scale:
             return
-        if distribution.observed is not None:
-            weights = weights * distribution.observed.unflatten(-1, self.event_shape)
-        squares, weights = torch.broadcast_tensors((x - distribution.mean).square(), weights)
-        rows = (-1, *self.event_shape)
-        kept = varies(x.expand_as(squares).reshape(rows), weights.reshape(rows))
-        found = weighted_mean(squares.masked_fill(weights == 0, 0.0).reshape(rows), weights.reshape(rows))
+        found = weighted_mean((x - mean).square().masked_fill(weights == 0, 0.0), weights)
         scale = softplus(self.raw_scale) + self.min_scale
         ratio = 1 + rate * (found / (self.factor.square().sum(-1) + scale.square()) - 1)
-        factor = torch.where(kept & torch.isfinite(ratio) & (ratio > 0), ratio, 1.0).sqrt()
-        self.factor.mul_(factor[..., None])
-        # Below the floor, softplus keeps a slope.
-        above = (scale * factor - self.min_scale).clamp(min=max(0.01 * self.min_scale, torch.finfo(x.dtype).tiny))
-        self.raw_scale.copy_(torch.where(factor == 1, self.raw_scale, above + (-torch.expm1(-above)).log()))
+        moves = varies(x, weights) & torch.isfinite(ratio) & (ratio > 0)
+        ratio = torch.where(moves, ratio, 1.0).sqrt()
+        self.factor.mul_(ratio[..., None])
+        # At the floor, softplus keeps a slope, by which a gradient can leave it.
+        above = (scale * ratio - self.min_scale).clamp(min=max(0.01 * self.min_scale, torch.finfo(x.dtype).tiny))
+        self.raw_scale.copy_(torch.where(moves, above + (-torch.expm1(-above)).log(), self.raw_scale))
 
     def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
         """The mean, or the mean given the observed elements of x if there is an x."""

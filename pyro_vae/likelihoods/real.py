@@ -58,21 +58,19 @@ class _Scaled(Likelihood):
         """Whether the scale is a parameter that is not frozen."""
         return self.scale in ("learned", "per_column") and self.log_scale.requires_grad
 
-    def fit_scale(self, distribution: Any, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
+    def fit_scale(self, mean: Tensor, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
         """Move sigma squared by `rate` of the way to the value at which these data are most probable."""
         if not self.has_learned_scale:
             return
-        squares, weights = torch.broadcast_tensors((x - distribution.mean).square(), weights)
-        squares = squares.masked_fill(weights == 0, 0.0)
+        squares = (x - mean).square().masked_fill(weights == 0, 0.0)
         before = (2 * self.log_scale).exp()
         if self.scale == "learned":
             found = self._best_variance(squares.flatten(), weights.flatten(), before)
         else:
-            rows = (-1, *self.event_shape)
-            found = self._best_variance(squares.reshape(rows), weights.reshape(rows), before)
-            found = torch.where(varies(x.expand_as(squares).reshape(rows), weights.reshape(rows)), found, before)
+            found = self._best_variance(squares, weights, before)
+            found = torch.where(varies(x, weights), found, before)
         moved = torch.lerp(before, found, rate)
-        self.log_scale.copy_(torch.where(torch.isfinite(found) & (moved > 0), 0.5 * moved.log(), self.log_scale))
+        self.log_scale.copy_(torch.where(torch.isfinite(moved) & (moved > 0), 0.5 * moved.log(), self.log_scale))
 
     def _best_variance(self, squares: Tensor, weights: Tensor, before: Tensor) -> Tensor:
         """The sigma squared at which residuals are most probable, from their squares; over the first dimension."""

@@ -33,7 +33,7 @@ from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.loop import Loop
-from pyro_vae.training.scales import Fitted, Scales, found_in
+from pyro_vae.training.scales import Fitted, Scales, joined, likelihoods_in
 
 
 @takes_program
@@ -170,7 +170,7 @@ def fit(
         settings,
         support,
         rows_of,
-        Scales(likelihoods, lr),
+        Scales(program, objective, likelihoods, lr),
     )
     if isinstance(getattr(objective, "step", None), int):
         objective.step = 0
@@ -189,7 +189,7 @@ def fit(
                 bar.set_description(f"epoch {len(loop.rows) + 1}/{epochs}")
                 loop.train_epoch(bar)
         loop.restore_best()
-        loop.scales.at_end(program)
+        loop.scales.at_end()
     except KeyboardInterrupt:
         best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
         kept = f"; the checkpoint {checkpoint} holds epoch {len(loop.rows)}" if checkpoint and loop.rows else ""
@@ -208,7 +208,7 @@ def fit(
 
 def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites, list[Fitted]]:
     """Run the program once; return its parameters, the model's sites, and its likelihoods."""
-    with found_in() as match:
+    with likelihoods_in() as matched:
         traces = program.trace()
     sites = [sample_sites(trace, latent=False) for trace in traces]
     if batches.steps != 1:
@@ -216,7 +216,7 @@ def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[
     if isinstance(objective, Objective):
         objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1), traces)
     # The optimiser's state in a checkpoint has the parameters by their order.
-    return dict(sorted(require_parameters(*traces).items())), sites[0], match(traces[0])
+    return dict(sorted(require_parameters(*traces).items())), sites[0], joined(matched(sites[0]))
 
 
 def _check_minibatches(model: Sites, size: int) -> None:

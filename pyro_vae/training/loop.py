@@ -67,7 +67,7 @@ class Loop:
             # The first step validates the program's distributions, before any work; its own checks stay on.
             first = not self.rows and step == 1
             with pyro.distributions.validation_enabled(first):
-                self.scales.before_step(self.steps, self.program, batch)
+                self.scales.before_step(self.steps, batch, self.rows_of(batch) / self.rows_of(self.program.args))
                 if self.compiled is None:
                     self.optimizer.zero_grad()
                     loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)

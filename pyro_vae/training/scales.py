@@ -2,21 +2,23 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.poutine.trace_struct import Trace
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.minibatches import Batch
 from pyro_vae.engine.modules import PyroFunction, recorded_calls
-from pyro_vae.engine.program import Program
-from pyro_vae.engine.sites import Site, element_weights, unwrapped
+from pyro_vae.engine.particles import Particles
+from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.sites import Sites, element_weights, unwrapped
+from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.objectives import ELBO, Objective, gradients
 
 EVERY_STEP = 16  # after so many steps, at each 8th part of an octave of them
 RATE = 0.5  # after the first step: a mean over a few minibatches, of which the last ones count most
@@ -24,58 +26,55 @@ RATE = 0.5  # after the first step: a mean over a few minibatches, of which the 
 
 @dataclass
 class Fitted:
-    """A likelihood in a run of a program: what it returned, and the site that observes data there."""
+    """A likelihood in a run of a program, with tensors of shape (R, *event), a row for each datum and particle."""
 
     likelihood: Any
-    distribution: Any
-    site: Site
+    mean: Tensor  # of p(x|z)
+    x: Tensor
+    weights: Tensor  # how much each element counts; 0 where it is missing
 
     def move(self, rate: float) -> None:
         """Move the likelihood's scale towards the residuals'."""
         with torch.no_grad():
-            self.likelihood.fit_scale(self.distribution, self.site["value"], element_weights(self.site), rate)
+            self.likelihood.fit_scale(self.mean, self.x, self.weights, rate)
 
-    def below_floor(self, centre: Tensor | None) -> tuple[int, int, float]:
-        """How many elements deviate from `centre` (None: their median) by less than the floor, of how many; the least.
+    def below_floor(self, *, of_data: bool) -> tuple[int, int, float]:
+        """How many elements have residuals, or data, below the floor, of how many; and the least of these.
 
-        An element's deviation is a root mean square over the rows in which it is not at its median: elements that are
-        constant, or nearly so, are what the floor is for.
+        An element's residual is a root mean square over the rows in which x is not at its median: elements that are
+        constant, or nearly so, are what the floor is for. The data's is taken from the median.
         """
-        x, weights = self.site["value"], element_weights(self.site)
-        event = len(self.likelihood.event_shape)
-        x, weights = (v.expand_as(x).reshape(-1, *x.shape[x.dim() - event :]) for v in (x, weights))
-        observed = getattr(self.distribution, "observed", None)
-        if observed is not None:
-            weights = weights * observed.reshape(-1, *x.shape[1:])
-        median = x.masked_fill(weights == 0, math.nan).nanmedian(0).values
-        moves = (weights > 0) & (x != median)
-        from_centre = x - (median if centre is None else centre.expand_as(self.site["value"]).reshape(x.shape))
-        mean_square = from_centre.square().masked_fill(~moves, 0.0).sum(0) / moves.sum(0)
-        deviations = mean_square.sqrt()[moves.any(0)]
-        binding = deviations < self.likelihood.floor
-        least = float(deviations[binding].min()) if bool(binding.any()) else math.inf
-        return int(binding.sum()), len(deviations), least
+        median = self.x.masked_fill(self.weights == 0, math.nan).nanmedian(0).values
+        moves = (self.weights > 0) & (self.x != median)
+        squares = (self.x - (median if of_data else self.mean)).square().masked_fill(~moves, 0.0)
+        sizes = (squares.sum(0) / moves.sum(0)).sqrt()[moves.any(0)]
+        below = sizes[sizes < self.likelihood.floor]
+        return len(below), len(sizes), float(below.min()) if len(below) else math.inf
 
 
 class Scales:
     """The likelihoods of a program with a learned scale, or a floor under it, as `fit` treats them."""
 
-    def __init__(self, fitted: list[Fitted], lr: float) -> None:
+    def __init__(self, program: Program, objective: Any, fitted: list[Fitted], lr: float) -> None:
+        self.program, self.objective = program, objective
         self.learned = any(each.likelihood.has_learned_scale for each in fitted)
         self.floors = any(each.likelihood.floor for each in fitted)
         self.last = 1 / lr  # from this step on, gradients move a scale as fast as residuals change
-        self.announced = announce(fitted, at_start=True)
+        self.announced = announce(fitted, of_data=True)
 
-    def before_step(self, number: int, program: Program, batch: Batch) -> None:
-        """Move the scales before the step of that number, from 0, if it is time."""
+    def before_step(self, number: int, batch: Batch, share: float) -> None:
+        """Move the scales before the step of that number, from 0, if it is time.
+
+        `share` is the minibatch's size as part of a whole one.
+        """
         if self.learned and number <= self.last and is_due(number):
-            for each in run(program.on(batch), training=True):
-                each.move(1.0 if number == 0 else RATE)
+            for each in residuals(self.program.on(batch), self.objective):
+                each.move(1.0 if number == 0 else RATE * min(1.0, share))
 
-    def at_end(self, program: Program) -> None:
+    def at_end(self) -> None:
         """Warn of a floor above the residuals of the first minibatch, unless there was a warning at the start."""
         if self.floors and not self.announced:
-            announce(run(program))
+            announce(residuals(self.program))
 
 
 def is_due(number: int) -> bool:
@@ -83,22 +82,73 @@ def is_due(number: int) -> bool:
     return number % (1 << max(0, number.bit_length() - EVERY_STEP.bit_length() + 1)) == 0
 
 
-@contextmanager
-def found_in() -> Iterator[Any]:
-    """Inside, calls of likelihoods are recorded; what it yields finds them in the model's trace."""
-    with recorded_calls() as calls:
+def residuals(program: Program, objective: Any = None) -> list[Fitted]:
+    """The likelihoods in a run of the program that nothing else notices, in the mode that modules are in.
 
-        def match(trace: Trace) -> list[Fitted]:
-            outputs: list[tuple[nn.Module, Any]] = [(m, o) for m, o in calls if hasattr(m, "has_learned_scale")]
+    If the objective weighs particles, such as IWAE, each counts by its weight: by the slope of the bound.
+    """
+    with likelihoods_in() as matched:
+        if not isinstance(objective, Objective) or type(objective).reduce is ELBO.reduce or objective.num_samples == 1:
+            model_trace, _ = program.trace(training=True)
+            return joined(matched(dict(model_trace.nodes)))
+        with program.unnoticed(training=True):
+            args = (program.model, program.guide_or_prior, program.args, program.kwargs)
+            runs = Particles(objective.num_samples, objective.vectorize_particles, objective.chunk_size).read(
+                objective.program(*args, per_datum=True),
+                lambda run: (log_weights_of(run), matched(run.model), _shape_beside_plates(run)),
+            )
+        slopes = gradients.slope(objective.reduce, torch.cat([log_weights for log_weights, *_ in runs])).clamp(min=0.0)
+        parts = slopes.split([len(log_weights) for log_weights, *_ in runs])
+        weighted = [
+            fit | {"particles": part.reshape(shape)}
+            for part, (_, fits, shape) in zip(parts, runs, strict=True)
+            for fit in fits
+        ]
+    return joined(weighted)
+
+
+@contextmanager
+def likelihoods_in() -> Iterator[Callable[[Sites], list[dict[str, Any]]]]:
+    """Inside, calls of likelihoods are recorded; what it yields finds them at the sites that observe data."""
+    with recorded_calls("has_learned_scale") as calls:
+
+        def matched(sites: Sites) -> list[dict[str, Any]]:
             return [
-                Fitted(module, output, site)
-                for site in trace.nodes.values()
+                {"likelihood": likelihood, "distribution": output, "site": site}
+                for site in sites.values()
                 if site["type"] == "sample" and site["is_observed"]
-                for module, output in outputs
+                for likelihood, output in calls
                 if _same_location(unwrapped(site["fn"]), unwrapped(output))
             ]
 
-        yield match
+        yield matched
+
+
+def joined(fits: list[dict[str, Any]]) -> list[Fitted]:
+    """A record for each likelihood, with the rows of all its sites and runs."""
+    rows: dict[Any, list[list[Tensor]]] = {}
+    for fit in fits:
+        likelihood, distribution, site = fit["likelihood"], fit["distribution"], fit["site"]
+        event = tuple(likelihood.event_shape)
+        weights = element_weights(site)
+        observed = getattr(distribution, "observed", None)  # the mask of a joint density
+        if observed is not None:
+            weights = weights * observed.unflatten(-1, event)
+        if "particles" in fit:
+            weights = weights * fit["particles"].reshape(*fit["particles"].shape, *[1] * len(event))
+        tensors = torch.broadcast_tensors(distribution.mean, site["value"], weights)
+        rows.setdefault(likelihood, []).append([tensor.reshape(-1, *event) for tensor in tensors])
+    return [
+        Fitted(likelihood, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        for likelihood, parts in rows.items()
+    ]
+
+
+def _shape_beside_plates(run: Run) -> list[int]:
+    """The shape in which a matrix (K, N) broadcasts to the batch of a site."""
+    shape = [1] * -run.particle_dim
+    shape[0], shape[run.batch_plate.dim] = run.num_particles, run.batch_plate.size
+    return shape
 
 
 def _same_location(first: Any, second: Any) -> bool:
@@ -108,34 +158,26 @@ def _same_location(first: Any, second: Any) -> bool:
     return both and mine.data_ptr() == its.data_ptr()  # type: ignore[union-attr]
 
 
-def run(program: Program, *, training: bool = False) -> list[Fitted]:
-    """The likelihoods in a run of the program that nothing else notices."""
-    with found_in() as match:
-        model_trace, _ = program.trace(training=training)
-    return match(model_trace)
-
-
-def announce(fitted: list[Fitted], *, at_start: bool = False) -> bool:
-    """Warn of floors above the residuals; at the start, above the data's own deviations. Return whether it did."""
+def announce(fitted: list[Fitted], *, of_data: bool = False) -> bool:
+    """Warn of floors above the residuals, or above the deviations of the data. Return whether it did."""
     told = False
     for each in fitted:
-        if each.likelihood.floor:
-            binding, number, least = each.below_floor(None if at_start else each.distribution.mean)
-            if binding:
-                told = True
-                what = "the data" if at_start else "the residuals"
-                warnings.warn(
-                    f"the scale of a {type(each.likelihood).__name__} can't go below min_scale="
-                    f"{each.likelihood.floor:g}, and {what} have deviations below it at {binding} of {number} elements "
-                    f"that vary (the smallest is {least:.2g}): the bound is lower than it could be. Divide x by its "
-                    f"standard deviation, or pass min_scale={least / 10:.1g}.",
-                    stacklevel=5,
-                )
+        number, whole, least = each.below_floor(of_data=of_data) if each.likelihood.floor else (0, 0, 0.0)
+        if number:
+            told = True
+            what = "data deviate from their medians by less" if of_data else "residuals are less"
+            warnings.warn(
+                f"the scale of a {type(each.likelihood).__name__} can't go below min_scale={each.likelihood.floor:g}, "
+                f"and {what} at {number} of {whole} elements that vary (the least is {least:.2g}), so the "
+                "bound is lower than it could be. Divide x by its standard deviation, or pass "
+                f"min_scale={least / 10:.1g}.",
+                stacklevel=5,
+            )
     return told
 
 
 @takes_program
-def fit_scale(model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: Any) -> None:
+def fit_scale(model: PyroFunction, guide: PyroFunction, *args: Any, objective: Any = None, **kwargs: Any) -> None:
     r"""Set the learned scale of a program's likelihood to that of the residuals, in closed form.
 
     .. math:: \sigma^2 \leftarrow \frac1{|O|} \sum_{(n, d) \in O} \bigl(x_{nd} - \mu_d(z_n)\bigr)^2,
@@ -157,6 +199,7 @@ def fit_scale(model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: An
     Arguments:
         model, guide: a program, or a pair in place of both; see :func:`pyro_vae.fit`.
         args, kwargs: arguments of both: all data, or a minibatch of some hundred rows.
+        objective: the bound that is trained, by whose weights samples of z count; None is the ELBO.
 
     Raises:
         ValueError: no likelihood with a learned scale observes data in the model.
@@ -176,7 +219,7 @@ def fit_scale(model: PyroFunction, guide: PyroFunction, *args: Any, **kwargs: An
     References:
         Rybkin, Daniilidis and Levine (2021), *Simple and Effective VAE Training with Calibrated Decoders*, ICML.
     """
-    fitted = run(Program(model, guide, args, kwargs), training=True)
+    fitted = residuals(Program(model, guide, args, kwargs), objective)
     if not any(each.likelihood.has_learned_scale for each in fitted):
         names = ", ".join(sorted({type(each.likelihood).__name__ for each in fitted})) or "none"
         raise PyroVAEError(
