@@ -221,10 +221,10 @@ def fit_scale(model: PyroFunction, guide: PyroFunction, *args: Any, objective: A
     """
     fitted = residuals(Program(model, guide, args, kwargs), objective)
     if not any(each.likelihood.has_learned_scale for each in fitted):
-        names = ", ".join(sorted({type(each.likelihood).__name__ for each in fitted})) or "none"
+        got = " and ".join(f"a {type(each.likelihood).__name__} without" for each in fitted) or "none"
         raise PyroVAEError(
-            "expected a program whose likelihood has a learned scale, a parameter that is not frozen, got the "
-            f"likelihood {names}. Build it with scale='learned': pv.mlp_vae(..., likelihood='gaussian', "
+            "expected a program that observes data through a likelihood with a learned scale, a parameter that is not "
+            f"frozen, got {got}. Build it with scale='learned': pv.mlp_vae(..., likelihood='gaussian', "
             "scale='learned')."
         )
     for each in fitted:
