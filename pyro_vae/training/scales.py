@@ -118,6 +118,7 @@ def likelihoods_in() -> Iterator[Callable[[Sites], list[dict[str, Any]]]]:
                 for site in sites.values()
                 if site["type"] == "sample" and site["is_observed"]
                 for likelihood, output in calls
+                if likelihood.has_learned_scale or likelihood.floor
                 if _same_location(unwrapped(site["fn"]), unwrapped(output))
             ]
 
@@ -221,11 +222,9 @@ def fit_scale(model: PyroFunction, guide: PyroFunction, *args: Any, objective: A
     """
     fitted = residuals(Program(model, guide, args, kwargs), objective)
     if not any(each.likelihood.has_learned_scale for each in fitted):
-        got = " and ".join(f"a {type(each.likelihood).__name__} without" for each in fitted) or "none"
         raise PyroVAEError(
             "expected a program that observes data through a likelihood with a learned scale, a parameter that is not "
-            f"frozen, got {got}. Build it with scale='learned': pv.mlp_vae(..., likelihood='gaussian', "
-            "scale='learned')."
+            "frozen, got none. Build it with scale='learned': pv.mlp_vae(..., likelihood='gaussian', scale='learned')."
         )
     for each in fitted:
         each.move(1.0)

@@ -236,16 +236,30 @@ def test_evaluations_and_a_frozen_scale_stay():
     vae.likelihood.log_scale.requires_grad_(False)
     pv.fit(vae.eval(), x, pv.ELBO(), epochs=2, seed=0, progress=False)
     assert vae.likelihood.log_scale.item() == before
-    with pytest.raises(pv.PyroVAEError, match="a parameter that is not frozen, got a Gaussian without"):
+    with pytest.raises(pv.PyroVAEError, match="a parameter that is not frozen, got none"):
         pv.fit_scale(vae, x)
 
 
 def test_what_has_no_learned_scale_is_refused():
     with pytest.raises(pv.PyroVAEError, match=r"got none. Build it with scale='learned'"):
         pv.fit_scale(pv.mlp_vae((4,), latent_dim=2), torch.ones(3, 4))
+    with pytest.raises(pv.PyroVAEError, match="got none"):
+        pv.fit_scale(small_vae(likelihood="gaussian", scale="per_pixel"), torch.ones(3, 16))
     program = LinearGaussian(3, 2, 10)
     with pytest.raises(pv.PyroVAEError, match="got none"):
         pv.fit_scale(program.model, program.guide, program.x)
+
+
+def test_a_likelihood_of_your_own_needs_no_mean():
+    class Meanless(dist.Normal):
+        mean = property(lambda self: 1 / 0)
+
+    class Own(pv.Likelihood):
+        def pixel_distribution(self, loc):
+            return Meanless(loc, 1.0)
+
+    vae = small_vae(likelihood=Own)
+    assert len(pv.fit(vae, curves(n=20), pv.ELBO(), epochs=1, progress=False)) == 1
 
 
 def test_nothing_else_notices():
