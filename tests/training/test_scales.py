@@ -226,9 +226,11 @@ def test_a_second_fit_starts_where_the_first_ended(tmp_path):
 
 
 def test_evaluations_and_a_frozen_scale_stay():
-    x, vae = curves(n=64), small_vae()
-    pv.fit(vae, x, pv.ELBO(), epochs=2, seed=0, progress=False, validation=x)
+    x, vae, alone = curves(n=64), small_vae(), small_vae()
+    pv.fit(vae, x, pv.ELBO(), epochs=2, seed=0, progress=False, validation=2 * x)
+    pv.fit(alone, x, pv.ELBO(), epochs=2, seed=0, progress=False)
     before = vae.likelihood.log_scale.item()
+    assert before == alone.likelihood.log_scale.item()
     pv.ELBO().bound(vae, x)
     pv.compare(vae, x, pv.IWAE(3), repeats=2, seed=0)
     pv.IWAE(5).loss(vae, x)
@@ -282,6 +284,21 @@ def test_nothing_else_notices():
     assert all(torch.equal(buffer, statistics[name]) for name, buffer in vae.named_buffers())
     assert all(torch.equal(p, others[name]) for name, p in vae.named_parameters() if name in others)
     assert all(p.grad is None for p in vae.parameters())
+
+
+def test_dropout_is_on_where_the_module_is_in_training_mode():
+    """The scale fits the loss that is trained."""
+    pair = pv.mlp_autoencoder((16,), latent_dim=4, hidden_dims=(32,), likelihood="gaussian", scale="learned")
+    pair.likelihood.decoder = torch.nn.Sequential(pair.likelihood.decoder, torch.nn.Dropout(0.5))
+    with torch.no_grad():
+        pair.likelihood.decoder[0][-1].bias.fill_(1.0)
+    x = 1.0 + 0.01 * torch.randn(200, 16)
+    pv.fit_scale(pair, x)
+    in_training = sigma(pair)
+    pv.fit_scale(pair.eval(), x)
+    assert sigma(pair) == pytest.approx((x - pair.reconstruct(x)).square().mean().sqrt().item(), rel=1e-4)
+    # Half of the means are 0 and half are about 2, each 1 away from x.
+    assert in_training > 0.9 > 1.5 * sigma(pair)
 
 
 def test_it_serves_svi_and_compiled_steps(without_inductor):
