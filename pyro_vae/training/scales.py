@@ -94,11 +94,14 @@ def residuals(program: Program, objective: Any = None) -> list[Fitted]:
         with program.unnoticed(training=True):
             args = (program.model, program.guide_or_prior, program.args, program.kwargs)
             runs = Particles(objective.num_samples, objective.vectorize_particles, objective.chunk_size).read(
-                objective.program(*args, per_datum=True),
+                objective.program(*args),
                 lambda run: (log_weights_of(run), matched(run.model), _shape_beside_plates(run)),
             )
-        slopes = gradients.slope(objective.reduce, torch.cat([log_weights for log_weights, *_ in runs])).clamp(min=0.0)
-        parts = slopes.split([len(log_weights) for log_weights, *_ in runs])
+        log_weights = torch.cat([each for each, *_ in runs])
+        slopes = gradients.slope(objective.reduce, log_weights)
+        if bool((slopes < 0).any()):  # a jackknife's differences of weights give no mean square
+            slopes = log_weights.softmax(0)
+        parts = slopes.split([len(each) for each, *_ in runs])
         weighted = [
             fit | {"particles": part.reshape(shape)}
             for part, (_, fits, shape) in zip(parts, runs, strict=True)

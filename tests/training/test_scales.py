@@ -197,6 +197,26 @@ def test_each_kind_of_program_and_of_data():
         assert pair.likelihood.log_scale.exp() < 0.4, name
 
 
+@pytest.mark.parametrize("objective", [pv.TVO(4), pv.PIWAE(2, 2), pv.ELBO(3)], ids=lambda o: o.family)
+def test_each_bound_brings_the_scales_of_columns_to_the_noise(objective):
+    x, vae = 0.1 * torch.randn(640, 16), small_vae(**KINDS["per_column"])
+    pv.fit(vae, x, objective, epochs=20, batch_size=64, seed=0, progress=False)
+    # A mean over a few minibatches of 64 rows has a relative error of about 0.05; the means still differ a little.
+    assert vae.likelihood.log_scale.exp().min() > 0.07
+    assert vae.likelihood.log_scale.exp().max() < 0.15
+
+
+def test_a_jackknife_takes_the_weights_of_iwae():
+    """Its own are partly negative, and a mean square with those is not one."""
+    found = []
+    for objective in (pv.JVI(4), pv.IWAE(4)):
+        vae = small_vae()
+        pyro.set_rng_seed(3)
+        pv.fit_scale(vae, curves(), objective=objective)
+        found.append(vae.likelihood.log_scale.item())
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
 def test_an_iwae_with_a_mask_and_a_scale_of_each_column():
     x, vae = curves(), small_vae(**KINDS["per_column"])
     mask = torch.rand_like(x) < 0.7
