@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_vae.engine import agreement, rng
 from pyro_vae.engine.batch_plate import find_batch_plate
-from pyro_vae.engine.modules import PyroFunction, eval_mode, find_modules
+from pyro_vae.engine.modules import PyroFunction, buffers_kept, eval_mode, find_modules
 from pyro_vae.engine.sites import (
     PARTICLE_PLATE,
     WRAPPERS,
@@ -193,20 +193,24 @@ class Program:
         model = poutine.uncondition(in_particles(self.model, number, -self._known_nesting() - 1))
         return sample_sites(traced(poutine.replay(model, trace=given(values or {})), self.args))
 
-    def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
-        """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run."""
+    def trace(self, values: dict[str, Tensor] | None = None, *, training: bool = False) -> tuple[Trace, Trace]:
+        """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run.
+
+        With `training`, modules stay in the mode that they are in, with dropout and a minibatch's own statistics.
+        """
         guide = self.guide_or_prior
         if values is not None:
             guide = At(values)(guide)
-        with self.unnoticed():
+        with self.unnoticed(training=training):
             guide_trace = traced(guide, self.args, self.kwargs)
             model = poutine.replay(self.model, trace=guide_trace)
             return traced(model, self.args, self.kwargs), guide_trace
 
     @contextmanager
-    def unnoticed(self) -> Iterator[None]:
+    def unnoticed(self, *, training: bool = False) -> Iterator[None]:
         """Around a run that Pyro's handlers, gradients, random number generators and batch norm must not notice."""
-        with torch.no_grad(), poutine.block(), rng.preserved(), eval_mode(self.modules()):
+        mode = buffers_kept() if training else eval_mode(self.modules())
+        with torch.no_grad(), poutine.block(), rng.preserved(), mode:
             pyro.set_rng_seed(int(torch.randint(2**31, ())))  # initial values drawn here must not come again as noise
             yield
 

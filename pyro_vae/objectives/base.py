@@ -348,8 +348,6 @@ class Objective(pyro.infer.ELBO):
         a = gradients.slope(self.reduce, fixed)
         g = gradients.slope(self.reduce_for_guide, fixed) if two else a
         c = g - self.curvature(fixed) if row.curvature else g
-        if two:  # where the guide's bound is minus infinity, and the model's is not
-            g, c = g.nan_to_num(0.0, 0.0, 0.0), c.nan_to_num(0.0, 0.0, 0.0)
         if row.curvature or two:
             # The gradient that reaches the samples has the factor a, which may be tiny, but not zero where c is not.
             a = torch.where(a.abs() < SMALLEST, SMALLEST, a)
@@ -363,8 +361,7 @@ class Objective(pyro.infer.ELBO):
         if parts.factors is not None:  # c is right for their path alone
             surrogate = surrogate - weighted(g - c, parts.factors)
         if row.signal is not None and parts.score is not None:
-            signal = row.signal(self, fixed, c)
-            surrogate = surrogate + weighted(signal.nan_to_num(0.0, 0.0, 0.0) if two else signal, parts.score)
+            surrogate = surrogate + weighted(row.signal(self, fixed, c), parts.score)
         return with_gradient(bound, surrogate)
 
     # Abstract in pyro.infer.ELBO, and used by its own machinery alone.

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 class ObjectiveModule(ELBOModule):
     """The loss of an objective for one model and guide, with their parameters; see :meth:`pyro_vae.Objective.__call__`.
 
-    Its parameters, buffers and modes are those of the modules that model and guide are, or are methods of.
+    Its parameters, buffers and modes are those of the modules that model and guide are, are methods of, or hold as
+    arguments of ``functools.partial``.
 
     Raises:
-        ValueError: when its parameters are asked for, and neither model nor guide belongs to a module.
+        ValueError: when its parameters are asked for, and the model or the guide belongs to no module.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -45,10 +46,12 @@ class ObjectiveModule(ELBOModule):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the modules of model and guide."""
-        if not len(self.program):
+        plain = [name for name in ("model", "guide") if not find_modules(getattr(self, name))]
+        if plain:
             raise PyroVAEError(
-                "can't know the parameters: expected a model or guide that is a torch.nn.Module, or a method of one, "
-                "got plain functions, whose pyro.param and pyro.module statements are found only by running them. Run "
-                "the loss once, and build the optimiser on [p for _, p in pyro.get_param_store().named_parameters()]."
+                "can't know the parameters: expected a model and a guide that are a torch.nn.Module, or methods of "
+                f"one, got plain functions ({' and '.join(plain)}), whose pyro.param and pyro.module statements are "
+                "found only by running them. Run the loss once, and build the optimiser on "
+                "[p for _, p in pyro.get_param_store().named_parameters()]."
             )
         return super().named_parameters(*args, **kwargs)

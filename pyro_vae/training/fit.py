@@ -33,6 +33,7 @@ from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.loop import Loop
+from pyro_vae.training.scales import Fitted, Scales, joined, likelihoods_in
 
 
 @takes_program
@@ -87,6 +88,9 @@ def fit(
     While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable:
     `patience` and ``ReduceLROnPlateau`` start anew at each epoch.
 
+    A learned scale of a likelihood, ``scale="learned"`` or ``"per_column"``, starts at that of the residuals, and
+    follows them in closed form up to step 1 / lr, as :func:`fit_scale` says; then by its gradient.
+
     The checkpoint has the program's parameters, and the buffers, such as batch norm's statistics, of the modules that
     model and guide are, or are methods of. Validation puts these modules into evaluation mode.
 
@@ -137,7 +141,7 @@ def fit(
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     program = Program(model, guide, batches.example())
-    parameters, model_sites = _first_run(program, objective, batches)
+    parameters, model_sites, likelihoods = _first_run(program, objective, batches)
     support = DataSupport(model, model_sites, program.args)
     if held_out is not None:
         _check_columns(model, held_out)
@@ -166,6 +170,7 @@ def fit(
         settings,
         support,
         rows_of,
+        Scales(program, objective, likelihoods, lr),
     )
     if isinstance(getattr(objective, "step", None), int):
         objective.step = 0
@@ -184,6 +189,7 @@ def fit(
                 bar.set_description(f"epoch {len(loop.rows) + 1}/{epochs}")
                 loop.train_epoch(bar)
         loop.restore_best()
+        loop.scales.at_end()
     except KeyboardInterrupt:
         best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
         kept = f"; the checkpoint {checkpoint} holds epoch {len(loop.rows)}" if checkpoint and loop.rows else ""
@@ -200,16 +206,17 @@ def fit(
     return history
 
 
-def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites]:
-    """Run the program once; return its parameters, and the model's sites."""
-    traces = program.trace()
+def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites, list[Fitted]]:
+    """Run the program once; return its parameters, the model's sites, and its likelihoods."""
+    with likelihoods_in() as matched:
+        traces = program.trace()
     sites = [sample_sites(trace, latent=False) for trace in traces]
     if batches.steps != 1:
         _check_minibatches(sites[0], len(program.args[0]))
     if isinstance(objective, Objective):
         objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1), traces)
     # The optimiser's state in a checkpoint has the parameters by their order.
-    return dict(sorted(require_parameters(*traces).items())), sites[0]
+    return dict(sorted(require_parameters(*traces).items())), sites[0], joined(matched(sites[0]))
 
 
 def _check_minibatches(model: Sites, size: int) -> None:

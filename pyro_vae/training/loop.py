@@ -21,6 +21,7 @@ from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
 from pyro_vae.training.data_support import DataSupport
+from pyro_vae.training.scales import Scales
 
 
 @dataclass
@@ -39,11 +40,13 @@ class Loop:
     settings: dict[str, Any]  # what a checkpoint must agree on
     support: DataSupport  # the check of the data
     rows_of: Rows  # how many data the loss of a minibatch stands for
+    scales: Scales  # the likelihoods' learned scales
     compiled: CompiledStep | None = None
     rows: list[dict[str, float]] = field(default_factory=list)  # the history, a row an epoch
     best: dict[str, Any] | None = None  # epoch, bound, parameters and buffers of the best epoch, with `patience`
     epoch: int = 0  # the current one, from 1
     step: int = 0  # the current one of the epoch, from 1
+    steps: int = 0  # how many were taken in all
 
     def __post_init__(self) -> None:
         self.modules = self.program.modules()
@@ -64,6 +67,9 @@ class Loop:
             # The first step validates the program's distributions, before any work; its own checks stay on.
             first = not self.rows and step == 1
             with pyro.distributions.validation_enabled(first):
+                self.scales.before_step(
+                    self.steps, batch, self.rows_of.count(batch) / self.rows_of.count(self.program.args)
+                )
                 if self.compiled is None:
                     self.optimizer.zero_grad()
                     loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
@@ -74,6 +80,7 @@ class Loop:
             if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
                 raise self._not_finite(f"the loss is {loss:g}")
             self.optimizer.step()
+            self.steps += 1
             share = self.rows_of.count(batch) / self.rows_of(batch)
             total, count = total + loss.double() * share, count + self.rows_of.count(batch)
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
@@ -144,6 +151,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler and self.scheduler.state_dict(),
             "rng": rng.get_state(),
+            "steps": self.steps,
             "loader_rng": self.batches.generator_states(),
             "step": self.objective.step if isinstance(getattr(self.objective, "step", None), int) else None,
         }
@@ -179,6 +187,8 @@ class Loop:
         if state.get("step") is not None:
             self.objective.step = state["step"]
         self.rows, self.best = list(state["history"]), best
+        # Version 0.1.0 did not count; a stream's epochs have no known number of steps.
+        self.steps = state.get("steps", len(self.rows) * (self.batches.steps or 1))
 
     def _not_finite(self, what: str) -> NotFiniteError:
         before, lr = self.epoch - 1, self.optimizer.param_groups[0]["lr"]

@@ -24,6 +24,7 @@ LIKELIHOODS = {
     "bernoulli": {"likelihood": "bernoulli"},
     "gaussian, fixed": {"likelihood": "gaussian", "scale": 0.5},
     "gaussian, learned": {"likelihood": "gaussian", "scale": "learned"},
+    "gaussian, per column": {"likelihood": "gaussian", "scale": "per_column"},
     "gaussian, per pixel": {"likelihood": "gaussian", "scale": "per_pixel"},
 }
 NETWORKS = {
@@ -195,7 +196,7 @@ def test_conv_decoder_gives_each_particle_its_own_image():
 
 
 def test_gaussian_scales():
-    for scale, expected in ((0.25, 0.25), ("learned", 1.0)):
+    for scale, expected in ((0.25, 0.25), ("learned", 1.0), ("per_column", 1.0)):
         vae = pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale=scale)
         torch.testing.assert_close(vae.likelihood(torch.randn(3, 2)).stddev, torch.full((3, 4), expected))
     per_pixel = pv.conv_vae((3, 8, 8), latent_dim=2, likelihood="gaussian", scale="per_pixel")
