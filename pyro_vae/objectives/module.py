@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ class ObjectiveModule(ELBOModule):
     arguments of ``functools.partial``.
 
     Raises:
-        ValueError: when its parameters are asked for, and the model or the guide belongs to no module.
+        ValueError: when its parameters are asked for, and neither belongs to a module.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -46,12 +47,12 @@ class ObjectiveModule(ELBOModule):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the modules of model and guide."""
-        plain = [name for name in ("model", "guide") if not find_modules(getattr(self, name))]
-        if plain:
+        functions = [inspect.unwrap(function) for function in (self.model, self.guide)]
+        whole = any(isinstance(getattr(function, "__self__", function), nn.Module) for function in functions)
+        if not whole and not all(map(find_modules, functions)):  # functools.partial may hold a part of the modules
             raise PyroVAEError(
-                "can't know the parameters: expected a model and a guide that are a torch.nn.Module, or methods of "
-                f"one, got plain functions ({' and '.join(plain)}), whose pyro.param and pyro.module statements are "
-                "found only by running them. Run the loss once, and build the optimiser on "
-                "[p for _, p in pyro.get_param_store().named_parameters()]."
+                "can't know the parameters: expected a model or guide that is a torch.nn.Module, or a method of one, "
+                "got plain functions, whose pyro.param and pyro.module statements are found only by running them. Run "
+                "the loss once, and build the optimiser on [p for _, p in pyro.get_param_store().named_parameters()]."
             )
         return super().named_parameters(*args, **kwargs)
