@@ -377,6 +377,11 @@ UNLIKE = {
         flow(1.0, dist.transforms.affine_autoregressive(2)),
         "guide's .* is unknown, since Affine",
     ),
+    "another inverse flow": (
+        flow(1.0, FLOW.inv),
+        flow(1.0, dist.transforms.affine_autoregressive(2).inv),
+        "guide's .* is unknown, since",
+    ),
     "an inverse flow": (flow(1.0), flow(1.0, FLOW.inv), "guide's .* is unknown, since"),
     "fewer integers": (halved(dist.Poisson(1.0)), halved(dist.Binomial(2, torch.tensor(0.5))), "does not cover"),
     "other integers": (
