@@ -121,7 +121,7 @@ def _of_mixture(components: Any) -> Any:
     low, high = (end.movedim(-1 - event_dim, 0) for end in (low, high))
     order = low.argsort(0)
     reach = high.gather(0, order).cummax(0).values
-    gaps = low.gather(0, order)[1:] > reach[:-1] + support.is_discrete  # integers next to each other have no gap
+    gaps = low.gather(0, order)[1:] > reach[:-1]
     whole = _with_ends(support, low.amin(0), high.amax(0))
     if bool(gaps.any()):
         return Unknown(whole, "its components leave gaps", support.is_discrete, lambda: _moves(whole))
@@ -198,6 +198,8 @@ def _image_of_ends(transform: Any, *ends: Tensor) -> tuple[Tensor, Tensor]:
             if bool(reached.any()):
                 images[i] = torch.where(reached, torch.where(falls, falling, rising), images[i])
     first, last = images
+    if bool(falls.all()) or not bool(falls.any()):  # each end keeps a gradient of its own alone
+        return (last, first) if bool(falls.all()) else (first, last)
     return torch.where(falls, last, first), torch.where(falls, first, last)
 
 
@@ -292,10 +294,9 @@ def _coverage(model: Any, guide: Any) -> tuple[bool, bool]:
     """Whether the support of a guide's distribution covers that of a model's, and whether the two are the same."""
     own, base = plain(support_of(model)), plain(support_of(guide))
     shapes = [each.batch_shape + each.event_shape for each in (guide, model)]
-    known = not isinstance(own, Unknown) and not isinstance(base, Unknown)
     covered = not isinstance(base, Unknown) and own.is_discrete == base.is_discrete
     covered = covered and _covers(base, shapes[0], own.within if isinstance(own, Unknown) else own, shapes[1])
-    return covered, covered and known and _covers(own, shapes[1], base, shapes[0])
+    return covered, covered and _covers(own, shapes[1], base, shapes[0])
 
 
 def check_covers(name: str, model: Any, guide: Any) -> bool:
