@@ -30,8 +30,9 @@ from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.objectives import Objective
 from pyro_vae.training import checkpoint as checkpoints
-from pyro_vae.training import learning_rates
+from pyro_vae.training import learning_rates, schedule_values
 from pyro_vae.training.data_support import DataSupport
+from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.loop import Loop
 from pyro_vae.training.scales import Fitted, Scales, joined, likelihoods_in
 
@@ -78,9 +79,10 @@ def fit(
             compile at its first step. In a terminal, `fit` says after how many steps that pays off. The result differs
             by rounding.
         checkpoint: a file to write after each epoch. If it exists, training goes on from it, and ends bit for bit where
-            an unbroken training ends (batch norm: see below). The settings must be the same, except `epochs` and the
-            number of `patience`. A function inside the scheduler can't be compared. With `patience`, the file also
-            holds the best epoch's parameters, and :func:`load_parameters` takes those.
+            an unbroken training ends (batch norm: see below). `epochs`, the number of `patience` and `progress` may
+            change, and the device. All else must be the same and is compared: the settings, the program, the data and
+            validation data, the values of schedules. With `patience`, the file also holds the best epoch's parameters,
+            and :func:`load_parameters` takes those.
         seed: seeds the random number generators for minibatches and samples; None leaves their state. Networks draw
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal.
@@ -94,6 +96,13 @@ def fit(
     The checkpoint has the program's parameters, and the buffers, such as batch norm's statistics, of the modules that
     model and guide are, or are methods of. Validation puts these modules into evaluation mode.
 
+    Programs are compared by the log-density of each site on the first rows of the data, which the file holds, and at
+    fixed latents. For that the program runs two more times after each epoch, in evaluation mode, and leaves the random
+    numbers of training as they are. Log-densities may differ by half of their digits, since processors round
+    differently. What depends on other noise, such as dropout that is always on, is not compared. Data are compared by
+    their number and by sums of blocks of rows. Of a custom column or data set, or a stream, only the number and the
+    first minibatch are, the latter once two epochs began with the same one.
+
     Returns:
         A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without validation data),
         the mean bound per datum in nats, times the program's own scale, if it has one; ``seconds``, with the time to
@@ -103,8 +112,8 @@ def fit(
     Raises:
         ValueError: an argument is out of range; data have unequal lengths, are empty or hold NaN; there is no parameter
             to train; `patience` or ``ReduceLROnPlateau`` has no validation data; the scheduler belongs to another
-            optimiser; the checkpoint can't be read, or belongs to another program or other settings; data are outside
-            the support of the site that observes them. With `compile`: the program can't be compiled.
+            optimiser; the checkpoint can't be read, or belongs to another program, other data or other settings; data
+            are outside the support of the site that observes them. With `compile`: the program can't be compiled.
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
     Example:
@@ -157,6 +166,13 @@ def fit(
         "compile": compile,
     }
     rows_of = find_rows(model_sites, program.args)
+    if isinstance(getattr(objective, "step", None), int):
+        objective.step = 0
+    fingerprint = None
+    if checkpoint:
+        schedules = schedule_values.scheduled_values(objective, batches.steps, epochs)
+        schedules |= {"lr": schedule_values.learning_rates(scheduler, epochs)}
+        fingerprint = Fingerprint.of(program, parameters, batches, held_out, schedules)
     loop = Loop(
         program,
         objective,
@@ -171,9 +187,8 @@ def fit(
         support,
         rows_of,
         Scales(program, objective, likelihoods, lr),
+        fingerprint,
     )
-    if isinstance(getattr(objective, "step", None), int):
-        objective.step = 0
     if checkpoint and Path(checkpoint).exists():
         loop.resume(checkpoint, epochs)
     elif checkpoint and scheduler is not None:

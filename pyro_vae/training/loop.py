@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
 from pyro_vae.training.data_support import DataSupport
+from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.scales import Scales
 
 
@@ -41,6 +43,7 @@ class Loop:
     support: DataSupport  # the check of the data
     rows_of: Rows  # how many data the loss of a minibatch stands for
     scales: Scales  # the likelihoods' learned scales
+    fingerprint: Fingerprint | None  # what identifies the training, with a checkpoint
     compiled: CompiledStep | None = None
     rows: list[dict[str, float]] = field(default_factory=list)  # the history, a row an epoch
     best: dict[str, Any] | None = None  # epoch, bound, parameters and buffers of the best epoch, with `patience`
@@ -61,6 +64,8 @@ class Loop:
         count, settings = 0, []
         for step, batch in enumerate(self.batches.shuffled(), 1):
             self.step = step
+            if step == 1 and self.fingerprint is not None:
+                self.fingerprint.see_first(batch)
             settings.append(self._scheduled())
             if self.unchecked is not None:
                 self.unchecked.check(batch)
@@ -154,6 +159,7 @@ class Loop:
             "steps": self.steps,
             "loader_rng": self.batches.generator_states(),
             "step": self.objective.step if isinstance(getattr(self.objective, "step", None), int) else None,
+            "fingerprint": self.fingerprint and self.fingerprint.state(),
         }
 
     def resume(self, path: str | Path, epochs: int) -> None:
@@ -178,7 +184,7 @@ class Loop:
                 f"the checkpoint {path} holds {len(state['history'])} epochs: expected at least as many in all, got "
                 f"epochs={epochs}. Pass more epochs, or a new path."
             )
-        checkpoints.restore(path, state, self.parameters, buffers(self.modules))
+        self._restore_recognised(path, state)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -189,6 +195,26 @@ class Loop:
         self.rows, self.best = list(state["history"]), best
         # Version 0.1.0 did not count; a stream's epochs have no known number of steps.
         self.steps = state.get("steps", len(self.rows) * (self.batches.steps or 1))
+
+    def _restore_recognised(self, path: str | Path, state: dict[str, Any]) -> None:
+        """Restore parameters and buffers; those of another program keep the values that they have."""
+        saved, own_buffers = state.get("fingerprint"), buffers(self.modules)
+        if saved is None or self.fingerprint is None:
+            warnings.warn(
+                f"the checkpoint {path} was written by an earlier version: whether program, data and schedules are "
+                "those that were trained is not known. Pass the same.",
+                stacklevel=5,
+            )
+            checkpoints.restore(path, state, self.parameters, own_buffers)
+            return
+        self.fingerprint.check_inputs(path, saved)
+        own = self._copy(math.nan)
+        checkpoints.restore(path, state, self.parameters, own_buffers)
+        try:
+            self.fingerprint.check_program(path, saved)
+        except PyroVAEError:
+            checkpoints.restore(path, own, self.parameters, own_buffers)
+            raise
 
     def _not_finite(self, what: str) -> NotFiniteError:
         before, lr = self.epoch - 1, self.optimizer.param_groups[0]["lr"]
