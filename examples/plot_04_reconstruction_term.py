@@ -165,10 +165,10 @@ ax.set_title("Held-out digits and their reconstructions at four sigma")
 #    \quad\Longleftrightarrow\quad \sigma^2 = \frac1D\, \mathbb E_q \lVert x - \mu(z) \rVert^2,
 #
 # averaged over the training data. This is the mean squared residual, including the noise of :math:`z`. With
-# this :math:`\sigma` the reconstruction term is :math:`-\frac D2 \log \mathrm{MSE}` plus a constant. While the
-# networks improve, :math:`\sigma` follows the residual with a delay. So we freeze the networks and fit
-# :math:`\sigma` alone, by 100 steps on all the data. The curve shows the bound of these networks on the
-# held-out digits at other values of :math:`\sigma`.
+# this :math:`\sigma` the reconstruction term is :math:`-\frac D2 \log \mathrm{MSE}` plus a constant. ``pv.fit`` sets
+# :math:`\sigma` so in its first steps; then it follows the residual by its gradient, with a delay. So we freeze the
+# networks and fit :math:`\sigma` alone, by 100 steps on all the data. The curve shows the bound of these networks
+# on the held-out digits at other values of :math:`\sigma`.
 best = vaes["learned"]
 residual_variance = squared_residuals(best, digits.train.x).mean().item() / D
 lagging_variance = best.likelihood.log_scale.exp().square().item()
@@ -201,7 +201,7 @@ ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 # %%
 # The claim, checked
 # ------------------
-# The identities hold up to rounding. Gradient ascent finds a :math:`\sigma^2` within 1% of the mean squared
+# The identities hold up to rounding. Training finds a :math:`\sigma^2` within 1% of the mean squared
 # residual; this margin allows for the noise of the samples of :math:`z`. On held-out data the bound with the
 # learned :math:`\sigma` is above that with each fixed one, by paired differences of more than 5 standard
 # errors.

@@ -41,9 +41,10 @@ from pyro_vae.posteriors import *
 from pyro_vae.priors import *
 from pyro_vae.training import fit
 from pyro_vae.training.checkpoint import load_parameters
+from pyro_vae.training.scales import fit_scale
 
 __all__ = ["data", "networks", "plots", "schedules", "testing"]
-__all__ += ["compile_step", "fit", "load_parameters", "log_weights", "to_arviz"]
+__all__ += ["compile_step", "fit", "fit_scale", "load_parameters", "log_weights", "to_arviz"]
 __all__ += ["MissingCompilerError", "NotFiniteError", "PyroVAEError"]
 __all__ += evaluation.__all__
 __all__ += likelihoods.__all__

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor) -> Tensor:
-    """Apply a network of one batch dimension to any number of these, and return outputs (*batch, *features).
+    """Apply a network that takes one batch dimension to an x with several; return outputs (*batch, *features).
 
     Vectorised particles and ``Predictive`` add batch dimensions on the left, and convolutions take exactly one.
 

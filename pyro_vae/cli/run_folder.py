@@ -114,7 +114,7 @@ def build(config: dict[str, Any]) -> tuple[Dataset, pv.VAE]:
     settings = {name: config[name] for name in ("latent_dim", "likelihood")}
     settings[option] = _parsed(option, config[option], "integers separated by commas", "400,200")
     if config["likelihood"] == "gaussian":
-        settings["scale"] = _parsed("scale", config["scale"], "a number, learned or per_pixel", "0.1")
+        settings["scale"] = _parsed("scale", config["scale"], "a number, learned, per_column or per_pixel", "0.1")
     dataset = pv.data.load(config["data"], **{name: config[name] for name in READ})
     pyro.set_rng_seed(config["seed"])
     vae = make(dataset.event_shape, **settings)
@@ -126,7 +126,7 @@ def _parsed(name: str, text: str, wanted: str, example: str) -> Any:
     """The value of the option --scale, or the integers of --hidden-dims or --channels."""
     try:
         if name == "scale":
-            return text if text in ("learned", "per_pixel") else float(text)
+            return text if text in ("learned", "per_column", "per_pixel") else float(text)
         return [int(number) for number in text.split(",")]
     except ValueError:
         option = name.replace("_", "-")

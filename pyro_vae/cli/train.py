@@ -50,7 +50,11 @@ def train(
         Literal["bernoulli", "gaussian"], Option(help="Distribution of each pixel given z.")
     ] = "bernoulli",
     scale: Annotated[
-        str, Option(help="Standard deviation of the Gaussian: a number, learned (one value) or per_pixel (decoder).")
+        str,
+        Option(
+            help="Standard deviation of the Gaussian: a number, learned (one value), per_column (one for each pixel) "
+            "or per_pixel (decoder)."
+        ),
     ] = "learned",
     objective: Annotated[
         Literal["elbo", "elbo-monte-carlo", "iwae"],

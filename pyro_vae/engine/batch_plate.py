@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, plates
+from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, is_factor, plates
 from pyro_vae.errors import PyroVAEError
 
 
@@ -53,30 +53,41 @@ def find_batch_plate(sites: Sites) -> Plate:
 
 @dataclass(frozen=True)
 class Rows:
-    """How many data the loss of a minibatch stands for: the size of an argument's dimension, or a fixed number."""
+    """How many data a minibatch has, and how many its loss stands for."""
 
-    argument: int = 0
+    argument: int = 0  # the minibatch has as many data as this argument's dimension
     dim: int = 0
-    fixed: int | None = None
+    number: int | None = None  # or this number, where no argument has a dimension of its size
+    full: int | None = None  # of a subsampled plate, all data, to which the loss is scaled
 
     def __call__(self, batch: Sequence[Any]) -> int:
-        """The number for this minibatch."""
-        return self.fixed or batch[self.argument].shape[self.dim]
+        """How many data the loss stands for."""
+        return self.full or self.count(batch)
+
+    def count(self, batch: Sequence[Any]) -> int:
+        """How many data the minibatch has."""
+        return self.number or batch[self.argument].shape[self.dim]
 
 
 def find_rows(sites: Sites, batch: Sequence[Any]) -> Rows:
-    """What gives the size of the data's plate, with what a subsample leaves out: of the first dimension, if one has it.
+    """The rows of the data's plate: of the outermost plate around the most observed sites of a model.
 
-    Else the data's plate is that of most sites.
+    Without one, the data are the rows of the first argument.
     """
-    counts = Counter(plate for site in sites.values() for plate in plates(site))
-    if not counts or any(plate.full_size in (-1, len(batch[0])) for plate in counts):
+    observed = [site for site in sites.values() if site["is_observed"] and not is_factor(site)]
+    counts = Counter(plate for site in observed for plate in plates(site))
+    if not counts:
         return Rows()
-    data = max(counts, key=counts.__getitem__)
+    data = max(counts, key=counts.__getitem__)  # of several, the first, which is the outermost
     shapes = [tuple(getattr(argument, "shape", ())) for argument in batch]
-    found = (Rows(i, shape.index(data.size)) for i, shape in enumerate(shapes) if data.size in shape)
-    fixed = Rows(fixed=data.full_size)
-    return next(found, fixed) if data.size == data.full_size else fixed
+    size = data.size
+    if size < 0:  # pyro.plate("data") has the size of its sites
+        batches = (site["fn"].batch_shape for site in observed if data in plates(site))
+        size = max((shape[data.dim] for shape in batches if len(shape) >= -data.dim), default=1)
+    full = data.full_size if data.full_size != data.size else None
+    places = [(i, dim) for i, shape in enumerate(shapes) for dim, length in enumerate(shape) if length == size]
+    # The first dimension of any argument is a likelier place than another dimension.
+    return Rows(*min(places, key=lambda place: place[1]), full=full) if places else Rows(number=size, full=full)
 
 
 def check_rows(plate: Plate, number: int) -> None:

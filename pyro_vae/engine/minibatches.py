@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from pyro_vae.engine import rng
@@ -26,7 +27,7 @@ class Minibatches:
             if batch_size is not None and name == "data":
                 raise PyroVAEError("expected no batch_size with a DataLoader, which has its own. Set it there.")
             self.batch_size, self.size = self.loader.batch_size, None
-            self.begun: tuple[Any, Iterator[Any]] | None = None  # a stream's first minibatch, and the others
+            self.begun: Iterator[Any] | None = None  # a stream that can't begin again, after a look at its first ones
             try:
                 self.steps: int | None = len(self.loader)
             except TypeError:  # an iterable data set has no length
@@ -56,10 +57,10 @@ class Minibatches:
                 missing = (
                     "; or, where they are missing values, pass (x.nan_to_num(), ~x.isnan()) to a model with a mask"
                 )
-                nan = bool(column.isnan().any())
+                found = {"NaN": bool(column.isnan().any()), "infinity": bool(column.isinf().any())}
                 raise PyroVAEError(
-                    f"expected {name} to be finite, got {'NaN' if nan else 'infinity'}. Drop those rows"
-                    f"{f'{missing}, such as pv.VAE' if nan else ', or correct them'}."
+                    f"expected {name} to be finite, got {' and '.join(what for what in found if found[what])}. Drop "
+                    f"those rows{', or correct them' if found['infinity'] else f'{missing}, such as pv.VAE'}."
                 )
         self.steps = math.ceil(self.size / self.batch_size)
 
@@ -73,14 +74,22 @@ class Minibatches:
         """A first minibatch, for a trial run; the random numbers of the training stay as they are."""
         with rng.preserved():
             if self.loader is not None:
-                states = self.generator_states()
-                rest = iter(self.loader)
-                first = next(rest)
-                if isinstance(self.loader.dataset, IterableDataset):  # which may not begin again
-                    self.begun = first, rest
-                self.set_generator_states(states)
+                rest, first = self._begin(self.loader)
+                if isinstance(self.loader.dataset, IterableDataset):
+                    _, again = self._begin(self.loader)
+                    if not _same(first, again):  # a stream that can't begin again: no minibatch may be lost
+                        self.begun = chain([first] if again is None else [first, again], rest)
                 return self._checked(first)
             return self._take(slice(0, self.batch_size))
+
+    def _begin(self, loader: Any) -> tuple[Iterator[Any], Any]:
+        """An iterator of a loader, and its first minibatch; the random numbers of the training stay as they are."""
+        states = self.generator_states()
+        with rng.preserved():
+            rest = iter(loader)
+            first = next(rest, None)
+        self.set_generator_states(states)
+        return rest, first
 
     def all_at_hand(self) -> Batch | None:
         """All columns, if each is a tensor."""
@@ -98,12 +107,7 @@ class Minibatches:
     def in_order(self) -> Iterator[Batch]:
         """One pass in the data's own order."""
         if self.loader is not None:
-            if self.begun is None:
-                batches: Iterator[Any] = iter(self.loader)
-            else:
-                (first, rest), self.begun = self.begun, None
-                torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)  # as iter(loader) does
-                batches = chain([first], rest)
+            batches, self.begun = self.begun or iter(self.loader), None
             yield from map(self._checked, batches)
             return
         for start in range(0, self.size or 0, self.batch_size or 1):
@@ -111,6 +115,8 @@ class Minibatches:
 
     def _checked(self, batch: Any) -> Batch:
         """A DataLoader's minibatch as a program's arguments."""
+        if batch is None:
+            raise PyroVAEError("expected a DataLoader with a minibatch, got an empty one.")
         columns = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         if not isinstance(columns[0], Tensor):
             raise PyroVAEError(
@@ -137,3 +143,12 @@ class Minibatches:
 
     def _take(self, index: Any) -> Batch:
         return tuple(column[index] for column in self.columns)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two minibatches hold the same values."""
+    (values, shape), (others, other_shape) = pytree.tree_flatten(first), pytree.tree_flatten(second)
+    return shape == other_shape and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else np.array_equal(a, b)
+        for a, b in zip(values, others, strict=True)
+    )

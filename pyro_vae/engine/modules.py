@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 PyroFunction = Callable[..., Any]  # a Pyro model, or a guide
 
@@ -33,6 +33,41 @@ def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
     """Their buffers, such as batch norm's statistics, as they are now."""
     states = enumerate(module.state_dict(keep_vars=True) for module in modules)
     return {f"{i}.{n}": v for i, state in states for n, v in state.items() if not isinstance(v, nn.Parameter)}
+
+
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """Restore the buffers, such as batch norm's statistics, of every module that is called meanwhile."""
+    before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+
+    def keep(called: nn.Module, _: Any) -> None:
+        for name, buffer in called._buffers.items() if called.training else ():
+            if buffer is not None:
+                before.setdefault((called, name), (buffer, buffer.clone()))
+
+    hook = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for (module, name), (buffer, value) in before.items():
+            module._buffers[name] = buffer.copy_(value)
+
+
+@contextmanager
+def recorded_calls(attribute: str) -> Iterator[list[tuple[nn.Module, Any]]]:
+    """It yields the list of the modules with that attribute that are called meanwhile, and their outputs."""
+    found: list[tuple[nn.Module, Any]] = []
+
+    def record(called: nn.Module, _: Any, output: Any) -> None:
+        if hasattr(called, attribute):
+            found.append((called, output))
+
+    hook = register_module_forward_hook(record)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_vae.engine import agreement, rng
 from pyro_vae.engine.batch_plate import find_batch_plate
-from pyro_vae.engine.modules import PyroFunction, eval_mode, find_modules
+from pyro_vae.engine.modules import PyroFunction, buffers_kept, eval_mode, find_modules
 from pyro_vae.engine.sites import (
     PARTICLE_PLATE,
     WRAPPERS,
@@ -40,7 +40,7 @@ from pyro_vae.engine.sites import (
     unwrapped,
 )
 from pyro_vae.engine.supports import check_fixed_supports
-from pyro_vae.engine.traces import OwnSubsamples, given, in_particles, prior, sample_sites, traced
+from pyro_vae.engine.traces import At, OwnSubsamples, given, in_particles, prior, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
 
@@ -181,7 +181,7 @@ class Program:
         """
         fixed, particle_dim = given(values), -self._known_nesting() - 1
         first = in_particles(self.model if self.guide is None else self.guide_or_prior, number, particle_dim)
-        sites = sample_sites(traced(poutine.replay(first, trace=fixed), self.args, self.kwargs))
+        sites = sample_sites(traced(At(values)(first), self.args, self.kwargs))
         drawn = Drawn(fixed, sites, None, (), number, particle_dim)
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
         if self.guide is not None:
@@ -193,20 +193,24 @@ class Program:
         model = poutine.uncondition(in_particles(self.model, number, -self._known_nesting() - 1))
         return sample_sites(traced(poutine.replay(model, trace=given(values or {})), self.args))
 
-    def trace(self, values: dict[str, Tensor] | None = None) -> tuple[Trace, Trace]:
-        """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run."""
+    def trace(self, values: dict[str, Tensor] | None = None, *, training: bool = False) -> tuple[Trace, Trace]:
+        """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run.
+
+        With `training`, modules stay in the mode that they are in, with dropout and a minibatch's own statistics.
+        """
         guide = self.guide_or_prior
         if values is not None:
-            guide = poutine.replay(guide, trace=given(values))
-        with self.unnoticed():
+            guide = At(values)(guide)
+        with self.unnoticed(training=training):
             guide_trace = traced(guide, self.args, self.kwargs)
             model = poutine.replay(self.model, trace=guide_trace)
             return traced(model, self.args, self.kwargs), guide_trace
 
     @contextmanager
-    def unnoticed(self) -> Iterator[None]:
+    def unnoticed(self, *, training: bool = False) -> Iterator[None]:
         """Around a run that Pyro's handlers, gradients, random number generators and batch norm must not notice."""
-        with torch.no_grad(), poutine.block(), rng.preserved(), eval_mode(self.modules()):
+        mode = buffers_kept() if training else eval_mode(self.modules())
+        with torch.no_grad(), poutine.block(), rng.preserved(), mode:
             pyro.set_rng_seed(int(torch.randint(2**31, ())))  # initial values drawn here must not come again as noise
             yield
 
@@ -284,7 +288,7 @@ class Program:
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
-    """The sites' values, log-densities, masks and scales of some particles."""
+    """The sites' values, log-densities and masks of some particles."""
     part, rows = functools.partial(_part, start=start, size=size), {}
     for name, site in sites.items():
         frames = (f._replace(size=size) if f.name == PARTICLE_PLATE else f for f in site["cond_indep_stack"])
@@ -292,7 +296,7 @@ def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:
             "cond_indep_stack": tuple(frames),
             "fn": _with_masks(site["fn"], part, particle_dim),
             "value": derived(site["value"], functools.partial(part, dim=particle_dim - site["fn"].event_dim)),
-            **{key: part(site[key], particle_dim) for key in ("unscaled_log_prob", "mask", "scale")},
+            **{key: part(site[key], particle_dim) for key in ("unscaled_log_prob", "mask")},
         }
     return rows
 

@@ -59,7 +59,7 @@ class Trial(NamedTuple):
 
 
 def trial(program: Program) -> Trial:
-    """Run a program as :meth:`Program.trace` does, for :func:`check_row_parameters`."""
+    """Run a program with gradients, for :func:`check_row_parameters`; nothing else notices the run."""
     with _unnoticed(program):
         return _run(program, {})
 

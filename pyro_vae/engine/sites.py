@@ -118,6 +118,19 @@ def kept(site: Site, *, in_part: bool) -> Tensor:
     return found if site["mask"] is None else found & site["mask"]
 
 
+def element_weights(site: Site) -> Tensor:
+    """How often each element of a site's value counts: its scale, and 0 where a mask leaves it out."""
+    fn = site["fn"]
+    terms = [(site["scale"], fn), (site["mask"], fn), *((getattr(layer, "_mask", None), layer) for layer in layers(fn))]
+    found = torch.ones_like(site["value"])
+    for term, layer in terms:
+        if isinstance(term, Tensor):
+            found = found * term.expand(layer.batch_shape).reshape(*layer.batch_shape, *[1] * layer.event_dim)
+        elif term is not None:
+            found = found * float(term)
+    return found
+
+
 def _mask_and_events(layer: Any, event_dim: int) -> tuple[Any, Tensor | None]:
     """A layer's mask; and the mask with all dimensions that a later ``to_event`` takes as its last one, if any."""
     mask, inner = getattr(layer, "_mask", None), event_dim - layer.event_dim

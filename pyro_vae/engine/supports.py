@@ -1,22 +1,51 @@
-"""Where a distribution has mass: its support as an interval, whether parameters move it, whether a guide covers it."""
+"""Where a distribution has mass: its support as an interval, whether parameters move it, whether a guide covers it.
 
+PyTorch declares the codomain of the last transform as the support: of a shifted Uniform, the real line. Here the ends
+of the base's support go through the transforms, in the shape and dtype of a sample.
+"""
+
+import copy
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from pyro.distributions.transforms import Permute
 from torch import Tensor
 from torch import distributions as td
+from torch.distributions.utils import lazy_property
 
-from pyro_vae.engine.sites import Sites, family, unwrapped
+from pyro_vae.engine.sites import Sites, equal, family, unwrapped
 from pyro_vae.errors import PyroVAEError
+
+PIECES = (td.constraints.cat, td.constraints.stack)
+INVERSE = type(td.ExpTransform().inv)
+REARRANGING = (Permute, td.ReshapeTransform)
+ROUNDING = 4  # in eps: low + (high - low) in a sample's dtype is off by at most 2.5 eps of the larger end
+
+
+class Unknown(td.constraints.Constraint):
+    """A support of which only a constraint is known that it lies in, the reason, and whether parameters move it."""
+
+    def __init__(self, within: Any, reason: str, is_discrete: bool, moves: Callable[[], bool]) -> None:
+        self.within, self.reason, self.is_discrete, self.moves = plain(within), reason, is_discrete, moves
+
+    def __repr__(self) -> str:
+        return f"a part of {self.within} that is unknown, since {self.reason}"
+
+
+class MixedInterval(td.constraints.interval):
+    """Intervals of which some have an end where others have none, so that no one transform of PyTorch's leads there."""
+
+    def __repr__(self) -> str:
+        return f"MixedInterval(lower_bound={self.lower_bound}, upper_bound={self.upper_bound})"
 
 
 def check_fixed_supports(guide: Sites) -> None:
     """Refuse a site whose support depends on parameters: the mean of its score is not zero."""
     for name, site in guide.items():
-        bounds = _moving_bounds(site["fn"], site["unscaled_log_prob"])
-        if any(bound.requires_grad and bool(bound.isfinite().any()) for bound in bounds):
+        if _moves(support_of(site["fn"])):
             raise PyroVAEError(
                 f"guide site '{name}' ({family(site['fn'])}) has a support that depends on parameters: expected a "
                 "fixed support, since the score function omits what moving bounds add to the gradient. Use "
@@ -24,37 +53,11 @@ def check_fixed_supports(guide: Sites) -> None:
             )
 
 
-def _moving_bounds(distribution: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The bounds of a distribution's support, in the dtype of `like`; those that parameters move carry a gradient."""
-    fn = unwrapped(distribution)
-    if isinstance(fn, td.MixtureSameFamily):
-        return _moving_bounds(fn.component_distribution, like)
-    if type(fn).support is not td.TransformedDistribution.support:
-        return _bounds(support_of(fn), like)
-    # PyTorch gives the whole codomain of the last transform as the support: of a shifted Uniform, the real line.
-    shape = fn.base_dist.batch_shape + fn.base_dist.event_shape
-    low, high = (bound.expand(shape) for bound in _moving_bounds(fn.base_dist, like))
-    for transform in fn.transforms:
-        domain = _bounds(transform.domain, like)
-        if all(bool((bound == limit).all()) for bound, limit in zip((low, high), domain, strict=True)):
-            low, high = _bounds(transform.codomain, like)
-        else:
-            low, high = (_image(transform, bound) for bound in (low, high))
-            low, high = (high, low) if bool((low > high).any()) else (low, high)
-    return low, high
-
-
-def _image(transform: td.Transform, bound: Tensor) -> Tensor:
-    scaling = isinstance(transform, td.AffineTransform) and not torch.as_tensor(transform.loc).requires_grad
-    stays = scaling and not bound.requires_grad and bool((bound == 0).all())
-    image: Tensor = transform(bound)
-    return image.detach() if stays else image
-
-
-def _bounds(constraint: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    # A support that is not an interval, such as a simplex, gets finite bounds, since any transform may move it.
-    low, high = interval(constraint) or (-1.0, 1.0)
-    return torch.as_tensor(low).to(like), torch.as_tensor(high).to(like)
+def _moves(support: Any) -> bool:
+    if isinstance(plain(support), Unknown):
+        return bool(plain(support).moves())
+    ends = [end for end in interval(support) or () if isinstance(end, Tensor)]
+    return any(end.requires_grad and bool(end.isfinite().any()) for end in ends)
 
 
 def plain(support: Any) -> Any:
@@ -75,46 +78,65 @@ def interval(support: Any) -> tuple[Any, Any] | None:
     return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
 
 
-class Unknown(td.constraints.Constraint):
-    """The support of a distribution whose transforms leave out a part of their codomain that can't be computed."""
-
-    def __init__(self, event_dim: int) -> None:
-        self.event_dim = event_dim
-
-    def __repr__(self) -> str:
-        return "an unknown part of the transform's codomain"
-
-
 def support_of(distribution: Any) -> Any:
     """A distribution's true support; the real line if its family does not define one.
 
-    PyTorch gives the codomain of the last transform: of a shifted Uniform, the real line. A mixture's support has a
-    type of its own there; here it is that of its components.
+    A mixture's support has a type of its own in PyTorch; here it is the union of those of its components.
     """
     fn = unwrapped(distribution)
-    try:
-        found = fn.support
-    except NotImplementedError:  # a user's family without a support
-        found = td.constraints.real
     if isinstance(fn, td.MixtureSameFamily):
-        found = _of_mixture(support_of(fn.component_distribution))
-    elif isinstance(fn, td.TransformedDistribution) and type(fn).support is td.TransformedDistribution.support:
-        found = support_of(fn.base_dist)
-        for transform in _parts(fn.transforms):
-            found = _through(transform, found)
-    return _with_event_dim(found, len(distribution.event_shape))
+        found = _of_mixture(fn.component_distribution)
+    elif _is_transformed(fn):
+        shape = fn.base_dist.batch_shape + fn.base_dist.event_shape
+        found = _through(fn.transforms, support_of(fn.base_dist), shape, _dtype(fn.base_dist))
+    else:
+        try:
+            found = fn.support
+        except NotImplementedError:  # a user's family without a support
+            found = td.constraints.real
+    more = len(distribution.event_shape) - found.event_dim
+    return td.constraints.independent(found, more) if more > 0 else found
+
+
+def _is_transformed(fn: Any) -> bool:
+    return isinstance(fn, td.TransformedDistribution) and type(fn).support is td.TransformedDistribution.support
+
+
+def _dtype(distribution: Any) -> torch.dtype:
+    """The dtype of a distribution's samples: that of its parameters."""
+    values = vars(unwrapped(distribution)).values()
+    found = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    found += [_dtype(value) for value in values if isinstance(value, td.Distribution)]
+    return functools.reduce(torch.promote_types, found) if found else torch.get_default_dtype()
 
 
 def _of_mixture(components: Any) -> Any:
-    """The support of a mixture, whose components lie along the last batch dimension; unknown if theirs differ."""
-    ends = [torch.as_tensor(end) for end in interval(components) or ()]
-    dim = -1 - components.event_dim
-    if all(end.dim() < -dim for end in ends):
-        return components
-    if any(end.dim() >= -dim and bool((end != end.narrow(dim, 0, 1)).any()) for end in ends):
-        return Unknown(components.event_dim)
-    low, high = (end.select(dim, 0) if end.dim() >= -dim else end for end in ends)
-    return _with_event_dim(_between(low, high), components.event_dim)
+    """The union of the components' supports; they lie along the last batch dimension."""
+    event_dim = len(components.event_shape)
+    support = _joined(support_of(components), components.batch_shape + components.event_shape)
+    ends = _ends(support)
+    if ends is None or all(end.dim() <= event_dim for end in ends):
+        return support
+    low, high = torch.broadcast_tensors(*ends)
+    low, high = (end.movedim(-1 - event_dim, 0) for end in (low, high))
+    order = low.argsort(0)
+    reach = high.gather(0, order).cummax(0).values
+    gaps = low.gather(0, order)[1:] > reach[:-1]
+    whole = _with_ends(support, low.amin(0), high.amax(0))
+    if bool(gaps.any()):
+        return Unknown(whole, "its components leave gaps", support.is_discrete, lambda: _moves(whole))
+    return whole
+
+
+def _through(transforms: Iterable[Any], support: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """The image of a support of samples of this shape and dtype under transforms."""
+    for transform in _parts(transforms):
+        support = _image(transform, support, shape, dtype)
+        shape = transform.forward_shape(shape)
+        tensors = (value for value in vars(transform).values() if isinstance(value, Tensor))
+        dtypes = (value.dtype for value in tensors if value.is_floating_point())
+        dtype = functools.reduce(torch.promote_types, dtypes, dtype)
+    return support
 
 
 def _parts(transforms: Iterable[Any]) -> Iterator[Any]:
@@ -128,39 +150,153 @@ def _parts(transforms: Iterable[Any]) -> Iterator[Any]:
             yield transform
 
 
-def _through(transform: Any, support: Any) -> Any:
-    """The image of a support under a transform."""
-    here, domain = _ends(support), _ends(transform.domain)
-    if domain is None:
-        whole = type(plain(support)) is type(plain(transform.domain))
-    else:
-        whole = here is not None and bool((here[0] <= domain[0]).all() and (here[1] >= domain[1]).all())
-    if whole:
+def _image(transform: Any, support: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    support, domain, name = _joined(support, shape), transform.domain, type(transform).__name__
+    ends, limits = _ends(support), _ends(domain, shape)
+    forward = transform.inv if isinstance(transform, INVERSE) else transform
+    if isinstance(forward, REARRANGING) and ends is not None:
+        return _with_ends(support, *(transform(end.expand(shape)) if end.dim() else end for end in ends))
+    if not support.is_discrete and _covers(support, shape, domain, shape):
         return transform.codomain
-    moves = not transform.domain.event_dim and transform.bijective and not support.is_discrete
-    if here is None or not moves:
-        return Unknown(max(plain(support).event_dim, transform.codomain.event_dim))
-    dtypes = [value.dtype for value in vars(transform).values() if isinstance(value, Tensor)]
-    first, last = (transform(end.to(dtypes[0] if dtypes else torch.get_default_dtype())) for end in here)
-    return _between(torch.minimum(first, last), torch.maximum(first, last))
+    if isinstance(support, Unknown):
+        reason = support.reason
+    elif support.is_discrete:
+        reason = f"{name} moves its discrete values"
+    elif not transform.bijective:
+        reason = f"{name} is not one-to-one"
+    elif ends is None or limits is None or not _is_elementwise(transform):
+        reason = f"{name} mixes elements, and gets only a part of its domain"
+    else:
+        low, high = _image_of_ends(transform, *(end.to(dtype).expand(shape) for end in ends))
+        if not bool((low.isnan() | high.isnan()).any()):
+            return _between(low, high)
+        reason = f"{name} has no value at an end of its domain"
+
+    def moves() -> bool:
+        # A transform whose parameters have a gradient has a value with one anywhere.
+        value = transform(torch.ones(shape, dtype=dtype)) if limits is not None else None
+        return _moves(support) or value is None or value.requires_grad
+
+    return Unknown(transform.codomain, reason, support.is_discrete, moves)
+
+
+def _is_elementwise(transform: Any) -> bool:
+    pieces = transform.transforms if isinstance(transform, td.CatTransform | td.StackTransform) else [transform]
+    return all(isinstance(piece, td.AffineTransform) or not piece.domain.event_dim for piece in pieces)
+
+
+def _image_of_ends(transform: Any, *ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends of an interval's image under a monotone transform of each element."""
+    images = [_value_at(transform, end) for end in ends]
+    falls = images[0] > images[1]
+    limits, bounds = (_ends(each, images[0].shape) for each in (transform.domain, transform.codomain))
+    if limits is not None and bounds is not None and not any(bool(image.isnan().any()) for image in images):
+        # PyTorch clips values near an end of the codomain.
+        bottom, top = (bound.to(images[0]) for bound in bounds)
+        at_limit = zip(_reached(ends, limits), ((bottom, top), (top, bottom)), strict=True)
+        for i, (reached, (rising, falling)) in enumerate(at_limit):
+            if bool(reached.any()):
+                images[i] = torch.where(reached, torch.where(falls, falling, rising), images[i])
+    first, last = images
+    if bool(falls.all()) or not bool(falls.any()):  # each end keeps a gradient of its own alone
+        return (last, first) if bool(falls.all()) else (first, last)
+    return torch.where(falls, last, first), torch.where(falls, first, last)
+
+
+def _value_at(transform: Any, end: Tensor) -> Tensor:
+    value: Tensor = transform(end)
+    # Zero times a scale stays where it is, whoever trains the scale.
+    scaling = isinstance(transform, td.AffineTransform) and not torch.as_tensor(transform.loc).requires_grad
+    return value.detach() if scaling and not end.requires_grad and bool((end == 0).all()) else value
+
+
+def _joined(support: Any, shape: tuple[int, ...]) -> Any:
+    """The support of one dimension, as intervals where it is one of pieces that are intervals."""
+    support = plain(support)
+    ends = _ends(support, shape) if isinstance(support, PIECES) else None
+    return support if ends is None else _between(*ends)
 
 
 def _between(low: Tensor, high: Tensor) -> Any:
-    """The numbers between two bounds, of which each is finite everywhere or nowhere; else unknown."""
+    """The numbers between two ends."""
+    low, high = _common(low), _common(high)
     lower, upper = low.isfinite(), high.isfinite()
-    if bool((low.isnan() | high.isnan()).any() or lower.any() != lower.all() or upper.any() != upper.all()):
-        return Unknown(0)
+    if bool(lower.any() != lower.all() or upper.any() != upper.all()):
+        return MixedInterval(low, high)
+    if bool(lower.all() & upper.all()):
+        return td.constraints.interval(low, high)
     if bool(lower.all()):
-        if bool(upper.all()):
-            return td.constraints.interval(low, high)
         return td.constraints.positive if bool((low == 0).all()) else td.constraints.greater_than(low)
     return td.constraints.less_than(high) if bool(upper.all()) else td.constraints.real
 
 
-def _with_event_dim(support: Any, event_dim: int) -> Any:
-    """A support whose last `event_dim` dimensions are one event."""
-    more = event_dim - support.event_dim
-    return td.constraints.independent(support, more) if more > 0 else support
+def _with_ends(support: Any, low: Tensor, high: Tensor) -> Any:
+    """A support of the same kind, discrete or not, whose ends that are tensors are others."""
+    found = copy.copy(support)
+    for name, end in (("lower_bound", low), ("upper_bound", high)):
+        if isinstance(getattr(support, name, None), Tensor):
+            setattr(found, name, _common(end))
+    return found
+
+
+def _common(end: Tensor) -> Tensor:
+    """The end of all elements as one number, if they share it; else without dimensions that it is constant along."""
+    while end.dim() and len(end) and bool((end == end[:1]).all()):
+        end = end[0]
+    return end
+
+
+def _ends(support: Any, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor] | None:
+    """The ends as tensors, of numbers in float64; those of a support in pieces need the shape of a sample."""
+    support = plain(support)
+    if isinstance(support, PIECES):
+        return _ends_of_pieces(support, shape)
+    ends = interval(support)
+    if ends is None:
+        return None
+    low, high = (end if isinstance(end, Tensor) else torch.tensor(end, dtype=torch.float64) for end in ends)
+    return low, high
+
+
+def _ends_of_pieces(support: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    whole = torch.empty(shape, device="meta")
+    stacks = isinstance(support, td.constraints.stack)
+    pieces = whole.unbind(support.dim) if stacks else whole.split(support.lengths, support.dim)
+    found = [(_ends(part, piece.shape), piece.shape) for part, piece in zip(support.cseq, pieces, strict=True)]
+    expanded = [[end.expand(size) for end in ends] for ends, size in found if ends is not None]
+    if len(expanded) < len(found):
+        return None
+    join = torch.stack if stacks else torch.cat
+    low, high = (join(each, support.dim) for each in zip(*expanded, strict=True))
+    return low, high
+
+
+def _reached(ends: Any, limits: Any) -> tuple[Tensor, Tensor]:
+    """Whether an interval's ends reach these limits, up to the rounding of the ends' dtype."""
+    dtypes = {end.dtype for end in (*ends, *limits) if end.is_floating_point()} or {torch.float64}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    (low, high), (bottom, top) = ((end.detach().double() for end in pair) for pair in (ends, limits))
+    size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (bottom, top)))
+    # An end at zero is exact. Much mass may lie near it, since numbers near it have a finer rounding.
+    slack = [torch.where(end == 0, 0.0, ROUNDING * eps * size) for end in (bottom, top)]
+    return low <= bottom + slack[0], high >= top - slack[1]
+
+
+def _covers(wide: Any, wide_shape: tuple[int, ...], narrow: Any, narrow_shape: tuple[int, ...]) -> bool:
+    """Whether the first support contains the second, up to rounding; unless both are intervals, if they are equal."""
+    ends, limits = _ends(wide, wide_shape), _ends(narrow, narrow_shape)
+    if ends is None or limits is None:
+        return _equal(plain(wide), plain(narrow))
+    return all(bool(reached.all()) for reached in _reached(ends, limits))
+
+
+def _coverage(model: Any, guide: Any) -> tuple[bool, bool]:
+    """Whether the support of a guide's distribution covers that of a model's, and whether the two are the same."""
+    own, base = plain(support_of(model)), plain(support_of(guide))
+    shapes = [each.batch_shape + each.event_shape for each in (guide, model)]
+    covered = not isinstance(base, Unknown) and own.is_discrete == base.is_discrete
+    covered = covered and _covers(base, shapes[0], own.within if isinstance(own, Unknown) else own, shapes[1])
+    return covered, covered and _covers(own, shapes[1], base, shapes[0])
 
 
 def check_covers(name: str, model: Any, guide: Any) -> bool:
@@ -168,23 +304,16 @@ def check_covers(name: str, model: Any, guide: Any) -> bool:
 
     The weights would miss the mass of p(x, z) outside, and no diagnostic could show it.
     """
-    own, base = plain(support_of(model)), plain(support_of(guide))
-    if isinstance(base, Unknown) and not isinstance(own, Unknown):
+    model, guide = _without_common_layers(model, guide)
+    own, base = (_joined(support_of(each), each.batch_shape + each.event_shape) for each in (model, guide))
+    if isinstance(base, Unknown):
         raise PyroVAEError(
-            f"the support of the guide's {family(guide)} at site '{name}' is unknown, since its transforms get only a "
-            f"part of their domain: expected a support that covers {own}. Choose a base distribution on the whole "
-            "domain."
+            f"the support of the guide's {family(guide)} at site '{name}' is unknown, since {base.reason}: expected a "
+            f"support that covers {own}. Choose a base distribution on the whole domain of its transforms, or the "
+            "model's own transforms and components."
         )
-    here, there = _ends(own), _ends(base)
-    if isinstance(own, Unknown) and there is not None:
-        here = torch.tensor(-math.inf), torch.tensor(math.inf)  # only the whole line certainly covers it
-    if here is None or there is None:
-        same = whole = type(own) is type(base)
-    else:
-        covered = bool((there[0] <= here[0]).all() and (there[1] >= here[1]).all())
-        whole = covered and own.is_discrete == base.is_discrete
-        same = whole and bool((there[0] == here[0]).all() and (there[1] == here[1]).all())
-    if not whole:
+    covered, same = _coverage(model, guide)
+    if not covered:
         raise PyroVAEError(
             f"the guide does not cover the model's support at site '{name}': expected a support that covers {own}, got "
             f"{base}. The mass of p(x, z) outside would be missing from log p(x). Choose a guide on {own}."
@@ -193,19 +322,50 @@ def check_covers(name: str, model: Any, guide: Any) -> bool:
 
 
 def same_support(first: Any, second: Any) -> bool:
-    """Whether one transform maps unconstrained space to both; open and closed bounds count as equal."""
-    return _same_transform(td.biject_to(first), td.biject_to(second))
+    """Whether two distributions have the same support, up to rounding; open and closed ends count as equal."""
+    return _coverage(first, second)[1]
 
 
-def _same_transform(first: Any, second: Any) -> bool:
-    # IndependentTransform defines no equality.
-    if isinstance(first, td.IndependentTransform) and isinstance(second, td.IndependentTransform):
-        return _same_transform(first.base_transform, second.base_transform)
-    if type(first).__eq__ in (object.__eq__, td.Transform.__eq__):
-        return type(first) is type(second)
+def _without_common_layers(model: Any, guide: Any) -> tuple[Any, Any]:
+    """The distributions under transforms and mixtures that both have, while their supports are unknown.
+
+    A guide that covers the model there covers it under the same transforms too, whatever these do.
+    """
+    if not all(isinstance(plain(support_of(each)), Unknown) for each in (model, guide)):
+        return model, guide
+    first, second = unwrapped(model), unwrapped(guide)
+    if isinstance(first, td.MixtureSameFamily) and isinstance(second, td.MixtureSameFamily):
+        parts = [each.component_distribution for each in (first, second)]
+        if len({part.batch_shape[-1] for part in parts}) == 1:
+            return _without_common_layers(*parts)
+    elif _is_transformed(first) and _is_transformed(second) and _equal(first.transforms, second.transforms):
+        return _without_common_layers(first.base_dist, second.base_dist)
+    return model, guide
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two transforms or constraints, or values that they hold, are equal."""
+    if first is second:
+        return True
+    if isinstance(first, Tensor | int | float) and isinstance(second, Tensor | int | float):
+        return equal(first, second)
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, td.Transform | td.constraints.Constraint):
+        return _equal(*([*_held(each)] for each in (first, second)))
     return bool(first == second)
 
 
-def _ends(support: Any) -> tuple[Tensor, Tensor] | None:
-    ends = interval(support)
-    return ends and (torch.as_tensor(ends[0], dtype=torch.float64), torch.as_tensor(ends[1], dtype=torch.float64))
+def _held(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a transform or constraint is made of, without what it has cached."""
+    if isinstance(value, INVERSE):
+        yield "inverse of", value.inv
+    is_module = isinstance(value, torch.nn.Module)
+    if is_module:
+        yield from sorted(value.state_dict().items())
+    for name, each in sorted(vars(value).items()):
+        derived = name == "_inv" or "cache" in name or isinstance(getattr(type(value), name, None), lazy_property)
+        if not derived and not (is_module and name.startswith("_")):
+            yield name, each

@@ -117,6 +117,18 @@ def given(values: dict[str, Tensor]) -> Trace:
     return trace
 
 
+class At(Messenger):
+    """Gives latent sites their values; unlike a replay, it leaves them the notes that a guide made there."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
 def in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:
     """The function in a plate of particles; itself, if there is no dimension for one."""
     return function if particle_dim is None else pyro.plate(PARTICLE_PLATE, number, dim=particle_dim)(function)

@@ -82,7 +82,7 @@ def decompose_elbo(
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
 
     Raises:
-        ValueError: the guide has auxiliary sites, or an error of :func:`pyro_vae.log_likelihood`.
+        ValueError: the guide has auxiliary sites, fewer than 2 data, or an error of :func:`pyro_vae.log_likelihood`.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv

@@ -11,7 +11,7 @@ from torch.distributions import biject_to
 
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Site, Sites, family, unwrapped
-from pyro_vae.engine.supports import same_support, support_of
+from pyro_vae.engine.supports import MixedInterval, Unknown, plain, same_support, support_of
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
 
@@ -173,17 +173,22 @@ def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
                 f"model site '{name}' is discrete ({kind}): expected continuous latents, which Hamiltonian transitions "
                 "can move. Sum it out of the model, or use pv.log_likelihood."
             )
+        if isinstance(plain(own), Unknown | MixedInterval):
+            raise PyroVAEError(
+                f"model site '{name}' ({kind}) has the support {plain(own)}: expected one with a transform of "
+                "PyTorch's from unconstrained space. Choose a prior with a known support, or use pv.log_likelihood."
+            )
         if kind in CIRCULAR or not _has_flat_space(own):
             raise PyroVAEError(
                 f"model site '{name}' is on a curved or periodic space ({kind}): expected latents with a one-to-one "
                 "transform to as many unconstrained numbers. Use pv.log_likelihood."
             )
-        if not same_support(own, support_of(again[name]["fn"])):
+        if not same_support(model[name]["fn"], again[name]["fn"]):
             raise PyroVAEError(
                 f"model site '{name}' has a support that depends on another latent: expected fixed bounds. Sample it "
                 "on fixed bounds and transform it."
             )
-        if not same_support(own, base):
+        if not same_support(model[name]["fn"], site["fn"]):
             raise PyroVAEError(
                 f"model and guide disagree on the support of site '{name}': expected one support, got {own} in the "
                 f"model and {base} in the guide. Choose a guide on {own}, or pass start='prior'."

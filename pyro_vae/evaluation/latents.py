@@ -46,7 +46,7 @@ def active_units(
         threshold: the variance above which a dimension is active, in the squared units of z.
 
     Raises:
-        ValueError: `threshold` is negative, or an error of :func:`pyro_vae.log_likelihood`.
+        ValueError: `threshold` is negative, fewer than 2 data, or an error of :func:`pyro_vae.log_likelihood`.
 
     Example:
         >>> import torch, pyro_vae as pv

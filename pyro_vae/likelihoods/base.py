@@ -41,6 +41,8 @@ class Likelihood(nn.Module):
     num_features: int = 1
     #: The value that replaces missing elements. It must be in the support.
     filler: float = 0.0
+    #: The smallest scale that the decoder or a parameter can give; None if there is no such bound.
+    floor: float | None = None
 
     def __init__(self, decoder: nn.Module, event_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -119,6 +121,21 @@ class Likelihood(nn.Module):
     def from_statistic(self, statistic: Tensor) -> Tensor:
         """The prediction of x, (*batch, *event), from a statistic or its average. Here it is the statistic."""
         return statistic
+
+    @property
+    def has_learned_scale(self) -> bool:
+        """Whether a scale is a parameter that :meth:`fit_scale` moves. Here there is none."""
+        return False
+
+    def fit_scale(self, mean: Tensor, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
+        """Move a learned scale towards the residuals' own; :func:`pyro_vae.fit_scale` calls this without gradients.
+
+        Arguments:
+            mean: means of p(x|z) at samples of z, of shape (R, *event).
+            x: the data that belong to them, of that shape.
+            weights: how much each element counts, at least 0, of that shape; 0 where it is missing.
+            rate: how far to go, from 0 (nowhere) to 1 (all the way).
+        """
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError for x outside the support. Pairs call this while Pyro's validation is on."""

@@ -12,7 +12,7 @@ from torch.types import _size
 
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods.base import Likelihood
-from pyro_vae.likelihoods.real import refuse_min_scale
+from pyro_vae.likelihoods.real import refuse_min_scale, varies, weighted_mean
 
 
 class LowRankGaussian(Likelihood):
@@ -30,6 +30,9 @@ class LowRankGaussian(Likelihood):
         rank: R, the number of columns of F.
         shared: True for F and sigma as parameters that all data share, False for F and sigma as decoder outputs.
         min_scale: a constant that is added to each sigma, as in :class:`Gaussian`.
+
+    A shared covariance starts with variances of about 1. :func:`pyro_vae.fit` and :func:`pyro_vae.fit_scale` bring the
+    variance of each element to that of its residuals, and leave the correlations to the gradient.
 
     Raises:
         ValueError: `rank` is not a positive integer, `shared` is not a boolean, or `min_scale` is negative.
@@ -56,6 +59,7 @@ class LowRankGaussian(Likelihood):
         self.rank = rank
         self.shared = shared
         self.min_scale = min_scale
+        self.floor = min_scale
         self.num_features = self.features_for(rank, shared, min_scale)
         if shared:
             # F = 0 is a saddle point, at which F has no gradient. The initial softplus(raw_scale) is 1.
@@ -82,6 +86,28 @@ class LowRankGaussian(Likelihood):
             (loc,) = features
             factor, raw_scale = self.factor, self.raw_scale
         return LowRankEvent(loc, factor, softplus(raw_scale) + self.min_scale, len(self.event_shape), mask)
+
+    @property
+    def has_learned_scale(self) -> bool:
+        """Whether the covariance is a parameter that is not frozen."""
+        return self.shared and self.factor.requires_grad and self.raw_scale.requires_grad
+
+    def fit_scale(self, mean: Tensor, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
+        """Move each element's variance by `rate` of the way to its mean squared residual; correlations stay.
+
+        The covariance F F^T + diag(sigma^2) of highest likelihood has these variances (Lawley and Maxwell 1971).
+        """
+        if not self.has_learned_scale:
+            return
+        found = weighted_mean((x - mean).square().masked_fill(weights == 0, 0.0), weights)
+        scale = softplus(self.raw_scale) + self.min_scale
+        ratio = 1 + rate * (found / (self.factor.square().sum(-1) + scale.square()) - 1)
+        moves = varies(x, weights) & torch.isfinite(ratio) & (ratio > 0)
+        ratio = torch.where(moves, ratio, 1.0).sqrt()
+        self.factor.mul_(ratio[..., None])
+        # At the floor, softplus keeps a slope, by which a gradient can leave it.
+        above = (scale * ratio - self.min_scale).clamp(min=max(0.01 * self.min_scale, torch.finfo(x.dtype).tiny))
+        self.raw_scale.copy_(torch.where(moves, above + (-torch.expm1(-above)).log(), self.raw_scale))
 
     def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
         """The mean, or the mean given the observed elements of x if there is an x."""

@@ -17,6 +17,8 @@ class _Counts(Likelihood):
         """Raise ValueError unless x is counts 0, 1, 2, ..."""
         fix = "Pass the counts, neither normalised nor their logarithms, or use a Gaussian likelihood."
         self._refuse_unless((x >= 0) & (x % 1 == 0) & x.isfinite(), x, "of counts 0, 1, 2, ...", fix)
+        if not x.is_floating_point():  # which has all the integers that it can hold
+            return
         most = int(2 / torch.finfo(x.dtype).eps)
         fix = (
             f"Above {most}, {x.dtype} does not have all integers. Use float64, or a Gaussian likelihood of log counts."

@@ -87,8 +87,8 @@ class DiscretizedLogistic(Likelihood):
     pixels. `decode` returns the exact mean, at the cost of L - 1 passes over the elements.
 
     Arguments:
-        decoder, event_shape: as in :class:`Likelihood`, with a location, then a log scale for each element, in the
-            units of x. For M > 1 components these are M logits, then M locations, then M log scales.
+        decoder, event_shape: as in :class:`Likelihood`, with a location and a log scale for each element, in units of
+            x, and all log scales after all locations. M > 1 components have M logits, M locations, M log scales.
         levels: L, the number of grey levels.
         components: M, the number of logistics in the mixture.
 

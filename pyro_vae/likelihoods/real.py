@@ -11,26 +11,33 @@ from torch.nn.functional import softplus
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
+EM_ROUNDS = 20
+
+Scale = float | Literal["learned", "per_column", "per_pixel"]
+
 
 class _Scaled(Likelihood):
     """Base class of likelihoods with a location and a scale, where the scale is fixed, learned or a decoder output."""
 
     fixed_scale: Tensor
+    log_scale: nn.Parameter
 
     def __init__(
         self,
         decoder: nn.Module,
         event_shape: tuple[int, ...],
-        scale: float | Literal["learned", "per_pixel"] = 1.0,
+        scale: Scale = 1.0,
         min_scale: float = 0.01,
     ) -> None:
         super().__init__(decoder, event_shape)
         self.scale = scale
         self.min_scale = min_scale
         self.num_features = self.features_for(scale=scale, min_scale=min_scale)
-        if scale == "learned":
-            self.log_scale = nn.Parameter(torch.zeros(()))
-        elif not isinstance(scale, str):
+        if scale in ("learned", "per_column"):
+            self.log_scale = nn.Parameter(torch.zeros(self.event_shape if scale == "per_column" else ()))
+        elif scale == "per_pixel":
+            self.floor = min_scale
+        else:
             self.register_buffer("fixed_scale", torch.tensor(float(scale)), persistent=False)
 
     @classmethod
@@ -39,18 +46,53 @@ class _Scaled(Likelihood):
         refuse_min_scale(min_scale)
         if scale == "per_pixel":
             return 2
-        if scale == "learned" or (isinstance(scale, int | float) and 0 < scale < math.inf):
+        if scale in ("learned", "per_column") or (isinstance(scale, int | float) and 0 < scale < math.inf):
             return 1
         raise PyroVAEError(
-            f"expected scale to be a positive number, 'learned' or 'per_pixel', got {scale!r}. Try 'learned'."
+            "expected scale to be a positive number, 'learned' (one for all elements), 'per_column' (one for each "
+            f"element of a datum) or 'per_pixel' (a decoder output), got {scale!r}. Try 'learned'."
         )
+
+    @property
+    def has_learned_scale(self) -> bool:
+        """Whether the scale is a parameter that is not frozen."""
+        return self.scale in ("learned", "per_column") and self.log_scale.requires_grad
+
+    def fit_scale(self, mean: Tensor, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
+        """Move sigma squared by `rate` of the way to the value at which these data are most probable."""
+        if not self.has_learned_scale:
+            return
+        squares = (x - mean).square().masked_fill(weights == 0, 0.0)
+        before = (2 * self.log_scale).exp()
+        if self.scale == "learned":
+            found = self._best_variance(squares.flatten(), weights.flatten(), before)
+        else:
+            found = self._best_variance(squares, weights, before)
+            found = torch.where(varies(x, weights), found, before)
+        moved = torch.lerp(before, found, rate)
+        self.log_scale.copy_(torch.where(torch.isfinite(moved) & (moved > 0), 0.5 * moved.log(), self.log_scale))
+
+    def _best_variance(self, squares: Tensor, weights: Tensor, before: Tensor) -> Tensor:
+        """The sigma squared at which residuals are most probable, from their squares; over the first dimension."""
+        raise NotImplementedError
 
     def _loc_and_scale(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         if self.scale == "per_pixel":
             loc, raw = features
             return loc, softplus(raw) + self.min_scale
         (loc,) = features
-        return loc, self.log_scale.exp() if self.scale == "learned" else self.fixed_scale
+        return loc, self.log_scale.exp() if self.scale in ("learned", "per_column") else self.fixed_scale
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean over the first dimension; NaN where all weights are zero."""
+    return (values * weights).sum(0) / weights.sum(0)
+
+
+def varies(x: Tensor, weights: Tensor) -> Tensor:
+    """Whether an element has more than one value in these rows: the residual of a constant tells nothing of noise."""
+    highest, lowest = x.masked_fill(weights == 0, -math.inf).amax(0), x.masked_fill(weights == 0, math.inf).amin(0)
+    return highest > lowest
 
 
 def refuse_min_scale(min_scale: float) -> None:
@@ -68,10 +110,12 @@ class Gaussian(_Scaled):
     Arguments:
         decoder, event_shape: as in :class:`Likelihood`, with one mean for each element of a datum. With
             ``"per_pixel"``, the sigmas before softplus come after all means.
-        scale: a positive number for a fixed sigma. ``"learned"`` is one sigma for all elements, a parameter with
-            initial value 1. ``"per_pixel"`` is one sigma for each element of each datum.
-        min_scale: a constant that ``"per_pixel"`` adds to each sigma. Without it the likelihood of a constant pixel is
-            unbounded as sigma tends to 0.
+        scale: a positive number for a fixed sigma. ``"learned"`` is one sigma for all elements, a parameter.
+            ``"per_column"`` is a parameter for each element of a datum, such as each column of a table. Both are 1
+            until :func:`pyro_vae.fit` or :func:`pyro_vae.fit_scale` brings them to the scale of the residuals.
+            ``"per_pixel"`` is one sigma for each element of each datum, a decoder output.
+        min_scale: a constant, in units of x, that ``"per_pixel"`` adds to each sigma. Without it the likelihood of a
+            constant pixel is unbounded as sigma tends to 0. :func:`pyro_vae.fit` warns if the residuals are smaller.
 
     Raises:
         ValueError: `scale` is not one of these values, or `min_scale` is negative.
@@ -88,6 +132,9 @@ class Gaussian(_Scaled):
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """The normal whose means are the first features."""
         return dist.Normal(*self._loc_and_scale(features))
+
+    def _best_variance(self, squares: Tensor, weights: Tensor, before: Tensor) -> Tensor:
+        return weighted_mean(squares, weights)
 
 
 class StudentT(_Scaled):
@@ -123,7 +170,7 @@ class StudentT(_Scaled):
         decoder: nn.Module,
         event_shape: tuple[int, ...],
         df: float | Literal["learned"] = 4.0,
-        scale: float | Literal["learned", "per_pixel"] = 1.0,
+        scale: Scale = 1.0,
         min_scale: float = 0.01,
     ) -> None:
         super().__init__(decoder, event_shape, scale, min_scale)
@@ -151,3 +198,10 @@ class StudentT(_Scaled):
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """The Student's t distribution whose locations are the first features."""
         return dist.StudentT(self.df, *self._loc_and_scale(features))
+
+    def _best_variance(self, squares: Tensor, weights: Tensor, before: Tensor) -> Tensor:
+        # EM with an expanded parameter (Kent, Tyler and Vardi 1994), which is in its limit after a few rounds.
+        for _ in range(EM_ROUNDS):
+            precision = weights / (self.df + squares / before)
+            before = weighted_mean(squares, precision)
+        return before

@@ -127,8 +127,7 @@ class Objective(pyro.infer.ELBO):
         self.chunk_size = chunk_size
         self._check_particles()
         self.step = 0  #: how many differentiable losses it has computed, which is the argument of a schedule
-        self._found_nesting: tuple[PyroFunction, PyroFunction, int] | None = None
-        self._checked: tuple[PyroFunction, PyroFunction] | None = None  # the program that keeps particles apart
+        self._known: list[tuple[Any, int]] = []  # kinds of programs that keep particles apart, and their nesting
 
     def _check_particles(self) -> None:
         fewest, even = self.estimator.fewest, self.estimator.even
@@ -280,28 +279,24 @@ class Objective(pyro.infer.ELBO):
         program = Program(model, guide, args, kwargs, needs, self.max_plate_nesting)
         if self.num_samples == 1 or not self.vectorize_particles:
             return program
-        # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found here.
-        if self._found_nesting is None or self._found_nesting[:2] != (model, guide):
+        nesting = self._nesting(program)
+        if nesting is None:
             self.remember(program.with_nesting())
-        program = replace(program, nesting=self._found_nesting[2] if self._found_nesting else None)
-        self._check_apart(program)
-        return program
+            nesting = self._nesting(program)
+        return replace(program, nesting=nesting)
+
+    def _nesting(self, program: Program) -> int | None:
+        return next((nesting for kind, nesting in self._known if kind == _kind(program)), None)
 
     def remember(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
         """Keep the nesting of a program's plates, so that later calls need no run to find it.
 
-        If there are traces of it for one particle, they serve the check that it keeps particles apart.
+        A program that mixes particles is refused. If there are traces of it for one particle, they serve this check.
         """
         if program.nesting is not None and program.guide is not None:
-            self._found_nesting = (program.model, program.guide, program.nesting)
-            if traces is not None and self.num_samples > 1 and self.vectorize_particles:
-                self._check_apart(program, traces)
-
-    def _check_apart(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
-        """Refuse a program that mixes particles, once for each program."""
-        if self._checked != (program.model, program.guide) and program.guide is not None:
-            check_particles(program, traces)
-            self._checked = (program.model, program.guide)
+            if self.num_samples > 1 and self.vectorize_particles:
+                check_particles(program, traces)
+            self._known = [(_kind(program), program.nesting), *self._known[:3]]
 
     def _has_two_reductions(self) -> bool:
         return type(self).reduce_for_guide is not Objective.reduce_for_guide
@@ -353,8 +348,6 @@ class Objective(pyro.infer.ELBO):
         a = gradients.slope(self.reduce, fixed)
         g = gradients.slope(self.reduce_for_guide, fixed) if two else a
         c = g - self.curvature(fixed) if row.curvature else g
-        if two:  # where the guide's bound is minus infinity, and the model's is not
-            g, c = g.nan_to_num(0.0, 0.0, 0.0), c.nan_to_num(0.0, 0.0, 0.0)
         if row.curvature or two:
             # The gradient that reaches the samples has the factor a, which may be tiny, but not zero where c is not.
             a = torch.where(a.abs() < SMALLEST, SMALLEST, a)
@@ -368,10 +361,17 @@ class Objective(pyro.infer.ELBO):
         if parts.factors is not None:  # c is right for their path alone
             surrogate = surrogate - weighted(g - c, parts.factors)
         if row.signal is not None and parts.score is not None:
-            signal = row.signal(self, fixed, c)
-            surrogate = surrogate + weighted(signal.nan_to_num(0.0, 0.0, 0.0) if two else signal, parts.score)
+            surrogate = surrogate + weighted(row.signal(self, fixed, c), parts.score)
         return with_gradient(bound, surrogate)
 
     # Abstract in pyro.infer.ELBO, and used by its own machinery alone.
     def _get_trace(self, model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any) -> Any:
         raise TypeError("a pyro_vae objective has no single trace: use pyro_vae.log_weights for its parts.")
+
+
+def _kind(program: Program) -> tuple[Any, ...]:
+    """What a program's plates, and how it treats particles, may depend on: of data and numbers, only the type."""
+    values = (*program.args, *program.kwargs.values())
+    constants = [value if isinstance(value, bool | str | None) else type(value) for value in values]
+    # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found again.
+    return program.model, program.guide, constants

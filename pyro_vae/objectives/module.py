@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 class ObjectiveModule(ELBOModule):
     """The loss of an objective for one model and guide, with their parameters; see :meth:`pyro_vae.Objective.__call__`.
 
-    Its parameters, buffers and modes are those of the modules that model and guide are, or are methods of.
+    Its parameters, buffers and modes are those of the modules that model and guide are, are methods of, or hold as
+    arguments of ``functools.partial``.
 
     Raises:
-        ValueError: when its parameters are asked for, and neither model nor guide belongs to a module.
+        ValueError: when its parameters are asked for, and neither belongs to a module.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -45,7 +47,9 @@ class ObjectiveModule(ELBOModule):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the modules of model and guide."""
-        if not len(self.program):
+        functions = [inspect.unwrap(function) for function in (self.model, self.guide)]
+        whole = any(isinstance(getattr(function, "__self__", function), nn.Module) for function in functions)
+        if not whole and not all(map(find_modules, functions)):  # functools.partial may hold a part of the modules
             raise PyroVAEError(
                 "can't know the parameters: expected a model or guide that is a torch.nn.Module, or a method of one, "
                 "got plain functions, whose pyro.param and pyro.module statements are found only by running them. Run "

@@ -19,7 +19,7 @@ from pyro_vae.pairs.vae import VAE
 from pyro_vae.posteriors import DiagonalNormal, Posterior
 from pyro_vae.priors import StandardNormal
 
-MOST_COLOURS = 4  # of an image: more channels in the first place, and no more in the last, are channels last
+COLOURS = (1, 3, 4)  # how many channels the images have that come with their channels last
 
 
 def mlp_vae(
@@ -103,7 +103,8 @@ def conv_vae(
             "expected an event_shape (C, H, W) and at least one entry in channels, got "
             f"event_shape={tuple(event_shape)} and channels={tuple(channels)}. For vectors, use mlp_vae."
         )
-    if event_shape[0] > MOST_COLOURS >= event_shape[2]:
+    # A square image with its channels last. Channels first, it would be a stack of stripes.
+    if event_shape[0] == event_shape[1] > max(COLOURS) and event_shape[2] in COLOURS:
         raise PyroVAEError(
             f"expected an event_shape (C, H, W), with the channels first, got {tuple(event_shape)}, which has them "
             f"last. Pass {(event_shape[2], *event_shape[:2])}, and x.permute(0, 3, 1, 2)."

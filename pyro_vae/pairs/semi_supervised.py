@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
 from pyro_vae.pairs.base import Labelled, check_labels, described, in_evaluation_mode, mean_of
@@ -72,6 +72,7 @@ class SemiSupervisedVAE(Labelled):
                 f"expected classifier_weight to be a finite number of at least 0, got {classifier_weight!r}. Try 10.0."
             )
         super().__init__(prior=prior, likelihood=likelihood, posterior=posterior, classifier=classifier)
+        require_count("num_classes", num_classes, least=2)
         self.num_classes = num_classes
         self.classifier_weight = classifier_weight
 

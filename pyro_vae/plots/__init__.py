@@ -1,9 +1,9 @@
 """Plots of bounds, training, diagnostics, images and latent spaces.
 
-Each function draws arrays that you pass in the Axes `ax`, and returns them. No function trains, runs a model or opens a
-window. An array is a torch tensor, on any device and with or without gradients, or a numpy array. Without the argument
-`ax`, pyplot makes a new figure. Show it with ``matplotlib.pyplot.show()``, or save it with
-``ax.figure.savefig("plot.png")``.
+Each function draws the arrays that you pass on matplotlib's Axes `ax`, and returns those Axes; those of several images
+return a Figure. No function trains, runs a model or opens a window. An array is a torch tensor, on any device and with
+or without gradients, or a numpy array. Without the argument `ax`, pyplot makes a new figure. Show it with
+``matplotlib.pyplot.show()``, or save it with ``ax.figure.savefig("plot.png")``.
 """
 
 from pyro_vae.plots.charts import active_units, bounds, pareto_k, training_curve

@@ -8,7 +8,7 @@ from torch.distributions import constraints
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.sites import Sites, masks, validates
-from pyro_vae.engine.supports import interval, plain, support_of
+from pyro_vae.engine.supports import Unknown, plain, support_of
 from pyro_vae.errors import PyroVAEError
 
 
@@ -26,11 +26,12 @@ class DataSupport:
         self.check_data = getattr(owner, "check_data", None) if own_model else None
         self.supports: list[tuple[int, str, Any]] = []  # of the columns of a minibatch that a site observes
         for name, site in model_sites.items():
-            support = support_of(site["fn"])
-            moves = any(isinstance(end, Tensor) for end in interval(support) or ())
-            if validates(site) and not masks(site) and not moves and not constraints.is_dependent(support):
+            support = plain(support_of(site["fn"]))
+            varies = any(isinstance(value, Tensor) for value in vars(support).values())
+            known = not isinstance(support, Unknown) and not constraints.is_dependent(support)
+            if validates(site) and not masks(site) and known and not varies:
                 columns = (i for i, argument in enumerate(batch) if argument is site["value"])
-                self.supports.extend((column, name, plain(support)) for column in columns)
+                self.supports.extend((column, name, support) for column in columns)
 
     def check_at_once(self, batches: Minibatches) -> "DataSupport | None":
         """Check the data, if they are tensors; for others, the result checks each minibatch."""

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from pyro_vae.compiled.function import Compiled, OnCompile
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.batch_plate import Rows, find_rows
+from pyro_vae.engine.batch_plate import find_rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import require_parameters
@@ -31,9 +31,11 @@ from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.objectives import Objective
 from pyro_vae.training import checkpoint as checkpoints
-from pyro_vae.training import learning_rates
+from pyro_vae.training import learning_rates, schedule_values
 from pyro_vae.training.data_support import DataSupport
+from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.loop import Loop
+from pyro_vae.training.scales import Fitted, Scales, joined, likelihoods_in
 
 
 @takes_program
@@ -78,9 +80,10 @@ def fit(
             compile at its first step. In a terminal, `fit` says after how many steps that pays off. The result differs
             by rounding.
         checkpoint: a file to write after each epoch. If it exists, training goes on from it, and ends bit for bit where
-            an unbroken training ends (batch norm: see below). The settings must be the same, except `epochs` and the
-            number of `patience`. A function inside the scheduler can't be compared. With `patience`, the file also
-            holds the best epoch's parameters, and :func:`load_parameters` takes those.
+            an unbroken training ends (batch norm: see below). `epochs`, the number of `patience` and `progress` may
+            change, and the device. All else must be the same and is compared: the settings, the program, the data and
+            validation data, the values of schedules. With `patience`, the file also holds the best epoch's parameters,
+            and :func:`load_parameters` takes those.
         seed: seeds the random number generators for minibatches and samples; None leaves their state. Networks draw
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal.
@@ -88,8 +91,18 @@ def fit(
     While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable:
     `patience` and ``ReduceLROnPlateau`` start anew at each epoch.
 
+    A learned scale of a likelihood, ``scale="learned"`` or ``"per_column"``, starts at that of the residuals, and
+    follows them in closed form up to step 1 / lr, as :func:`fit_scale` says; then by its gradient.
+
     The checkpoint has the program's parameters, and the buffers, such as batch norm's statistics, of the modules that
     model and guide are, or are methods of. Validation puts these modules into evaluation mode.
+
+    Programs are compared by the log-density of each site on the first rows of the data, which the file holds, and at
+    fixed latents. For that the program runs two more times after each epoch, in evaluation mode, and leaves the random
+    numbers of training as they are. Log-densities may differ by half of their digits, since processors round
+    differently. What depends on other noise, such as dropout that is always on, is not compared. Data are compared by
+    their number and by sums of blocks of rows. Of a custom column or data set, or a stream, only the number and the
+    first minibatch are, the latter once two epochs began with the same one.
 
     Returns:
         A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without validation data),
@@ -101,8 +114,8 @@ def fit(
         ValueError: an argument is out of range; data have unequal lengths, are empty or hold NaN; there is no parameter
             to train; a parameter has a value for each row of a minibatch, where rows are shuffled; `patience` or
             ``ReduceLROnPlateau`` has no validation data; the scheduler belongs to another optimiser; the checkpoint
-            can't be read, or belongs to another program or other settings; data are outside the support of the site
-            that observes them. With `compile`: the program can't be compiled.
+            can't be read, or belongs to another program, other data or other settings; data are outside the support of
+            the site that observes them. With `compile`: the program can't be compiled.
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
     Example:
@@ -139,7 +152,8 @@ def fit(
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     program = Program(model, guide, batches.example())
-    parameters, support, rows_of = _first_run(program, objective, batches)
+    parameters, model_sites, likelihoods = _first_run(program, objective, batches)
+    support = DataSupport(model, model_sites, program.args)
     if held_out is not None:
         _check_columns(model, held_out)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
@@ -153,6 +167,14 @@ def fit(
         "N": batches.size,
         "compile": compile,
     }
+    rows_of = find_rows(model_sites, program.args)
+    if isinstance(getattr(objective, "step", None), int):
+        objective.step = 0
+    fingerprint = None
+    if checkpoint:
+        schedules = schedule_values.scheduled_values(objective, batches.steps, epochs)
+        schedules |= {"lr": schedule_values.learning_rates(scheduler, epochs)}
+        fingerprint = Fingerprint.of(program, parameters, batches, held_out, schedules)
     loop = Loop(
         program,
         objective,
@@ -166,9 +188,9 @@ def fit(
         settings,
         support,
         rows_of,
+        Scales(program, objective, likelihoods, lr),
+        fingerprint,
     )
-    if isinstance(getattr(objective, "step", None), int):
-        objective.step = 0
     if checkpoint and Path(checkpoint).exists():
         loop.resume(checkpoint, epochs)
     elif checkpoint and scheduler is not None:
@@ -184,6 +206,7 @@ def fit(
                 bar.set_description(f"epoch {len(loop.rows) + 1}/{epochs}")
                 loop.train_epoch(bar)
         loop.restore_best()
+        loop.scales.at_end()
     except KeyboardInterrupt:
         best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
         kept = f"; the checkpoint {checkpoint} holds epoch {len(loop.rows)}" if checkpoint and loop.rows else ""
@@ -200,20 +223,19 @@ def fit(
     return history
 
 
-def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], DataSupport, Rows]:
-    """Run the program once, and check it; return its parameters, the check of the data, and how many a loss counts."""
-    first = trial(program) if batches.moves_rows else None
-    traces = program.trace() if first is None else (first.model, first.guide)
+def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites, list[Fitted]]:
+    """Run the program once; return its parameters, the model's sites, and its likelihoods."""
+    with likelihoods_in() as matched:
+        traces = program.trace()
     sites = [sample_sites(trace, latent=False) for trace in traces]
     if batches.steps != 1:
         _check_minibatches(sites[0], len(program.args[0]))
-    if first is not None:
-        check_row_parameters(program, first)
+    if batches.moves_rows:
+        check_row_parameters(program, trial(program))
     if isinstance(objective, Objective):
         objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1), traces)
     # The optimiser's state in a checkpoint has the parameters by their order.
-    parameters = dict(sorted(require_parameters(*traces).items()))
-    return parameters, DataSupport(program.model, sites[0], program.args), find_rows(sites[0], program.args)
+    return dict(sorted(require_parameters(*traces).items())), sites[0], joined(matched(sites[0]))
 
 
 def _check_minibatches(model: Sites, size: int) -> None:

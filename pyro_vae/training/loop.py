@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
 from pyro_vae.training.data_support import DataSupport
+from pyro_vae.training.fingerprint import Fingerprint
+from pyro_vae.training.scales import Scales
 
 
 @dataclass
@@ -40,11 +43,14 @@ class Loop:
     settings: dict[str, Any]  # what a checkpoint must agree on
     support: DataSupport  # the check of the data
     rows_of: Rows  # how many data the loss of a minibatch stands for
+    scales: Scales  # the likelihoods' learned scales
+    fingerprint: Fingerprint | None  # what identifies the training, with a checkpoint
     compiled: CompiledStep | None = None
     rows: list[dict[str, float]] = field(default_factory=list)  # the history, a row an epoch
     best: dict[str, Any] | None = None  # epoch, bound, parameters and buffers of the best epoch, with `patience`
     epoch: int = 0  # the current one, from 1
     step: int = 0  # the current one of the epoch, from 1
+    steps: int = 0  # how many were taken in all
 
     def __post_init__(self) -> None:
         self.modules = self.program.modules()
@@ -59,12 +65,17 @@ class Loop:
         count, settings = 0, []
         for step, batch in enumerate(self.batches.shuffled(), 1):
             self.step = step
+            if step == 1 and self.fingerprint is not None:
+                self.fingerprint.see_first(batch)
             settings.append(self._scheduled())
             if self.unchecked is not None:
                 self.unchecked.check(batch)
             # The first step validates the program's distributions, before any work; its own checks stay on.
             first = not self.rows and step == 1
             with pyro.distributions.validation_enabled(first):
+                self.scales.before_step(
+                    self.steps, batch, self.rows_of.count(batch) / self.rows_of.count(self.program.args)
+                )
                 if self.compiled is None:
                     self.optimizer.zero_grad()
                     loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
@@ -77,7 +88,9 @@ class Loop:
             if first:
                 require_kept(self.parameters)
             self.optimizer.step()
-            total, count = total + loss.double(), count + self.rows_of(batch)
+            self.steps += 1
+            share = self.rows_of.count(batch) / self.rows_of(batch)
+            total, count = total + loss.double() * share, count + self.rows_of.count(batch)
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
                 bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
             bar.update()
@@ -113,8 +126,9 @@ class Loop:
             for batch in self.held_out.in_order():
                 if self.unchecked_held_out is not None:
                     self.unchecked_held_out.check(batch)
-                total += self.objective.loss(self.program.model, self.program.guide, *batch)
-                count += self.rows_of(batch)
+                share = self.rows_of.count(batch) / self.rows_of(batch)
+                total += self.objective.loss(self.program.model, self.program.guide, *batch) * share
+                count += self.rows_of.count(batch)
         self.unchecked_held_out = None
         self.held_out.set_generator_states(own)
         return -total / count
@@ -145,8 +159,10 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler and self.scheduler.state_dict(),
             "rng": rng.get_state(),
+            "steps": self.steps,
             "loader_rng": self.batches.generator_states(),
             "step": self.objective.step if isinstance(getattr(self.objective, "step", None), int) else None,
+            "fingerprint": self.fingerprint and self.fingerprint.state(),
         }
 
     def resume(self, path: str | Path, epochs: int) -> None:
@@ -171,7 +187,7 @@ class Loop:
                 f"the checkpoint {path} holds {len(state['history'])} epochs: expected at least as many in all, got "
                 f"epochs={epochs}. Pass more epochs, or a new path."
             )
-        checkpoints.restore(path, state, self.parameters, buffers(self.modules))
+        self._restore_recognised(path, state)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -180,6 +196,28 @@ class Loop:
         if state.get("step") is not None:
             self.objective.step = state["step"]
         self.rows, self.best = list(state["history"]), best
+        # Version 0.1.0 did not count; a stream's epochs have no known number of steps.
+        self.steps = state.get("steps", len(self.rows) * (self.batches.steps or 1))
+
+    def _restore_recognised(self, path: str | Path, state: dict[str, Any]) -> None:
+        """Restore parameters and buffers; those of another program keep the values that they have."""
+        saved, own_buffers = state.get("fingerprint"), buffers(self.modules)
+        if saved is None or self.fingerprint is None:
+            warnings.warn(
+                f"the checkpoint {path} was written by an earlier version: whether program, data and schedules are "
+                "those that were trained is not known. Pass the same.",
+                stacklevel=5,
+            )
+            checkpoints.restore(path, state, self.parameters, own_buffers)
+            return
+        self.fingerprint.check_inputs(path, saved)
+        own = self._copy(math.nan)
+        checkpoints.restore(path, state, self.parameters, own_buffers)
+        try:
+            self.fingerprint.check_program(path, saved)
+        except PyroVAEError:
+            checkpoints.restore(path, own, self.parameters, own_buffers)
+            raise
 
     def _not_finite(self, what: str) -> NotFiniteError:
         before, lr = self.epoch - 1, self.optimizer.param_groups[0]["lr"]

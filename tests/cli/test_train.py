@@ -232,7 +232,7 @@ def test_ctrl_c_by_signal(tmp_path):
         (["digits", "--hidden-dims", "400;200"], "--hidden-dims to be integers"),
         (["digits", "--hidden-dims", "0"], "positive integers"),
         (["digits", "--network", "conv", "--channels", "a"], "--channels"),
-        (["digits", "--likelihood", "gaussian", "--scale", "lerned"], "learned or per_pixel"),
+        (["digits", "--likelihood", "gaussian", "--scale", "lerned"], "learned, per_column or per_pixel"),
         (["digits", "--likelihood", "gaussian", "--scale", "-1"], "positive number"),
         (["digits", "--scale", "0.1"], "--likelihood gaussian with --scale, got --likelihood bernoulli"),
         (["digits", "--channels", "8"], "--network conv with --channels, got --network mlp"),

@@ -192,6 +192,7 @@ def _flow_guide():
     return guide
 
 
+@pytest.mark.filterwarnings("ignore:.*a flow without an inverse")
 def test_particles_one_after_another_through_a_flow_that_remembers():
     def flow_model(x):
         with pyro.plate("data", len(x)):

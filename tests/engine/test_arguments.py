@@ -178,6 +178,21 @@ class TestModule:
         with pytest.raises(pv.PyroVAEError, match=r"can't know the parameters: .*plain functions"):
             torch.optim.Adam(loss.parameters())
 
+    def test_one_half_of_the_modules_is_not_taken_for_the_whole(self):
+        """A partial holds the decoder, and the guide has the encoder in its closure."""
+        decoder, encoder = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+
+        def model(network, x):
+            pyro.module("decoder", network)
+
+        def guide(x):
+            pyro.module("encoder", encoder)
+
+        with pytest.raises(pv.PyroVAEError, match=r"can't know the parameters: .*plain functions"):
+            pv.ELBO()(functools.partial(model, decoder), guide).named_parameters()
+        held = pv.ELBO()(functools.partial(model, decoder), functools.partial(model, encoder))
+        assert len(list(held.parameters())) == 4
+
 
 def test_one_thing_with_both_as_a_keyword_or_before_data_that_look_like_a_guide(vae):
     x = torch.randn(4, 5)

@@ -177,6 +177,7 @@ def test_a_learned_flow_with_an_inverse(kind):
     assert z.max() < 4.5
 
 
+@pytest.mark.filterwarnings("ignore:.*a flow without an inverse")
 def test_a_flow_without_an_inverse_is_refused_where_one_is_needed():
     model, guide = autoregressive(T.planar(3))
     pv.IWAE(4).loss_and_grads(model, guide, torch.randn(5, 3))

@@ -147,6 +147,61 @@ def test_another_subsample_in_the_model_is_refused(number):
     pv.IWAE(number).loss(model, same, data, index)
 
 
+@pytest.mark.parametrize("decode", [lambda z: z[:1] @ W, lambda z: z.cumsum(0) @ W], ids=["first", "cumulative"])
+def test_the_second_particle_is_compared_too(decode):
+    """With one datum, the first particle is the same in both runs."""
+    with pytest.raises(ValueError, match=r"model site 'x' has another density for a particle alone"):
+        pv.log_weights(*program(decode), X[:1], num_particles=2)
+
+
+def test_masks_are_compared():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(Z), 1.0).to_event(1))
+            with pyro.poutine.mask(mask=z.softmax(1)[..., 0] > 1 / 3):
+                pyro.sample("x", dist.Normal(z @ W, 0.5).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"model site 'x' has another density for a particle alone"):
+        pv.log_weights(model, program(None)[1], X, num_particles=2)
+
+
+def test_a_flow_without_an_inverse_is_said_to_be_unchecked():
+    def guide(x):
+        planar = dist.transforms.Planar(Z)
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(x[:, :Z], 0.5).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [planar]))
+
+    with pytest.warns(
+        UserWarning, match=r"flow without an inverse, say\): pyro_vae can't check that the program keeps"
+    ):
+        pv.log_weights(program(lambda z: z @ W)[0], guide, X, num_particles=2)
+
+
+def test_another_branch_of_a_program_is_checked_too():
+    """A flag chooses what runs. Numbers, such as a schedule's, do not make a program anew."""
+    runs = []
+
+    def model(x, mixing, weight):
+        runs.append(mixing)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(Z), 1.0).to_event(1))
+            z = F.normalize(z, dim=1) if mixing else z
+            pyro.sample("x", dist.Normal(z @ W, 0.5).to_event(1), obs=x)
+
+    objective, inner = pv.IWAE(3), program(None)[1]
+
+    def guide(x, mixing, weight):
+        inner(x)
+
+    objective.loss(model, guide, X, False, 0.1)
+    first = len(runs)
+    objective.loss(model, guide, X, False, 0.2)
+    assert len(runs) == first + 1
+    with pytest.raises(ValueError, match=r"model site 'x' has another density for a particle alone"):
+        objective.loss(model, guide, X, True, 0.2)
+
+
 @pytest.mark.parametrize("guide", [pyro.infer.autoguide.AutoNormal, pyro.infer.autoguide.AutoIAFNormal])
 def test_points_of_autoguides_are_computed_again(guide):
     """A Delta at a transformed sample has a density of zero one unit of rounding beside it."""

@@ -213,14 +213,15 @@ def test_max_plate_nesting_is_found_once_for_a_program():
     objective = pv.IWAE(4)
     for _ in range(3):
         objective.loss(model, program.guide, program.x)
-    assert len(runs) == 6  # one finds the nesting, and two show that particles are kept apart
+    # One finds the nesting, and three show that particles are kept apart: two draws, and both together.
+    assert len(runs) == 7
     nested, _ = _pixels()
     objective.loss(*nested, torch.randn(6, 4, dtype=torch.float64))  # another program, nested deeper: found anew
     vae = pv.mlp_vae((3,), latent_dim=2, likelihood="gaussian")
     objective.loss(vae.model, vae.guide, torch.randn(6, 3))
-    found = objective._found_nesting
+    found = objective._known
     objective.loss(vae.model, vae.guide, torch.randn(6, 3))
-    assert objective._found_nesting is found
+    assert objective._known is found
 
 
 def test_finding_the_nesting_takes_no_random_numbers():

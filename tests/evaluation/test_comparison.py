@@ -208,3 +208,19 @@ def test_programs_of_two_arguments():
     both = pv.compare(model, guide, (x, shift), pv.IWAE(2), repeats=2, seed=0)
     one = pv.compare(vae.model, vae.guide, x - shift, pv.IWAE(2), repeats=2, seed=0)
     assert both.bound.item() == pytest.approx(one.bound.item())
+
+
+def test_compiled_code_is_refused_where_each_sample_must_be_checked(without_inductor):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(pyro.param("rate", torch.tensor(1.0))))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    x = torch.tensor([2.0, 3.0])  # no sample is below zero
+    assert math.isfinite(pv.compare(model, guide, x, pv.IWAE(4), repeats=2, seed=0).bound.item())
+    with pytest.raises(ValueError, match="compiled code does not check samples"):
+        pv.compare(model, guide, x, pv.IWAE(4), repeats=2, compile=True, seed=0)

@@ -40,12 +40,13 @@ def binary():
             "x to be finite, got NaN. Drop those rows; or, where they are missing",
         ),
         (lambda x: torch.where(x > 0, math.inf, x), "x to be finite, got infinity. Drop those rows, or correct them"),
+        (lambda x: torch.where(x > 0, math.inf, math.nan), "got NaN and infinity. Drop those rows, or correct them"),
         (lambda x: x[:, 0], r"x of shape \(N, 1, 4, 4\), got \(6, 4, 4\). Reshape it"),
         (lambda x: x.long(), "x of floating point, got torch.int64"),
         (lambda x: x.numpy(), "x to be a tensor, .* got ndarray"),
         (lambda x: x[:0], "a datum|datum or more|at least 2 data"),
     ],
-    ids=["support", "nan", "infinity", "shape", "integers", "numpy", "none"],
+    ids=["support", "nan", "infinity", "both", "shape", "integers", "numpy", "none"],
 )
 def test_data_that_a_vae_refuses(evaluation, spoil, match):
     vae = pv.mlp_vae((1, 4, 4), latent_dim=2, hidden_dims=(8,))

@@ -77,3 +77,9 @@ def test_counts_that_are_no_float32_integers_are_refused(family):
     likelihood.check(torch.tensor([[2.0**24 + 2]], dtype=torch.float64))
     with pytest.raises(pv.PyroVAEError, match=r"expected x of counts up to 16777216, got 1.67772e\+07"):
         likelihood.check(torch.tensor([[2.0**24 + 2]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("family", [pv.Poisson, pv.NegativeBinomial])
+def test_integers_are_counts(family, dtype):
+    family(torch.nn.Identity(), (3,)).check(torch.ones(2, 3, dtype=dtype))

@@ -35,6 +35,7 @@ CASES = {
     "continuous bernoulli": ("continuous_bernoulli", {}, lambda *shape: torch.rand(*shape).double()),
     "gaussian": ("gaussian", {"scale": 0.5}, reals),
     "gaussian, learned": ("gaussian", {"scale": "learned"}, reals),
+    "gaussian, per column": ("gaussian", {"scale": "per_column"}, reals),
     "gaussian, per pixel": ("gaussian", {"scale": "per_pixel"}, reals),
     "student t": ("student_t", {"df": 6.0}, reals),
     "student t, learned": ("student_t", {"df": "learned", "scale": "learned"}, reals),

@@ -82,7 +82,10 @@ def test_bad_data(x, message):
         (lambda: pv.mlp_vae(5, latent_dim=2), r"expected event_shape of positive integers, got 5. Write \(5,\)"),
         (lambda: pv.mlp_vae((), latent_dim=2), r"expected event_shape of positive integers, got \(\)"),
         (lambda: pv.mlp_vae((4,), latent_dim=2, hidden_dims=20), r"expected hidden_dims of positive integers, got 20"),
-        (lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale=0), r"positive number, 'learned'"),
+        (
+            lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale=0),
+            r"positive number, 'learned' .*'per_column'",
+        ),
         (lambda: pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale="fixed"), r"got 'fixed'"),
         (lambda: pv.conv_vae((28, 28, 3), latent_dim=2), r"channels first, got \(28, 28, 3\).*Pass \(3, 28, 28\)"),
         (lambda: pv.conv_vae((28, 28), latent_dim=2), r"expected an event_shape \(C, H, W\).*use mlp_vae"),

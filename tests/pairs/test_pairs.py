@@ -24,6 +24,7 @@ LIKELIHOODS = {
     "bernoulli": {"likelihood": "bernoulli"},
     "gaussian, fixed": {"likelihood": "gaussian", "scale": 0.5},
     "gaussian, learned": {"likelihood": "gaussian", "scale": "learned"},
+    "gaussian, per column": {"likelihood": "gaussian", "scale": "per_column"},
     "gaussian, per pixel": {"likelihood": "gaussian", "scale": "per_pixel"},
 }
 NETWORKS = {
@@ -195,7 +196,7 @@ def test_conv_decoder_gives_each_particle_its_own_image():
 
 
 def test_gaussian_scales():
-    for scale, expected in ((0.25, 0.25), ("learned", 1.0)):
+    for scale, expected in ((0.25, 0.25), ("learned", 1.0), ("per_column", 1.0)):
         vae = pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian", scale=scale)
         torch.testing.assert_close(vae.likelihood(torch.randn(3, 2)).stddev, torch.full((3, 4), expected))
     per_pixel = pv.conv_vae((3, 8, 8), latent_dim=2, likelihood="gaussian", scale="per_pixel")
@@ -250,3 +251,9 @@ def test_labels_of_any_integer_type_and_decoding_of_particles():
     z = torch.randn(5, 3, 2)
     assert torch.equal(vae.decode(z, y.to(torch.uint8)), vae.decode(z, y))
     torch.testing.assert_close(vae.decode(z, y)[4], vae.decode(z[4], y))
+
+
+@pytest.mark.parametrize("shape", [(103, 3, 3), (10, 28, 4), (5, 4, 4), (5, 8, 2)])
+def test_images_of_many_channels_are_channels_first(shape):
+    """Hyperspectral patches and narrow images: only a square image with its channels last is taken for one."""
+    assert pv.conv_vae(shape, latent_dim=2, likelihood="gaussian").generate(2).shape == (2, *shape)

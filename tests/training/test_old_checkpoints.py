@@ -36,7 +36,8 @@ def test_a_training_of_version_0_1_0_goes_on(tmp_path):
     whole = pv.fit(unbroken, X, pv.IWAE(3, "dreg"), **options)
     pyro.clear_param_store()
     resumed = program()
-    history = pv.fit(resumed, X, pv.IWAE(3, "dreg"), checkpoint=path, **options)
+    with pytest.warns(UserWarning, match="written by an earlier version"):
+        history = pv.fit(resumed, X, pv.IWAE(3, "dreg"), checkpoint=path, **options)
     assert len(history) == 4
     torch.testing.assert_close(*(torch.tensor(h.train_bound.to_numpy()) for h in (history, whole)), rtol=1e-4, atol=0)
     for own, other in zip(resumed.parameters(), unbroken.parameters(), strict=True):

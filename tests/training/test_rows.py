@@ -1,9 +1,12 @@
 """How many data a loss stands for, and which data are trained on: plates and streams of several forms."""
 
+import random
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader, IterableDataset
 
 import pyro_vae as pv
@@ -58,6 +61,77 @@ def test_bounds_are_of_one_datum(name, compile):
     assert abs(history.validation_bound.iloc[0] - elbo(X)) < 4.5 * spread  # its noise is the same in each epoch
 
 
+@pytest.mark.parametrize("name", ["rows", "a fixed size", "no size"])
+def test_a_last_minibatch_of_another_size_counts_by_its_rows(name):
+    """20 rows as 8, 8 and 4. Without noise, each minibatch's bound is the mean of its rows' log p(x)."""
+
+    def model(x):
+        with PROGRAMS[name][0](x):
+            pyro.sample(
+                "x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0).expand([len(x), D]).to_event(1), obs=x
+            )
+
+    pyro.clear_param_store()
+    x = X * torch.arange(1.0, N + 1)[:, None]
+    exact = dist.Normal(0.0, 1.0).log_prob(x).sum(-1).mean().item()
+    history = pv.fit(
+        model, lambda x: None, x, pv.ELBO(), epochs=1, batch_size=8, lr=1e-12, validation=x, progress=False
+    )
+    # Float32 sums of 100 squares, up to 3,000 each, in three minibatches.
+    assert history.iloc[0][["train_bound", "validation_bound"]].tolist() == pytest.approx([exact] * 2, rel=1e-5)
+
+
+def components(x):
+    """Data outside every plate, beside a plate of latents."""
+    with pyro.plate("components", 3):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(m.sum(-1), 1.0).expand([len(x), D]).to_event(2), obs=x)
+
+
+def pixels(x):
+    """Columns of x are the data, and each has a plate of the size of the first dimension inside."""
+    with pyro.plate("data", x.shape[1], dim=-2), pyro.plate("pixels", x.shape[0], dim=-1):
+        pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x.T)
+
+
+def labelled(x):
+    """A label of each column beside its pixels, whose plate is made first."""
+    rows = pyro.plate("pixels", x.shape[0], dim=-1)
+    with pyro.plate("data", x.shape[1], dim=-2):
+        pyro.sample("y", dist.Delta(torch.zeros(())).expand([x.shape[1], 1]), obs=torch.zeros(x.shape[1], 1))
+        with rows:
+            pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x.T)
+
+
+def subsampled(x):
+    """A minibatch of a plate of N rows, beside another plate of the minibatch's size."""
+    with pyro.plate("data", N, subsample_size=len(x), dim=-2), pyro.plate("pixels", D, dim=-1):
+        pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x)
+
+
+@pytest.mark.parametrize("program", [components, pixels, labelled, subsampled])
+def test_the_datas_plate_is_the_outermost_around_the_observed_sites(program):
+    guide = AutoNormal(program) if program is components else lambda x: None
+    x = X.T if program in (pixels, labelled) else X
+    batch_size = D if program is subsampled else None
+    pyro.clear_param_store()
+    history = pv.fit(
+        program, guide, x, pyro.infer.Trace_ELBO(), epochs=1, batch_size=batch_size, lr=1e-12, seed=0, progress=False
+    )
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    program(x)
+    if program is components:
+        guide = AutoNormal(program)
+        guide(x)
+        losses = [pyro.infer.Trace_ELBO(1000).loss(program, guide, x) / N for _ in range(5)]
+        spread = 1000**0.5 * torch.tensor(losses).std().item()
+        assert abs(-history.train_bound.iloc[0] - sum(losses) / 5) < 5 * spread
+    else:
+        exact = dist.Normal(0.0, 1.0).log_prob(X).sum(-1).mean().item()
+        assert history.train_bound.iloc[0] == pytest.approx(exact, rel=1e-5)
+
+
 def test_the_step_is_that_of_the_mean_bound():
     """A fixed plate's loss is scaled to all data; its gradient is divided by their number."""
     gradients = []
@@ -94,20 +168,58 @@ def test_a_stream_is_trained_on_from_its_first_minibatch():
     assert in_steps == [(0.0, 1.0, 2.0, 3.0), (4.0, 5.0, 6.0, 7.0), (8.0, 9.0, 10.0, 11.0)]
 
 
-def test_a_stream_that_begins_again_ends_where_it_did(tmp_path):
-    """A look at the first minibatch leaves the random numbers of the training as they are: resumed as unbroken."""
+class Rows(IterableDataset):
+    def __iter__(self):
+        return iter(X)
 
-    class Rows(IterableDataset):
-        def __iter__(self):
-            return iter(X)
+
+class Shuffled(IterableDataset):
+    """A stream in an order of its own each time, by torch's generator, Python's, or the DataLoader's."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __iter__(self):
+        order = list(range(N))
+        if self.by == "torch":
+            order = torch.randperm(N).tolist()
+        else:
+            random.shuffle(order)
+        return iter(X[order])
+
+
+LOADERS = {
+    "in order": lambda: DataLoader(Rows(), batch_size=10),
+    "torch": lambda: DataLoader(Shuffled("torch"), batch_size=10),
+    "random": lambda: DataLoader(Shuffled("random"), batch_size=10),
+    "generator": lambda: DataLoader(Rows(), batch_size=10, generator=torch.Generator().manual_seed(0)),
+    "map": lambda: DataLoader(X, batch_size=10, shuffle=True),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_training_on_a_loader_resumes_as_unbroken(loader, tmp_path):
+    """A look at the first minibatch leaves the random numbers of the training as they are."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1) * pyro.param("b", torch.tensor(1.0)), 0.4))
 
     ends = []
     for parts in ((4,), (2, 4)):
         pyro.clear_param_store()
         for epochs in parts:
-            model, guide = program(*PROGRAMS["rows"][:2])
-            loader = DataLoader(Rows(), batch_size=10)
+            model, _ = program(*PROGRAMS["rows"][:2])
             path = tmp_path / f"{len(parts)}.pt"
-            pv.fit(model, guide, loader, pv.ELBO(), epochs=epochs, lr=1e-2, seed=0, checkpoint=path)
-        ends.append(pyro.param("m").item())
+            pv.fit(
+                model,
+                guide,
+                LOADERS[loader](),
+                pv.ELBO(1, "monte_carlo"),
+                epochs=epochs,
+                lr=1e-2,
+                seed=0,
+                checkpoint=path,
+            )
+        ends.append((pyro.param("m").item(), pyro.param("b").item()))
     assert ends[0] == ends[1]

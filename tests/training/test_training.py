@@ -472,7 +472,7 @@ def test_looking_at_a_program_leaves_batch_norm_alone():
 def test_the_model_runs_a_few_times_up_to_the_first_step(objective):
     """Once to find its parameters and plates, and once for the first loss, which is validated.
 
-    Before several particles run at once, one more run shows that they are kept apart.
+    Before several particles run at once, two more runs show that they are kept apart: another draw, and both together.
     """
     program, runs = LinearGaussian(2, 1, 8), 0
     weights = torch.nn.Parameter(program.W)
@@ -495,7 +495,7 @@ def test_the_model_runs_a_few_times_up_to_the_first_step(objective):
             pv.fit(model, program.guide, program.x, objective, epochs=1, progress=False)
     finally:
         hook.remove()
-    assert runs == (2 if objective.num_particles == 1 else 3)
+    assert runs == (2 if objective.num_particles == 1 else 4)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -522,6 +522,43 @@ def test_data_outside_the_support_are_refused(given, compile, without_inductor, 
     assert not path.exists()
     if given != "loader":
         assert torch.equal(pyro.param("W"), torch.ones(2, 3))  # no step was taken
+
+
+SHAPED, AFFINE = dist.TransformedDistribution, dist.transforms.AffineTransform
+OBSERVED = {
+    "permutation": SHAPED(dist.Gamma(torch.ones(2), 1.0).to_event(1), [dist.transforms.Permute(torch.tensor([1, 0]))]),
+    "reshape": SHAPED(dist.Gamma(torch.ones(2), 1.0).to_event(1), [dist.transforms.ReshapeTransform((2,), (1, 2))]),
+    "integers": SHAPED(dist.Poisson(torch.ones(2)).to_event(1), [AFFINE(0.0, 0.5)]),
+    "flow": SHAPED(dist.Gamma(torch.ones(2), 1.0).to_event(1), [dist.transforms.affine_autoregressive(2)]),
+    "mixture": dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2, 2)), dist.Uniform(torch.zeros(2, 2), torch.tensor([2.0, 3.0]))
+    ).to_event(1),
+    "mixture of betas": dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2, 2)),
+        SHAPED(dist.Beta(torch.ones(2, 2), 1.0), [AFFINE(0.0, torch.tensor([2.0, 3.0]))]),
+    ).to_event(1),
+    "spline": SHAPED(dist.Uniform(torch.zeros(2), 1.0).to_event(1), [dist.transforms.Spline(2)]),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_data_at_a_site_whose_support_is_not_known_are_not_checked(name):
+    observed = OBSERVED[name]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", observed, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(1.0)), 1.0))
+
+    with torch.no_grad():
+        draws = torch.stack([observed.sample() for _ in range(10)])
+    data = torch.rand(10, 2) if "mixture" in name else draws  # Pyro takes only values that all components can have
+    pv.fit(model, guide, data, pv.ELBO(), epochs=1, batch_size=4, seed=0, progress=False)
+    assert pyro.param("loc").item() < 1
 
 
 def test_validation_data_that_the_model_can_not_take_are_refused():
