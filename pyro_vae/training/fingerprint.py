@@ -68,7 +68,7 @@ class Fingerprint:
         warnings.warn(
             f"a checkpoint can't tell this program from another with the same parameters: {why}. When training goes "
             "on, pass the program that was trained.",
-            stacklevel=5,
+            stacklevel=4,
         )
         return cls(program, None, parameters, fixed)
 
@@ -207,7 +207,12 @@ def _length(args: Batch) -> int:
 
 
 def _copied(args: Batch) -> Batch:
-    return tuple(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), arg) for arg in args)
+    return tuple(pytree.tree_map_only(Tensor, _copy, arg) for arg in args)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, of no subclass, which a checkpoint could not hold."""
+    return tensor.detach().clone().as_subclass(Tensor)
 
 
 def _is_plain(value: Any) -> bool:
@@ -239,7 +244,7 @@ def _draw(program: Program) -> dict[str, Tensor]:
     with rng.preserved(seed=0):
         traces = program.trace()
     return {
-        name: site["value"].detach().clone()
+        name: _copy(site["value"])
         for trace in reversed(traces)
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site["is_observed"] and isinstance(site["value"], Tensor)
