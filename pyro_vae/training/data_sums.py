@@ -151,7 +151,7 @@ def _sums(rows: _Rows | None) -> dict[str, Any] | None:
 
 def _as_float64(rows: Tensor) -> Tensor:
     """The rows on the CPU, as a matrix."""
-    rows = rows.detach().cpu()
+    rows = rows.detach().cpu().as_subclass(Tensor)
     rows = torch.view_as_real(rows.resolve_conj()) if rows.is_complex() else rows
     return rows.reshape(len(rows), -1).to(torch.float64)
 

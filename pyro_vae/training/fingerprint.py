@@ -277,7 +277,7 @@ def _described(site: Site) -> dict[str, Any]:
     scale = torch.as_tensor(site["scale"]).abs().max().item()
     return {
         "family": family(site["fn"]),
-        "value": None if value is None else value.detach().cpu().clone(),
+        "value": None if value is None else _copy(value).cpu(),
         "size": scale * math.prod(site["fn"].event_shape),
     }
 

@@ -238,6 +238,17 @@ def test_a_program_that_does_not_run_twice_is_told_of(tmp_path):
     assert ran[:3] == [8, 4, 8]
 
 
+class Image(torch.Tensor):
+    """Such as those of torchvision, which no file can hold that is read without running code."""
+
+
+def test_rows_of_a_subclass_of_tensors_are_kept_as_tensors(tmp_path):
+    path, x = tmp_path / "run.pt", X.as_subclass(Image)
+    fit(path, data=x)
+    assert type(checkpoints.load(path)["fingerprint"]["rows"][0]) is torch.Tensor
+    assert len(fit(path, data=x, epochs=2)) == 2
+
+
 # The data ------------------------------------------------------------------------------------------------------------
 
 CHANGED = X.clone()
