@@ -12,7 +12,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -20,7 +19,7 @@ from pyro_vae.engine import precision, rng
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Site, Sites, family, labelled
-from pyro_vae.engine.traces import given, sample_sites
+from pyro_vae.engine.traces import At, sample_sites
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.training import data_sums, schedule_values
 
@@ -80,7 +79,13 @@ class Fingerprint:
         # What differs between two runs at the same latents, such as dropout that is always on, can't be compared later.
         try:
             first, second = (_densities(self.program, self.latents, seed) for seed in (0, 1))
-        except Exception:  # the latents are those of other parameters; training must not end here
+        except Exception as error:  # the latents are those of other parameters; training must not end here
+            warnings.warn(
+                "the checkpoint can't tell this program from another with the same parameters: it does not run at the "
+                f"latents of its first run any more ({error}). When training goes on, pass the program that was "
+                "trained.",
+                stacklevel=2,
+            )
             return state
         sites = {
             name: site
@@ -253,7 +258,7 @@ def _draw(program: Program) -> dict[str, Tensor]:
 
 def _densities(program: Program, latents: dict[str, Tensor], seed: int) -> dict[str, dict[str, Any]]:
     """The log-density of each site at given latents, by the words that an error message calls the site."""
-    model: Any = poutine.replay(program.model, trace=given(latents))  # for latents that the guide lacks
+    model: Any = At(latents)(program.model)  # for latents that the guide lacks
     with (
         rng.preserved(seed),
         program.unnoticed(),

@@ -238,6 +238,21 @@ def test_a_program_that_does_not_run_twice_is_told_of(tmp_path):
     assert ran[:3] == [8, 4, 8]
 
 
+def test_a_program_that_stops_running_at_its_first_latents_is_told_of(tmp_path):
+    """Training goes on, and the file has no record of the program."""
+    path = tmp_path / "run.pt"
+
+    def model(x):
+        program()[0](x)
+        if not torch.is_grad_enabled() and not torch.equal(pyro.param("W"), W):
+            raise RuntimeError("trained")
+
+    with pytest.warns(UserWarning, match=r"can't tell this program from another.*any more \(trained"):
+        history = fit(path, (model, program()[1]))
+    assert len(history) == 1
+    assert "sites" not in checkpoints.load(path)["fingerprint"]
+
+
 class Image(torch.Tensor):
     """Such as those of torchvision, which no file can hold that is read without running code."""
 
