@@ -64,6 +64,10 @@ class Rows:
         """How many data the loss stands for."""
         return self.full or self.count(batch)
 
+    def share(self, batch: Sequence[Any]) -> float:
+        """The minibatch as a part of the data that its loss stands for."""
+        return self.count(batch) / self(batch)
+
     def count(self, batch: Sequence[Any]) -> int:
         """How many data the minibatch has."""
         return self.number or batch[self.argument].shape[self.dim]

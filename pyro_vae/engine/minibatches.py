@@ -72,15 +72,15 @@ class Minibatches:
 
     def example(self) -> Batch:
         """A first minibatch, for a trial run; the random numbers of the training stay as they are."""
-        with rng.preserved():
-            if self.loader is not None:
-                rest, first = self._begin(self.loader)
-                if isinstance(self.loader.dataset, IterableDataset):
-                    _, again = self._begin(self.loader)
-                    if not _same(first, again):  # a stream that can't begin again: no minibatch may be lost
-                        self.begun = chain([first] if again is None else [first, again], rest)
-                return self._checked(first)
-            return self._take(slice(0, self.batch_size))
+        if self.loader is None:
+            with rng.preserved():
+                return self._take(slice(0, self.batch_size))
+        rest, first = self._begin(self.loader)
+        if isinstance(self.loader.dataset, IterableDataset):
+            _, again = self._begin(self.loader)
+            if not _same(first, again):  # a stream that can't begin again: no minibatch may be lost
+                self.begun = chain([first] if again is None else [first, again], rest)
+        return self._checked(first)
 
     def _begin(self, loader: Any) -> tuple[Iterator[Any], Any]:
         """An iterator of a loader, and its first minibatch; the random numbers of the training stay as they are."""

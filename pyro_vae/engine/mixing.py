@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.sites import being_recorded, labelled, unwrapped
+from pyro_vae.engine.sites import Sites, being_recorded, labelled, unwrapped
 from pyro_vae.engine.traces import At, in_particles, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
@@ -34,7 +34,7 @@ def check_particles(program: Program, traces: tuple[Trace, Trace] | None = None)
         return
     with program.unnoticed():
         first = traces or program.trace()
-        nodes: dict[str, Any] = {n: s for trace in first for n, s in trace.nodes.items() if s["type"] == "sample"}
+        nodes = _sites(first)
         subsamples = {name: site["value"] for name, site in nodes.items() if site_is_subsample(site)}
         pair_of_traces = first, _run(program, subsamples)
         values = [_drawn(each) | subsamples for each in pair_of_traces]
@@ -87,15 +87,19 @@ def _warn(why: str) -> None:
     warnings.warn(f"{why}: pyro_vae can't check that the program keeps particles apart.", stacklevel=3)
 
 
+def _sites(traces: tuple[Trace, Trace]) -> Sites:
+    """The sample sites of both traces; of one name, the guide's."""
+    return {n: s for trace in traces for n, s in trace.nodes.items() if s["type"] == "sample"}
+
+
 def _drawn(traces: tuple[Trace, Trace]) -> dict[str, Any]:
     """The values of the latent sites, but for Deltas.
 
     A Delta is a function of other sites. Given its value, one unit of rounding would make its density zero.
     """
-    nodes: dict[str, Any] = {n: s for trace in traces for n, s in trace.nodes.items() if s["type"] == "sample"}
     return {
         name: site["value"]
-        for name, site in nodes.items()
+        for name, site in _sites(traces).items()
         if not (site["is_observed"] or isinstance(unwrapped(site["fn"]), Delta))
     }
 

@@ -92,10 +92,15 @@ class Run(NamedTuple):
     # on them scales the gradient that comes back from the model.
     samples: list[tuple[Tensor, list[int]]]
 
-    def shape_beside(self, site: Site) -> list[int]:
-        """The shape in which a matrix (K, N) broadcasts to the site's value."""
+    def shape_beside_plates(self) -> list[int]:
+        """The shape in which a matrix (K, N) broadcasts to a site's log-density."""
         shape = [1] * -self.particle_dim
         shape[self.particle_dim], shape[self.batch_plate.dim] = self.num_particles, self.batch_plate.size
+        return shape
+
+    def shape_beside(self, site: Site) -> list[int]:
+        """The shape in which a matrix (K, N) broadcasts to the site's value."""
+        shape = self.shape_beside_plates()
         event_dim = site["fn"].event_dim
         return shape[len(shape) + event_dim - site["value"].dim() :] + [1] * event_dim
 
@@ -191,7 +196,7 @@ class Program:
     def simulate(self, values: dict[str, Tensor] | None, number: int) -> Sites:
         """The model's sites with new data: at given values of the latents, or at draws from the prior."""
         model = poutine.uncondition(in_particles(self.model, number, -self._known_nesting() - 1))
-        return sample_sites(traced(poutine.replay(model, trace=given(values or {})), self.args))
+        return sample_sites(traced(At(values or {})(model), self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None, *, training: bool = False) -> tuple[Trace, Trace]:
         """Pyro's traces of one run of model and guide, at given values if any; nothing else notices the run.

@@ -13,6 +13,7 @@ from pyro_vae.likelihoods.base import Likelihood
 
 EM_ROUNDS = 20
 
+LEARNED = ("learned", "per_column")  # the scales that are parameters
 Scale = float | Literal["learned", "per_column", "per_pixel"]
 
 
@@ -33,7 +34,7 @@ class _Scaled(Likelihood):
         self.scale = scale
         self.min_scale = min_scale
         self.num_features = self.features_for(scale=scale, min_scale=min_scale)
-        if scale in ("learned", "per_column"):
+        if scale in LEARNED:
             self.log_scale = nn.Parameter(torch.zeros(self.event_shape if scale == "per_column" else ()))
         elif scale == "per_pixel":
             self.floor = min_scale
@@ -46,7 +47,7 @@ class _Scaled(Likelihood):
         refuse_min_scale(min_scale)
         if scale == "per_pixel":
             return 2
-        if scale in ("learned", "per_column") or (isinstance(scale, int | float) and 0 < scale < math.inf):
+        if scale in LEARNED or (isinstance(scale, int | float) and 0 < scale < math.inf):
             return 1
         raise PyroVAEError(
             "expected scale to be a positive number, 'learned' (one for all elements), 'per_column' (one for each "
@@ -56,7 +57,7 @@ class _Scaled(Likelihood):
     @property
     def has_learned_scale(self) -> bool:
         """Whether the scale is a parameter that is not frozen."""
-        return self.scale in ("learned", "per_column") and self.log_scale.requires_grad
+        return self.scale in LEARNED and self.log_scale.requires_grad
 
     def fit_scale(self, mean: Tensor, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
         """Move sigma squared by `rate` of the way to the value at which these data are most probable."""
@@ -81,7 +82,7 @@ class _Scaled(Likelihood):
             loc, raw = features
             return loc, softplus(raw) + self.min_scale
         (loc,) = features
-        return loc, self.log_scale.exp() if self.scale in ("learned", "per_column") else self.fixed_scale
+        return loc, self.log_scale.exp() if self.scale in LEARNED else self.fixed_scale
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

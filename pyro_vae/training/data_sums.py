@@ -1,7 +1,8 @@
 """Sums by which a checkpoint recognises data: of each block of rows, whatever the processor that prepared them."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +13,25 @@ from torch.utils.data import Subset, TensorDataset
 from pyro_vae.engine.minibatches import Minibatches
 
 BLOCKS = 64  # the rows fall into so many blocks, with a sum each
+MOST_ELEMENTS = 2**26  # are read, in half a second; of more data, the first rows of each block
 ROUNDING_OF_SUMS = 2.0**-40  # of sums in float64, whose order may differ
 
 
 def describe(batches: Minibatches) -> dict[str, Any]:
-    """What is known of the data without another look at a minibatch: their lengths, and the sums of stored tensors.
+    """What is known of the data without another look at a minibatch: their lengths, and sums of stored rows.
 
-    Those of a custom column or data set, and of a stream, can't be known.
+    The rows of a custom column or data set, and of a stream, can't be known.
     """
     if batches.loader is None:
-        stored = [tensor for column in batches.columns for tensor in _stored(column) or [None]]
-        rows, dynamic = batches.size, [_dynamic(column) for column in batches.columns]
+        stored: list[_Rows | None] = []
+        for column in batches.columns:
+            stored.extend(_stored(column) or [None])
+        number, dynamic = batches.size, [_dynamic(column) for column in batches.columns]
     else:
         data = batches.loader.dataset
-        stored, dynamic = _stored(data), [_dynamic(data)]
-        rows = len(data) if hasattr(data, "__len__") and batches.steps is not None else None
-    known = {"rows": rows, "minibatches": batches.steps, "columns": [_sums(tensor) for tensor in stored]}
+        stored, dynamic = [*_stored(data)], [_dynamic(data)]
+        number = len(data) if hasattr(data, "__len__") and batches.steps is not None else None
+    known = {"rows": number, "minibatches": batches.steps, "columns": [_sums(column) for column in stored]}
     return known | {"dynamic": None if None in dynamic else any(dynamic)}
 
 
@@ -78,49 +82,78 @@ def _dynamic(data: Any) -> bool | None:
     return found if isinstance(found, bool) else None
 
 
-def _stored(data: Any) -> list[Tensor | None]:
-    """The tensors that hold the rows; none of a data set whose rows can't be had without a use of it."""
+@dataclass(frozen=True)
+class _Rows:
+    """Rows that lie in memory or in a file: those of a tensor, or of a list of tensors."""
+
+    number: int
+    take: Callable[[Tensor], Tensor]  # those of the given numbers
+
+
+def _stored(data: Any) -> list[_Rows]:
+    """What holds the rows, column by column; nothing of a data set whose rows can't be had without a use of it."""
     if isinstance(data, Tensor):
-        return [data]
-    if isinstance(data, Subset):
-        index = torch.as_tensor(data.indices)
-        return [None if tensor is None else tensor[index.to(tensor.device)] for tensor in _stored(data.dataset)]
+        strided = data.layout == torch.strided and data.dim() > 0
+        return [_Rows(len(data), lambda index: data[index.to(data.device)])] if strided else []
     if isinstance(data, TensorDataset):
-        return list(data.tensors)
+        return [column for tensor in data.tensors for column in _stored(tensor)]
+    if isinstance(data, Subset):
+        indices, whole = torch.as_tensor(data.indices), _stored(data.dataset)
+        return [_Rows(len(indices), functools.partial(_chosen, column, indices)) for column in whole]
     if type(data) in (list, tuple):
         return _columns(data)
     images = getattr(data, "images", None)  # of a split of pyro_vae.data, which may draw from them at each use
     if not isinstance(images, Tensor) or not hasattr(data, "__len__"):
         return []
-    return [images] if images.dim() and len(images) == len(data) else []
+    return _stored(images) if images.dim() and len(images) == len(data) else []
 
 
-def _columns(rows: Sequence[Any]) -> list[Tensor | None]:
+def _chosen(column: _Rows, indices: Tensor, index: Tensor) -> Tensor:
+    return column.take(indices[index])
+
+
+def _columns(rows: Sequence[Any]) -> list[_Rows]:
     """The columns of a list of rows, each of which is a tensor, or some tensors; none if they can't be stacked."""
     split = [row if isinstance(row, tuple | list) else (row,) for row in rows]
     kinds = {tuple((v.shape, v.dtype) if isinstance(v, Tensor) else None for v in row) for row in split}
     if len(kinds) != 1 or None in next(iter(kinds)):
         return []
-    return [torch.stack([v.detach() for v in column]) for column in zip(*split, strict=True)]
+
+    def stacked(column: int, index: Tensor) -> Tensor:
+        return torch.stack([split[i][column] for i in index.tolist()])
+
+    return [_Rows(len(split), functools.partial(stacked, column)) for column in range(len(split[0]))]
 
 
-def _sums(tensor: Tensor | None) -> dict[str, Any] | None:
-    """Sums of the tensor's blocks of rows, with weights that differ from row to row and from element to element."""
-    if tensor is None or tensor.layout != torch.strided or tensor.dim() == 0:
+def _sums(rows: _Rows | None) -> dict[str, Any] | None:
+    """Sums of the blocks of rows, with weights that differ from row to row and from element to element."""
+    if rows is None or rows.number == 0:
         return None
     with torch.no_grad():
-        rows = tensor.detach().resolve_conj()
-        rows = (torch.view_as_real(rows) if rows.is_complex() else rows).reshape(len(tensor), -1)
-        of_rows, of_elements = _weights(len(rows)), _weights(rows.shape[1])
+        row = rows.take(torch.tensor([0])).detach()
+        width = max(1, row.numel() * (1 + row.is_complex()))
+        size = _block(rows.number)
+        taken = min(size, max(1, MOST_ELEMENTS // (BLOCKS * width)))
+        of_rows, of_elements = _weights(rows.number), _weights(width)
         sums, sizes = [], []
-        for part, weights in zip(rows.split(size := _block(len(rows))), of_rows.split(size), strict=True):
-            values = part.cpu().to(torch.float64)
-            if not bool((values @ of_elements).isfinite().all()):  # a DataLoader's may have missing values
+        for start in range(0, rows.number, size):
+            stop = min(start + taken, rows.number)
+            values, weights = _as_float64(rows.take(torch.arange(start, stop))), of_rows[start:stop]
+            totals = values @ of_elements[: values.shape[1]]
+            if not bool(totals.isfinite().all()):  # a DataLoader's may have missing values
                 values = values.nan_to_num(nan=math.pi)
-            sums.append(weights @ (values @ of_elements))
-            sizes.append(weights @ (values.abs() @ of_elements))
-        shape = list(tensor.shape)
-        return {"shape": shape, "dtype": str(tensor.dtype), "sums": torch.stack(sums), "sizes": torch.stack(sizes)}
+                totals = values @ of_elements[: values.shape[1]]
+            sums.append(weights @ totals)
+            sizes.append(weights @ (values.abs() @ of_elements[: values.shape[1]]))
+        shape = [rows.number, *row.shape[1:]]
+        return {"shape": shape, "dtype": str(row.dtype), "sums": torch.stack(sums), "sizes": torch.stack(sizes)}
+
+
+def _as_float64(rows: Tensor) -> Tensor:
+    """The rows on the CPU, as a matrix."""
+    rows = rows.detach().cpu().as_subclass(Tensor)
+    rows = torch.view_as_real(rows.resolve_conj()) if rows.is_complex() else rows
+    return rows.reshape(len(rows), -1).to(torch.float64)
 
 
 def _block(rows: int) -> int:

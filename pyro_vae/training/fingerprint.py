@@ -12,7 +12,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -20,7 +19,7 @@ from pyro_vae.engine import precision, rng
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Site, Sites, family, labelled
-from pyro_vae.engine.traces import given, sample_sites
+from pyro_vae.engine.traces import At, sample_sites
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.training import data_sums, schedule_values
 
@@ -68,7 +67,7 @@ class Fingerprint:
         warnings.warn(
             f"a checkpoint can't tell this program from another with the same parameters: {why}. When training goes "
             "on, pass the program that was trained.",
-            stacklevel=5,
+            stacklevel=4,
         )
         return cls(program, None, parameters, fixed)
 
@@ -80,7 +79,13 @@ class Fingerprint:
         # What differs between two runs at the same latents, such as dropout that is always on, can't be compared later.
         try:
             first, second = (_densities(self.program, self.latents, seed) for seed in (0, 1))
-        except Exception:  # the latents are those of other parameters; training must not end here
+        except Exception as error:  # the latents are those of other parameters; training must not end here
+            warnings.warn(
+                "the checkpoint can't tell this program from another with the same parameters: it does not run at the "
+                f"latents of its first run any more ({error}). When training goes on, pass the program that was "
+                "trained.",
+                stacklevel=2,
+            )
             return state
         sites = {
             name: site
@@ -207,7 +212,12 @@ def _length(args: Batch) -> int:
 
 
 def _copied(args: Batch) -> Batch:
-    return tuple(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), arg) for arg in args)
+    return tuple(pytree.tree_map_only(Tensor, _copy, arg) for arg in args)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, of no subclass, which a checkpoint could not hold."""
+    return tensor.detach().clone().as_subclass(Tensor)
 
 
 def _is_plain(value: Any) -> bool:
@@ -239,7 +249,7 @@ def _draw(program: Program) -> dict[str, Tensor]:
     with rng.preserved(seed=0):
         traces = program.trace()
     return {
-        name: site["value"].detach().clone()
+        name: _copy(site["value"])
         for trace in reversed(traces)
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site["is_observed"] and isinstance(site["value"], Tensor)
@@ -248,7 +258,7 @@ def _draw(program: Program) -> dict[str, Tensor]:
 
 def _densities(program: Program, latents: dict[str, Tensor], seed: int) -> dict[str, dict[str, Any]]:
     """The log-density of each site at given latents, by the words that an error message calls the site."""
-    model: Any = poutine.replay(program.model, trace=given(latents))  # for latents that the guide lacks
+    model: Any = At(latents)(program.model)  # for latents that the guide lacks
     with (
         rng.preserved(seed),
         program.unnoticed(),
@@ -272,7 +282,7 @@ def _described(site: Site) -> dict[str, Any]:
     scale = torch.as_tensor(site["scale"]).abs().max().item()
     return {
         "family": family(site["fn"]),
-        "value": None if value is None else value.detach().cpu().clone(),
+        "value": None if value is None else _copy(value).cpu(),
         "size": scale * math.prod(site["fn"].event_shape),
     }
 

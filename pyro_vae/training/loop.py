@@ -89,8 +89,7 @@ class Loop:
                 require_kept(self.parameters)
             self.optimizer.step()
             self.steps += 1
-            share = self.rows_of.count(batch) / self.rows_of(batch)
-            total, count = total + loss.double() * share, count + self.rows_of.count(batch)
+            total, count = total + loss.double() * self.rows_of.share(batch), count + self.rows_of.count(batch)
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
                 bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
             bar.update()
@@ -126,8 +125,8 @@ class Loop:
             for batch in self.held_out.in_order():
                 if self.unchecked_held_out is not None:
                     self.unchecked_held_out.check(batch)
-                share = self.rows_of.count(batch) / self.rows_of(batch)
-                total += self.objective.loss(self.program.model, self.program.guide, *batch) * share
+                loss = self.objective.loss(self.program.model, self.program.guide, *batch)
+                total += loss * self.rows_of.share(batch)
                 count += self.rows_of.count(batch)
         self.unchecked_held_out = None
         self.held_out.set_generator_states(own)

@@ -14,7 +14,7 @@ from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.minibatches import Batch
 from pyro_vae.engine.modules import PyroFunction, recorded_calls
 from pyro_vae.engine.particles import Particles
-from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, element_weights, unwrapped
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import PyroVAEError
@@ -95,7 +95,7 @@ def residuals(program: Program, objective: Any = None) -> list[Fitted]:
             args = (program.model, program.guide_or_prior, program.args, program.kwargs)
             runs = Particles(objective.num_samples, objective.vectorize_particles, objective.chunk_size).read(
                 objective.program(*args),
-                lambda run: (log_weights_of(run), matched(run.model), _shape_beside_plates(run)),
+                lambda run: (log_weights_of(run), matched(run.model), run.shape_beside_plates()),
             )
         log_weights = torch.cat([each for each, *_ in runs])
         slopes = gradients.slope(objective.reduce, log_weights)
@@ -146,13 +146,6 @@ def joined(fits: list[dict[str, Any]]) -> list[Fitted]:
         Fitted(likelihood, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
         for likelihood, parts in rows.items()
     ]
-
-
-def _shape_beside_plates(run: Run) -> list[int]:
-    """The shape in which a matrix (K, N) broadcasts to the batch of a site."""
-    shape = [1] * -run.particle_dim
-    shape[0], shape[run.batch_plate.dim] = run.num_particles, run.batch_plate.size
-    return shape
 
 
 def _same_location(first: Any, second: Any) -> bool:

@@ -82,4 +82,8 @@ def test_counts_that_are_no_float32_integers_are_refused(family):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 @pytest.mark.parametrize("family", [pv.Poisson, pv.NegativeBinomial])
 def test_integers_are_counts(family, dtype):
-    family(torch.nn.Identity(), (3,)).check(torch.ones(2, 3, dtype=dtype))
+    likelihood, x = family(torch.nn.Identity(), (3,)), torch.ones(2, 3, dtype=dtype)
+    likelihood.check(x)
+    if dtype.is_signed:
+        with pytest.raises(pv.PyroVAEError, match=r"expected x of counts 0, 1, 2, \.\.\., got -1"):
+            likelihood.check(-x)

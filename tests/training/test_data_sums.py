@@ -97,3 +97,14 @@ def test_the_tensors_of_a_loader_are_compared_whatever_holds_them():
     assert between(list(X), list(changed(X, (500, 0), 9.0))).what == "the weighted sum of rows 496 to 511"
     ragged = [X[:3], X[:4]]
     assert describe(Minibatches(DataLoader(ragged, 1), None, "data"))["columns"] == []
+
+
+def test_of_much_data_the_first_rows_of_each_block_are_read(monkeypatch):
+    """Sixteen rows are a block; four of each are within the limit."""
+    monkeypatch.setattr("pyro_vae.training.data_sums.MOST_ELEMENTS", 64 * 3 * 4)
+    assert between(X, changed(X, (19, 2), 9.0)).what == "the weighted sum of rows 16 to 31"
+    assert between(X, changed(X, (20, 2), 9.0)) is None
+
+
+def test_the_imaginary_part_counts():
+    assert between(torch.complex(X, X), torch.complex(X, -X)).what == "the weighted sum of rows 0 to 15"
