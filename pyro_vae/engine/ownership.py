@@ -65,13 +65,14 @@ class OwnParameters(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         name, init = msg["name"], msg["args"][1] if len(msg["args"]) > 1 else None
-        store = pyro.get_param_store()
-        if init is not None and store._params.get(name) is init:
-            return
         frame = _caller_of_param()
         code = None if frame is None else frame.f_code
         if frame is None or code not in _OF_MODULES:
             return  # the program's own pyro.param
+        store = pyro.get_param_store()
+        if code is _MODULE and store._params.get(name) is init:
+            self._used.setdefault(name, init)
+            return  # as in every step but the first: to read a frame's variables takes time
         if code is _SETTER:  # a new parameter of a module that runs
             if _is_of_another(name, frame.f_locals["self"]):
                 _put(name, None)

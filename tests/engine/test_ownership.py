@@ -275,6 +275,14 @@ def test_two_modules_of_one_name_are_refused(name, tmp_path):
     assert pv.IWAE(5).bound(program, X).isfinite().all()  # each network runs with its own
 
 
+def test_a_second_module_of_a_trained_one_s_name_is_refused():
+    model, guide, _ = linear()
+    pv.fit(model, guide, X, pv.ELBO(), epochs=1, progress=False)
+    other = nn.Linear(2, 3)
+    with pytest.raises(ValueError, match="two modules with a parameter"):
+        pv.fit(lambda x: (model(x), pyro.module("decoder", other)), guide, X, pv.ELBO(), epochs=1, progress=False)
+
+
 def test_networks_made_inside_the_model_are_refused():
     _, guide, _ = linear()
     with pytest.raises(ValueError, match=r"'decoder\$\$\$\w+' is another tensor each time.*outside of both"):
