@@ -36,6 +36,10 @@ class Options(TypedDict, total=False):
     chunk_size: int | None
 
 
+_REDUCTIONS = ("reduce", "reduce_for_guide")
+_OF_A_BOUND = (*_REDUCTIONS, "curvature")
+
+
 class Objective(pyro.infer.ELBO):
     r"""A variational bound: the base class. It turns a reduction of log-weights into a loss and its gradients.
 
@@ -100,13 +104,16 @@ class Objective(pyro.infer.ELBO):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own, rows = vars(cls), super(cls, cls).gradients  # type: ignore[misc]
-        if "reduce" in own or "reduce_for_guide" in own:
+        first = {name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base)) for name in _OF_A_BOUND}
+        parents = [base for base in cls.__mro__[1:] if issubclass(base, Objective)]
+        rows, names = parents[0].gradients, cls.gradients
+        if any(getattr(cls, name) is not getattr(parents[0], name) for name in _REDUCTIONS):
             # What serves the parent's bound alone gives way to what serves any.
             rows = {n: r if r.any_bound else ESTIMATORS[n] for n, r in rows.items() if r.any_bound or n in ESTIMATORS}
-            if "curvature" not in own:
-                cls.curvature = Objective.curvature  # type: ignore[method-assign]
-        names = own.get("gradients", rows)
+        if first["curvature"] > min(first[name] for name in _REDUCTIONS):
+            cls.curvature = Objective.curvature  # type: ignore[method-assign]
+        if any(names is parent.gradients for parent in parents):
+            names = rows
         cls.gradients = names if isinstance(names, dict) else gradients.rows_of(cls.__name__, names, rows)
 
     def __init__(

@@ -86,7 +86,8 @@ class Estimator:
             None draws them independently.
         score_term: the function of a guide site, in the shape of its log-density, whose derivative is the score that b
             multiplies; None is the log-density.
-        any_bound: whether it estimates the gradient of any bound. False keeps it from subclasses with another `reduce`.
+        any_bound: whether it estimates the gradient of any bound. False keeps it from subclasses with another `reduce`,
+            which get the row of that name in `ESTIMATORS`, if there is one.
     """
 
     suffix: str
@@ -99,7 +100,7 @@ class Estimator:
     even: bool = False
     sampler: Callable[[int, int], Messenger] | None = None
     score_term: Callable[[Site], Tensor] | None = None
-    any_bound: bool = True
+    any_bound: bool = False
 
     def __post_init__(self) -> None:
         signals = self.signal is not None
@@ -168,15 +169,15 @@ def _over(baseline: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor
     return lambda objective, log_w, c: learning_signal(objective.reduce_for_guide, log_w, baseline(log_w)) - c
 
 
-PATHWISE = Estimator("")
-STL = Estimator(", STL", score=False)
+PATHWISE = Estimator("", any_bound=True)
+STL = replace(PATHWISE, suffix=", STL", score=False)
 #: The estimators that serve every bound, by name.
 ESTIMATORS = {
     "pathwise": PATHWISE,
     "stl": STL,
     "dreg": replace(STL, suffix=", DReG", curvature=True),
-    "score": Estimator(", score function", "some", signal=_over(mean_of_other_data)),
-    "vimco": Estimator(", VIMCO", "some", signal=_over(mean_of_other_particles), fewest=2),
+    "score": Estimator(", score function", "some", signal=_over(mean_of_other_data), any_bound=True),
+    "vimco": Estimator(", VIMCO", "some", signal=_over(mean_of_other_particles), fewest=2, any_bound=True),
 }
 #: An estimator for the ELBO alone: antithetic samples change the mean of a bound that is not linear.
 DISARM = Estimator(
@@ -187,7 +188,6 @@ DISARM = Estimator(
     even=True,
     sampler=antithetic.Antithetic,
     score_term=antithetic.score_term,
-    any_bound=False,
 )
 
 

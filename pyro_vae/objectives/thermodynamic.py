@@ -89,9 +89,7 @@ class TVO(Objective):
         means = (weights * log_weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
         return (weights * (log_weights - means)).sum(0) - c
 
-    gradients = Objective.gradients | {
-        "covariance": Estimator(", covariance", "none", signal=covariance, any_bound=False)
-    }
+    gradients = Objective.gradients | {"covariance": Estimator(", covariance", "none", signal=covariance)}
 
 
 def _log_uniform(intervals: int) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ class RWS(Objective):
     family = "RWS"
     # The guide's density is fitted to the samples, so its score has the normalised weights, with a positive sign.
     gradients = {  # noqa: RUF012
-        "pathwise": Estimator("", "none", signal=lambda rws, _, c: (1 - rws.sleep) * c, of_mean=False)
+        "pathwise": Estimator("", "none", signal=lambda rws, _, c: (1 - rws.sleep) * c, of_mean=False, any_bound=True)
     }
 
     def __init__(self, num_particles: int, sleep: float = 0.0, **options: Unpack[Options]) -> None:

@@ -77,6 +77,34 @@ def test_another_reduction_keeps_the_rows_that_serve_any(base, method):
             type("Wrong", (base,), {method: best, "gradients": ("covariance",)})
 
 
+def test_a_mixin_s_reduction_and_rows_count_as_the_class_s_own():
+    class Best:
+        reduce = best
+
+    class Few:
+        gradients = ("pathwise", "vimco")
+
+    class Mixed(Few, Best, pv.ELBO):
+        pass
+
+    class Quick(Mixed):
+        def curvature(self, log_weights):
+            return torch.zeros_like(log_weights)
+
+    assert Mixed.gradients == Quick.gradients == {name: ESTIMATORS[name] for name in ("pathwise", "vimco")}
+    assert Mixed.curvature is pv.Objective.curvature
+    assert Quick.curvature is not pv.Objective.curvature
+    assert type("Linear", (Few, pv.ELBO), {}).curvature is pv.ELBO.curvature
+
+
+def test_a_row_of_one_bound_alone_is_not_inherited_by_another():
+    class Mine(Own):
+        gradients = Own.gradients | {"mine": replace(ESTIMATORS["score"], any_bound=False)}
+
+    assert "mine" in type("Child", (Mine,), {}).gradients
+    assert type("Other", (Mine,), {"reduce": best}).gradients == ESTIMATORS
+
+
 @pytest.mark.parametrize("objective", [pv.IWAE(2, "vimco"), pv.RWS(3), pv.ELBO(2, "monte_carlo", "disarm")], ids=repr)
 def test_objectives_can_be_pickled(objective):
     assert repr(pickle.loads(pickle.dumps(objective))) == repr(objective)
