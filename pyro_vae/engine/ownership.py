@@ -64,7 +64,8 @@ class OwnParameters(Messenger):
                     _put(full, own, constraint)
 
     def _pyro_param(self, msg: Any) -> None:
-        name, init = msg["name"], msg["args"][1] if len(msg["args"]) > 1 else None
+        name: str = msg["name"]
+        init: Any = msg["args"][1] if len(msg["args"]) > 1 else None
         frame = _caller_of_param()
         code = None if frame is None else frame.f_code
         if frame is None or code not in _OF_MODULES:

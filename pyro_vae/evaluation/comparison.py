@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -61,6 +62,12 @@ def compare(
       :math:`\|\mathbb E g\| / \sqrt{\operatorname{tr Cov} g}`, over the model's and over the guide's parameters.
       :math:`\|\bar g\|^2` overstates the signal by :math:`\operatorname{tr Cov} g / R`, which is subtracted. 0 means
       that R repeats show no signal. With 10 repeats the column is rough.
+    - ``grad_bias_z``: whether the gradient along paths is that of the bound, in standard errors:
+      :math:`(\bar g - \bar s) \cdot d \,/\, \sqrt{\operatorname{var}((g - s) \cdot d) / R}`. Here s is the unbiased
+      gradient by the score function, of independent samples, and d a fixed random direction over the guide's
+      parameters. Beyond 4, the row's gradient is biased: the log-weight jumps as z moves (a threshold, a rounding, an
+      ``if``), or STL is used for a bound other than the ELBO. NaN where the row has no gradient along paths, or the
+      guide no score.
     - ``milliseconds``: the median wall-clock time of the loss and its gradients on all of x.
     - ``gap``, ``gap_se``: :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`, the best estimate of log p(x) minus the
       bound, and the standard error of this paired difference over data, in nats. The best estimate is IWAE with 1000
@@ -182,24 +189,30 @@ def _measure(
     in_model = sum(value.numel() for value in parameters[0].values())
 
     @torch.enable_grad()
-    def gradient_of(*chunk: Tensor) -> Tensor:
+    def gradient_of(objective: Objective, *chunk: Tensor) -> Tensor:
         loss = objective.differentiable_loss(program.model, program.guide, *chunk)
         parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten() for part in parts])
 
-    gradient: Callable[..., Tensor] = gradient_of
+    gradient: Callable[..., Tensor] = partial(gradient_of, objective)
     if compile:
-        gradient = CompiledFunction(gradient_of, program.modules())
+        gradient = CompiledFunction(gradient, program.modules())
         with rng.preserved():  # compile before the timing
             for chunk in {len(chunk[0]): chunk for chunk in chunks}.values():
                 gradient(*chunk)
-    bounds, seconds, gradients = [], [], []
+    bounds, seconds, gradients, first = [], [], [], []
     for _ in range(repeats):
         with torch.no_grad():
             bounds.append(torch.cat([objective.bound(program.model, program.guide, *c) for c in chunks]).double())
         started = _now(program.args[0])
-        gradients.append(sum(map(gradient, *zip(*chunks, strict=True)), torch.zeros(())))
+        parts = list(map(gradient, *zip(*chunks, strict=True)))
+        gradients.append(torch.stack(parts).sum(0))
         seconds.append(_now(program.args[0]) - started)
+        first.append(parts[0])
+
+    def of_guide(other: Objective) -> Tensor:
+        return gradient_of(other, *chunks[0])[in_model:]
+
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
     stacked = torch.stack(gradients)
@@ -210,6 +223,7 @@ def _measure(
         "estimator_std": per_repeat.var(0).mean().sqrt().item(),
         "grad_snr_model": _signal_to_noise(stacked[:, :in_model]),
         "grad_snr_guide": _signal_to_noise(stacked[:, in_model:]),
+        "grad_bias_z": _bias([part[in_model:] for part in first], objective, of_guide),
         "milliseconds": 1e3 * statistics.median(seconds),
     }
     return row, per_datum
@@ -220,6 +234,31 @@ def _now(x: Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter()
+
+
+def _bias(paths: list[Tensor], objective: Objective, gradient: Callable[[Objective], Tensor]) -> float:
+    """How far gradients along paths are from the score function's, in standard errors; NaN where one does not exist."""
+    score = "vimco" if objective.num_samples > 1 and "vimco" in objective.gradients else "score"
+    free_bits = isinstance(objective, ELBO) and objective.free_bits
+    if objective.estimator.path != "all" or score not in objective.gradients or free_bits or not paths[0].numel():
+        return math.nan
+    try:
+        scored = [gradient(_with_gradient(objective, score)) for _ in paths]
+    except PyroVAEError:  # there is no score function, such as where a support depends on parameters
+        return math.nan
+    direction = torch.randn(paths[0].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    along = [torch.stack(each).double().cpu() @ direction for each in (paths, scored)]
+    error = torch.stack([each.var() / len(each) for each in along]).sum().sqrt().item()
+    # Both may be zero but for rounding, as at the exact posterior. The pathwise gradient has the terms that cancel.
+    whole = gradient(_with_gradient(objective, "pathwise")) if "pathwise" in objective.gradients else paths[0]
+    rounding = 100 * torch.finfo(whole.dtype).eps * whole.norm().item()
+    return (along[0].mean() - along[1].mean()).item() / math.hypot(error, rounding)
+
+
+def _with_gradient(objective: Objective, gradient: str) -> Objective:
+    other = copy.copy(objective)
+    other.gradient = gradient
+    return other
 
 
 def _signal_to_noise(gradients: Tensor) -> float:

@@ -50,7 +50,8 @@ class Objective(pyro.infer.ELBO):
     To define a bound, write a subclass with a `reduce`; it inherits the gradients. With K particles, `gradient` is
 
     ``"pathwise"``
-        the derivative through the reparameterised samples (Kingma and Welling 2014): unbiased.
+        the derivative through the reparameterised samples (Kingma and Welling 2014): unbiased, unless the log-weight
+        jumps as z moves (a threshold, a rounding). :func:`pyro_vae.compare` shows such a bias as `grad_bias_z`.
     ``"stl"``
         sticking the landing (Roeder et al. 2017): pathwise without the score, which has mean zero in the ELBO. It is
         unbiased for the ELBO, and zero at the exact posterior. For other bounds with K > 1 it is **biased**.

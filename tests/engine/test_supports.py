@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.quick import slow_but
 from torch.distributions import biject_to, constraints
 from torch.distributions import transforms as t
 
@@ -225,7 +226,7 @@ ANNEALED = {
 }
 
 
-@pytest.mark.parametrize("name", ANNEALED)
+@pytest.mark.parametrize("name", slow_but(["shifted"], ANNEALED))
 def test_annealing_moves_on_the_true_support(name):
     prior, low, high = ANNEALED[name]
     model, _ = programs(prior, prior)
@@ -287,7 +288,7 @@ ROUNDED = {
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-@pytest.mark.parametrize("evaluation", ["log_likelihood", "ais"])
+@pytest.mark.parametrize("evaluation", slow_but(["log_likelihood"], ["log_likelihood", "ais"]))
 def test_the_rounding_of_an_end_is_no_part_of_the_support(name, evaluation):
     model, guide = programs(*ROUNDED[name])
     if evaluation == "ais":
@@ -468,7 +469,7 @@ VECTORS = {
 }
 
 
-@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("name", slow_but(["permutation"], VECTORS))
 def test_annealing_under_transforms_of_vectors(name):
     prior = VECTORS[name]
 

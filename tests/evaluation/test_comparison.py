@@ -39,7 +39,7 @@ def test_bounds_errors_and_deviations():
     objectives = [pv.ELBO(), pv.ELBO(1, "monte_carlo"), pv.ELBO(16, "monte_carlo"), pv.IWAE(1), pv.IWAE(64)]
     table = pv.compare(model, guide, program.x, objectives, repeats=40, seed=0)
     assert list(table.columns) == [
-        "bound", "bound_se", "estimator_std", "grad_snr_model", "grad_snr_guide", "milliseconds",
+        "bound", "bound_se", "estimator_std", "grad_snr_model", "grad_snr_guide", "grad_bias_z", "milliseconds",
         "gap", "gap_se", "pareto_k", "is_bound",
     ]  # fmt: skip
     assert table.index.names == ["objective", "particles"]
@@ -92,6 +92,48 @@ def test_zero_variance_has_zero_deviation():
     table = pv.compare(*parametrised(program), program.x, [pv.IWAE(4)], repeats=3)
     assert table.estimator_std.item() < 1e-9
     assert table.bound.item() == pytest.approx(program.log_evidence().mean().item(), abs=1e-9)
+
+
+def jumping(loc, low=None):
+    def model(x):
+        prior = dist.Normal(0.0, 1.0) if low is None else dist.Uniform(low, 1.0)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc(pyro.sample("z", prior)), 1.0), obs=x)
+
+    def guide(x):
+        shift = pyro.param("shift", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(shift + x / 2, 0.8) if low is None else dist.Uniform(low - 0 * shift, 1.0))
+
+    return model, guide
+
+
+PATHS = [pv.ELBO(), pv.ELBO(2, "monte_carlo", "stl"), pv.IWAE(8), pv.IWAE(8, "dreg"), pv.TVO(4, [0.0, 0.3, 1.0])]
+NO_PATHS = [pv.IWAE(8, "score"), pv.IWAE(8, "vimco"), pv.RWS(8), pv.ELBO(free_bits=0.1)]
+
+
+@pytest.mark.parametrize("name", ["smooth", "threshold"])
+def test_a_gradient_along_paths_is_measured_beside_the_score_function(name):
+    loc = {"smooth": lambda z: z, "threshold": lambda z: torch.where(z > 0, 2.0, -1.0)}[name]
+    program, x = jumping(loc), torch.randn(500)
+    table = pv.compare(program, x, PATHS + NO_PATHS, repeats=20, seed=0)
+    z = table.grad_bias_z.to_numpy()
+    assert all(map(math.isnan, z[len(PATHS) :]))
+    assert (abs(z[: len(PATHS)]) < 4).all() if name == "smooth" else (abs(z[: len(PATHS)]) > 4).all()
+
+
+def test_sticking_the_landing_is_biased_for_iwae_alone():
+    table = pv.compare(jumping(lambda z: z), torch.randn(500), [pv.IWAE(8, "stl")], repeats=20, seed=0)
+    assert abs(table.grad_bias_z.item()) > 10
+    exact = LinearGaussian(3, 2, 100)  # the exact posterior: both gradients are zero but for rounding
+    table = pv.compare(parametrised(exact), exact.x, [pv.IWAE(4, "stl"), pv.ELBO(4, gradient="stl")], seed=0)
+    assert (table.grad_bias_z.abs() < 4).all()
+
+
+def test_no_score_function_leaves_the_bias_of_a_gradient_open():
+    """The guide's support depends on a parameter."""
+    table = pv.compare(jumping(lambda z: z, low=-1.0), torch.randn(50), [pv.IWAE(4)], repeats=2, seed=0)
+    assert math.isnan(table.grad_bias_z.item())
 
 
 @pytest.mark.slow
