@@ -64,14 +64,14 @@ class OwnParameters(Messenger):
                     _put(full, own, constraint)
 
     def _pyro_param(self, msg: Any) -> None:
-        name: str = msg["name"]
-        init: Any = msg["args"][1] if len(msg["args"]) > 1 else None
+        name = msg["name"]
+        init = msg["args"][1] if len(msg["args"]) > 1 else None
         frame = _caller_of_param()
         code = None if frame is None else frame.f_code
         if frame is None or code not in _OF_MODULES:
             return  # the program's own pyro.param
         store = pyro.get_param_store()
-        if code is _MODULE and store._params.get(name) is init:
+        if code is _MODULE and isinstance(init, Tensor) and store._params.get(name) is init:
             self._used.setdefault(name, init)
             return  # as in every step but the first: to read a frame's variables takes time
         if code is _SETTER:  # a new parameter of a module that runs
