@@ -27,26 +27,21 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
         ValueError: a site is of half precision in the second run too.
     """
 
-    def run() -> Trace:
-        with OwnParameters(find_modules(function)):
-            found: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
-        return found
-
-    try:
-        trace = run()
-        if not _half_sites(trace):
-            return trace
-    except RuntimeError as error:  # such as a product of float32 draws and weights in half precision
-        if not any(word in str(error) for word in ("BFloat16", "Half", "dtype")):
-            raise
-    with precision.promoting():
-        trace = run()
-    for name in _half_sites(trace):
-        raise PyroVAEError(
-            f"site '{name}' is of half precision: expected draws and densities of float32 at least, got "
-            f"{trace.nodes[name]['fn']}. Call .float() on the parameters of its distribution."
-        )
-    return trace
+    for again in (False, True):
+        try:
+            with precision.promoting() if again else nullcontext(), OwnParameters(find_modules(function)):
+                trace: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
+        except RuntimeError as error:  # such as a product of float32 draws and weights in half precision
+            if again or not any(word in str(error) for word in ("BFloat16", "Half", "dtype")):
+                raise
+        else:
+            half = _half_sites(trace)
+            if not half:
+                return trace
+    raise PyroVAEError(
+        f"site '{half[0]}' is of half precision: expected draws and densities of float32 at least, got "
+        f"{trace.nodes[half[0]]['fn']}. Call .float() on the parameters of its distribution."
+    )
 
 
 def _half_sites(trace: Trace) -> list[str]:
