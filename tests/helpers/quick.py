@@ -9,4 +9,5 @@ import pytest
 def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
     """The cases for ``parametrize``; those that are not `quick` are marked slow."""
     quick = list(quick)
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    values = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    return [pytest.param(*each, marks=[pytest.mark.slow] * (case not in quick)) for case, each in values]

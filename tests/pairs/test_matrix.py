@@ -26,7 +26,8 @@ def test_a_step_with_each_objective_moves_every_parameter(row):
 
 
 def _rarely(row, check):
-    return not row.common or (check == "compiled" and row.kind != "binary")
+    compiled = row.kind == "binary" and row.name in ("VAE", "VAE, missing pixels", "HierarchicalVAE, ladder")
+    return not row.common or (check == "compiled" and not compiled)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import LinearGaussian
+from helpers.quick import slow_but
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
@@ -22,7 +23,7 @@ KINDS = {
     "low_rank": {"likelihood": "low_rank_gaussian", "rank": 2},
 }
 CLOSED = [kind for kind in KINDS if kind != "low_rank"]
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", slow_but(["learned", "student_t, per_column", "low_rank"], KINDS))
 
 
 def curves(n=640, d=16, noise=0.05):
