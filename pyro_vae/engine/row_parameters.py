@@ -23,7 +23,7 @@ from pyro_vae.engine.parameters import parameters_of
 from pyro_vae.engine.precision import is_half
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Plate, Site, Sites, derived, is_factor, plates, unwrapped
-from pyro_vae.engine.traces import given, sample_sites, traced
+from pyro_vae.engine.traces import At, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
 Gradients = dict[str, Tensor]  # by the parameter's name
@@ -163,7 +163,7 @@ def _differing(first: Gradients, second: Gradients) -> set[str]:
 def _run(program: Program, values: dict[str, Tensor]) -> Trial:
     watch = _Watch(len(program.args[0]))
     with watch:
-        guide = traced(poutine.replay(program.guide_or_prior, trace=given(values)), program.args, program.kwargs)
+        guide = traced(At(values)(program.guide_or_prior), program.args, program.kwargs)
     model = traced(poutine.replay(program.model, trace=guide), program.args, program.kwargs)
     return Trial(model, guide, watch.chosen)
 

@@ -96,6 +96,8 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
         with precision.promoting() if half else nullcontext():
             trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
     except ValueError as error:
+        if "support" not in str(error):
+            raise
         raise PyroVAEError(
             f"{error}\nexpected values in the support of the distribution at that site. Convert those data, drop them, "
             "or choose another distribution."

@@ -123,7 +123,9 @@ def is_divisible(program: Program) -> bool:
     half = min(len(program.args[0]) // 2, 4)
     if not half:
         return False
-    first, second = (tuple(column[start : 2 * half] for column in program.args) for start in (0, half))
+    # The first run makes what parameters there are, some of them with a value for each row of the data.
+    size = max(2 * half, rows_at_once(program.args))
+    first, second = (tuple(column[rows] for column in program.args) for rows in (slice(size), slice(half, 2 * half)))
     try:
         whole = [sample_sites(trace) for trace in program.on(first).trace()]
         plate = find_batch_plate(labelled(*whole))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal, Unpack
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch import distributions as td
@@ -264,12 +264,24 @@ def _closed_form(q: Any, p: Any, name: str) -> Tensor:
         # PyTorch's formulas for these are wrong: a Delta's has no log-density, a folded family's is that of the base.
         if isinstance(unwrapped(q), Delta) or _folds(q) or _folds(p):
             raise NotImplementedError
-        return td.kl_divergence(_beside(q, p), _beside(p, q))
+        return _kl(q, p)
     except NotImplementedError as error:
         raise NoClosedFormError(
             f"ELBO(kl='analytic') has no closed form at site '{name}' for KL({family(q)} || {family(p)}): expected "
             "families whose KL PyTorch knows. Use kl='monte_carlo'."
         ) from error
+
+
+def _kl(q: Any, p: Any) -> Tensor:
+    """KL(q || p), of which one alone may have a mask, if a handler masks the other."""
+    if isinstance(q, MaskedDistribution):
+        return scale_and_mask(_kl(q.base_dist, p), mask=q._mask)
+    if isinstance(p, MaskedDistribution):
+        return scale_and_mask(_kl(q, p.base_dist), mask=p._mask)
+    events = [each.reinterpreted_batch_ndims for each in (q, p) if isinstance(each, td.Independent)]
+    if len(events) == 2 and events[0] == events[1]:
+        return sum_rightmost(_kl(q.base_dist, p.base_dist), events[0])
+    return td.kl_divergence(_beside(q, p), _beside(p, q))
 
 
 def _beside(distribution: Any, other: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.engine.minibatches import Batch, Minibatches
-from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, masks, validates
 from pyro_vae.engine.supports import Unknown, plain, support_of
 from pyro_vae.errors import PyroVAEError
@@ -15,11 +16,15 @@ from pyro_vae.errors import PyroVAEError
 class DataSupport:
     """Refuses data outside the support of the site that observes them.
 
-    It checks supports that are the same for all data, at sites with validation and without masks. This package's pairs
-    have a method `check_data` with the arguments of their `model`. If the model is such a method, it calls this too.
+    It checks supports that are no tensors, at sites with validation and without masks. A row outside is refused if it
+    is so in a run of the program on it too: a support may depend on the minibatch, such as up to its largest count.
+
+    This package's pairs have a method `check_data` with the arguments of their `model`. If the model is such a method,
+    it calls this too.
     """
 
-    def __init__(self, model: PyroFunction, model_sites: Sites, batch: Batch) -> None:
+    def __init__(self, program: Program, model_sites: Sites) -> None:
+        self.program, model = program, program.model
         # A wrapper around the method may change the arguments, and so what the check would see.
         owner = getattr(model, "__self__", None)
         own_model = isinstance(owner, nn.Module) and getattr(owner, "model", None) == model
@@ -30,7 +35,7 @@ class DataSupport:
             varies = any(isinstance(value, Tensor) for value in vars(support).values())
             known = not isinstance(support, Unknown) and not constraints.is_dependent(support)
             if validates(site) and not masks(site) and known and not varies:
-                columns = (i for i, argument in enumerate(batch) if argument is site["value"])
+                columns = (i for i, argument in enumerate(program.args) if argument is site["value"])
                 self.supports.extend((column, name, support) for column in columns)
 
     def check_at_once(self, batches: Minibatches) -> "DataSupport | None":
@@ -47,14 +52,33 @@ class DataSupport:
             if column >= len(batch):
                 continue
             data = batch[column]
-            bad = ~support.check(data).reshape(len(data), -1).all(-1)
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0])
+            outside = _rows_outside(support, data)
+            size = len(self.program.args[0])
+            if len(outside):
+                outside = torch.cat([self._outside(batch, rows, column, name) for rows in outside.split(size)])
+            if len(outside):
+                row = int(outside[0])
                 raise PyroVAEError(
-                    f"expected data in the support of model site '{name}', {support}, got {int(bad.sum())} of "
+                    f"expected data in the support of model site '{name}', {support}, got {len(outside)} of "
                     f"{len(data)} rows outside; row {row} has values from {data[row].min():.3g} to "
                     f"{data[row].max():.3g}. Convert those data, drop them, or choose another distribution. A mask, or "
                     "validate_args=False, turns this check off."
                 )
         if self.check_data is not None:
             self.check_data(*batch)
+
+    def _outside(self, batch: Batch, rows: Tensor, column: int, name: str) -> Tensor:
+        """Those of some rows that are outside of the support which the site has in a minibatch with them."""
+        size = len(self.program.args[0])
+        if len(batch[0]) > size:
+            taken = torch.cat([rows, torch.arange(size, device=rows.device)])[:size]
+            found = self._outside(tuple(each[taken] for each in batch), torch.arange(size), column, name)
+            return rows[found[found < len(rows)].to(rows.device)]
+        model, _ = self.program.on(batch).trace()
+        return _rows_outside(plain(support_of(model.nodes[name]["fn"])), batch[column])
+
+
+def _rows_outside(support: Any, data: Tensor) -> Tensor:
+    """The rows of data with a value outside of a support."""
+    inside: Tensor = support.check(data).reshape(len(data), -1).all(-1)
+    return (~inside).nonzero()[:, 0]

@@ -153,7 +153,7 @@ def fit(
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     program = Program(model, guide, batches.example())
     parameters, model_sites, likelihoods = _first_run(program, objective, batches)
-    support = DataSupport(model, model_sites, program.args)
+    support = DataSupport(program, model_sites)
     if held_out is not None:
         _check_columns(model, held_out)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once

@@ -150,6 +150,25 @@ def test_masked_distributions_have_no_closed_form_when_masked_differently():
     assert kl == pytest.approx(0.5 * KEEP.sum().item())
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_handler_and_a_distribution_may_mask_one_site_in_closed_form(inside):
+    def masked(loc, by_handler):
+        def function(x):
+            q = dist.Normal(torch.full((len(X), 2), loc), 1.0)
+            with pyro.plate("data", len(X)):
+                if by_handler:
+                    with poutine.mask(mask=KEEP):
+                        pyro.sample("z", q.to_event(1))
+                else:
+                    pyro.sample("z", q.mask(KEEP[:, None]).to_event(1) if inside else q.to_event(1).mask(KEEP))
+
+        return function
+
+    for by_handler in (True, False):
+        kl = pv.ELBO().loss(masked(0.0, by_handler), masked(1.0, not by_handler), X)
+        assert kl == pytest.approx(2 * 0.5 * KEEP.sum().item())
+
+
 def test_scales_and_masks_of_another_type_are_the_same():
     scaled = poutine.scale(model, torch.tensor(2.0)), poutine.scale(guide, 2.0)
     assert pv.IWAE(2).loss(*scaled, X) == pytest.approx(-2 * dist.Normal(0.0, 2**0.5).log_prob(X).sum().item())

@@ -4,7 +4,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoIAFNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoIAFNormal, AutoNormal, AutoNormalMessenger
+from pyro.infer.autoguide.effect import AutoRegressiveMessenger
 from torch import nn
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
@@ -105,6 +106,13 @@ def test_a_modules_parameter_for_each_row_is_refused():
 def test_an_autoguide_of_the_first_minibatch_is_refused(autoguide):
     with pytest.raises(pv.PyroVAEError, match=f"{REFUSED} of 4: '{autoguide.__name__}"):
         fit(model, autoguide(model), X)
+
+
+@pytest.mark.parametrize("autoguide", [AutoNormalMessenger, AutoRegressiveMessenger])
+def test_so_is_a_guide_that_runs_the_model(autoguide):
+    with pytest.raises(pv.PyroVAEError, match=f"{REFUSED} of 4: 'locs.u' of shape .4,., 'scales.u' of shape"):
+        fit(model, autoguide(model), X)
+    fit(model, autoguide(model, amortized_plates=("rows",)), X)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import pytest
+import torch
 from helpers.programs import wide
+from pyro import poutine
 
 import pyro_vae as pv
 from pyro_vae.engine.program import Program
@@ -38,3 +40,36 @@ def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
     assert gaps.elbo.mean().item() == pytest.approx(program.exact_elbo().mean().item(), abs=0.1)
     table = pv.active_units(program.model, guide, program.x)
     assert table.variance.tolist() == pytest.approx(loc.var(0).tolist())
+
+
+@pytest.mark.parametrize("made", ["pyro.param", "AutoNormal", "AutoNormalMessenger"])
+def test_the_first_run_of_a_guide_makes_its_parameters_for_all_data(made):
+    """A run on some of the data would make them for these alone, and no later run could change that."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", lambda: x / 2)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.8))
+
+    if made != "pyro.param":
+        guide = getattr(pyro.infer.autoguide, made)(model, init_scale=0.8)
+    x = torch.linspace(-1, 1, 20)
+    result = pv.log_likelihood(model, guide, x, 2000, seed=0)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    assert (((result.per_datum - exact) / result.per_datum_error).abs() < 4).all()
+
+
+def test_a_shape_that_does_not_fit_is_not_called_a_value_outside_the_support():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="not broadcastable") as caught:
+        pv.log_weights(model, poutine.block(model, hide=["x"]), torch.zeros(5, 4), num_particles=2)
+    assert "support" not in str(caught.value)

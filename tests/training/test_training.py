@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyro
@@ -522,6 +523,26 @@ def test_data_outside_the_support_are_refused(given, compile, without_inductor, 
     assert not path.exists()
     if given != "loader":
         assert torch.equal(pyro.param("W"), torch.ones(2, 3))  # no step was taken
+
+
+@pytest.mark.parametrize("given", ["tensor", "loader"])
+def test_a_support_that_depends_on_the_minibatch_is_that_of_each(given):
+    """As in Pyro's ProdLDA, whose Multinomial takes the largest total of the minibatch."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Multinomial(int(x.sum(-1).max()), logits=z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ pyro.param("A", torch.zeros(3, 3)), 1.0).to_event(1))
+
+    counts = torch.arange(30.0).reshape(10, 3)
+    for bad in (counts, counts.index_fill(0, torch.tensor([8]), -1.0)):
+        data = DataLoader(TensorDataset(bad), batch_size=4) if given == "loader" else bad
+        with nullcontext() if bad is counts else pytest.raises(pv.PyroVAEError, match=r"Multinomial\(\), got 1 of"):
+            pv.fit(model, guide, data, pv.ELBO(), epochs=2, batch_size=None if given == "loader" else 4)
 
 
 SHAPED, AFFINE = dist.TransformedDistribution, dist.transforms.AffineTransform
