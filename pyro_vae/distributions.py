@@ -1,4 +1,7 @@
-"""Mixture distributions for priors and posteriors, where Pyro's are biased or do not broadcast."""
+"""Distributions where PyTorch's and Pyro's are biased or imprecise, or do not broadcast."""
+
+import math
+from collections.abc import Callable
 
 import pyro.distributions as dist
 import torch
@@ -8,6 +11,38 @@ from torch import Tensor
 def wide(value: Tensor) -> Tensor:
     """The value in float64, on the CPU if its device has no float64."""
     return value.cpu().double() if value.device.type == "mps" else value.double()
+
+
+def shared(value: Tensor) -> Tensor:
+    """The value with size 1 in the dimensions along which it was expanded: its functions are the same there."""
+    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
+
+
+class Normal(dist.Normal):
+    """PyTorch's normal distribution, for a scale whose square is no float32 number."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density, of shape `batch`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        norm = -shared(self.scale).log() - 0.5 * math.log(2 * math.pi)
+        return norm - 0.5 * ((value - self.loc) / self.scale).square()
+
+
+class StudentT(dist.StudentT):
+    """PyTorch's Student's t distribution, precise for any degrees of freedom."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density, of shape `batch`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        df = wide(shared(self.df))
+        half, far = df.clamp(max=2e4) / 2, df.clamp(min=1.0).reciprocal()
+        # Float64 too loses the difference of two large lgammas. The series is that of log Gamma(a + 1/2) / Gamma(a).
+        ratio = torch.where(df < 2e4, (half + 0.5).lgamma() - half.lgamma() - 0.5 * half.log(), far**3 / 24 - far / 4)
+        norm = (ratio - 0.5 * math.log(2 * math.pi)).to(self.scale) - shared(self.scale).log()
+        squares = ((value - self.loc) / self.scale).square() / self.df
+        return norm - 0.5 * (self.df + 1) * squares.log1p()
 
 
 class NormalMixture(dist.MixtureOfDiagNormals):
@@ -57,3 +92,86 @@ class Mixture(dist.MixtureSameFamily):
         value = value.expand(torch.broadcast_shapes(value.shape, components.batch_shape + components.event_shape))
         logits = self.mixture_distribution.logits
         return torch.logsumexp(components.log_prob(value) + logits, -1)
+
+
+class MultivariateNormal(dist.MultivariateNormal):
+    """PyTorch's normal with a full covariance, whose density is computed in float64."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density, of shape (*batch,)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        # The inverse of a triangle has large elements where latents are almost collinear.
+        L = wide(self._unbroadcasted_scale_tril)
+        vectors, back = rows_of(wide(value) - wide(self.loc), L)
+        white = torch.linalg.solve_triangular(L.mT, vectors, upper=True, left=False)
+        half_log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * L.shape[-1] * math.log(2 * math.pi)
+        return (-0.5 * back(torch.linalg.vecdot(white, white)) - half_log_det).to(value)
+
+
+class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
+    """PyTorch's normal with a diagonal plus a low-rank covariance, whose density is a sum of squares in float64."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density, of shape (*batch,)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        scale = wide(self._unbroadcasted_cov_diag).sqrt()
+        return low_rank_log_prob(value, self.loc, self._unbroadcasted_cov_factor, scale).to(value)
+
+
+def low_rank_log_prob(x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, observed: Tensor | None = None) -> Tensor:
+    """The log-density of a normal with covariance F F^T + diag(scale^2), in float64: x (*batch, D) to (*batch,).
+
+    With y = (x - loc) / scale and W = F / scale, the quadratic form is min_u |y - W u|^2 + |u|^2. Its residuals are
+    much smaller than y where F is larger than the scale.
+    """
+    y, W, cholesky = _whitened(x, loc, factor, scale, observed)
+    log_scale, size = wide(scale).log(), torch.tensor(float(y.shape[-1]))
+    if observed is not None:
+        log_scale, size = torch.where(observed.to(y.device), log_scale, 0.0), observed.sum(-1)
+    rows, back = rows_of(y, W)
+    u = rows @ W @ torch.cholesky_inverse(cholesky)
+    residual = _minus(rows, u, W)
+    quadratic = back(torch.linalg.vecdot(residual, residual) + torch.linalg.vecdot(u, u))
+    half_log_det = log_scale.sum(-1) + cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return (-0.5 * (quadratic + wide(size).to(y) * math.log(2 * math.pi)) - half_log_det).to(loc)
+
+
+def low_rank_factors(x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, observed: Tensor | None) -> Tensor:
+    """The mean of the factors given x: the u of :func:`low_rank_log_prob`, of shape (*batch, R)."""
+    y, W, cholesky = _whitened(x, loc, factor, scale, observed)
+    rows, back = rows_of(y, W)
+    return back(rows @ W @ torch.cholesky_inverse(cholesky)).to(loc)
+
+
+def _whitened(
+    x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, observed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y and W, zero at missing elements, and the Cholesky factor of the factors' precision."""
+    precision = wide(scale).reciprocal()
+    y, W = torch.addcmul(wide(x) * precision, wide(loc), precision, value=-1), wide(factor) * precision[..., None]
+    if observed is not None:
+        seen = observed.to(y.device)
+        y, W = torch.where(seen, y, 0.0), torch.where(seen[..., None], W, 0.0)
+    return y, W, torch.linalg.cholesky(W.mT @ W + torch.eye(W.shape[-1], dtype=W.dtype, device=W.device))
+
+
+def _minus(rows: Tensor, u: Tensor, W: Tensor) -> Tensor:
+    """rows - u W^T, in one pass over memory where the batch shapes are the same."""
+    if W.dim() == 2:
+        return torch.addmm(rows, u, W.mT, alpha=-1)
+    if rows.shape[:-2] != W.shape[:-2]:
+        return rows - u @ W.mT
+    return torch.baddbmm(*(each.flatten(0, -3) for each in (rows, u, W.mT)), alpha=-1).view(rows.shape)
+
+
+def rows_of(vectors: Tensor, matrices: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Vectors (*samples, *batch, D) as rows (*batch, S, D) beside matrices (*batch, ...), which no sample has to copy.
+
+    The function that it returns gives values (*batch, S, ...) the shape (*samples, *batch, ...).
+    """
+    number = matrices.dim() - 2
+    samples = vectors.shape[: vectors.dim() - number - 1]
+    rows = vectors.reshape(math.prod(samples), *vectors.shape[len(samples) :]).movedim(0, number)
+    return rows, lambda values: values.movedim(number, 0).unflatten(0, samples) if samples else values.squeeze(number)

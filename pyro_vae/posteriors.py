@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform
 
-from pyro_vae.distributions import NormalMixture
+from pyro_vae import distributions
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.flows import Flow, Kind
 from pyro_vae.networks import apply_batched
@@ -135,7 +135,7 @@ class FullNormal(Posterior):
         triangle[..., below, across] = rows
         scale = triangle.diagonal(dim1=-2, dim2=-1).exp()
         unit = triangle.tril(-1) / latent_dim + torch.eye(latent_dim, dtype=features.dtype, device=features.device)
-        return dist.MultivariateNormal(loc, scale_tril=scale.unsqueeze(-1) * unit)
+        return distributions.MultivariateNormal(loc, scale_tril=scale.unsqueeze(-1) * unit)
 
 
 class LowRankNormal(Posterior):
@@ -180,7 +180,7 @@ class LowRankNormal(Posterior):
             parts = f"(Z means, Z log scales and {self.rank} columns of length Z)"
             raise _wrong_outputs(f"{2 + self.rank} Z outputs {parts}", features)
         loc, log_scale, *columns = features.chunk(2 + self.rank, -1)
-        return dist.LowRankMultivariateNormal(loc, torch.stack(columns, -1), (2 * log_scale).exp())
+        return distributions.LowRankMultivariateNormal(loc, torch.stack(columns, -1), (2 * log_scale).exp())
 
 
 class MixturePosterior(Posterior):
@@ -229,7 +229,7 @@ class MixturePosterior(Posterior):
             raise _wrong_outputs(f"{number} (2 Z + 1) outputs {parts}", features)
         logits, rest = features.split([number, size - number], -1)
         loc, log_scale = rest.reshape(*rest.shape[:-1], number, 2 * latent_dim).chunk(2, -1)
-        return NormalMixture(loc, log_scale.exp(), logits)
+        return distributions.NormalMixture(loc, log_scale.exp(), logits)
 
 
 class FlowPosterior(Posterior):

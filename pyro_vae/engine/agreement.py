@@ -138,7 +138,6 @@ def check_densities(model: Sites, guide: Sites) -> None:
                 f"masks differ at site '{name}': expected model and guide to mask the same data, since only one of the "
                 "two densities counts elsewhere. Put one mask around both programs, or use pv.ELBO's pathwise loss."
             )
-    _check_masked_latents(model)
 
 
 def _size(site: Site, constrained: Site) -> int:
@@ -150,44 +149,46 @@ def _size(site: Site, constrained: Site) -> int:
         return math.prod(shape)
 
 
-def _check_masked_latents(model: Sites) -> None:
-    """Where a latent is masked, every later site is too: a weight can't contain a sample without a density."""
+def masked_before_unmasked(model: Sites) -> list[tuple[str, str]]:
+    """Each masked latent with each later site that counts where it is masked: a weight can't contain such a sample."""
     masked = [name for name, site in model.items() if not site["is_observed"] and masks(site)]
-    names = list(model) if masked else []
+    names, found = list(model) if masked else [], []
     # Later sites are merged by their plates: a long sequence has too many combinations of two sites.
     counts: dict[tuple[Plate, ...], Tensor] = {}
     for i in reversed(range(len(names))):
         name, site = names[i], model[names[i]]
         if name in masked:
-            whole = kept(site, in_part=False)
-            given = model.get(name.removesuffix("_unobserved") + "_observed") if name.endswith("_unobserved") else None
-            if given is not None:  # pyro.sample(obs_mask=...), which drops the latent value where there is a datum
-                whole = whole | kept(given, in_part=False)
-            if any(_counts_outside(whole, plates(site), around, counted) for around, counted in counts.items()):
-                _find_unmasked(name, site, whole, {later: model[later] for later in names[i + 1 :]})
+            whole = counted(name, model)
+            if any(
+                _counts_outside(whole, plates(site), around, counts_there) for around, counts_there in counts.items()
+            ):
+                found += [(name, later) for later in names[i + 1 :] if _is_unmasked(site, whole, model[later])]
         around = tuple(plates(site))
         counts[around] = kept(site, in_part=True) | counts.get(around, False)
+    return found
 
 
-def _find_unmasked(name: str, latent: Site, whole: Tensor, after: Sites) -> None:
-    for later, site in after.items():
-        alike = plates(latent) == plates(site) and same_masks(latent, site)
-        if alike or _in_other_turn(latent, site):
-            continue
-        if _counts_outside(whole, plates(latent), tuple(plates(site)), kept(site, in_part=True)):
-            raise PyroVAEError(
-                f"model site '{name}' is masked where the later site '{later}' is not: expected all that may depend on "
-                f"a masked latent to be masked with it, since its sample has no density there. Mask '{later}' too, "
-                f"sample it before '{name}' if it does not depend on it, or use pv.ELBO's pathwise loss."
-            )
+def counted(name: str, model: Sites) -> Tensor:
+    """Where a latent's sample counts: where it is not masked, or a datum takes its place."""
+    whole = kept(model[name], in_part=False)
+    given = model.get(name.removesuffix("_unobserved") + "_observed") if name.endswith("_unobserved") else None
+    # pyro.sample(obs_mask=...) drops the latent value where there is a datum.
+    return whole if given is None else whole | kept(given, in_part=False)
 
 
-def _counts_outside(whole: Tensor, inside: list[Plate], around: tuple[Plate, ...], counted: Tensor) -> bool:
+def _is_unmasked(latent: Site, whole: Tensor, site: Site) -> bool:
+    alike = plates(latent) == plates(site) and same_masks(latent, site)
+    if alike or _in_other_turn(latent, site):
+        return False
+    return _counts_outside(whole, plates(latent), tuple(plates(site)), kept(site, in_part=True))
+
+
+def _counts_outside(whole: Tensor, inside: list[Plate], around: tuple[Plate, ...], counts: Tensor) -> bool:
     """Whether later sites count at a place where the latent, reduced over its own plates, is masked."""
     for plate in inside:
         if plate not in around and whole.dim() >= -plate.dim:  # a plate without a size may leave no dimension
             whole = whole.all(plate.dim, keepdim=True)
-    return bool((counted & ~whole).any())
+    return bool((counts & ~whole).any())
 
 
 def _in_other_turn(first: Site, second: Site) -> bool:

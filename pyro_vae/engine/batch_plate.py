@@ -124,8 +124,9 @@ def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
     if not site["is_observed"]:
         return (
             f"{words} is a latent site outside the batch plate '{main.name}': expected all latent sites inside, since "
-            "data that share a latent have no log-weight of their own. Move it into the plate, make it a parameter, or "
-            "use pv.ELBO's pathwise loss, which also serves global latents."
+            "data that share a latent have no log-weight of their own. If each datum has its own, sample it inside the "
+            "plate. If all data share it, train with pv.ELBO's loss, which serves global latents; or make it a "
+            "parameter."
         )
     return (
         f"{words} is a factor or observation outside the batch plate '{main.name}': expected every term of the "

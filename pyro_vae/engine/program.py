@@ -16,6 +16,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -49,6 +50,7 @@ class Needs:
     """What an estimator needs of a run; where gradients are recorded, through which samples they flow."""
 
     per_datum: bool = True  # whether each datum needs a log-weight of its own, and so the program a batch plate
+    whole: bool = False  # whether a program without a batch plate may be one datum instead
     # "all" refuses a site that can't be reparameterised; "none" stops every gradient. "some" serves the score function:
     # if some sites can be reparameterised and others can't, gradients flow through the former; else through none.
     path: Literal["all", "some", "none"] = "all"
@@ -87,7 +89,7 @@ class Run(NamedTuple):
     scored: tuple[str, ...]  # the names of the guide's latent sites through whose samples no gradient flows
     num_particles: int  # K
     particle_dim: int  # counted from the right; it lies left of every plate
-    batch_plate: Plate  # whose rows are the data; None if no log-weight per datum is needed
+    batch_plate: Plate  # whose rows are the data; None if no log-weight per datum is needed, or all is one datum
     # The guide's samples as the model sees them, each with the shape in which a matrix (K, N) broadcasts to it. A hook
     # on them scales the gradient that comes back from the model.
     samples: list[tuple[Tensor, list[int]]]
@@ -133,7 +135,7 @@ class Program:
         if self.nesting is not None:
             return self
         with self.unnoticed():
-            fewer = Needs(self.needs.per_datum, densities=self.needs.densities, factors=self.needs.factors)
+            fewer = replace(self.needs, path="all", stopped=False, samples=False, of_mean=True, sampler=None)
             run = replace(self, needs=fewer).run()
         return replace(self, nesting=-run.particle_dim - 1)
 
@@ -230,7 +232,11 @@ class Program:
             agreement.check_reparameterised(guide)
         sites, batch_plate = labelled(model, guide), None
         if self.needs.per_datum:
-            batch_plate = find_batch_plate(sites)  # before the shapes, since its messages are more specific
+            try:
+                batch_plate = find_batch_plate(sites)  # before the shapes, since its messages are more specific
+            except PyroVAEError:
+                if not self.needs.whole:
+                    raise
             if not being_recorded():
                 agreement.check_densities(model, guide)
         agreement.check_shapes(model, guide, particle_dim)
@@ -243,7 +249,42 @@ class Program:
     def _as_run(self, model: Sites, drawn: Drawn) -> Run:
         particle_dim = drawn.particle_dim or particle_dim_of(model, drawn.sites)  # both are negative
         batch_plate = self.check(model, drawn.sites, particle_dim)
+        if self.needs.per_datum and not being_recorded():
+            self._check_absent(model, drawn)
         return Run(model, drawn.sites, drawn.stopped, drawn.scored, drawn.number, particle_dim, batch_plate, [])
+
+    def _check_absent(self, model: Sites, drawn: Drawn) -> None:
+        """Refuse a masked latent on which a later site depends that is not masked with it: it has no density there.
+
+        An object that is absent from a scene has such a latent, and nothing depends on it: with another sample in its
+        place, each later density is the same.
+        """
+        pairs = agreement.masked_before_unmasked(model)
+        if not pairs:
+            return
+
+        def densities(entering: Trace) -> dict[str, Tensor]:
+            function = in_particles(self.model, drawn.number, drawn.particle_dim)
+            sites = sample_sites(traced(poutine.replay(function, trace=entering), self.args, self.kwargs))
+            return {name: scale_and_mask(s["unscaled_log_prob"], mask=s["mask"]) for name, s in sites.items()}
+
+        with self.unnoticed():
+            as_drawn = drawn.trace.copy()
+            as_drawn.nodes.update(drawn.sites)  # of these particles alone
+            other = as_drawn.copy()
+            for name in {latent for latent, _ in pairs}:
+                site, counts = model[name], agreement.counted(name, model)
+                counts = counts.reshape(*counts.shape, *[1] * site["fn"].event_dim)
+                other.nodes[name] = site | {"value": torch.where(counts, site["value"], site["fn"].sample())}
+            first, second = densities(as_drawn), densities(other)
+        for latent, later in pairs:
+            if not torch.allclose(first[later], second[later], rtol=1e-6, atol=1e-6, equal_nan=True):
+                raise PyroVAEError(
+                    f"model site '{latent}' is masked where the later site '{later}' is not: expected all that depends "
+                    f"on a masked latent to be masked with it, since its sample has no density there. Mask '{later}' "
+                    "too, make it independent of the masked sample (as of an object that is absent), or use pv.ELBO's "
+                    "pathwise loss."
+                )
 
     def _known_nesting(self) -> int:
         if self.nesting is None:

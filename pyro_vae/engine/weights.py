@@ -109,22 +109,29 @@ def terms(sites: Sites) -> Terms:
     return ((site, site["unscaled_log_prob"]) for site in sites.values())
 
 
-def log_density(run: Run, terms: Terms) -> Tensor:
+def log_density(run: Run, terms: Terms, *, is_score: bool = False) -> Tensor:
     """The sum of terms for each particle and datum, (K, N)."""
     site = next(iter((run.model or run.guide).values()))
-    total: Tensor = site["unscaled_log_prob"].new_zeros(run.num_particles, run.batch_plate.size)
+    size = 1 if run.batch_plate is None else run.batch_plate.size
+    total: Tensor = site["unscaled_log_prob"].new_zeros(run.num_particles, size)
     for site, value in terms:
-        total = total + per_datum(run, site, value)
+        total = total + per_datum(run, site, value, is_score=is_score)
     return total
 
 
-def per_datum(run: Run, site: Site, value: Tensor) -> Tensor:
-    """A site's term (K, N), with the site's mask, summed over the plates nested in the batch plate."""
-    value = scale_and_mask(value, mask=site["mask"])
+def per_datum(run: Run, site: Site, value: Tensor, *, is_score: bool = False) -> Tensor:
+    """A site's term (K, N), with the site's mask, summed over the plates nested in the batch plate.
+
+    Without a batch plate the program is one datum, (K, 1), and each term of its log-density has its own scale.
+    """
+    plate = run.batch_plate
+    value = scale_and_mask(value, 1.0 if plate is not None or is_score else site["scale"], site["mask"])
     value = value.reshape((1,) * (-run.particle_dim - value.dim()) + tuple(value.shape))
-    keep = {value.dim() + run.particle_dim, value.dim() + run.batch_plate.dim}
+    if plate is None:
+        return value.reshape(len(value), -1).sum(1, keepdim=True).expand(run.num_particles, 1)
+    keep = {value.dim() + run.particle_dim, value.dim() + plate.dim}
     nested = [dim for dim in range(value.dim()) if dim not in keep]
-    return (value.sum(nested) if nested else value).expand(run.num_particles, run.batch_plate.size)
+    return (value.sum(nested) if nested else value).expand(run.num_particles, plate.size)
 
 
 def datum_scale(run: Run) -> Tensor | float:
@@ -134,6 +141,8 @@ def datum_scale(run: Run) -> Tensor | float:
         ValueError: sites have different scales, so that no single number scales a datum's bound.
     """
     plate, sites = run.batch_plate, (*run.model.values(), *run.guide.values())
+    if plate is None:
+        return 1.0
     scale = sites[0]["scale"]
     for other in sites[1:]:
         if not equal(scale, other["scale"]):

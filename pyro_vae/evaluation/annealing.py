@@ -81,10 +81,13 @@ class Sandwich:
         return Estimate.of(self.upper_per_datum - self.lower.per_datum)
 
     def __str__(self) -> str:
+        low, high, gap = self.lower.mean, self.upper.value, self.gap
+        bounds = f"{low:.2f} <= log p(x) <= {high:.2f} nats per datum, a gap of {gap}"
+        if gap.value < 0:  # by noise, since the means are in order
+            bounds = f"log p(x) is near {(low + high) / 2:.2f} nats per datum: the bounds cross, with a gap of {gap}"
         return (
-            f"{self.lower.mean:.2f} <= log p(x) <= {self.upper.value:.2f} nats per datum, a gap of {self.gap} (BDMC, "
-            f"{len(self.lower.acceptance) + 1} steps, {self.lower.num_samples} chains, N = {len(self.upper_per_datum)} "
-            "data simulated from the model)"
+            f"{bounds} (BDMC, {len(self.lower.acceptance) + 1} steps, {self.lower.num_samples} chains, "
+            f"N = {len(self.upper_per_datum)} data simulated from the model)"
         )
 
 

@@ -29,7 +29,7 @@ from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, check_same_data
 from pyro_vae.evaluation.likelihood import estimate_evidence
-from pyro_vae.evaluation.pieces import Pieces, arguments, checked_sites, is_divisible, same_supports
+from pyro_vae.evaluation.pieces import Pieces, checked_sites, is_divisible, program_on, same_supports
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 
 ROWS_AT_ONCE = 2**15  # data times particles in one run: 100 MB for each float32 tensor of 784 pixels
@@ -107,7 +107,7 @@ def compare(
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
     """
     require_count("repeats", repeats, least=2, why=", whose spread is the estimator's")
-    program = Program(model, guide, arguments(x))
+    program = program_on(model, guide, x)
     check_same_data(log_likelihood, program.args)
     with eval_mode(program.modules()):
         model_sites, guide_sites = checked_sites(program)
@@ -126,7 +126,7 @@ def compare(
         with torch.no_grad(), rng.seeded(seed):
             vectorize = all(objective.vectorize_particles for _, objective in named)
             whole = data if not factors else replace(data, program=_without(factors, program))
-            evidence = estimate_evidence(whole, COMPARE_SAMPLES, vectorize, progress, compile)
+            evidence = estimate_evidence(whole, COMPARE_SAMPLES, vectorize, progress, compile and vectorize)
         best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
         rows = []
         bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")

@@ -38,6 +38,31 @@ def arguments(x: Any, least: int = 2) -> Args:
     return args
 
 
+def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: int = 1) -> Program:
+    """The program on checked data.
+
+    A program that is conditioned on its data may have numbers as its arguments, or none. Its rows are then those of
+    its batch plate, and an empty tensor stands for them.
+    """
+    given = tuple(x) if isinstance(x, tuple | list) else (x,)
+    if not all(isinstance(each, int | float | str | None) for each in given):
+        return Program(model, guide, arguments(x, least))
+    whole = Program(model, guide, given)
+    model_sites, guide_sites = map(sample_sites, whole.trace())
+    plate = find_batch_plate(labelled(model_sites, guide_sites))
+    like = next((site["value"] for site in model_sites.values() if site["is_observed"]), torch.empty(0))
+
+    def without_rows(function: PyroFunction) -> PyroFunction:
+        def run(_: Tensor) -> Any:
+            return function(*given)
+
+        run.__wrapped__ = function  # type: ignore[attr-defined]  # by which its modules are found
+        return run
+
+    rows = arguments(like.new_empty(plate.size, 0), least)
+    return Program(without_rows(model), None if guide is None else without_rows(whole.guide_or_prior), rows)
+
+
 def progress_bar(total: int, unit: str, what: str, progress: bool) -> Any:
     """The bar of an evaluation, which goes at its end."""
     return tqdm(total=total, leave=False, disable=None if progress else True, unit=unit, desc=what)
@@ -79,7 +104,7 @@ def checked(
     Inside, the random numbers have the seed, modules are in evaluation mode, and no gradients are recorded. Pyro's
     validation is off: it checks every density and would take a third of the time.
     """
-    program = Program(model, guide, arguments(x, least))
+    program = program_on(model, guide, x, least)
     # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system
     # and fetches it again page by page, which takes a third of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)

@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 from torch.types import _size
 
+from pyro_vae.distributions import wide
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
@@ -49,7 +50,9 @@ class Categorical(Likelihood):
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """The categorical distribution whose logits are the features."""
-        return Codes(logits=torch.stack(features, -1))
+        logits = torch.stack(features, -1)
+        # To subtract the sum of exponentials of large logits would lose digits.
+        return Codes(logits=logits - logits.detach().amax(-1, keepdim=True))
 
     def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
         """The probabilities of the categories, (*batch, *event, C)."""
@@ -175,7 +178,9 @@ class LogisticOnGrid(dist.TorchDistribution):
             self._validate_sample(value)
         top = self.levels - 1
         level, inverse = (value * top).round(), (-self.log_scale).exp()
-        above, below = ((level / top + side / top - self.loc) * inverse for side in (0.5, -0.5))
+        # Where the scale is much smaller than a cell, the distance to the cell's end has few digits in float32.
+        distance, cells = wide(level) - wide(self.loc) * top, wide(inverse) / top
+        above, below = (((distance + side) * cells).to(self.loc) for side in (0.5, -0.5))
         inner = (-torch.expm1(-inverse / top)).log()
         left = torch.where(level == 0, 0.0, logsigmoid(-below))
         right = torch.where(level == top, 0.0, logsigmoid(above))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyro_vae import distributions
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
@@ -132,7 +133,7 @@ class Gaussian(_Scaled):
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """The normal whose means are the first features."""
-        return dist.Normal(*self._loc_and_scale(features))
+        return distributions.Normal(*self._loc_and_scale(features))
 
     def _best_variance(self, squares: Tensor, weights: Tensor, before: Tensor) -> Tensor:
         return weighted_mean(squares, weights)
@@ -198,7 +199,7 @@ class StudentT(_Scaled):
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """The Student's t distribution whose locations are the first features."""
-        return dist.StudentT(self.df, *self._loc_and_scale(features))
+        return distributions.StudentT(self.df, *self._loc_and_scale(features))
 
     def _best_variance(self, squares: Tensor, weights: Tensor, before: Tensor) -> Tensor:
         # EM with an expanded parameter (Kent, Tyler and Vardi 1994), which is in its limit after a few rounds.

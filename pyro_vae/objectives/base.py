@@ -283,7 +283,7 @@ class Objective(pyro.infer.ELBO):
         per_datum: bool | None = None,
     ) -> Program:
         """The program as this objective runs it; `per_datum` demands a batch plate, which some losses do without."""
-        needs = self.needs() if per_datum is None else replace(self.needs(), per_datum=per_datum)
+        needs = self.needs() if per_datum is None else replace(self.needs(), per_datum=per_datum, whole=False)
         program = Program(model, guide, args, kwargs, needs, self.max_plate_nesting)
         if self.num_samples == 1 or not self.vectorize_particles:
             return program
@@ -331,7 +331,8 @@ class Objective(pyro.infer.ELBO):
             scored = {name: guide[name] for name in run.scored}
             guide = guide | {n: s | {"unscaled_log_prob": s["unscaled_log_prob"].detach()} for n, s in scored.items()}
             term = row.score_term
-            score = log_density(run, terms(scored) if term is None else ((s, term(s)) for s in scored.values()))
+            own = terms(scored) if term is None else ((s, term(s)) for s in scored.values())
+            score = log_density(run, own, is_score=True)
         if run.stopped is not None:
             stopped = log_density(run, self._guide_terms(run, densities(run.stopped)))
             found = {name: site for name, site in run.stopped.items() if is_factor(site)}

@@ -39,8 +39,9 @@ class ELBO(Objective):
     With :math:`\beta > 1`, the objective of a beta-VAE, it is still a lower bound. With free bits it is one in the mean
     over a batch, not for each datum. With :math:`\beta < 1` it is not a bound. Report ``pv.ELBO().bound``.
 
-    The pathwise and STL losses are linear in the log-densities. Unlike :meth:`bound`, they need no batch plate: they
-    serve global latents, factors, subsampled nested plates and different scales.
+    The loss is linear in the log-densities. Unlike :meth:`bound`, it needs no batch plate: it serves global latents,
+    factors, subsampled nested plates and different scales. With ``"score"`` and ``"vimco"``, a program without a batch
+    plate is one datum: the learning signal is the sum of all its terms, as in Pyro's ``Trace_ELBO``.
 
     Arguments:
         num_particles: K, the number of samples drawn from the guide for each datum.
@@ -149,8 +150,10 @@ class ELBO(Objective):
     def needs(self) -> Needs:
         """What its loss needs of the runs: no batch plate, where the loss is linear in the log-densities."""
         needs = super().needs()
-        linear = needs.path == "all" and type(self).reduce is ELBO.reduce and not self._has_two_reductions()
-        return replace(needs, per_datum=not linear, densities=self.kl == "monte_carlo")
+        linear = type(self).reduce is ELBO.reduce and not self._has_two_reductions()
+        by_path = linear and needs.path == "all"
+        whole = linear and needs.sampler is None
+        return replace(needs, per_datum=not by_path, whole=whole, densities=self.kl == "monte_carlo")
 
     def _loss(self, program: Program) -> Tensor:
         if program.needs.per_datum:
