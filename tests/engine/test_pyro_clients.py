@@ -301,3 +301,26 @@ def test_a_point_that_all_data_share_is_trained_and_gives_no_log_p_of_a_datum():
     assert history.train_bound.iloc[-1] > history.train_bound.iloc[0] + 0.1
     with pytest.raises(pv.PyroVAEError, match="'drift' is a latent site outside the batch plate 'data'"):
         pv.log_likelihood(model, guide, (BITS, INDEX), 100)
+
+
+EVALUATIONS = {
+    "log_likelihood": lambda *program: pv.log_likelihood(*program, 100),
+    "ais": lambda *program: pv.ais(*program, 5, 4),
+    "bdmc": lambda *program: pv.bdmc(*program, 5, 4),
+    "decompose_elbo": pv.decompose_elbo,
+    "inference_gaps": lambda *program: pv.inference_gaps(*program, 50, num_steps=3),
+    "active_units": pv.active_units,
+    "to_arviz": pv.to_arviz,
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_network_of_rows_alone_is_told_what_to_do(name):
+    """ProdLDA's batch norm, and its softmax over dim 1; wrapped as the note says, the program is evaluated."""
+    model, guide, args = PROGRAMS["ProdLDA"]()
+    with pytest.raises(RuntimeError, match="running_mean") as caught:
+        EVALUATIONS[name](model, guide, args)
+    assert "Wrap a network that takes none in pyro_vae.networks.apply_batched" in caught.value.__notes__[0]
+    program, decoder = model.__self__, model.__self__.decoder
+    decoder.forward = functools.partial(pv.networks.apply_batched, type(decoder).forward.__get__(decoder), event_dim=1)
+    EVALUATIONS[name](program.model, program.guide, args)
