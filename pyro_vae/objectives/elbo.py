@@ -186,7 +186,8 @@ class ELBO(Objective):
                 yield site, self._weighed(site["unscaled_log_prob"])
             else:
                 q, p = _both_sites(run, name)
-                yield site, self._weighed(_closed_form(q["fn"], p["fn"], name))
+                if not any(mask is False for mask in masks(q)):  # which no density counts, whatever the families
+                    yield site, self._weighed(_closed_form(q["fn"], p["fn"], name))
 
     def _weighed(self, term: Tensor) -> Tensor:
         beta = self._beta()

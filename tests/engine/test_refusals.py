@@ -154,7 +154,7 @@ REFUSED = {
     "global latent": (
         model_with_global_latent,
         guide_with_global_latent,
-        r"model site 'shift' is a latent site outside the batch plate 'data': expected.*Move it",
+        r"model site 'shift' is a latent site outside the batch plate 'data': expected.*If all data share it, train",
     ),
     "factor": (
         model_with_factor_outside,

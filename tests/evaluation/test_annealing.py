@@ -286,7 +286,7 @@ def test_refusals_of_programs():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x + 1)
 
-    refused("observes something that is not an argument", elsewhere, x=x, function=pv.bdmc)
+    refused("observes something that is no part of an argument", elsewhere, x=x, function=pv.bdmc)
 
     def forcing(x):
         with pyro.plate("data", len(x)):

@@ -227,14 +227,27 @@ def test_names_and_bad_arguments():
         pv.compare(vae.model, vae.guide, x, [pv.IWAE(3), pv.IWAE(3)])
     with pytest.raises(ValueError, match=r"repeats to be an integer, at least 2, .*got 1"):
         pv.compare(vae.model, vae.guide, x, repeats=1)
-    with pytest.raises(ValueError, match=r"at least 2 data, .* got 1"):
-        pv.compare(vae.model, vae.guide, x[:1])
     assert len(pv.compare(vae.model, vae.guide, x, pv.IWAE(2), repeats=2)) == 1
     with pytest.raises(ValueError, match="expected objectives of pyro_vae, which have a bound per datum, got <pyro"):
         pv.compare(vae.model, vae.guide, x, [pyro.infer.Trace_ELBO()])
     program = LinearGaussian(3, 2, 20)
     with pytest.raises(ValueError, match="expected a program with parameters, whose gradients can be measured"):
         pv.compare(program.model, program.guide, program.x, [pv.IWAE(2)])
+
+
+def test_one_datum_has_a_bound_without_an_error_over_data():
+    vae = pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian")
+    one = pv.compare(vae, torch.randn(1, 4), pv.IWAE(3), repeats=3).iloc[0]
+    assert math.isfinite(one.bound)
+    assert math.isnan(one.bound_se)
+
+
+@pytest.mark.slow
+def test_particles_one_by_one_beside_compiled_code():
+    vae = pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian")
+    x, objectives = torch.randn(20, 4), pv.ELBO(1, "monte_carlo", vectorize_particles=False)
+    tables = [pv.compare(vae, x, objectives, repeats=2, compile=each, seed=0) for each in (False, True)]
+    assert tables[0].bound.item() == pytest.approx(tables[1].bound.item(), rel=1e-5)
 
 
 def test_programs_of_two_arguments():
