@@ -41,7 +41,7 @@ from pyro_vae.engine.sites import (
     unwrapped,
 )
 from pyro_vae.engine.supports import check_fixed_supports
-from pyro_vae.engine.traces import At, OwnSubsamples, given, in_particles, prior, sample_sites, traced
+from pyro_vae.engine.traces import At, OwnSubsamples, at_once, given, in_particles, prior, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
 
@@ -141,7 +141,8 @@ class Program:
 
     def run(self, number: int = 1) -> Run:
         """Run the guide, and the model against it, once for all particles; one particle needs no `nesting`."""
-        return self.run_model(self.run_guide(number))
+        with at_once(number):
+            return self.run_model(self.run_guide(number))
 
     def run_guide(self, number: int = 1) -> Drawn:
         """Draw particles from the guide."""
