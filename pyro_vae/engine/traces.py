@@ -137,7 +137,7 @@ def at_once(number: int) -> Iterator[None]:
             error.add_note(
                 f"pyro_vae ran the program for {number} particles at once, so latent values have a leading dimension "
                 f"of {number}. Expand x to it, x.expand(*z.shape[:-1], -1), say. Wrap a network that takes none in "
-                "pyro_vae.networks.apply_batched. Or pass vectorize_particles=False, if the function has that argument."
+                "pyro_vae.networks.apply_batched. Or pass vectorize_particles=False to the objective or the evaluation."
             )
         raise
 
