@@ -190,16 +190,16 @@ def _measure(
     objective = copy.copy(objective)  # with fixed settings, since a measured loss is not a step of its schedules
     vars(objective).update(objective.scheduled())
     program, chunks = data.program, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
-    leaves = [value for group in parameters for value in group.values()]
+    leaves, own = ([value for group in groups for value in group.values()] for groups in (parameters, parameters[1:]))
     in_model = sum(value.numel() for value in parameters[0].values())
 
     @torch.enable_grad()
-    def gradient_of(objective: Objective, *chunk: Tensor) -> Tensor:
+    def gradient_of(objective: Objective, leaves: list[Tensor], *chunk: Tensor) -> Tensor:
         loss = objective.differentiable_loss(program.model, program.guide, *chunk)
         parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten() for part in parts])
 
-    gradient: Callable[..., Tensor] = partial(gradient_of, objective)
+    gradient: Callable[..., Tensor] = partial(gradient_of, objective, leaves)
     if compile:
         gradient = CompiledFunction(gradient, program.modules())
         with rng.preserved():  # compile before the timing
@@ -216,7 +216,7 @@ def _measure(
         first.append(parts[0])
 
     def of_guide(other: Objective) -> Tensor:
-        return gradient_of(other, *chunks[0])[in_model:]
+        return gradient_of(other, own, *chunks[0])
 
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)
