@@ -237,6 +237,7 @@ def test_annealing_moves_on_the_true_support(name):
     assert float(z.abs().max()) < 4
 
 
+@pytest.mark.slow
 def test_annealing_under_the_mixture_priors_of_this_package():
     pyro.set_rng_seed(0)
     vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian", prior=pv.MixturePrior(2, 3))
