@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow docs arviz bench lint clean
+.PHONY: demo test slow oldest docs arviz bench lint clean
 
 demo: $(VENV)/installed  ## train on the digits that ship offline, compare the bounds, draw the pictures
 	$(BIN)/pyro-vae train digits --out runs/digits
@@ -14,6 +14,9 @@ test: $(VENV)/installed-dev  ## the whole quick suite, doctests included
 
 slow: $(VENV)/installed-dev  ## the tests too long for the quick suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+oldest:  ## the quick suite with the oldest versions that pyproject.toml allows; the oldest NumPy is not for newer Pythons
+	PIP_CONSTRAINT=tests/oldest.txt $(MAKE) test PYTHON=python3.11 VENV=.venv-oldest
 
 docs: $(VENV)/installed-docs  ## the pages' code and the gallery's scripts, run; then the site, in docs/_build/html
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m docs tests/test_docs.py

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pyro_vae
 
 PACKAGE = Path(pyro_vae.__file__).parent
+ROOT = Path(__file__).parents[1]
 # Each module or folder of the package, with the others that it may import; all may import `errors`.
 ALLOWED = {
     "errors": set(),
@@ -69,3 +71,14 @@ def test_importing_the_package_leaves_slow_libraries_out():
     code = "import sys, pyro_vae; print(sorted({'arviz', 'torchvision', 'matplotlib', 'sklearn'} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_the_oldest_versions_are_the_floors():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    floors = dict(requirement.split(">=") for requirement in named)
+    lines = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [f"{name}=={floors[name]}" for name in floors]
+    python = project["requires-python"].removeprefix(">=")
+    supported = f"Python {python}, PyTorch {floors['torch']} and Pyro {floors['pyro-ppl']}, and all later versions"
+    assert supported in (ROOT / "README.md").read_text()
