@@ -28,6 +28,9 @@ mpmath.mp.dps = 50
 mpf = mpmath.mpf
 SIZE = 784  # elements of a datum
 
+Exact = Callable[..., mpmath.mpf]
+Pool = list[tuple[float, ...]]  # of x and the features of an element
+
 
 @dataclass
 class Case:
@@ -40,6 +43,7 @@ class Case:
     exact: Callable[[], list[mpmath.mpf]]
     size: int = SIZE
     has_networks: bool = False  # which run in half precision under autocast, and are other networks there
+    element: Exact | None = None  # the exact density of x and its features, where elements are independent
 
     def errors(self, expected: Tensor) -> tuple[Tensor, Tensor]:
         """The error of each datum in nats, and as a share of what is allowed."""
@@ -52,9 +56,6 @@ class Case:
         with pyro.plate("data", len(x)):
             pyro.sample("x", self.distribution(), obs=x)
 
-
-Exact = Callable[..., mpmath.mpf]
-Pool = list[tuple[float, ...]]  # of x and the features of an element
 
 # Elements that are independent given z: a datum has SIZE draws from a pool, whose log-densities are exact.
 
@@ -73,7 +74,8 @@ def elements_of(part: str, likelihood: pv.Likelihood, exact: Exact, ordinary: Po
             return [mpmath.fsum(each[i] for i in row) for row in index.tolist()]
 
         if pool:
-            yield Case(part, values, partial(likelihood.event_distribution, *features, mask=None), x, sums)
+            distribution = partial(likelihood.event_distribution, *features, mask=None)
+            yield Case(part, values, distribution, x, sums, element=exact)
 
 
 def softplus(value: mpmath.mpf) -> mpmath.mpf:
@@ -185,7 +187,8 @@ def real() -> Iterator[Case]:
         for df in (4.0, 100.0, 1.0001, 1e4, 1e8, 1e30):
             likelihood = pv.StudentT(nn.Identity(), (SIZE,), df=df, scale=scale)
             exact = partial(student_t, scale=mpf(rounded), df=mpf(torch.tensor(df).item()))
-            yield from elements_of("StudentT", likelihood, exact, *(pools if df in (4.0, 100.0) else ([], pool)))
+            far = [] if is_ordinary else [(sign * 1e25, 0.7) for sign in (1, -1)]  # whose squares overflow
+            yield from elements_of("StudentT", likelihood, exact, *(pools if df in (4.0, 100.0) else ([], pool)), far)
     raws, locs = (-100.0, -10.0, 0.0, 10.0, 1e4), (0.0, 1e3)
     wide = [(x, loc, raw) for raw in raws for loc in locs for x in (loc, loc + 1.0, 0.5)]
     likelihood = pv.Gaussian(nn.Identity(), (SIZE,), scale="per_pixel")
@@ -268,13 +271,15 @@ def full(z: Tensor, loc: Tensor, scale_tril: Tensor) -> mpmath.mpf:
 def correlated() -> Iterator[Case]:
     """The low-rank likelihood, and the correlated posteriors."""
     generator = torch.Generator().manual_seed(2)
-    for kind, strength, raw, distance in (
-        ("ordinary", 0.3, 0.0, 1.0),
-        ("extreme", 3.0, -30.0, 1.0),
-        ("extreme", 1e3, -30.0, 10.0),
+    for kind, strength, raw, distance, spread in (
+        ("ordinary", 0.3, 0.0, 1.0, 1.0),
+        ("extreme", 3.0, -30.0, 1.0, 1.0),
+        ("extreme", 1e3, -30.0, 10.0, 1.0),
+        ("extreme", 1e4, -30.0, 10.0, 0.0),  # columns that are alike
     ):
         likelihood = pv.LowRankGaussian(nn.Identity(), (200,), rank=3)
-        likelihood.factor.data = strength * torch.randn(200, 3, generator=generator)
+        columns = torch.randn(200, 3, generator=generator)
+        likelihood.factor.data = strength * torch.lerp(columns[:, :1], columns, spread)
         nn.init.constant_(likelihood.raw_scale, raw)
         loc = torch.randn(4, 200, generator=generator)
         x = (loc + distance * torch.randn(4, 3, generator=generator) @ likelihood.factor.data.T).detach()
@@ -348,6 +353,8 @@ def latents() -> Iterator[Case]:
         ("extreme", 1e4, 0.0),
         ("extreme", 1.0, -15.0),
         ("extreme", 1.0, 15.0),
+        ("extreme", 1e-25, -60.0),  # the square of a scale is no float32 number
+        ("extreme", 1.0, 60.0),
     ):
         z, loc, log_scale = distance * normals(6), distance * normals(6), shift + normals(6)
         near = loc + log_scale.exp() * normals(6)
@@ -365,7 +372,7 @@ def latents() -> Iterator[Case]:
 
         prior = pv.MixturePrior(Z, components=4)
         prior.logits.data = (
-            torch.tensor([0.0, 1.0, -50.0, 50.0]) if kind == "extreme" else torch.randn(4, generator=generator)
+            torch.tensor([9_999.0, 1e4, 0.0, 1e4]) if kind == "extreme" else torch.randn(4, generator=generator)
         )
         prior.loc.data, prior.log_scale.data = distance * normals(4), shift + normals(4)
         inputs = torch.cat([prior.loc.data, prior.log_scale.data], -1)

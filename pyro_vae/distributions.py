@@ -2,10 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import constraints
+
+# A subnormal scale has few digits, and none on processors that flush it to zero.
+NORMAL_NUMBERS = constraints.interval(torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 
 def wide(value: Tensor) -> Tensor:
@@ -20,6 +25,8 @@ def shared(value: Tensor) -> Tensor:
 
 class Normal(dist.Normal):
     """PyTorch's normal distribution, for a scale whose square is no float32 number."""
+
+    arg_constraints: dict[str, Any] = {"loc": constraints.real, "scale": NORMAL_NUMBERS}  # noqa: RUF012
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of shape `batch`."""
@@ -41,8 +48,12 @@ class StudentT(dist.StudentT):
         # Float64 too loses the difference of two large lgammas. The series is that of log Gamma(a + 1/2) / Gamma(a).
         ratio = torch.where(df < 2e4, (half + 0.5).lgamma() - half.lgamma() - 0.5 * half.log(), far**3 / 24 - far / 4)
         norm = (ratio - 0.5 * math.log(2 * math.pi)).to(self.scale) - shared(self.scale).log()
-        squares = ((value - self.loc) / self.scale).square() / self.df
-        return norm - 0.5 * (self.df + 1) * squares.log1p()
+        # Far out, where squares overflow, log(1 + t^2) is 2 log t.
+        distance, root = value - self.loc, shared(self.df).sqrt()
+        far = distance.abs() > 1e4 * shared(self.scale) * root
+        near = (torch.where(far, 0.0, distance) / self.scale / root).square().log1p()
+        log_far = torch.where(far, distance, 1.0).abs().log() - shared(self.scale).log() - root.log()
+        return norm - (self.df + 1) * torch.where(far, log_far, 0.5 * near)
 
 
 class NormalMixture(dist.MixtureOfDiagNormals):
@@ -53,6 +64,8 @@ class NormalMixture(dist.MixtureOfDiagNormals):
 
     .. math:: \mathrm d z_d = -\, \frac{\mathrm d F_d(z_d; \theta, z_{<d})}{p(z_d \mid z_{<d})}
     """
+
+    arg_constraints: dict[str, Any] = dist.MixtureOfDiagNormals.arg_constraints | {"coord_scale": NORMAL_NUMBERS}
 
     @property
     def mean(self) -> Tensor:
@@ -124,37 +137,40 @@ def low_rank_log_prob(x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, obs
     """The log-density of a normal with covariance F F^T + diag(scale^2), in float64: x (*batch, D) to (*batch,).
 
     With y = (x - loc) / scale and W = F / scale, the quadratic form is min_u |y - W u|^2 + |u|^2. Its residuals are
-    much smaller than y where F is larger than the scale.
+    much smaller than y where F is larger than the scale. Columns of F may be alike: I + W^T W, which then has no
+    precise Cholesky factor, is T^T T with W and I above each other as the product of Q and T.
     """
-    y, W, cholesky = _whitened(x, loc, factor, scale, observed)
+    y, upper, lower, T = _whitened(x, loc, factor, scale, observed)
     log_scale, size = wide(scale).log(), torch.tensor(float(y.shape[-1]))
     if observed is not None:
         log_scale, size = torch.where(observed.to(y.device), log_scale, 0.0), observed.sum(-1)
-    rows, back = rows_of(y, W)
-    u = rows @ W @ torch.cholesky_inverse(cholesky)
-    residual = _minus(rows, u, W)
+    rows, back = rows_of(y, upper)
+    explained = rows @ upper
+    residual, u = _minus(rows, explained, upper), explained @ lower.mT
     quadratic = back(torch.linalg.vecdot(residual, residual) + torch.linalg.vecdot(u, u))
-    half_log_det = log_scale.sum(-1) + cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    half_log_det = log_scale.sum(-1) + T.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
     return (-0.5 * (quadratic + wide(size).to(y) * math.log(2 * math.pi)) - half_log_det).to(loc)
 
 
 def low_rank_factors(x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, observed: Tensor | None) -> Tensor:
     """The mean of the factors given x: the u of :func:`low_rank_log_prob`, of shape (*batch, R)."""
-    y, W, cholesky = _whitened(x, loc, factor, scale, observed)
-    rows, back = rows_of(y, W)
-    return back(rows @ W @ torch.cholesky_inverse(cholesky)).to(loc)
+    y, upper, lower, _ = _whitened(x, loc, factor, scale, observed)
+    rows, back = rows_of(y, upper)
+    return back(rows @ upper @ lower.mT).to(loc)
 
 
 def _whitened(
     x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, observed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y and W, zero at missing elements, and the Cholesky factor of the factors' precision."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, zero at missing elements, and of W and I above each other the two parts of Q, and T."""
     precision = wide(scale).reciprocal()
     y, W = torch.addcmul(wide(x) * precision, wide(loc), precision, value=-1), wide(factor) * precision[..., None]
     if observed is not None:
         seen = observed.to(y.device)
         y, W = torch.where(seen, y, 0.0), torch.where(seen[..., None], W, 0.0)
-    return y, W, torch.linalg.cholesky(W.mT @ W + torch.eye(W.shape[-1], dtype=W.dtype, device=W.device))
+    identity = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device).expand(*W.shape[:-2], -1, -1)
+    Q, T = torch.linalg.qr(torch.cat([W, identity], -2))
+    return y, *Q.split([W.shape[-2], W.shape[-1]], -2), T
 
 
 def _minus(rows: Tensor, u: Tensor, W: Tensor) -> Tensor:

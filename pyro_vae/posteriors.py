@@ -95,7 +95,7 @@ class DiagonalNormal(Posterior):
         if features.shape[-1] % 2:
             raise _wrong_outputs("2 Z outputs (Z means, then Z log scales)", features)
         loc, log_scale = features.chunk(2, -1)
-        return dist.Normal(loc, log_scale.exp()).to_event(1)
+        return distributions.Normal(loc, log_scale.exp()).to_event(1)
 
 
 class FullNormal(Posterior):
@@ -229,7 +229,7 @@ class MixturePosterior(Posterior):
             raise _wrong_outputs(f"{number} (2 Z + 1) outputs {parts}", features)
         logits, rest = features.split([number, size - number], -1)
         loc, log_scale = rest.reshape(*rest.shape[:-1], number, 2 * latent_dim).chunk(2, -1)
-        return distributions.NormalMixture(loc, log_scale.exp(), logits)
+        return distributions.NormalMixture(loc, log_scale.exp(), logits.log_softmax(-1))
 
 
 class FlowPosterior(Posterior):
@@ -303,7 +303,7 @@ class FlowPosterior(Posterior):
             parts = "({} means, {} log scales and a context of length {})".format(*sizes)
             raise _wrong_outputs(f"{sum(sizes)} outputs {parts}", features)
         loc, log_scale, context = features.split(sizes, -1)
-        return dist.Normal(loc, log_scale.exp()).to_event(1), context if sizes[2] else None
+        return distributions.Normal(loc, log_scale.exp()).to_event(1), context if sizes[2] else None
 
 
 def _wrong_outputs(expected: str, features: Tensor) -> PyroVAEError:
@@ -332,4 +332,4 @@ class Unconditional(nn.Module):
     def forward(self, x: Tensor) -> dist.TorchDistribution:
         """The distribution of z, the same for each x of shape (*batch, *event): batch shape `batch`, event (Z,)."""
         batch = x.shape[: x.dim() - len(self.event_shape)]
-        return dist.Normal(self.loc, self.log_scale.exp()).expand((*batch, len(self.loc))).to_event(1)
+        return distributions.Normal(self.loc, self.log_scale.exp()).expand((*batch, len(self.loc))).to_event(1)

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.distributions import Mixture
+from pyro_vae.distributions import Mixture, Normal
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.flows import Flow, Kind
 
@@ -33,7 +33,7 @@ class StandardNormal(nn.Module):
 
     def forward(self) -> dist.TorchDistribution:
         """The distribution of one z, with event shape (Z,)."""
-        return dist.Normal(self.loc, self.scale).to_event(1)
+        return Normal(self.loc, self.scale).to_event(1)
 
 
 class MixturePrior(nn.Module):
@@ -60,7 +60,7 @@ class MixturePrior(nn.Module):
 
     def forward(self) -> dist.TorchDistribution:
         """The distribution of one z, with event shape (Z,)."""
-        components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+        components = Normal(self.loc, self.log_scale.exp()).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
 
 

@@ -342,3 +342,13 @@ def test_pv_testing_accepts_each_posterior(name, without_inductor):
     family, options = FAMILIES[name]
     options = {"hidden_dims": (8,), **options} if name in FLOWS else options
     pv.testing.check_posterior(family, compiled=name != "spline", **options)
+
+
+@pytest.mark.parametrize("log_scale", [-90.0, 89.0])
+@pytest.mark.parametrize("family", [pv.DiagonalNormal, pv.MixturePosterior])
+def test_a_scale_that_has_few_digits_in_float32_is_refused(family, log_scale):
+    """At e^-90 a log-density was off by up to 0.06 nats, or NaN."""
+    posterior = family(nn.Identity(), (1,))
+    features = torch.full((1, family.features_for(2)), log_scale)
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        posterior.latent_distribution(features)

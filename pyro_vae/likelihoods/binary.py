@@ -122,15 +122,15 @@ class GreyPixel(dist.ContinuousBernoulli):
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of shape `batch`, with a = |l|: minus a for each unit towards the improbable end, plus
 
-        log(a / (1 - e^-a)).
+        log(a / (1 - e^-a)). Near l = 0 it is a series, since a has no derivative there.
         """
         if self._validate_args:
             self._validate_sample(value)
-        (near, far), size = self._near_zero(), self.logits.abs()
-        square = size.square()
-        series = size / 2 - square * (1 / 24 - square * (1 / 2880 - square / 181440))
-        norm = torch.where(near, series, (far.abs() / -torch.expm1(-far.abs())).log())
-        return norm - size * torch.where(self.logits > 0, 1 - value, value)
+        (near, far), square = self._near_zero(), self.logits.square()
+        series = self.logits * (value - 0.5) - square * (1 / 24 - square * (1 / 2880 - square / 181440))
+        size = far.abs()
+        norm = (size / -torch.expm1(-size)).log()
+        return torch.where(near, series, norm - size * torch.where(far > 0, 1 - value, value))
 
     @property
     def mean(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Likelihoods of pixels with finitely many values: ordered grey levels, and unordered categories."""
 
 import math
+from functools import reduce
 from typing import Any, Self
 
 import pyro.distributions as dist
@@ -10,7 +11,6 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 from torch.types import _size
 
-from pyro_vae.distributions import wide
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
@@ -50,9 +50,9 @@ class Categorical(Likelihood):
 
     def pixel_distribution(self, *features: Tensor) -> dist.TorchDistribution:
         """The categorical distribution whose logits are the features."""
-        logits = torch.stack(features, -1)
         # To subtract the sum of exponentials of large logits would lose digits.
-        return Codes(logits=logits - logits.detach().amax(-1, keepdim=True))
+        top = reduce(torch.maximum, features).detach()
+        return Codes(logits=torch.stack([each - top for each in features], -1))
 
     def statistic(self, distribution: Any, x: Tensor | None = None) -> Tensor:
         """The probabilities of the categories, (*batch, *event, C)."""
@@ -177,14 +177,14 @@ class LogisticOnGrid(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         top = self.levels - 1
-        level, inverse = (value * top).round(), (-self.log_scale).exp()
-        # Where the scale is much smaller than a cell, the distance to the cell's end has few digits in float32.
-        distance, cells = wide(level) - wide(self.loc) * top, wide(inverse) / top
-        above, below = (((distance + side) * cells).to(self.loc) for side in (0.5, -0.5))
-        inner = (-torch.expm1(-inverse / top)).log()
-        left = torch.where(level == 0, 0.0, logsigmoid(-below))
-        right = torch.where(level == top, 0.0, logsigmoid(above))
-        return left + right + torch.where((level == 0) | (level == top), 0.0, inner)
+        level, cells = (value * top).round(), (-self.log_scale).exp() / top
+        # Where the scale is much smaller than a cell, the rounding of the product would show.
+        center, lost = self.loc * top, _rounding(self.loc, top)
+        above, below = (((level + side - center) - lost) * cells for side in (0.5, -0.5))
+        first, last = level == 0, level == top
+        left = torch.where(first, 0.0, logsigmoid(-below))
+        right = torch.where(last, 0.0, logsigmoid(above))
+        return left + right + torch.where(first | last, 0.0, (-torch.expm1(-cells)).log())
 
     @torch.no_grad()
     def sample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
@@ -213,6 +213,14 @@ class LogisticOnGrid(dist.TorchDistribution):
             survival = torch.sigmoid((self.loc - (k - 0.5) / top) * inverse)
             total = total + ((2 * k - 1) / top * survival if square else survival)
         return total / top
+
+
+@torch.no_grad()
+def _rounding(factor: Tensor, integer: int) -> Tensor:
+    """What rounding takes off a product: the exact factor * integer minus the computed one."""
+    split = factor * (2**17 + 1)  # the high part has so few digits that its product is exact (Dekker 1971)
+    high = split - (split - factor)
+    return (high * integer).sub_(factor * integer).add_(factor - high, alpha=integer)
 
 
 class _Grid(constraints.Constraint):

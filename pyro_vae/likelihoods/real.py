@@ -149,8 +149,8 @@ class StudentT(_Scaled):
 
     Arguments:
         decoder, event_shape, scale, min_scale: as in :class:`Gaussian`.
-        df: the degrees of freedom :math:`\nu`, a number above 1, so that the mean exists. ``"learned"`` is one number
-            for all elements, a parameter between 1 and 100 with initial value 4.
+        df: the degrees of freedom :math:`\nu`, a number above 1, so that the mean exists, and up to 1e30.
+            ``"learned"`` is one number for all elements, a parameter between 1 and 100 with initial value 4.
 
     Raises:
         ValueError: `df`, `scale` or `min_scale` is not one of these values.
@@ -187,8 +187,8 @@ class StudentT(_Scaled):
         cls, scale: float | str = 1.0, min_scale: float = 0.01, df: float | str = 4.0, **options: Any
     ) -> int:
         """2 for ``scale="per_pixel"``, 1 otherwise."""
-        if df != "learned" and not (isinstance(df, int | float) and 1 < df < math.inf):
-            raise PyroVAEError(f"expected df to be a number above 1, or 'learned', got {df!r}. Try 4.0.")
+        if df != "learned" and not (isinstance(df, int | float) and 1 < df <= 1e30):
+            raise PyroVAEError(f"expected df to be a number above 1 and up to 1e30, or 'learned', got {df!r}. Try 4.0.")
         return super().features_for(scale, min_scale)
 
     @property

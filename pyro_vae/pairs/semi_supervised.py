@@ -137,7 +137,8 @@ class SemiSupervisedVAE(Labelled):
         return torch.where(observed == UNOBSERVED, self.classify(x).argmax(-1), observed)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return apply_batched(self.classifier, x, len(self.event_shape))
+        # PyTorch's own normalisation loses digits of large logits.
+        return apply_batched(self.classifier, x, len(self.event_shape)).log_softmax(-1)
 
     def _indicators(self, y: Tensor, like: Tensor) -> Tensor:
         return one_hot(y, self.num_classes).to(like.dtype)

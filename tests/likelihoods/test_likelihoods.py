@@ -264,7 +264,8 @@ def test_bytes_of_any_precision_are_on_the_grid():
     ("name", "options", "message"),
     [
         ("gaussian", {"min_scale": -1}, r"expected min_scale to be a number of at least 0, got -1"),
-        ("student_t", {"df": 1}, r"expected df to be a number above 1, or 'learned', got 1"),
+        ("student_t", {"df": 1}, r"expected df to be a number above 1 and up to 1e30, or 'learned', got 1"),
+        ("student_t", {"df": 1e39}, r"expected df .*, got 1e\+39"),
         ("student_t", {"df": "fixed"}, r"expected df .*, got 'fixed'"),
         ("student_t", {"scale": 0}, r"expected scale to be a positive number.*, got 0"),
         ("categorical", {}, r"expected categories to be an integer of at least 2, got None. Pass categories="),

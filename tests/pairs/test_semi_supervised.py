@@ -331,3 +331,14 @@ def test_estimates_of_wrapped_functions_omit_the_classifiers_term():
         for model, guide in ((vae.model, vae.guide), (lambda *args: vae.model(*args), lambda *args: vae.guide(*args)))
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_guide_keeps_the_digits_of_large_logits():
+    logits = torch.tensor([10_000.0, 9_999.0, 0.0])
+    x = torch.zeros(1, 2)
+    vae = pv.mlp_semi_supervised_vae((2,), latent_dim=1, num_classes=CLASSES, likelihood="gaussian")
+    vae.classifier.forward = lambda x: logits.expand(len(x), -1)
+    site = poutine.trace(vae.guide).get_trace(x).nodes["y"]
+    exact = logits.double().log_softmax(-1)[site["value"]]
+    found = site["fn"].log_prob(site["value"])
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
