@@ -7,10 +7,23 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints, transform_to, transforms
 
-# A subnormal scale has few digits, and none on processors that flush it to zero.
-NORMAL_NUMBERS = constraints.interval(torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+
+class _Normal(constraints.greater_than):
+    """Positive numbers of float32 with all their digits: a subnormal one has few, and none where it is flushed to 0."""
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each value is such a number."""
+        return (value >= torch.finfo(torch.float32).tiny) & value.isfinite()
+
+    def __repr__(self) -> str:
+        return f"PositiveNumber(of at least {torch.finfo(torch.float32).tiny:.2g})"
+
+
+NORMAL_NUMBERS = _Normal(0.0)
+for registry in (transform_to, biject_to):  # free parameters of a scale are its logarithms, as of any positive number
+    registry.register(_Normal, lambda _: transforms.ExpTransform())
 
 
 def wide(value: Tensor) -> Tensor:
