@@ -98,6 +98,9 @@ def is_divisible(program: Program) -> bool:
     half = min(len(program.args[0]) // 2, 4)
     if not half:
         return False
+    parts = [part for module in program.modules() for part in module.modules()]
+    if any(getattr(part, "prototype_trace", part) is None for part in parts):
+        program.trace()  # Pyro's AutoGuide and EasyGuide keep the sizes of their first run, which must be those of x
     first, second = (tuple(column[start : 2 * half] for column in program.args) for start in (0, half))
     try:
         whole = [sample_sites(trace) for trace in program.on(first).trace()]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import pytest
+import torch
 from helpers.programs import wide
+from pyro.contrib.easyguide import EasyGuide
+from pyro.infer.autoguide import AutoNormal
 
 import pyro_vae as pv
 from pyro_vae.engine.program import Program
@@ -38,3 +41,39 @@ def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
     assert gaps.elbo.mean().item() == pytest.approx(program.exact_elbo().mean().item(), abs=0.1)
     table = pv.active_units(program.model, guide, program.x)
     assert table.variance.tolist() == pytest.approx(loc.var(0).tolist())
+
+
+def normal_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_pyros_own_guides_are_not_broken_by_a_first_look():
+    """They keep the sizes of their first run: a value for each row, made on 8 rows, fitted no other run."""
+    x, guide = torch.randn(25), AutoNormal(normal_model, init_scale=0.9)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    result = pv.log_likelihood(normal_model, guide, x, 2000, seed=0)
+    assert (((result.per_datum - exact) / result.per_datum_error).abs() < 4.5).all()
+    assert pyro.param("AutoNormal.scales.z").shape == (25,)
+
+
+def test_an_easy_guide_is_as_new_after_a_run_that_failed():
+    """It keeps its plates, with their sizes, until a run ends well."""
+
+    class Guide(EasyGuide):
+        def guide(self, x):
+            gain = pyro.param("gain", torch.tensor(0.5))
+            with self.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(gain * x, 0.5**0.5))
+                torch.ones(len(x)).matmul(z)  # which several particles at once don't fit
+
+    guide, x = Guide(normal_model), torch.randn(25)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        pv.IWAE(3).bound(normal_model, guide, x)
+    for rows in (x[:7], x[5:], torch.randn(40)):  # the guide is the posterior
+        exact = dist.Normal(0.0, 2**0.5).log_prob(rows)
+        bound = pv.IWAE(3, vectorize_particles=False).bound(normal_model, guide, rows)
+        assert torch.allclose(bound, exact, atol=1e-5)
+    history = pv.fit(normal_model, guide, x, pv.ELBO(kl="monte_carlo"), epochs=1, batch_size=10, lr=1e-9)
+    assert history.train_bound.item() == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(x).mean().item(), abs=1e-5)
