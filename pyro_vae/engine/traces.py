@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
@@ -27,10 +28,13 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
     Raises:
         ValueError: a site is of half precision in the second run too.
     """
-
+    modules = find_modules(function)
     for again in (False, True):
+        for module in modules:
+            if isinstance(module, EasyGuide):
+                module.plates.clear()  # a run that failed has left its plates there, with their sizes
         try:
-            with precision.promoting() if again else nullcontext(), OwnParameters(find_modules(function)):
+            with precision.promoting() if again else nullcontext(), OwnParameters(modules):
                 trace: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
         except RuntimeError as error:  # such as a product of float32 draws and weights in half precision
             if again or not any(word in str(error) for word in ("BFloat16", "Half", "dtype")):

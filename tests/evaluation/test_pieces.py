@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.programs import wide
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 
 import pyro_vae as pv
 from pyro_vae.engine.program import Program
@@ -73,3 +74,30 @@ def test_a_shape_that_does_not_fit_is_not_called_a_value_outside_the_support():
     with pytest.raises(ValueError, match="not broadcastable") as caught:
         pv.log_weights(model, poutine.block(model, hide=["x"]), torch.zeros(5, 4), num_particles=2)
     assert "support" not in str(caught.value)
+
+
+def normal_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_an_easy_guide_is_as_new_after_a_run_that_failed():
+    """It keeps its plates, with their sizes, until a run ends well."""
+
+    class Guide(EasyGuide):
+        def guide(self, x):
+            gain = pyro.param("gain", torch.tensor(0.5))
+            with self.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(gain * x, 0.5**0.5))
+                torch.ones(len(x)).matmul(z)  # which several particles at once don't fit
+
+    guide, x = Guide(normal_model), torch.randn(25)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        pv.IWAE(3).bound(normal_model, guide, x)
+    for rows in (x[:7], x[5:], torch.randn(40)):  # the guide is the posterior
+        exact = dist.Normal(0.0, 2**0.5).log_prob(rows)
+        bound = pv.IWAE(3, vectorize_particles=False).bound(normal_model, guide, rows)
+        assert torch.allclose(bound, exact, atol=1e-5)
+    history = pv.fit(normal_model, guide, x, pv.ELBO(kl="monte_carlo"), epochs=1, batch_size=10, lr=1e-9)
+    assert history.train_bound.item() == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(x).mean().item(), abs=1e-5)
