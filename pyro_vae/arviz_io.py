@@ -11,12 +11,14 @@ from torch import Tensor
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import check_rows
-from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, is_factor
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
+from pyro_vae.evaluation.pieces import program_on
+from pyro_vae.evaluation.runs import run, simulate
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
 Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
@@ -32,6 +34,7 @@ def to_arviz(
     num_samples: int = 1000,
     *,
     coords: dict[str, Any] | None = None,
+    vectorize_particles: bool = True,
     seed: int | None = None,
 ) -> Any:
     r"""Draws, densities and log-weights of a program for ArviZ, as one chain of `num_samples` independent draws.
@@ -55,7 +58,7 @@ def to_arviz(
     :func:`pyro_vae.log_likelihood`.
 
     Arguments:
-        model, guide, x, seed: see :func:`pyro_vae.log_likelihood`.
+        model, guide, x, vectorize_particles, seed: see :func:`pyro_vae.log_likelihood`.
         num_samples: draws for each datum, at least 2. All of them are in memory.
         coords: coordinates by dimension, as in ArviZ; whole numbers from 0 by default. Where a site has the name of a
             dimension, such as ``data``, the dimension is ``data_dim``.
@@ -80,21 +83,18 @@ def to_arviz(
         models in Python*, JOSS.
     """
     require_count("num_samples", num_samples, least=2)
-    data = Minibatches(x, None, "x")
-    if not data.size:
-        raise PyroVAEError(
-            f"expected x to be tensors of one datum or more, got {type(x).__name__} of {data.size} data."
-        )
-    (args,) = Minibatches(x, data.size, "x").in_order()
-    program = Program(model, guide, args)
+    program = program_on(model, guide, x)
     with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
-        return _container(_groups(program.with_nesting(), num_samples), coords or {})
+        program = program.with_nesting()
+        if vectorize_particles:
+            check_particles(program)
+        return _container(_groups(program, num_samples, vectorize_particles), coords or {})
 
 
-def _groups(program: Program, number: int) -> dict[str, dict[str, Variable]]:
+def _groups(program: Program, number: int, vectorize: bool) -> dict[str, dict[str, Variable]]:
     """The variables of every group, each with the names of its dimensions."""
     sizes = [min(PARTICLES_AT_ONCE, number - start) for start in range(0, number, PARTICLES_AT_ONCE)]
-    runs = [list(_variables(program, program.run(max(2, size)))) for size in sizes]
+    runs = [list(_variables(program, run(program, max(2, size), vectorize), vectorize)) for size in sizes]
     groups: dict[str, dict[str, Variable]] = {}
     for pieces in zip(*runs, strict=True):
         group, name, (dims, first) = pieces[0]
@@ -103,7 +103,7 @@ def _groups(program: Program, number: int) -> dict[str, dict[str, Variable]]:
     return groups
 
 
-def _variables(program: Program, run: Run) -> Iterator[tuple[str, str, Variable]]:
+def _variables(program: Program, run: Run, vectorize: bool) -> Iterator[tuple[str, str, Variable]]:
     """The variables of one run, each with its group and its name."""
     check_rows(run.batch_plate, len(program.args[0]))
     latents = [name for name, site in run.model.items() if not site["is_observed"]]
@@ -119,7 +119,7 @@ def _variables(program: Program, run: Run) -> Iterator[tuple[str, str, Variable]
             yield "observed_data", name, _variable(run, name, site, IMAGE)
     values = {name: run.model[name]["value"] for name in latents}
     for kind, given in (("posterior", values), ("prior", None)):
-        for name, site in program.simulate(given, run.num_particles).items():
+        for name, site in simulate(program, given, run.num_particles, vectorize).items():
             if name in latents and kind == "prior":
                 yield "prior", name, _variable(run, name, site, event_names)
             elif name not in latents and not is_factor(site):

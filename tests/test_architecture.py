@@ -25,7 +25,7 @@ ALLOWED = {
     "compiled": {"engine", "objectives"},
     "training": {"engine", "objectives", "compiled"},
     "evaluation": {"engine", "objectives", "compiled"},
-    "arviz_io": {"engine"},
+    "arviz_io": {"engine", "evaluation"},
     "schedules": set(),
     "plots": set(),
     "data": set(),

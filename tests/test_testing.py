@@ -201,6 +201,7 @@ class MixtureProgram(NormalProgram):
         return dist.MixtureSameFamily(dist.Categorical(torch.ones_like(locs)), dist.Normal(locs, torch.ones_like(locs)))
 
 
+@pytest.mark.slow
 def test_a_compiled_objective(without_inductor):
     pv.testing.check_objective(Bound(2), compiled=True)
     pv.testing.check_objective(pv.IWAE(2, "score"), compiled=True)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.traces import at_once
 from pyro_vae.errors import PyroVAEError, require_count
 
 T = TypeVar("T")
@@ -55,7 +56,7 @@ class Particles:
             draws.finish()
             return results
         program = program.with_nesting()
-        try:
+        with at_once(self.number):
             drawn = program.run_guide(self.number)
             if self.chunk_size is None or self.chunk_size >= self.number:
                 return [read(program.run_model(drawn))]
@@ -67,13 +68,6 @@ class Particles:
             if not torch.is_grad_enabled():
                 return [read_chunk(*chunk) for chunk in chunks]
             return [checkpoint(read_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-        except (RuntimeError, IndexError) as error:
-            error.add_note(
-                f"pyro_vae ran the program for {self.number} particles at once, so latent values have a leading "
-                f"dimension of {self.number}. Expand x to it, x.expand(*z.shape[:-1], -1), say. Or pass "
-                "vectorize_particles=False, if the function has that argument."
-            )
-            raise
 
 
 class DrawAsOneOf(Messenger):

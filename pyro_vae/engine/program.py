@@ -41,7 +41,7 @@ from pyro_vae.engine.sites import (
     unwrapped,
 )
 from pyro_vae.engine.supports import check_fixed_supports
-from pyro_vae.engine.traces import At, OwnSubsamples, given, in_particles, prior, sample_sites, traced
+from pyro_vae.engine.traces import At, OwnSubsamples, at_once, given, in_particles, prior, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
 
@@ -141,11 +141,12 @@ class Program:
 
     def run(self, number: int = 1) -> Run:
         """Run the guide, and the model against it, once for all particles; one particle needs no `nesting`."""
-        return self.run_model(self.run_guide(number))
+        with at_once(number):
+            return self.run_model(self.run_guide(number))
 
     def run_guide(self, number: int = 1) -> Drawn:
         """Draw particles from the guide."""
-        particle_dim = None if number == 1 else -self._known_nesting() - 1
+        particle_dim = None if number == 1 else -self.depth
         guide = in_particles(self.guide_or_prior, number, particle_dim)
         drawing = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
         with drawing:
@@ -181,23 +182,25 @@ class Program:
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
         return run
 
-    def run_at(self, values: dict[str, Tensor], number: int) -> Run:
+    def run_at(self, values: dict[str, Tensor], number: int | None = None) -> Run:
         """Run guide and model at given values of all latent sites, whose particles lie left of the plates.
 
-        Without a guide the model runs once, and its own latent sites are the run's guide.
+        With None for their number, the values are of one particle and have no dimension for particles. Without a guide
+        the model runs once, and its own latent sites are the run's guide.
         """
-        fixed, particle_dim = given(values), -self._known_nesting() - 1
-        first = in_particles(self.model if self.guide is None else self.guide_or_prior, number, particle_dim)
+        fixed, particle_dim = given(values), None if number is None else -self.depth
+        first = in_particles(self.model if self.guide is None else self.guide_or_prior, number or 1, particle_dim)
         sites = sample_sites(traced(At(values)(first), self.args, self.kwargs))
-        drawn = Drawn(fixed, sites, None, (), number, particle_dim)
+        drawn = Drawn(fixed, sites, None, (), number or 1, particle_dim)
         program = replace(self, needs=Needs(path="none"))  # the values bring the gradients that they have
         if self.guide is not None:
             return program.run_model(drawn)
         return program._as_run(sites, drawn._replace(sites={n: s for n, s in sites.items() if not s["is_observed"]}))
 
-    def simulate(self, values: dict[str, Tensor] | None, number: int) -> Sites:
+    def simulate(self, values: dict[str, Tensor] | None, number: int | None = None) -> Sites:
         """The model's sites with new data: at given values of the latents, or at draws from the prior."""
-        model = poutine.uncondition(in_particles(self.model, number, -self._known_nesting() - 1))
+        particle_dim = None if number is None else -self.depth
+        model = poutine.uncondition(in_particles(self.model, number or 1, particle_dim))
         return sample_sites(traced(At(values or {})(model), self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None, *, training: bool = False) -> tuple[Trace, Trace]:
@@ -286,10 +289,12 @@ class Program:
                     "pathwise loss."
                 )
 
-    def _known_nesting(self) -> int:
+    @property
+    def depth(self) -> int:
+        """How many dimensions the plates take, with that of the particles, which lies left of them."""
         if self.nesting is None:
             raise RuntimeError("a run of many particles needs the nesting: call with_nesting first.")
-        return self.nesting
+        return self.nesting + 1
 
     def _stopped(self, guide: PyroFunction, trace: Trace) -> Trace:
         """The guide's trace at the same values, through which no gradient flows.

@@ -1,6 +1,7 @@
 """Pyro's traces: how one is made, in float32 at least, and the sample sites that it has."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -124,6 +125,21 @@ class At(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+@contextmanager
+def at_once(number: int) -> Iterator[None]:
+    """Says beside an error of the program that it ran for so many particles, and what to do."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if number > 1 and not hasattr(error, "__notes__"):
+            error.add_note(
+                f"pyro_vae ran the program for {number} particles at once, so latent values have a leading dimension "
+                f"of {number}. Expand x to it, x.expand(*z.shape[:-1], -1), say. Wrap a network that takes none in "
+                "pyro_vae.networks.apply_batched. Or pass vectorize_particles=False to the objective or the evaluation."
+            )
+        raise
 
 
 def in_particles(function: PyroFunction, number: int, particle_dim: int | None) -> Any:

@@ -103,6 +103,7 @@ def ais(
     schedule: Schedule | Sequence[float] | Tensor = "sigmoid",
     num_leapfrog: int = NUM_LEAPFROG,
     step_size: float = STEP_SIZE,
+    vectorize_particles: bool = True,
     seed: int | None = None,
     progress: bool = True,
 ) -> AnnealedLikelihood:
@@ -127,6 +128,7 @@ def ais(
             to 1.
         num_leapfrog: the number of leapfrog steps in a transition.
         step_size: the leapfrog step size before adaptation.
+        vectorize_particles: whether all chains of a datum run at once; see :func:`pyro_vae.log_weights`.
 
     Raises:
         ValueError: an argument is invalid, a latent site is discrete or has bounds that depend on another latent, the
@@ -146,7 +148,19 @@ def ais(
         ICLR.
     """
     return _annealed(
-        model, guide, x, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress, simulate=False
+        model,
+        guide,
+        x,
+        num_steps,
+        num_chains,
+        start,
+        schedule,
+        num_leapfrog,
+        step_size,
+        vectorize_particles,
+        seed,
+        progress,
+        simulate=False,
     )[0]
 
 
@@ -162,6 +176,7 @@ def bdmc(
     schedule: Schedule | Sequence[float] | Tensor = "sigmoid",
     num_leapfrog: int = NUM_LEAPFROG,
     step_size: float = STEP_SIZE,
+    vectorize_particles: bool = True,
     seed: int | None = None,
     progress: bool = True,
 ) -> Sandwich:
@@ -175,7 +190,8 @@ def bdmc(
     own data. For real data it is evidence, not proof.
 
     Arguments:
-        model, guide, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress: see
+        model, guide, num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles, seed,
+            progress: see
             :func:`pyro_vae.ais`.
         x: data of the number and shapes to simulate. Arguments that the model observes are replaced by simulated ones;
             the others, such as labels, are kept.
@@ -196,7 +212,19 @@ def bdmc(
         Grosse, Ghahramani and Adams (2015), *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo*.
     """
     forward, backward, simulated = _annealed(
-        model, guide, x, num_steps, num_chains, start, schedule, num_leapfrog, step_size, seed, progress, simulate=True
+        model,
+        guide,
+        x,
+        num_steps,
+        num_chains,
+        start,
+        schedule,
+        num_leapfrog,
+        step_size,
+        vectorize_particles,
+        seed,
+        progress,
+        simulate=True,
     )
     columns = tuple(torch.cat(column) for column in zip(*simulated, strict=True))
     return Sandwich(forward, torch.cat(backward), columns[0] if len(columns) == 1 else columns)
@@ -212,6 +240,7 @@ def _annealed(
     schedule: Any,
     num_leapfrog: int,
     step_size: float,
+    vectorize: bool,
     seed: int | None,
     progress: bool,
     *,
@@ -230,12 +259,12 @@ def _annealed(
     temperatures = _temperatures(schedule, num_steps)
     forward, accepted, backward, simulated = [], [], [], []
     with checked(model, guide if start == "guide" else None, x, seed) as data:
-        programs = data.programs(num_chains)
+        programs = data.programs(num_chains, vectorize)
         steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
         with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:
             for program in programs:
                 args, latents = simulate_data(model, program.args) if simulate else (program.args, {})
-                chains = Chains(program.on(args), num_chains, num_leapfrog, bar)
+                chains = Chains(program.on(args), num_chains, num_leapfrog, vectorize, bar)
                 steps = chains.adapt(temperatures, step_size)
                 log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)
                 forward.append(log_w)

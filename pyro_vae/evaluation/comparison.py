@@ -45,6 +45,7 @@ def compare(
     repeats: int = COMPARE_REPEATS,
     log_likelihood: Evidence | None = None,
     compile: bool = False,
+    vectorize_particles: bool = True,
     seed: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -85,6 +86,8 @@ def compare(
         log_likelihood: an estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`.
         compile: whether to compute the gradients by compiled code, see :func:`pyro_vae.compile_step`. `milliseconds` is
             then its time. Compiling the default rows takes minutes.
+        vectorize_particles: see :func:`pyro_vae.log_weights`, for the default rows and the estimate of log p(x). False
+            is slow. An objective that you pass has a setting of its own.
         seed: the seed of each objective's random numbers; None continues from the generators' state.
         progress: whether to show the current row, in a terminal.
 
@@ -113,7 +116,7 @@ def compare(
         model_sites, guide_sites = checked_sites(program)
         data = Pieces(program, is_divisible(program), same_supports(model_sites, guide_sites))
         factors = [name for name, site in guide_sites.items() if is_factor(site)]
-        named = _named(program, objectives, compile)
+        named = _named(program, objectives, compile, vectorize_particles)
         keys = [(name, objective.num_particles) for name, objective in named]
         if len(set(keys)) < len(keys):
             raise PyroVAEError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
@@ -124,7 +127,7 @@ def compare(
                 "guide has a pyro.param or pyro.module statement. Add one."
             )
         with torch.no_grad(), rng.seeded(seed):
-            vectorize = all(objective.vectorize_particles for _, objective in named)
+            vectorize = vectorize_particles and all(objective.vectorize_particles for _, objective in named)
             whole = data if not factors else replace(data, program=_without(factors, program))
             evidence = estimate_evidence(whole, COMPARE_SAMPLES, vectorize, progress, compile and vectorize)
         best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
@@ -146,10 +149,10 @@ def _without(factors: list[str], program: Program) -> Program:
     return replace(program, guide=poutine.block(program.guide_or_prior, hide=factors))
 
 
-def _named(program: Program, objectives: Any, compile: bool) -> list[tuple[str, Objective]]:
+def _named(program: Program, objectives: Any, compile: bool, vectorize: bool) -> list[tuple[str, Objective]]:
     """The objectives with their names, the default ones for None; an error if one of them can't be measured."""
     if objectives is None:
-        objectives = _defaults(program)
+        objectives = _defaults(program, vectorize)
     elif isinstance(objectives, Objective):
         objectives = [objectives]
     for objective in objectives.values() if isinstance(objectives, Mapping) else objectives:
@@ -163,8 +166,10 @@ def _named(program: Program, objectives: Any, compile: bool) -> list[tuple[str, 
     return list(objectives.items()) if isinstance(objectives, Mapping) else [(o.name, o) for o in objectives]
 
 
-def _defaults(program: Program) -> list[Objective]:
+def _defaults(program: Program, vectorize: bool) -> list[Objective]:
     closed_form, others = ELBO(), [ELBO(1, "monte_carlo"), ELBO(16, "monte_carlo"), *map(IWAE, (1, 4, 16, 64, 256))]
+    for objective in others:
+        objective.vectorize_particles = vectorize
     try:
         with torch.no_grad(), rng.preserved():
             closed_form.bound(program.model, program.guide, *program.args)
@@ -185,16 +190,16 @@ def _measure(
     objective = copy.copy(objective)  # with fixed settings, since a measured loss is not a step of its schedules
     vars(objective).update(objective.scheduled())
     program, chunks = data.program, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
-    leaves = [value for group in parameters for value in group.values()]
+    leaves, own = ([value for group in groups for value in group.values()] for groups in (parameters, parameters[1:]))
     in_model = sum(value.numel() for value in parameters[0].values())
 
     @torch.enable_grad()
-    def gradient_of(objective: Objective, *chunk: Tensor) -> Tensor:
+    def gradient_of(objective: Objective, leaves: list[Tensor], *chunk: Tensor) -> Tensor:
         loss = objective.differentiable_loss(program.model, program.guide, *chunk)
         parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten() for part in parts])
 
-    gradient: Callable[..., Tensor] = partial(gradient_of, objective)
+    gradient: Callable[..., Tensor] = partial(gradient_of, objective, leaves)
     if compile:
         gradient = CompiledFunction(gradient, program.modules())
         with rng.preserved():  # compile before the timing
@@ -211,7 +216,7 @@ def _measure(
         first.append(parts[0])
 
     def of_guide(other: Objective) -> Tensor:
-        return gradient_of(other, *chunks[0])[in_model:]
+        return gradient_of(other, own, *chunks[0])
 
     per_repeat = torch.stack(bounds)
     per_datum = per_repeat.mean(0)

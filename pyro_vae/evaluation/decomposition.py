@@ -13,6 +13,7 @@ from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Sites
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError, require_count
+from pyro_vae.evaluation import runs
 from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
@@ -60,6 +61,7 @@ def decompose_elbo(
     x: Any,
     num_samples: int = DECOMPOSITION_SAMPLES,
     *,
+    vectorize_particles: bool = True,
     seed: int | None = None,
     progress: bool = True,
 ) -> Decomposition:
@@ -77,7 +79,7 @@ def decompose_elbo(
     number of data, not the distance of q(z) from p(z).
 
     Arguments:
-        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`.
+        model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
         guide: its guide. It must be a density of the model's latents alone.
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
 
@@ -99,8 +101,8 @@ def decompose_elbo(
     """
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
     with checked(model, guide, x, seed, least=2) as data:
-        programs = data.programs(num_samples)
-        samples = [_Samples.draw(program, num_samples) for program in programs]
+        programs = data.programs(num_samples, vectorize_particles)
+        samples = [_Samples.draw(program, num_samples, vectorize_particles) for program in programs]
         only_guide = replace(programs[0], model=programs[0].guide_or_prior, guide=None)
         size = max(1, samples[0].prior_by_dimension.shape[-1])
         columns = data.minibatches(min(DATA_AT_ONCE, DENSITIES_AT_ONCE // size))
@@ -109,7 +111,7 @@ def decompose_elbo(
         parts = []
         with progress_bar(sum(map(len, blocks)) * len(columns), "block", "q(z)", progress) as bar:
             for drawn, block in zip(samples, blocks, strict=True):
-                mixed = [_mixture(only_guide, columns, drawn, rows, bar) for rows in block]
+                mixed = [_mixture(only_guide, columns, drawn, rows, vectorize_particles, bar) for rows in block]
                 log_q, marginals = (torch.cat(part) for part in zip(*mixed, strict=True))
                 marginals = marginals.reshape(drawn.prior_by_dimension.shape)
                 dimension_wise = (marginals - drawn.prior_by_dimension).sum(-1)
@@ -133,8 +135,8 @@ class _Samples:
     prior_by_dimension: Tensor  # (S, n, D), with D = 0 where the marginals are not known
 
     @classmethod
-    def draw(cls, program: Program, num_samples: int) -> Self:
-        run = program.run(num_samples)
+    def draw(cls, program: Program, num_samples: int, vectorize: bool) -> Self:
+        run = runs.run(program, num_samples, vectorize)
         refuse_masks(run)
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}
         observed = {name: site for name, site in run.model.items() if site["is_observed"]}
@@ -170,11 +172,14 @@ def _marginals(run: Run, sites: Sites) -> Tensor:
     return torch.cat([by_dimension(run, site, density) for site, density in densities], -1).double()
 
 
-def _mixture(guide: Program, columns: list[Args], drawn: _Samples, rows: Tensor, bar: Any) -> tuple[Tensor, Tensor]:
+def _mixture(
+    guide: Program, columns: list[Args], drawn: _Samples, rows: Tensor, vectorize: bool, bar: Any
+) -> tuple[Tensor, Tensor]:
     """The log-densities of samples under q(z), (rows,), and under each marginal q(z_j), (rows, D)."""
     joint, each = [], []
     for column in columns:
-        run = guide.on(column).run_at(drawn.at(rows, len(column[0])), len(rows))
+        values = drawn.at(rows, len(column[0]))
+        run = runs.run_at(guide.on(column), values, len(rows), vectorize)
         joint.append(log_density(run, terms(run.guide)).double().logsumexp(1))
         if drawn.prior_by_dimension.numel():
             each.append(_marginals(run, run.guide).logsumexp(1))

@@ -9,6 +9,7 @@ from pyro_vae.engine.program import Run
 from pyro_vae.engine.sites import Site, masks, unwrapped
 from pyro_vae.errors import PyroVAEError
 
+OF_ONE_PARTICLE = "_of_one_particle"  # an attribute of a distribution that stands for those of several particles
 # Constructor arguments that repeat another one, so that only the other is kept.
 REDUNDANT = {"covariance_matrix", "precision_matrix", "probs"}
 
@@ -44,7 +45,7 @@ def univariate(fn: Any) -> Any:
     base = unwrapped(fn)
     if isinstance(base, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         return dist.Normal(base.loc, base.variance.sqrt())
-    return None if base.event_dim else base
+    return None if base.event_dim or hasattr(base, OF_ONE_PARTICLE) else base
 
 
 def by_dimension(run: Run, site: Site, value: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_dat
 from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
 from pyro_vae.evaluation.likelihood import draw_weights
 from pyro_vae.evaluation.pieces import checked, progress_bar
+from pyro_vae.evaluation.runs import run
 from pyro_vae.objectives import ELBO
 
 PARTICLES = 8  # particles of the ELBO that is maximised for each datum
@@ -80,6 +81,7 @@ def inference_gaps(
     num_steps: int = GAPS_STEPS,
     lr: float = GAPS_LR,
     log_likelihood: Evidence | None = None,
+    vectorize_particles: bool = True,
     seed: int | None = None,
     progress: bool = True,
 ) -> Gaps:
@@ -94,7 +96,7 @@ def inference_gaps(
     size falls to zero, and the last half of the iterates is averaged.
 
     Arguments:
-        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`.
+        model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
         guide: its guide. The distributions at its sites must depend on the data alone, not on one another's samples.
         num_samples: the number of samples for each ELBO and for log p(x), at least 2. The proposals for log p(x) are
             the fitted guides.
@@ -138,19 +140,21 @@ def inference_gaps(
     with checked(model, guide, x, seed) as data:
         args = data.program.args
         check_same_data(log_likelihood, args)
-        programs = data.programs(PARTICLES)
+        programs = data.programs(PARTICLES, vectorize_particles)
         with progress_bar(len(programs) * num_steps, "step", "gaps", progress) as bar:
             for program in programs:
-                local = _FreeSites(program)
+                local = _FreeSites(program, vectorize_particles)
                 local.fit(num_steps, lr, bar)
-                parts.append(_best_and_own(program, local.guide, num_samples))
+                parts.append(_best_and_own(program, local.guide, num_samples, vectorize_particles))
     best, own = (LogLikelihood.joined(each, len(args[0]), args[0].device) for each in zip(*parts, strict=True))
     if log_likelihood is None:
         warn_of_high_k(best.pareto_k, ADVICE)
     return Gaps((log_likelihood or best).per_datum, best.elbo, own.elbo)
 
 
-def _best_and_own(program: Program, local: PyroFunction, num_samples: int) -> tuple[LogLikelihood, LogLikelihood]:
+def _best_and_own(
+    program: Program, local: PyroFunction, num_samples: int, vectorize: bool
+) -> tuple[LogLikelihood, LogLikelihood]:
     """The estimates from the best member of the family for each datum, and those from the guide itself."""
 
     def estimates() -> list[LogLikelihood]:
@@ -158,7 +162,7 @@ def _best_and_own(program: Program, local: PyroFunction, num_samples: int) -> tu
         state, found = rng.get_state(), []
         for each in (replace(program, guide=local), program):
             rng.set_state(state)
-            found.append(LogLikelihood.from_weights(draw_weights(each, num_samples)))
+            found.append(LogLikelihood.from_weights(draw_weights(each, num_samples, vectorize)))
         return found
 
     # Where the fit improved nothing, the best member is the encoder's. Separate samples decide that, or the selection
@@ -172,12 +176,12 @@ def _best_and_own(program: Program, local: PyroFunction, num_samples: int) -> tu
 class _FreeSites(Messenger):
     """A handler that gives the guide's sites free parameters for each datum, which start at the guide's own values."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, vectorize: bool) -> None:
         super().__init__()
-        self.program, self.guide = program, self(program.guide_or_prior)
-        run = program.run(2)
-        _check(run)
-        self.fns = {name: site["fn"] for name, site in run.guide.items()}
+        self.program, self.guide, self.vectorize = program, self(program.guide_or_prior), vectorize
+        drawn = run(program, 2, vectorize)
+        _check(drawn)
+        self.fns = {name: site["fn"] for name, site in drawn.guide.items()}
         self.free: dict[str, dict[str, Tensor]] = {}
         for name, fn in self.fns.items():
             constraints = unwrapped(fn).arg_constraints
@@ -199,7 +203,8 @@ class _FreeSites(Messenger):
     def fit(self, num_steps: int, lr: float, bar: Any) -> None:
         """Maximise the ELBO of all data at once; no two data share a parameter."""
         leaves = [value.requires_grad_() for site in self.free.values() for value in site.values()]
-        objective = ELBO(PARTICLES, "monte_carlo", "stl", max_plate_nesting=self.program.nesting)
+        options: Any = {"max_plate_nesting": self.program.nesting, "vectorize_particles": self.vectorize}
+        objective = ELBO(PARTICLES, "monte_carlo", "stl", **options)
         adam = torch.optim.Adam(leaves, lr=lr)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_steps)
         total = [torch.zeros_like(leaf) for leaf in leaves]

@@ -9,11 +9,12 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae.engine.program import Program
+from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, Sites, family, unwrapped
 from pyro_vae.engine.supports import MixedInterval, Unknown, plain, same_support, support_of
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.runs import run, run_at
 
 ACCEPTANCE = 0.65  # acceptance rate that the step size is adapted to, from Neal's analysis of HMC
 GAIN = 0.3  # change of the log step size for each unit of excess acceptance, in each transition of the trial
@@ -46,18 +47,22 @@ class Chains:
     backward pass through the sum of their densities differentiates all of them.
     """
 
-    def __init__(self, program: Program, num_chains: int, num_leapfrog: int, bar: Any) -> None:
+    def __init__(self, program: Program, num_chains: int, num_leapfrog: int, vectorize: bool, bar: Any) -> None:
         self.program, self.num_chains, self.num_leapfrog, self.bar = program, num_chains, num_leapfrog, bar
-        self.example = first = self.program.run(num_chains)  # for the shapes of the sites
-        _check_latents(first.model, first.guide, self.program.run(num_chains).model)
+        self.vectorize = vectorize
+        self.example = first = self._run()  # for the shapes of the sites
+        _check_latents(first.model, first.guide, self._run().model)
         self.names = [name for name, site in first.model.items() if not site["is_observed"]]
         self.transforms = {name: biject_to(support_of(first.model[name]["fn"])) for name in self.names}
+
+    def _run(self) -> Run:
+        return run(self.program, self.num_chains, self.vectorize)
 
     def start(self, latents: dict[str, Tensor] | None = None) -> State:
         """The state at samples from the base, or with all chains of a datum at the given latents."""
         if latents is None:
-            run = self.program.run(self.num_chains)
-            values = {name: run.guide[name]["value"] for name in self.names}
+            drawn = self._run()
+            values = {name: drawn.guide[name]["value"] for name in self.names}
         else:
             values = {name: latents[name].expand(self.example.guide[name]["value"].shape) for name in self.names}
         return self.densities_at({name: self.transforms[name].inv(value) for name, value in values.items()})
@@ -67,10 +72,10 @@ class Chains:
         """Both log-densities at an unconstrained position, including the log-Jacobian, with their derivatives."""
         leaves = {name: value.detach().requires_grad_() for name, value in position.items()}
         values = {name: self.transforms[name](leaf) for name, leaf in leaves.items()}
-        run = self.program.run_at(values, self.num_chains)
+        there = run_at(self.program, values, self.num_chains, self.vectorize)
         volumes = {n: self.transforms[n].log_abs_det_jacobian(leaves[n], values[n]) for n in self.names}
-        volume = log_density(run, ((run.guide[n], _sum_of_event(run.guide[n], v)) for n, v in volumes.items()))
-        densities = [log_density(run, terms(sites)) + volume for sites in (run.guide, run.model)]
+        volume = log_density(there, ((there.guide[n], _sum_of_event(there.guide[n], v)) for n, v in volumes.items()))
+        densities = [log_density(there, terms(sites)) + volume for sites in (there.guide, there.model)]
         slopes = [
             torch.autograd.grad(
                 density.sum(), list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True

@@ -16,6 +16,7 @@ from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
 from pyro_vae.evaluation.pieces import checked
+from pyro_vae.evaluation.runs import run
 
 
 @takes_program
@@ -26,6 +27,7 @@ def active_units(
     num_samples: int = ACTIVE_SAMPLES,
     *,
     threshold: float = ACTIVE_THRESHOLD,
+    vectorize_particles: bool = True,
     seed: int | None = None,
 ) -> pd.DataFrame:
     r"""The variance and KL of each latent dimension, to detect posterior collapse: a table with one row for each.
@@ -40,7 +42,7 @@ def active_units(
     - ``active``: whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
 
     Arguments:
-        model, guide, x, seed: see :func:`pyro_vae.log_likelihood`.
+        model, guide, x, vectorize_particles, seed: see :func:`pyro_vae.log_likelihood`.
         num_samples: the number of samples to average over, at least 2. It matters only where means or KL depend on
             samples.
         threshold: the variance above which a dimension is active, in the squared units of z.
@@ -63,7 +65,8 @@ def active_units(
             f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
         )
     with checked(model, guide, x, seed, least=2) as data:
-        parts = [_read(program.run(num_samples)) for program in data.programs(num_samples)]
+        programs = data.programs(num_samples, vectorize_particles)
+        parts = [_read(run(program, num_samples, vectorize_particles)) for program in programs]
     rows = {}
     for name in parts[0]:
         means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))

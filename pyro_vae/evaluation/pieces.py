@@ -87,11 +87,12 @@ class Pieces:
             return [self.program.args]
         return list(zip(*(column.split(max(1, size)) for column in self.program.args), strict=True))
 
-    def programs(self, num_particles: int) -> list[Program]:
+    def programs(self, num_particles: int, vectorize: bool = True) -> list[Program]:
         """The program on minibatches that fit in memory with so many particles."""
         batches = self.minibatches(rows_at_once(self.program.args) // num_particles)
         program = self.program.on(batches[0]).with_nesting()
-        check_particles(program)
+        if vectorize:
+            check_particles(program)
         return [program.on(batch) for batch in batches]
 
 

@@ -119,6 +119,7 @@ def test_warm_up_and_free_bits_are_those_of_the_library(tmp_path):
     np.testing.assert_array_equal(bounds(run), fitted[["train_bound", "validation_bound"]])
 
 
+@pytest.mark.slow
 def test_patience_stops_early_and_keeps_the_best_epoch(tmp_path):
     run = tmp_path / "run"
     command = [

@@ -292,6 +292,7 @@ print(*[high - low for low, high in zip(peaks[:-1], peaks[1:])])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_chunks_need_less_memory():
     """Megabytes at the peak above an idle process: 25 of 500 particles at a time, then all."""

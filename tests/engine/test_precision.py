@@ -114,6 +114,7 @@ def test_fit_under_autocast_trains_what_the_layers_see(compile):
     assert inside == pytest.approx(outside, abs=1.0)
 
 
+@pytest.mark.slow
 def test_compiled_code_is_of_the_autocast_that_surrounds_it():
     vae = pv.mlp_vae((784,), latent_dim=2, hidden_dims=(16,))
     step = pv.compile_step(vae, pv.ELBO(), torch.optim.SGD(vae.parameters(), 0.0))

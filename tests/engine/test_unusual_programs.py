@@ -166,6 +166,7 @@ def test_programs_conditioned_on_their_data_need_no_tensor(argument):
     torch.testing.assert_close(found.per_datum, exact(X).double(), rtol=0, atol=1e-5)
     annealed = pv.ais(conditioned, None, argument, 40, 64, seed=0, progress=False)
     assert z_score((annealed.log_weights - exact(X)).exp(), 1.0).abs().max() < 4
+    assert pv.to_arviz(conditioned, guide, argument, 10)["posterior"]["z"].shape == (1, 10, 3)
     assert len(pv.compare(conditioned, guide, argument, pv.IWAE(2), repeats=2, progress=False)) == 1
     with pytest.raises(pv.PyroVAEError, match="no part of an argument"):
         pv.bdmc(conditioned, None, argument, 10, 4, progress=False)
