@@ -187,7 +187,7 @@ def real() -> Iterator[Case]:
         for df in (4.0, 100.0, 1.0001, 1e4, 1e8, 1e30):
             likelihood = pv.StudentT(nn.Identity(), (SIZE,), df=df, scale=scale)
             exact = partial(student_t, scale=mpf(rounded), df=mpf(torch.tensor(df).item()))
-            far = [] if is_ordinary else [(sign * 1e25, 0.7) for sign in (1, -1)]  # whose squares overflow
+            far = [] if is_ordinary else [(sign * 1e35, 0.7) for sign in (1, -1)]  # squares and quotients overflow
             yield from elements_of("StudentT", likelihood, exact, *(pools if df in (4.0, 100.0) else ([], pool)), far)
     raws, locs = (-100.0, -10.0, 0.0, 10.0, 1e4), (0.0, 1e3)
     wide = [(x, loc, raw) for raw in raws for loc in locs for x in (loc, loc + 1.0, 0.5)]

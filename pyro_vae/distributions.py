@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints, transform_to, transforms
 
+from pyro_vae.errors import PyroVAEError
+
+LIMITS = torch.finfo(torch.float32)
+
 
 class _Normal(constraints.greater_than):
     """Positive numbers of float32 with all their digits: a subnormal one has few, and none where it is flushed to 0."""
 
     def check(self, value: Tensor) -> Tensor:
         """Whether each value is such a number."""
-        return (value >= torch.finfo(torch.float32).tiny) & value.isfinite()
+        return (value >= LIMITS.tiny) & value.isfinite()
 
     def __repr__(self) -> str:
-        return f"PositiveNumber(of at least {torch.finfo(torch.float32).tiny:.2g})"
+        return f"PositiveNumber(of at least {LIMITS.tiny:.2g})"
 
 
 NORMAL_NUMBERS = _Normal(0.0)
@@ -51,6 +55,8 @@ class Normal(dist.Normal):
 
 class StudentT(dist.StudentT):
     """PyTorch's Student's t distribution, precise for any degrees of freedom."""
+
+    arg_constraints: dict[str, Any] = dist.StudentT.arg_constraints | {"scale": NORMAL_NUMBERS}
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of shape `batch`."""
@@ -142,6 +148,12 @@ class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
         """The log-density, of shape (*batch,)."""
         if self._validate_args:
             self._validate_sample(value)
+            variance, least, most = self._unbroadcasted_cov_diag, LIMITS.tiny, LIMITS.max
+            if not bool(NORMAL_NUMBERS.check(variance).all()):
+                raise PyroVAEError(
+                    f"expected variances between {least:.2g} and {most:.2g}, got {variance.min():.2g} to "
+                    f"{variance.max():.2g}, of which float32 has few digits. Clamp the log scales."
+                )
         scale = wide(self._unbroadcasted_cov_diag).sqrt()
         return low_rank_log_prob(value, self.loc, self._unbroadcasted_cov_factor, scale).to(value)
 
@@ -150,8 +162,8 @@ def low_rank_log_prob(x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, obs
     """The log-density of a normal with covariance F F^T + diag(scale^2), in float64: x (*batch, D) to (*batch,).
 
     With y = (x - loc) / scale and W = F / scale, the quadratic form is min_u |y - W u|^2 + |u|^2. Its residuals are
-    much smaller than y where F is larger than the scale. Columns of F may be alike: I + W^T W, which then has no
-    precise Cholesky factor, is T^T T with W and I above each other as the product of Q and T.
+    much smaller than y where F is larger than the scale. With Q T the matrix of W above I, I + W^T W is T^T T. Where
+    columns of F are alike, a Cholesky factor would be imprecise.
     """
     y, upper, lower, T = _whitened(x, loc, factor, scale, observed)
     log_scale, size = wide(scale).log(), torch.tensor(float(y.shape[-1]))
@@ -175,7 +187,7 @@ def low_rank_factors(x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, obse
 def _whitened(
     x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, observed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, zero at missing elements, and of W and I above each other the two parts of Q, and T."""
+    """y, which is zero at missing elements, Q beside W, Q beside I, and T."""
     precision = wide(scale).reciprocal()
     y, W = torch.addcmul(wide(x) * precision, wide(loc), precision, value=-1), wide(factor) * precision[..., None]
     if observed is not None:

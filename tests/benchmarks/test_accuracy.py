@@ -36,7 +36,7 @@ def test_each_public_likelihood_prior_and_posterior_is_among_them():
     kinds = (pv.Likelihood, pv.Posterior)
     public = {n for n in pv.__all__ if isinstance(getattr(pv, n), type) and issubclass(getattr(pv, n), kinds)}
     public |= {name for name in pv.__all__ if name.endswith("Prior")} | {"StandardNormal"}
-    # The density of FlowPosterior is known at its own samples alone; its normal and its flow are those of other parts.
+    # The density of FlowPosterior is known at its own samples alone: tests/test_posteriors.py compares it there.
     assert found == public - {"Likelihood", "Posterior", "FlowPosterior"}
 
 
