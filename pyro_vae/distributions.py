@@ -138,7 +138,7 @@ class MultivariateNormal(dist.MultivariateNormal):
         vectors, back = rows_of(wide(value) - wide(self.loc), L)
         white = torch.linalg.solve_triangular(L.mT, vectors, upper=True, left=False)
         half_log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * L.shape[-1] * math.log(2 * math.pi)
-        return (-0.5 * back(torch.linalg.vecdot(white, white)) - half_log_det).to(value)
+        return (-0.5 * back(torch.linalg.vecdot(white, white)) - half_log_det).to(self.loc)
 
 
 class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
@@ -155,7 +155,7 @@ class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
                     f"{variance.max():.2g}, of which float32 has few digits. Clamp the log scales."
                 )
         scale = wide(self._unbroadcasted_cov_diag).sqrt()
-        return low_rank_log_prob(value, self.loc, self._unbroadcasted_cov_factor, scale).to(value)
+        return low_rank_log_prob(value, self.loc, self._unbroadcasted_cov_factor, scale)
 
 
 def low_rank_log_prob(x: Tensor, loc: Tensor, factor: Tensor, scale: Tensor, observed: Tensor | None = None) -> Tensor:

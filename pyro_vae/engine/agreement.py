@@ -4,10 +4,12 @@ Where they disagree, a density counts twice, or on one side only, and the result
 """
 
 import math
+from typing import Any
 
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
+from torch import distributions as td
 from torch.distributions import biject_to
 
 from pyro_vae.engine.sites import (
@@ -174,6 +176,18 @@ def counted(name: str, model: Sites) -> Tensor:
     given = model.get(name.removesuffix("_unobserved") + "_observed") if name.endswith("_unobserved") else None
     # pyro.sample(obs_mask=...) drops the latent value where there is a datum.
     return whole if given is None else whole | kept(given, in_part=False)
+
+
+def another(fn: Any, value: Tensor) -> Tensor:
+    """Another value at a site: for few values the next one, since a draw may be the same again."""
+    base = unwrapped(fn)
+    if isinstance(base, td.Bernoulli):
+        return 1 - value
+    if isinstance(base, td.Categorical):
+        return (value + 1) % base.logits.shape[-1]
+    if isinstance(base, td.OneHotCategorical):
+        return value.roll(1, -1)
+    return fn.sample()
 
 
 def _is_unmasked(latent: Site, whole: Tensor, site: Site) -> bool:

@@ -278,10 +278,12 @@ class Program:
             for name in {latent for latent, _ in pairs}:
                 site, counts = model[name], agreement.counted(name, model)
                 counts = counts.reshape(*counts.shape, *[1] * site["fn"].event_dim)
-                other.nodes[name] = site | {"value": torch.where(counts, site["value"], site["fn"].sample())}
+                value = agreement.another(site["fn"], site["value"])
+                other.nodes[name] = site | {"value": torch.where(counts, site["value"], value)}
             first, second = densities(as_drawn), densities(other)
         for latent, later in pairs:
-            if not torch.allclose(first[later], second[later], rtol=1e-6, atol=1e-6, equal_nan=True):
+            same = later in second and first[later].shape == second[later].shape
+            if not same or not torch.allclose(first[later], second[later], rtol=1e-6, atol=1e-6, equal_nan=True):
                 raise PyroVAEError(
                     f"model site '{latent}' is masked where the later site '{later}' is not: expected all that depends "
                     f"on a masked latent to be masked with it, since its sample has no density there. Mask '{later}' "

@@ -78,8 +78,8 @@ def check_row_parameters(program: Program, first: Trial) -> None:
                 names = _of_rows(program, first, plate, order, weights)
                 if names is not None:
                     found = names if found is None else found & names
-        except (NotImplementedError, KeyError):
-            return  # a flow without an inverse has no density at given values
+        except (RuntimeError, ValueError, IndexError, KeyError):
+            return  # rows whose order matters, such as sequences sorted by length, or a flow without an inverse
     if not found:
         return
     shapes = ", ".join(f"'{name}' of shape {tuple(first.parameters()[name].shape)}" for name in sorted(found))

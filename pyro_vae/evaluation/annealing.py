@@ -263,7 +263,7 @@ def _annealed(
         steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
         with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:
             for program in programs:
-                args, latents = simulate_data(model, program.args) if simulate else (program.args, {})
+                args, latents = simulate_data(program.model, program.args) if simulate else (program.args, {})
                 chains = Chains(program.on(args), num_chains, num_leapfrog, vectorize, bar)
                 steps = chains.adapt(temperatures, step_size)
                 log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)

@@ -68,7 +68,7 @@ def compare(
       gradient by the score function, of independent samples, and d a fixed random direction over the guide's
       parameters. Beyond 4, the row's gradient is biased: the log-weight jumps as z moves (a threshold, a rounding, an
       ``if``), or STL is used for a bound other than the ELBO. NaN where the row has no gradient along paths, or the
-      guide no score.
+      guide no score, and with fewer than 5 repeats.
     - ``milliseconds``: the median wall-clock time of the loss and its gradients on all of x.
     - ``gap``, ``gap_se``: :math:`\frac1N \sum_n \log \hat p(x_n) - \bar L_n`, the best estimate of log p(x) minus the
       bound, and the standard error of this paired difference over data, in nats. The best estimate is IWAE with 1000
@@ -246,6 +246,8 @@ def _bias(paths: list[Tensor], objective: Objective, gradient: Callable[[Objecti
     score = "vimco" if objective.num_samples > 1 and "vimco" in objective.gradients else "score"
     free_bits = isinstance(objective, ELBO) and objective.free_bits
     if objective.estimator.path != "all" or score not in objective.gradients or free_bits or not paths[0].numel():
+        return math.nan
+    if len(paths) < 5:  # of few repeats, the standard error is no guide
         return math.nan
     try:
         scored = [gradient(_with_gradient(objective, score)) for _ in paths]

@@ -44,12 +44,17 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     A program that is conditioned on its data may have numbers as its arguments, or none. Its rows are then those of
     its batch plate, and an empty tensor stands for them.
     """
-    given = tuple(x) if isinstance(x, tuple | list) else (x,)
+    given = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(each, int | float | str | None) for each in given):
         return Program(model, guide, arguments(x, least))
     whole = Program(model, guide, given)
     model_sites, guide_sites = map(sample_sites, whole.trace())
     plate = find_batch_plate(labelled(model_sites, guide_sites))
+    if plate.full_size != plate.size:
+        raise PyroVAEError(
+            f"the batch plate '{plate.name}' is subsampled ({plate.size} of {plate.full_size}), so that each run would "
+            "have other data: expected a plate of all data. Pass no subsample_size."
+        )
     like = next((site["value"] for site in model_sites.values() if site["is_observed"]), torch.empty(0))
 
     def without_rows(function: PyroFunction) -> PyroFunction:

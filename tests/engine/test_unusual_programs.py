@@ -88,6 +88,38 @@ def test_what_x_depends_on_must_be_masked_with_it(weight):
         pv.ELBO(2, "monte_carlo", "score").loss(scenes(weight), X)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_masked_toss_that_x_depends_on_is_always_refused(seed):
+    """Another draw of a rare toss would be the same again."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=x > 0):
+                toss = pyro.sample("toss", dist.Bernoulli(0.02))
+            pyro.sample("x", dist.Normal(toss, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=x > 0):
+            pyro.sample("toss", dist.Bernoulli(torch.full((len(x),), 0.02)))
+
+    pyro.set_rng_seed(seed)
+    with torch.no_grad(), pytest.raises(pv.PyroVAEError, match="'toss' is masked where the later site 'x' is not"):
+        pv.log_weights(model, guide, X, num_particles=1)
+
+
+def test_a_subsampled_plate_is_refused_where_no_tensor_tells_the_rows():
+    def model(number):
+        with pyro.plate("data", number, subsample_size=2) as rows:
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=X[rows])
+
+    def guide(number):
+        with pyro.plate("data", number, subsample_size=2):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
+
+    with pytest.raises(pv.PyroVAEError, match=r"'data' is subsampled \(2 of 3\)"):
+        pv.log_likelihood(model, guide, 3, 10, progress=False)
+
+
 @pytest.mark.parametrize("by_handler", [True, False])
 def test_what_is_masked_everywhere_has_no_kl(by_handler):
     """Whatever its families are, whose KL has no closed form here."""
