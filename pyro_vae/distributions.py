@@ -208,7 +208,7 @@ def _minus(rows: Tensor, u: Tensor, W: Tensor) -> Tensor:
 
 
 def rows_of(vectors: Tensor, matrices: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Vectors (*samples, *batch, D) as rows (*batch, S, D) beside matrices (*batch, ...), which no sample has to copy.
+    """Vectors (*samples, *batch, D) as rows (*batch, S, D), so that matrices (*batch, ...) need no copy a sample.
 
     The function that it returns gives values (*batch, S, ...) the shape (*samples, *batch, ...).
     """

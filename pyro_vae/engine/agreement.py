@@ -160,17 +160,15 @@ def masked_before_unmasked(model: Sites) -> list[tuple[str, str]]:
     for i in reversed(range(len(names))):
         name, site = names[i], model[names[i]]
         if name in masked:
-            whole = counted(name, model)
-            if any(
-                _counts_outside(whole, plates(site), around, counts_there) for around, counts_there in counts.items()
-            ):
+            whole = where_it_counts(name, model)
+            if any(_counts_outside(whole, plates(site), *each) for each in counts.items()):
                 found += [(name, later) for later in names[i + 1 :] if _is_unmasked(site, whole, model[later])]
         around = tuple(plates(site))
         counts[around] = kept(site, in_part=True) | counts.get(around, False)
     return found
 
 
-def counted(name: str, model: Sites) -> Tensor:
+def where_it_counts(name: str, model: Sites) -> Tensor:
     """Where a latent's sample counts: where it is not masked, or a datum takes its place."""
     whole = kept(model[name], in_part=False)
     given = model.get(name.removesuffix("_unobserved") + "_observed") if name.endswith("_unobserved") else None

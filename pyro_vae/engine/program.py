@@ -276,7 +276,7 @@ class Program:
             as_drawn.nodes.update(drawn.sites)  # of these particles alone
             other = as_drawn.copy()
             for name in {latent for latent, _ in pairs}:
-                site, counts = model[name], agreement.counted(name, model)
+                site, counts = model[name], agreement.where_it_counts(name, model)
                 counts = counts.reshape(*counts.shape, *[1] * site["fn"].event_dim)
                 value = agreement.another(site["fn"], site["value"])
                 other.nodes[name] = site | {"value": torch.where(counts, site["value"], value)}

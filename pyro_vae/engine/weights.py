@@ -109,23 +109,24 @@ def terms(sites: Sites) -> Terms:
     return ((site, site["unscaled_log_prob"]) for site in sites.values())
 
 
-def log_density(run: Run, terms: Terms, *, is_score: bool = False) -> Tensor:
+def log_density(run: Run, terms: Terms, *, scaled: bool = True) -> Tensor:
     """The sum of terms for each particle and datum, (K, N)."""
     site = next(iter((run.model or run.guide).values()))
     size = 1 if run.batch_plate is None else run.batch_plate.size
     total: Tensor = site["unscaled_log_prob"].new_zeros(run.num_particles, size)
     for site, value in terms:
-        total = total + per_datum(run, site, value, is_score=is_score)
+        total = total + per_datum(run, site, value, scaled=scaled)
     return total
 
 
-def per_datum(run: Run, site: Site, value: Tensor, *, is_score: bool = False) -> Tensor:
+def per_datum(run: Run, site: Site, value: Tensor, *, scaled: bool = True) -> Tensor:
     """A site's term (K, N), with the site's mask, summed over the plates nested in the batch plate.
 
-    Without a batch plate the program is one datum, (K, 1), and each term of its log-density has its own scale.
+    Without a batch plate the program is one datum, (K, 1), and each term has its own scale, if `scaled`: a score has
+    none.
     """
     plate = run.batch_plate
-    value = scale_and_mask(value, 1.0 if plate is not None or is_score else site["scale"], site["mask"])
+    value = scale_and_mask(value, site["scale"] if plate is None and scaled else 1.0, site["mask"])
     value = value.reshape((1,) * (-run.particle_dim - value.dim()) + tuple(value.shape))
     if plate is None:
         return value.reshape(len(value), -1).sum(1, keepdim=True).expand(run.num_particles, 1)

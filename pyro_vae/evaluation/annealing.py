@@ -147,21 +147,8 @@ def ais(
         Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
         ICLR.
     """
-    return _annealed(
-        model,
-        guide,
-        x,
-        num_steps,
-        num_chains,
-        start,
-        schedule,
-        num_leapfrog,
-        step_size,
-        vectorize_particles,
-        seed,
-        progress,
-        simulate=False,
-    )[0]
+    settings = _Settings(num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles)
+    return _annealed(model, guide, x, settings, seed, progress, simulate=False)[0]
 
 
 @takes_program
@@ -211,61 +198,58 @@ def bdmc(
     References:
         Grosse, Ghahramani and Adams (2015), *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo*.
     """
-    forward, backward, simulated = _annealed(
-        model,
-        guide,
-        x,
-        num_steps,
-        num_chains,
-        start,
-        schedule,
-        num_leapfrog,
-        step_size,
-        vectorize_particles,
-        seed,
-        progress,
-        simulate=True,
-    )
+    settings = _Settings(num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles)
+    forward, backward, simulated = _annealed(model, guide, x, settings, seed, progress, simulate=True)
     columns = tuple(torch.cat(column) for column in zip(*simulated, strict=True))
     return Sandwich(forward, torch.cat(backward), columns[0] if len(columns) == 1 else columns)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of :func:`ais`, which :func:`bdmc` shares."""
+
+    num_steps: int
+    num_chains: int
+    start: str
+    schedule: Any
+    num_leapfrog: int
+    step_size: float
+    vectorize: bool
+
+    def __post_init__(self) -> None:
+        if self.start not in ("prior", "guide"):
+            raise PyroVAEError(f"expected start to be 'prior' or 'guide', got {self.start!r}.")
+        require_count("num_steps", self.num_steps, least=2)
+        require_count("num_chains", self.num_chains, least=2, why=", to have an error bar")
+        require_count("num_leapfrog", self.num_leapfrog)
+        if not self.step_size > 0:
+            raise PyroVAEError(f"expected a positive step_size, got {self.step_size!r}. Try {STEP_SIZE}.")
 
 
 def _annealed(
     model: PyroFunction,
     guide: PyroFunction | None,
     x: Any,
-    num_steps: int,
-    num_chains: int,
-    start: str,
-    schedule: Any,
-    num_leapfrog: int,
-    step_size: float,
-    vectorize: bool,
+    settings: _Settings,
     seed: int | None,
     progress: bool,
     *,
     simulate: bool,
 ) -> tuple[AnnealedLikelihood, list[Tensor], list[Args]]:
     """The forward chains' record; with `simulate`, of data like x, with these and their reverse chains' estimates."""
-    if start not in ("prior", "guide"):
-        raise PyroVAEError(f"expected start to be 'prior' or 'guide', got {start!r}.")
+    start, num_steps, num_chains = settings.start, settings.num_steps, settings.num_chains
     if start == "guide" and guide is None:
         raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
-    require_count("num_steps", num_steps, least=2)
-    require_count("num_chains", num_chains, least=2, why=", to have an error bar")
-    require_count("num_leapfrog", num_leapfrog)
-    if not step_size > 0:
-        raise PyroVAEError(f"expected a positive step_size, got {step_size!r}. Try {STEP_SIZE}.")
-    temperatures = _temperatures(schedule, num_steps)
+    temperatures = _temperatures(settings.schedule, num_steps)
     forward, accepted, backward, simulated = [], [], [], []
     with checked(model, guide if start == "guide" else None, x, seed) as data:
-        programs = data.programs(num_chains, vectorize)
+        programs = data.programs(num_chains, settings.vectorize)
         steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
         with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:
             for program in programs:
                 args, latents = simulate_data(program.model, program.args) if simulate else (program.args, {})
-                chains = Chains(program.on(args), num_chains, num_leapfrog, vectorize, bar)
-                steps = chains.adapt(temperatures, step_size)
+                chains = Chains(program.on(args), num_chains, settings.num_leapfrog, settings.vectorize, bar)
+                steps = chains.adapt(temperatures, settings.step_size)
                 log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)
                 forward.append(log_w)
                 accepted.append(acceptance)

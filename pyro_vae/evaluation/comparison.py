@@ -31,6 +31,7 @@ from pyro_vae.evaluation.evidence import Evidence, check_same_data
 from pyro_vae.evaluation.likelihood import estimate_evidence
 from pyro_vae.evaluation.pieces import Pieces, checked_sites, is_divisible, program_on, same_supports
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
+from pyro_vae.objectives.base import Options
 
 ROWS_AT_ONCE = 2**15  # data times particles in one run: 100 MB for each float32 tensor of 784 pixels
 
@@ -167,9 +168,9 @@ def _named(program: Program, objectives: Any, compile: bool, vectorize: bool) ->
 
 
 def _defaults(program: Program, vectorize: bool) -> list[Objective]:
-    closed_form, others = ELBO(), [ELBO(1, "monte_carlo"), ELBO(16, "monte_carlo"), *map(IWAE, (1, 4, 16, 64, 256))]
-    for objective in others:
-        objective.vectorize_particles = vectorize
+    options: Options = {"vectorize_particles": vectorize}
+    sampled = (ELBO(k, "monte_carlo", **options) for k in (1, 16))
+    closed_form, others = ELBO(), [*sampled, *(IWAE(k, **options) for k in (1, 4, 16, 64, 256))]
     try:
         with torch.no_grad(), rng.preserved():
             closed_form.bound(program.model, program.guide, *program.args)

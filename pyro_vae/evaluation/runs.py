@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_vae.engine.particles import DrawAsOneOf
+from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, Sites, unwrapped
 from pyro_vae.errors import PyroVAEError
@@ -18,14 +18,8 @@ Values = dict[str, Tensor]
 
 def run(program: Program, number: int, vectorize: bool) -> Run:
     """A run with samples of the guide."""
-    if vectorize:
-        return program.run(number)
-    draws, runs = DrawAsOneOf(number), []
-    for particle in range(number):
-        with draws.of(particle):
-            runs.append(program.run())
-    draws.finish()
-    return _joined(runs)
+    runs = Particles(number, vectorize).read(program, lambda run: run)
+    return runs[0] if vectorize else _joined(runs)
 
 
 def run_at(program: Program, values: Values, number: int, vectorize: bool) -> Run:

@@ -120,9 +120,10 @@ class GreyPixel(dist.ContinuousBernoulli):
         return near, torch.where(near, 1.0, self.logits)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log-density, of shape `batch`, with a = |l|: minus a for each unit towards the improbable end, plus
+        """The log-density, of shape `batch`: log(a / (1 - e^-a)) - a y, where a = |l|.
 
-        log(a / (1 - e^-a)). Near l = 0 it is a series, since a has no derivative there.
+        y is the distance from the likelier end: 1 - x if l is positive, else x. Near l = 0, where a has no derivative,
+        it is a series in l.
         """
         if self._validate_args:
             self._validate_sample(value)

@@ -332,7 +332,7 @@ class Objective(pyro.infer.ELBO):
             guide = guide | {n: s | {"unscaled_log_prob": s["unscaled_log_prob"].detach()} for n, s in scored.items()}
             term = row.score_term
             own = terms(scored) if term is None else ((s, term(s)) for s in scored.values())
-            score = log_density(run, own, is_score=True)
+            score = log_density(run, own, scaled=False)
         if run.stopped is not None:
             stopped = log_density(run, self._guide_terms(run, densities(run.stopped)))
             found = {name: site for name, site in run.stopped.items() if is_factor(site)}

@@ -86,8 +86,8 @@ class Estimator:
             None draws them independently.
         score_term: the function of a guide site, in the shape of its log-density, whose derivative is the score that b
             multiplies; None is the log-density.
-        any_bound: whether it estimates the gradient of any bound. False keeps it from subclasses with another `reduce`,
-            which get the row of that name in `ESTIMATORS`, if there is one.
+        any_bound: whether it estimates the gradient of any bound. If False, a subclass with another `reduce` does not
+            inherit it. The subclass then gets the row of that name in `ESTIMATORS`, if there is one.
     """
 
     suffix: str

@@ -16,8 +16,8 @@ from pyro_vae.errors import PyroVAEError
 class DataSupport:
     """Refuses data outside the support of the site that observes them.
 
-    It checks supports that are no tensors, at sites with validation and without masks. A row outside is refused if it
-    is so in a run of the program on it too: a support may depend on the minibatch, such as up to its largest count.
+    It checks supports whose bounds are numbers, at sites with validation and without masks. The support may depend on
+    the minibatch, such as its largest count. So a row is refused only if a run of the program on it refuses it too.
 
     This package's pairs have a method `check_data` with the arguments of their `model`. If the model is such a method,
     it calls this too.
