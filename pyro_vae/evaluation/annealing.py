@@ -177,9 +177,8 @@ def bdmc(
     own data. For real data it is evidence, not proof.
 
     Arguments:
-        model, guide, num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles, seed,
-            progress: see
-            :func:`pyro_vae.ais`.
+        model, guide, num_steps, num_chains, start, schedule: see :func:`pyro_vae.ais`.
+        num_leapfrog, step_size, vectorize_particles, seed, progress: see :func:`pyro_vae.ais`.
         x: data of the number and shapes to simulate. Arguments that the model observes are replaced by simulated ones;
             the others, such as labels, are kept.
 
