@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import check_rows
-from pyro_vae.engine.mixing import check_particles
+from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, is_factor
@@ -86,8 +86,7 @@ def to_arviz(
     program = program_on(model, guide, x)
     with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
         program = program.with_nesting()
-        if vectorize_particles:
-            check_particles(program)
+        check_apart(program, together=vectorize_particles)
         return _container(_groups(program, num_samples, vectorize_particles), coords or {})
 
 

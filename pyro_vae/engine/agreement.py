@@ -176,6 +176,11 @@ def where_it_counts(name: str, model: Sites) -> Tensor:
     return whole if given is None else whole | kept(given, in_part=False)
 
 
+def has_few_values(fn: Any) -> bool:
+    """Whether two draws are often the same."""
+    return isinstance(unwrapped(fn), td.Bernoulli | td.Categorical | td.OneHotCategorical)
+
+
 def another(fn: Any, value: Tensor) -> Tensor:
     """Another value at a site: for few values the next one, since a draw may be the same again."""
     base = unwrapped(fn)

@@ -1,8 +1,11 @@
-"""Refuses a program that mixes particles or data where it runs for several particles at once."""
+"""Refuses a program that mixes data, or particles where several run at once."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
@@ -11,10 +14,14 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.engine import agreement
+from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.sites import Sites, being_recorded, labelled, unwrapped
+from pyro_vae.engine.sites import Plate, Sites, being_recorded, labelled, unwrapped
 from pyro_vae.engine.traces import At, in_particles, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
+
+Values = dict[str, Tensor]
 
 CAUSE = (
     "An operation that counts dimensions from the left, such as dim=1, meets another dimension where latents have one "
@@ -23,68 +30,167 @@ CAUSE = (
 )
 
 
-def check_particles(program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
-    """Compare each site's density in a run of two different particles with that of each particle alone.
+def check_apart(program: Program, *, together: bool, traces: tuple[Trace, Trace] | None = None) -> None:
+    """Refuse a program whose data depend on each other's latents, or whose particles, run `together`, on each other.
 
-    They differ where an operation over a dimension that is counted from the left, such as ``dim=1``, meets the
-    particles' dimension. No other check could show it: the shapes fit, and all numbers are finite. `traces` are those
-    of the model and the guide for one particle, if they ran before.
+    No other check could show it: the shapes fit, and all numbers are finite. `traces` are those of the model and the
+    guide for one particle, if they ran before.
     """
-    if being_recorded():
+    if being_recorded() or not (program.needs.per_datum or together):
         return
     with program.unnoticed():
         first = traces or program.trace()
+        pyro.set_rng_seed(1 + int(torch.randint(2**30, ())))  # another seed than that of the first traces
+        plate = _batch_plate(first) if program.needs.per_datum else None
+        if plate is None and not together:
+            return
         nodes = _sites(first)
         subsamples = {name: site["value"] for name, site in nodes.items() if site_is_subsample(site)}
         pair_of_traces = first, _run(program, subsamples)
-        values = [_drawn(each) | subsamples for each in pair_of_traces]
-        particle_dim = -(program.nesting or 0) - 1
-        both = dict(subsamples)
-        for name in values[0].keys() - subsamples.keys():
-            pair: Any = [each.get(name) for each in values]
+        drawn, other = (_drawn(each) for each in pair_of_traces)
+        for name in drawn:
+            pair: Any = drawn[name], other.get(name)
             if not all(isinstance(each, Tensor) for each in pair) or pair[0].shape != pair[1].shape:
                 return  # no program for several particles at once, whose run says so
-            shape = (1,) * (-particle_dim - 1 + nodes[name]["fn"].event_dim - pair[0].dim()) + tuple(pair[0].shape)
-            both[name] = torch.stack([value.reshape(shape) for value in pair])
-            for carried in vars(pair[0]).keys() & vars(pair[1]).keys():  # a straight-through sample's soft value
-                soft = [getattr(value, carried) for value in pair]
-                if all(isinstance(each, Tensor) and each.shape == pair[0].shape for each in soft):
-                    setattr(both[name], carried, torch.stack([each.reshape(shape) for each in soft]))
         try:
-            alone = [_densities(each) for each in pair_of_traces]
-            together = _densities(_run(program, both, 2, particle_dim))
+            if plate is not None:
+                _check_rows(program, plate, first, (drawn, other), subsamples)
+            if together:
+                _check_particles(program, pair_of_traces, drawn, other, subsamples)
         except (KeyError, NotImplementedError):
             _warn("the density of a guide site at a given value can't be computed (a flow without an inverse, say)")
+
+
+def _batch_plate(traces: tuple[Trace, Trace]) -> Plate | None:
+    """The batch plate, if it has several rows."""
+    try:
+        plate = find_batch_plate(labelled(*map(sample_sites, traces)))
+    except PyroVAEError:
+        return None  # the run that follows says why, or takes all as one datum
+    return plate if plate.size > 1 else None
+
+
+def _check_rows(
+    program: Program, plate: Plate, traces: tuple[Trace, Trace], drawn: tuple[Values, Values], fixed: Values
+) -> None:
+    """Compare each datum's densities between runs in which half of the other data have other latents."""
+    (first, second), nodes, alone = drawn, _sites(traces), _densities(traces)
+    half = torch.randperm(plate.size) < plate.size // 2
+    for rows in (half, ~half):
+        mixed = dict(fixed)
+        for name, value in first.items():
+            fn = nodes[name]["fn"]
+            other = agreement.another(fn, value) if agreement.has_few_values(fn) else second[name]
+            dim = plate.dim - fn.event_dim
+            if value.dim() < -dim or value.shape[dim] != plate.size:
+                mixed[name] = value
+                continue
+            here = rows.to(value.device).reshape(-1, *[1] * (-dim - 1))
+            mixed[name] = _joined((value, other), functools.partial(_where, here))
+        try:
+            others = _densities(_run(program, mixed))
+        except NotImplementedError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            _warn(f"the program fails where half of the data have the latents of another draw ({error})")
             return
-        except (RuntimeError, IndexError, ValueError):
-            return  # it fails again in the run that follows, which says how many particles there were
-        for words, k in [(words, k) for words in alone[0] for k in (0, 1)]:
-            by_itself = alone[k].get(words, alone[0][words])
-            with_other = together.get(words, by_itself)
-            if with_other.dim() >= -particle_dim and with_other.shape[particle_dim] == 2:
-                with_other = with_other.select(particle_dim, k)
-            if _same(with_other, by_itself):
+        for words, by_itself in alone.items():
+            kept, with_others = (_of_rows(each, plate, rows) for each in (by_itself, others.get(words, by_itself)))
+            if _same(kept, with_others, of_one_size=True):
                 continue
-            # A flow's cache gives the density of a draw, and its inverse, with fewer digits, that of a given value.
-            given_twice = [_densities(_run(program, values[k])).get(words, by_itself) for _ in range(2)]
-            if _same(with_other, given_twice[0]):
+            twice = [_densities(_run(program, first | fixed)).get(words, by_itself) for _ in range(2)]
+            if _same(_of_rows(twice[0], plate, rows), with_others, of_one_size=True):
                 continue
-            if not _same(*given_twice):
-                _warn(
-                    f"{words} has another density when the program runs again at the same values, so that the program "
-                    "is noisy outside of its sample sites"
-                )
+            if not _same(*twice, of_one_size=True):
+                _warn_of_noise(words)
                 return
-            program.run(2)  # refuses what has a message of its own
             raise PyroVAEError(
-                f"{words} has another density for a particle alone than for the same particle beside another one: "
-                "expected a program that computes each particle by itself, got a mean of "
-                f"{by_itself.mean():.6g} alone, and of {with_other.mean():.6g} in a run of two particles. {CAUSE}"
+                f"{words} has another density for a datum when other data have other latents: expected rows of the "
+                f"batch plate '{plate.name}' that depend on their own latents alone, got a mean of "
+                f"{kept.mean():.6g}, and of {with_others.mean():.6g} with other latents elsewhere. Such rows have no "
+                "log-weights of their own. Make what belongs together (a time series, a graph) one row of the batch "
+                "plate, with its steps in a nested plate or an event; or use pv.ELBO's pathwise loss, which needs the "
+                "sum alone."
             )
 
 
+def _check_particles(
+    program: Program, pair_of_traces: tuple[Any, Any], first: Values, second: Values, fixed: Values
+) -> None:
+    """Compare each site's density in a run of two different particles with that of each particle alone.
+
+    They differ where an operation over a dimension that is counted from the left, such as ``dim=1``, meets the
+    particles' dimension.
+    """
+    values, nodes = (first | fixed, second | fixed), _sites(pair_of_traces[0])
+    particle_dim = -(program.nesting or 0) - 1
+    both = dict(fixed)
+    for name, value in first.items():
+        shape = (1,) * (-particle_dim - 1 + nodes[name]["fn"].event_dim - value.dim()) + tuple(value.shape)
+        both[name] = _joined((value, second[name]), functools.partial(_stack, shape))
+    try:
+        alone = [_densities(each) for each in pair_of_traces]
+        together = _densities(_run(program, both, 2, particle_dim))
+    except NotImplementedError:
+        raise
+    except (RuntimeError, IndexError, ValueError):
+        return  # it fails again in the run that follows, which says how many particles there were
+    for words, k in [(words, k) for words in alone[0] for k in (0, 1)]:
+        by_itself = alone[k].get(words, alone[0][words])
+        with_other = together.get(words, by_itself)
+        if with_other.dim() >= -particle_dim and with_other.shape[particle_dim] == 2:
+            with_other = with_other.select(particle_dim, k)
+        if _same(with_other, by_itself):
+            continue
+        # A flow's cache gives the density of a draw, and its inverse, with fewer digits, that of a given value.
+        given_twice = [_densities(_run(program, values[k])).get(words, by_itself) for _ in range(2)]
+        if _same(with_other, given_twice[0]):
+            continue
+        if not _same(*given_twice):
+            _warn_of_noise(words)
+            return
+        program.run(2)  # refuses what has a message of its own
+        raise PyroVAEError(
+            f"{words} has another density for a particle alone than for the same particle beside another one: "
+            "expected a program that computes each particle by itself, got a mean of "
+            f"{by_itself.mean():.6g} alone, and of {with_other.mean():.6g} in a run of two particles. {CAUSE}"
+        )
+
+
+def _joined(pair: tuple[Tensor, Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Two values of a site as one, with what both carry: a straight-through sample's soft value."""
+    joined = join(*pair)
+    for name in vars(pair[0]).keys() & vars(pair[1]).keys():
+        soft = [getattr(value, name) for value in pair]
+        if all(isinstance(each, Tensor) and each.shape == pair[0].shape for each in soft):
+            setattr(joined, name, join(*soft))
+    return joined
+
+
+def _where(here: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return torch.where(here, first, second)
+
+
+def _stack(shape: tuple[int, ...], first: Tensor, second: Tensor) -> Tensor:
+    return torch.stack([first.reshape(shape), second.reshape(shape)])
+
+
+def _of_rows(log_density: Tensor, plate: Plate, rows: Tensor) -> Tensor:
+    """Some rows of a log-density; all of one that has no dimension for them."""
+    if log_density.dim() < -plate.dim or log_density.shape[plate.dim] != len(rows):
+        return log_density
+    return log_density.index_select(plate.dim, rows.nonzero().squeeze(-1).to(log_density.device))
+
+
 def _warn(why: str) -> None:
-    warnings.warn(f"{why}: pyro_vae can't check that the program keeps particles apart.", stacklevel=3)
+    warnings.warn(f"{why}: pyro_vae can't check that the program keeps particles and data apart.", stacklevel=3)
+
+
+def _warn_of_noise(words: str) -> None:
+    _warn(
+        f"{words} has another density when the program runs again at the same values, so that the program is noisy "
+        "outside of its sample sites"
+    )
 
 
 def _sites(traces: tuple[Trace, Trace]) -> Sites:
@@ -100,7 +206,7 @@ def _drawn(traces: tuple[Trace, Trace]) -> dict[str, Any]:
     return {
         name: site["value"]
         for name, site in _sites(traces).items()
-        if not (site["is_observed"] or isinstance(unwrapped(site["fn"]), Delta))
+        if not (site["is_observed"] or site_is_subsample(site) or isinstance(unwrapped(site["fn"]), Delta))
     }
 
 
@@ -121,11 +227,12 @@ def _densities(traces: tuple[Trace, Trace]) -> dict[str, Tensor]:
     return {w: scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]) for w, site in sites.items()}
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two log-densities agree up to the rounding of networks that run for other numbers of rows."""
+def _same(first: Tensor, second: Tensor, *, of_one_size: bool = False) -> bool:
+    """Whether two log-densities agree up to rounding, which is larger between networks on other numbers of rows."""
     half = torch.bfloat16 in (first.dtype, second.dtype) or torch.float16 in (first.dtype, second.dtype)
+    rtol, atol = (1e-5, 1e-5) if of_one_size else (1e-1, 1.0) if half else (1e-4, 1e-3)
     try:
         first, second = torch.broadcast_tensors(first.double(), second.double())
     except RuntimeError:
         return False
-    return torch.allclose(first, second, rtol=1e-1 if half else 1e-4, atol=1.0 if half else 1e-3, equal_nan=True)
+    return torch.allclose(first, second, rtol=rtol, atol=atol, equal_nan=True)

@@ -16,7 +16,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.mixing import check_particles
+from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
@@ -93,9 +93,10 @@ def log_weights(
     """
     particles = Particles(num_particles, vectorize_particles, chunk_size)
     program = Program(model, guide, args, kwargs, nesting=max_plate_nesting)
-    if num_particles > 1 and vectorize_particles:
+    together = num_particles > 1 and vectorize_particles
+    if together:
         program = program.with_nesting()
-        check_particles(program)
+    check_apart(program, together=together)
     return torch.cat(particles.read(program, log_weights_of))
 
 

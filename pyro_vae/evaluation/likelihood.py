@@ -102,11 +102,8 @@ def log_likelihood(
 def estimate_evidence(data: Pieces, num_samples: int, vectorize: bool, progress: bool, compile: bool) -> LogLikelihood:
     """Estimate log p(x) of all data, one minibatch after another; see :func:`pyro_vae.log_likelihood`."""
     args = data.program.args
-    if vectorize:
-        programs = data.programs(num_samples)
-    else:
-        size = min(rows_at_once(args), WEIGHTS_AT_ONCE // num_samples)
-        programs = [data.program.on(batch) for batch in data.minibatches(size)]
+    size = None if vectorize else min(rows_at_once(args), WEIGHTS_AT_ONCE // num_samples)
+    programs = data.programs(num_samples, vectorize, size)
     compiled = _compiled_draw(programs[0], data, num_samples) if compile else None
     with progress_bar(len(args[0]), "datum", "log p(x)", progress) as bar:
 

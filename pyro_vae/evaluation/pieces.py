@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import check_rows, find_batch_plate
 from pyro_vae.engine.minibatches import Minibatches
-from pyro_vae.engine.mixing import check_particles
+from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, labelled
@@ -92,12 +92,11 @@ class Pieces:
             return [self.program.args]
         return list(zip(*(column.split(max(1, size)) for column in self.program.args), strict=True))
 
-    def programs(self, num_particles: int, vectorize: bool = True) -> list[Program]:
-        """The program on minibatches that fit in memory with so many particles."""
-        batches = self.minibatches(rows_at_once(self.program.args) // num_particles)
+    def programs(self, num_particles: int, vectorize: bool = True, size: int | None = None) -> list[Program]:
+        """The program on minibatches of `size` data; by default, of as many as fit in memory with so many particles."""
+        batches = self.minibatches(rows_at_once(self.program.args) // num_particles if size is None else size)
         program = self.program.on(batches[0]).with_nesting()
-        if vectorize:
-            check_particles(program)
+        check_apart(program, together=vectorize)
         return [program.on(batch) for batch in batches]
 
 

@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.mixing import check_particles
+from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Needs, Program, Run
@@ -285,7 +285,7 @@ class Objective(pyro.infer.ELBO):
         """The program as this objective runs it; `per_datum` demands a batch plate, which some losses do without."""
         needs = self.needs() if per_datum is None else replace(self.needs(), per_datum=per_datum, whole=False)
         program = Program(model, guide, args, kwargs, needs, self.max_plate_nesting)
-        if self.num_samples == 1 or not self.vectorize_particles:
+        if not (self._run_together() or needs.per_datum):
             return program
         nesting = self._nesting(program)
         if nesting is None:
@@ -299,12 +299,15 @@ class Objective(pyro.infer.ELBO):
     def remember(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
         """Keep the nesting of a program's plates, so that later calls need no run to find it.
 
-        A program that mixes particles is refused. If there are traces of it for one particle, they serve this check.
+        A program that mixes particles or data is refused. If there are traces of it for one particle, they serve this
+        check.
         """
         if program.nesting is not None and program.guide is not None:
-            if self.num_samples > 1 and self.vectorize_particles:
-                check_particles(program, traces)
+            check_apart(program, together=self._run_together(), traces=traces)
             self._known = [(_kind(program), program.nesting), *self._known[:3]]
+
+    def _run_together(self) -> bool:
+        return self.num_samples > 1 and self.vectorize_particles
 
     def _has_two_reductions(self) -> bool:
         return type(self).reduce_for_guide is not Objective.reduce_for_guide
@@ -383,4 +386,4 @@ def _kind(program: Program) -> tuple[Any, ...]:
     values = (*program.args, *program.kwargs.values())
     constants = [value if isinstance(value, bool | str | None) else type(value) for value in values]
     # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found again.
-    return program.model, program.guide, constants
+    return program.model, program.guide, program.needs.per_datum, constants

@@ -233,7 +233,8 @@ def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[
     if batches.moves_rows:
         check_row_parameters(program, trial(program))
     if isinstance(objective, Objective):
-        objective.remember(replace(program, nesting=-particle_dim_of(*sites) - 1), traces)
+        needs, nesting = objective.needs(), -particle_dim_of(*sites) - 1
+        objective.remember(replace(program, needs=needs, nesting=nesting), traces)
     # The optimiser's state in a checkpoint has the parameters by their order.
     return dict(sorted(require_parameters(*traces).items())), sites[0], joined(matched(sites[0]))
 

@@ -44,8 +44,7 @@ MIXING = {
 }
 APART = {
     "over the last dimension": lambda z: F.normalize(z, dim=-1) @ W,
-    "wrapped": lambda z: apply_batched(nn.Identity(), z, 1).softmax(-1) @ W,
-    "over the data": lambda z: (z - z.mean(-2, keepdim=True)) @ W,  # depends on other data, for one particle too
+    "wrapped, and over the last": lambda z: apply_batched(nn.Identity(), z, 1).softmax(-1) @ W,
 }
 CALLS = {
     "bound": lambda *p: pv.IWAE(3).bound(*p, X),
@@ -69,7 +68,8 @@ def _seeded():
 def test_a_program_that_mixes_is_refused(name, call):
     model, guide = program(MIXING[name])
     guide_with_parameter = lambda x: (pyro.param("p", torch.ones(1)), guide(x))[1]  # noqa: E731
-    with pytest.raises(ValueError, match=r"model site 'x' has another density.*Count from the right \(dim=-1\)"):
+    why = r"another density for a particle alone.*Count from the right \(dim=-1\)|another density for a datum"
+    with pytest.raises(ValueError, match=rf"model site 'x' has ({why})"):
         CALLS[call](model, guide_with_parameter)
 
 
@@ -85,6 +85,77 @@ def test_a_program_that_keeps_particles_apart_is_not(name):
     parts = program(APART[name])
     assert pv.IWAE(3).loss(*parts, X) > 0
     assert pv.log_weights(*parts, X, num_particles=3).isfinite().all()
+
+
+def normal_in_a_row(couple, *, factor=None, guided=None):
+    """A model of N numbers whose x has the mean ``couple(z)``, with a factor, and a guide with a second site."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if guided is not None:
+                pyro.sample("w", dist.Normal(0.0, 1.0))
+            if factor is not None:
+                pyro.factor("f", factor(z))
+            pyro.sample("x", dist.Normal(couple(z), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(1)), 1.0))
+            if guided is not None:
+                pyro.sample("w", dist.Normal(guided(z), 1.0))
+
+    return model, guide
+
+
+RING = torch.roll(torch.eye(N), 1, 0) + torch.eye(N)
+DEPENDENT = {
+    "a random walk": normal_in_a_row(lambda z: z.cumsum(-1)),
+    "a graph": normal_in_a_row(lambda z: z @ RING),
+    "a weak mean": normal_in_a_row(lambda z: z + 1e-3 * z.mean(-1, keepdim=True)),
+    "a factor": normal_in_a_row(lambda z: z, factor=lambda z: (-(z.sum(-1, keepdim=True) ** 2)).expand(z.shape)),
+    "the guide": normal_in_a_row(lambda z: z, guided=lambda z: z.roll(1, -1)),
+}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda *p: pv.IWAE(3).bound(*p, X[:, 0]),
+        lambda *p: pv.IWAE(3, vectorize_particles=False).loss(*p, X[:, 0]),
+        lambda *p: pv.ELBO(2, "monte_carlo", gradient="vimco").differentiable_loss(*p, X[:, 0]),
+        lambda *p: pv.ELBO(1, gradient="score").differentiable_loss(*p, X[:, 0]),
+        lambda *p: pv.fit(*p, X[:, 0], pv.ELBO(1, gradient="score"), epochs=1),
+        lambda *p: pv.log_weights(*p, X[:, 0], num_particles=1),
+        lambda *p: pv.log_likelihood(*p, X[:, 0], 30, vectorize_particles=False),
+        lambda *p: pv.ais(*p, X[:, 0], num_steps=3, num_chains=2, start="guide"),
+        lambda *p: pv.to_arviz(*p, X[:, 0], 3),
+    ],
+)
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_data_that_depend_on_each_others_latents_are_refused(name, call):
+    with pytest.raises(ValueError, match=r"has another density for a datum when other data have other latents"):
+        call(*DEPENDENT[name])
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_a_sum_of_dependent_data_is_not(name):
+    """The pathwise ELBO's loss needs no log-weight of each datum."""
+    assert pv.ELBO(2, "monte_carlo").loss(*DEPENDENT[name], X[:, 0]) < float("inf")
+
+
+def test_independent_data_are_compared_once():
+    runs = []
+
+    def couple(z):
+        runs.append(1)
+        return z.exp()
+
+    parts, objective = normal_in_a_row(couple), pv.ELBO(1, gradient="score")
+    objective.loss(*parts, X[:, 0])
+    first = len(runs)
+    objective.loss(*parts, X[:, 0])
+    assert len(runs) == first + 1
 
 
 def test_a_random_minibatch_is_replayed():
@@ -152,6 +223,18 @@ def test_the_second_particle_is_compared_too(decode):
     """With one datum, the first particle is the same in both runs."""
     with pytest.raises(ValueError, match=r"model site 'x' has another density for a particle alone"):
         pv.log_weights(*program(decode), X[:1], num_particles=2)
+
+
+def test_fit_compares_two_different_particles():
+    """The trace of its first run is one of them, and the other must not be drawn from the same seed."""
+    model, inner = program(lambda z: z[:1] @ W)
+
+    def guide(x):
+        pyro.param("p", torch.ones(1))
+        inner(x)
+
+    with pytest.raises(ValueError, match=r"model site 'x' has another density for a particle alone"):
+        pv.fit(model, guide, X[:1], pv.IWAE(2), epochs=1)
 
 
 def test_masks_are_compared():
