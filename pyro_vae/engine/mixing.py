@@ -22,6 +22,7 @@ from pyro_vae.engine.traces import At, in_particles, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 
 Values = dict[str, Tensor]
+Traces = tuple[Trace, Trace]  # of the model and the guide
 
 CAUSE = (
     "An operation that counts dimensions from the left, such as dim=1, meets another dimension where latents have one "
@@ -30,7 +31,7 @@ CAUSE = (
 )
 
 
-def check_apart(program: Program, *, together: bool, traces: tuple[Trace, Trace] | None = None) -> None:
+def check_apart(program: Program, *, together: bool, traces: Traces | None = None) -> None:
     """Refuse a program whose data depend on each other's latents, or whose particles, run `together`, on each other.
 
     No other check could show it: the shapes fit, and all numbers are finite. `traces` are those of the model and the
@@ -45,23 +46,33 @@ def check_apart(program: Program, *, together: bool, traces: tuple[Trace, Trace]
         if plate is None and not together:
             return
         nodes = _sites(first)
-        subsamples = {name: site["value"] for name, site in nodes.items() if site_is_subsample(site)}
-        pair_of_traces = first, _run(program, subsamples)
-        drawn, other = (_drawn(each) for each in pair_of_traces)
+        fixed = {name: site["value"] for name, site in nodes.items() if site_is_subsample(site)}
+        again = traced(At(fixed)(program.guide_or_prior), program.args, program.kwargs)
+        drawn, other = _drawn(nodes), _drawn(again.nodes)
         for name in drawn:
             pair: Any = drawn[name], other.get(name)
             if not all(isinstance(each, Tensor) for each in pair) or pair[0].shape != pair[1].shape:
                 return  # no program for several particles at once, whose run says so
         try:
-            if plate is not None:
-                _check_rows(program, plate, first, (drawn, other), subsamples)
+            if plate is None:
+                values, runs = [drawn, other], [first, _run(program, other | fixed)]
+            else:
+                half = torch.randperm(plate.size) < plate.size // 2
+                values = [_mixed(nodes, plate, drawn, other, rows) for rows in (half, ~half)]
+                runs = [_run(program, each | fixed) for each in values]
+                for rows, run in zip((half, ~half), runs, strict=True):
+                    _check_rows(program, plate, rows, first, run, drawn | fixed)
             if together:
-                _check_particles(program, pair_of_traces, drawn, other, subsamples)
+                _check_particles(program, values, runs, fixed)
         except (KeyError, NotImplementedError):
             _warn("the density of a guide site at a given value can't be computed (a flow without an inverse, say)")
+        except PyroVAEError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            _warn(f"the program fails at latents of another draw ({error})")
 
 
-def _batch_plate(traces: tuple[Trace, Trace]) -> Plate | None:
+def _batch_plate(traces: Traces) -> Plate | None:
     """The batch plate, if it has several rows."""
     try:
         plate = find_batch_plate(labelled(*map(sample_sites, traces)))
@@ -70,66 +81,56 @@ def _batch_plate(traces: tuple[Trace, Trace]) -> Plate | None:
     return plate if plate.size > 1 else None
 
 
-def _check_rows(
-    program: Program, plate: Plate, traces: tuple[Trace, Trace], drawn: tuple[Values, Values], fixed: Values
-) -> None:
-    """Compare each datum's densities between runs in which half of the other data have other latents."""
-    (first, second), nodes, alone = drawn, _sites(traces), _densities(traces)
-    half = torch.randperm(plate.size) < plate.size // 2
-    for rows in (half, ~half):
-        mixed = dict(fixed)
-        for name, value in first.items():
-            fn = nodes[name]["fn"]
-            other = agreement.another(fn, value) if agreement.has_few_values(fn) else second[name]
-            dim = plate.dim - fn.event_dim
-            if value.dim() < -dim or value.shape[dim] != plate.size:
-                mixed[name] = value
-                continue
-            here = rows.to(value.device).reshape(-1, *[1] * (-dim - 1))
-            mixed[name] = _joined((value, other), functools.partial(_where, here))
-        try:
-            others = _densities(_run(program, mixed))
-        except NotImplementedError:
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:
-            _warn(f"the program fails where half of the data have the latents of another draw ({error})")
+def _mixed(nodes: Sites, plate: Plate, first: Values, second: Values, rows: Tensor) -> Values:
+    """The first draw's values in these rows of the batch plate, and others elsewhere."""
+    mixed = {}
+    for name, value in first.items():
+        fn = nodes[name]["fn"]
+        other = agreement.another(fn, value) if agreement.has_few_values(fn) else second[name]
+        dim = plate.dim - fn.event_dim
+        has_rows = value.dim() >= -dim and value.shape[dim] == plate.size
+        here = rows.to(value.device).reshape(-1, *[1] * (-dim - 1))
+        join = functools.partial(_where, here)
+        mixed[name] = _joined((value, other), join) if has_rows else value
+    return mixed
+
+
+def _check_rows(program: Program, plate: Plate, rows: Tensor, first: Traces, mixed: Traces, values: Values) -> None:
+    """Compare some rows' densities with those in a run in which the other rows have other latents."""
+    alone, others = _densities(first), _densities(mixed)
+    for words, by_itself in alone.items():
+        kept, with_others = (_of_rows(each, plate, rows) for each in (by_itself, others.get(words, by_itself)))
+        if _same(kept, with_others, of_one_size=True):
+            continue
+        twice = [_densities(_run(program, values)).get(words, by_itself) for _ in range(2)]
+        if _same(_of_rows(twice[0], plate, rows), with_others, of_one_size=True):
+            continue
+        if not _same(*twice, of_one_size=True):
+            _warn_of_noise(words)
             return
-        for words, by_itself in alone.items():
-            kept, with_others = (_of_rows(each, plate, rows) for each in (by_itself, others.get(words, by_itself)))
-            if _same(kept, with_others, of_one_size=True):
-                continue
-            twice = [_densities(_run(program, first | fixed)).get(words, by_itself) for _ in range(2)]
-            if _same(_of_rows(twice[0], plate, rows), with_others, of_one_size=True):
-                continue
-            if not _same(*twice, of_one_size=True):
-                _warn_of_noise(words)
-                return
-            raise PyroVAEError(
-                f"{words} has another density for a datum when other data have other latents: expected rows of the "
-                f"batch plate '{plate.name}' that depend on their own latents alone, got a mean of "
-                f"{kept.mean():.6g}, and of {with_others.mean():.6g} with other latents elsewhere. Such rows have no "
-                "log-weights of their own. Make what belongs together (a time series, a graph) one row of the batch "
-                "plate, with its steps in a nested plate or an event; or use pv.ELBO's pathwise loss, which needs the "
-                "sum alone."
-            )
+        raise PyroVAEError(
+            f"{words} has another density for a datum when other data have other latents: expected rows of the "
+            f"batch plate '{plate.name}' that depend on their own latents alone, got a mean of "
+            f"{kept.mean():.6g}, and of {with_others.mean():.6g} with other latents elsewhere. Such rows have no "
+            "log-weights of their own. Make what belongs together (a time series, a graph) one row of the batch "
+            "plate, with its steps in a nested plate or an event; or use pv.ELBO's pathwise loss, which needs the "
+            "sum alone."
+        )
 
 
-def _check_particles(
-    program: Program, pair_of_traces: tuple[Any, Any], first: Values, second: Values, fixed: Values
-) -> None:
+def _check_particles(program: Program, values: list[Values], runs: list[Traces], fixed: Values) -> None:
     """Compare each site's density in a run of two different particles with that of each particle alone.
 
     They differ where an operation over a dimension that is counted from the left, such as ``dim=1``, meets the
     particles' dimension.
     """
-    values, nodes = (first | fixed, second | fixed), _sites(pair_of_traces[0])
-    particle_dim = -(program.nesting or 0) - 1
+    nodes, particle_dim = _sites(runs[0]), -(program.nesting or 0) - 1
     both = dict(fixed)
-    for name, value in first.items():
+    for name, value in values[0].items():
         shape = (1,) * (-particle_dim - 1 + nodes[name]["fn"].event_dim - value.dim()) + tuple(value.shape)
-        both[name] = _joined((value, second[name]), functools.partial(_stack, shape))
+        both[name] = _joined((value, values[1][name]), functools.partial(_stack, shape))
     try:
-        alone = [_densities(each) for each in pair_of_traces]
+        alone = [_densities(each) for each in runs]
         together = _densities(_run(program, both, 2, particle_dim))
     except NotImplementedError:
         raise
@@ -143,7 +144,7 @@ def _check_particles(
         if _same(with_other, by_itself):
             continue
         # A flow's cache gives the density of a draw, and its inverse, with fewer digits, that of a given value.
-        given_twice = [_densities(_run(program, values[k])).get(words, by_itself) for _ in range(2)]
+        given_twice = [_densities(_run(program, values[k] | fixed)).get(words, by_itself) for _ in range(2)]
         if _same(with_other, given_twice[0]):
             continue
         if not _same(*given_twice):
@@ -193,26 +194,25 @@ def _warn_of_noise(words: str) -> None:
     )
 
 
-def _sites(traces: tuple[Trace, Trace]) -> Sites:
+def _sites(traces: Traces) -> Sites:
     """The sample sites of both traces; of one name, the guide's."""
     return {n: s for trace in traces for n, s in trace.nodes.items() if s["type"] == "sample"}
 
 
-def _drawn(traces: tuple[Trace, Trace]) -> dict[str, Any]:
+def _drawn(nodes: Sites) -> Values:
     """The values of the latent sites, but for Deltas.
 
     A Delta is a function of other sites. Given its value, one unit of rounding would make its density zero.
     """
     return {
         name: site["value"]
-        for name, site in _sites(traces).items()
-        if not (site["is_observed"] or site_is_subsample(site) or isinstance(unwrapped(site["fn"]), Delta))
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not site["is_observed"]
+        if not (site_is_subsample(site) or isinstance(unwrapped(site["fn"]), Delta))
     }
 
 
-def _run(
-    program: Program, values: dict[str, Tensor], number: int = 1, particle_dim: int | None = None
-) -> tuple[Trace, Trace]:
+def _run(program: Program, values: dict[str, Tensor], number: int = 1, particle_dim: int | None = None) -> Traces:
     """The traces of model and guide at given values."""
     functions = program.guide_or_prior, program.model
     guide, model = (At(values)(in_particles(function, number, particle_dim)) for function in functions)
@@ -221,7 +221,7 @@ def _run(
     return traced(model, program.args, program.kwargs), guide_trace
 
 
-def _densities(traces: tuple[Trace, Trace]) -> dict[str, Tensor]:
+def _densities(traces: Traces) -> dict[str, Tensor]:
     """The masked log-density of each site by the words that a message calls it."""
     sites = labelled(*map(sample_sites, traces))
     return {w: scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]) for w, site in sites.items()}

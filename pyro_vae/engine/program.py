@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pyro_vae.engine import agreement, rng
 from pyro_vae.engine.batch_plate import find_batch_plate
+from pyro_vae.engine.coverage import check_periods
 from pyro_vae.engine.modules import PyroFunction, buffers_kept, eval_mode, find_modules
 from pyro_vae.engine.sites import (
     PARTICLE_PLATE,
@@ -231,6 +232,7 @@ class Program:
     def check(self, model: Sites, guide: Sites, particle_dim: int) -> Plate:
         """Refuse a program whose number would be wrong; return the batch plate."""
         agreement.check_sites(model, guide, factors=self.needs.factors)
+        check_periods(model, guide)
         if torch.is_grad_enabled() and self.needs.path == "all":
             agreement.check_reparameterised(guide)
         sites, batch_plate = labelled(model, guide), None

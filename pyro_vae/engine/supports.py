@@ -1,4 +1,4 @@
-"""Where a distribution has mass: its support as an interval, whether parameters move it, whether a guide covers it.
+"""Where a distribution has mass: its support as an interval, and whether parameters move it.
 
 PyTorch declares the codomain of the last transform as the support: of a shifted Uniform, the real line. Here the ends
 of the base's support go through the transforms, in the shape and dtype of a sample.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from pyro.distributions import SineBivariateVonMises
 from pyro.distributions.transforms import Permute
 from torch import Tensor
 from torch import distributions as td
@@ -19,6 +20,7 @@ from torch.distributions.utils import lazy_property
 from pyro_vae.engine.sites import Sites, equal, family, unwrapped
 from pyro_vae.errors import PyroVAEError
 
+CIRCULAR = (td.VonMises, SineBivariateVonMises)  # which declare real support, and have periodic densities
 PIECES = (td.constraints.cat, td.constraints.stack)
 INVERSE = type(td.ExpTransform().inv)
 REARRANGING = (Permute, td.ReshapeTransform)
@@ -86,7 +88,9 @@ def support_of(distribution: Any) -> Any:
     fn = unwrapped(distribution)
     if isinstance(fn, td.MixtureSameFamily):
         found = _of_mixture(fn.component_distribution)
-    elif _is_transformed(fn):
+    elif isinstance(fn, CIRCULAR):
+        found = td.constraints.interval(-math.pi, math.pi)
+    elif is_transformed(fn):
         shape = fn.base_dist.batch_shape + fn.base_dist.event_shape
         found = _through(fn.transforms, support_of(fn.base_dist), shape, _dtype(fn.base_dist))
     else:
@@ -98,7 +102,8 @@ def support_of(distribution: Any) -> Any:
     return td.constraints.independent(found, more) if more > 0 else found
 
 
-def _is_transformed(fn: Any) -> bool:
+def is_transformed(fn: Any) -> bool:
+    """Whether a distribution is transformed, and does not declare a support of its own."""
     return isinstance(fn, td.TransformedDistribution) and type(fn).support is td.TransformedDistribution.support
 
 
@@ -113,8 +118,8 @@ def _dtype(distribution: Any) -> torch.dtype:
 def _of_mixture(components: Any) -> Any:
     """The union of the components' supports; they lie along the last batch dimension."""
     event_dim = len(components.event_shape)
-    support = _joined(support_of(components), components.batch_shape + components.event_shape)
-    ends = _ends(support)
+    support = as_intervals(support_of(components), components.batch_shape + components.event_shape)
+    ends = ends_of(support)
     if ends is None or all(end.dim() <= event_dim for end in ends):
         return support
     low, high = torch.broadcast_tensors(*ends)
@@ -151,12 +156,12 @@ def _parts(transforms: Iterable[Any]) -> Iterator[Any]:
 
 
 def _image(transform: Any, support: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    support, domain, name = _joined(support, shape), transform.domain, type(transform).__name__
-    ends, limits = _ends(support), _ends(domain, shape)
+    support, domain, name = as_intervals(support, shape), transform.domain, type(transform).__name__
+    ends, limits = ends_of(support), ends_of(domain, shape)
     forward = transform.inv if isinstance(transform, INVERSE) else transform
     if isinstance(forward, REARRANGING) and ends is not None:
         return _with_ends(support, *(transform(end.expand(shape)) if end.dim() else end for end in ends))
-    if not support.is_discrete and _covers(support, shape, domain, shape):
+    if not support.is_discrete and contains(support, shape, domain, shape):
         return transform.codomain
     if isinstance(support, Unknown):
         reason = support.reason
@@ -189,7 +194,7 @@ def _image_of_ends(transform: Any, *ends: Tensor) -> tuple[Tensor, Tensor]:
     """The ends of an interval's image under a monotone transform of each element."""
     images = [_value_at(transform, end) for end in ends]
     falls = images[0] > images[1]
-    limits, bounds = (_ends(each, images[0].shape) for each in (transform.domain, transform.codomain))
+    limits, bounds = (ends_of(each, images[0].shape) for each in (transform.domain, transform.codomain))
     if limits is not None and bounds is not None and not any(bool(image.isnan().any()) for image in images):
         # PyTorch clips values near an end of the codomain.
         bottom, top = (bound.to(images[0]) for bound in bounds)
@@ -210,10 +215,10 @@ def _value_at(transform: Any, end: Tensor) -> Tensor:
     return value.detach() if scaling and not end.requires_grad and bool((end == 0).all()) else value
 
 
-def _joined(support: Any, shape: tuple[int, ...]) -> Any:
+def as_intervals(support: Any, shape: tuple[int, ...]) -> Any:
     """The support of one dimension, as intervals where it is one of pieces that are intervals."""
     support = plain(support)
-    ends = _ends(support, shape) if isinstance(support, PIECES) else None
+    ends = ends_of(support, shape) if isinstance(support, PIECES) else None
     return support if ends is None else _between(*ends)
 
 
@@ -246,7 +251,7 @@ def _common(end: Tensor) -> Tensor:
     return end
 
 
-def _ends(support: Any, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor] | None:
+def ends_of(support: Any, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor] | None:
     """The ends as tensors, of numbers in float64; those of a support in pieces need the shape of a sample."""
     support = plain(support)
     if isinstance(support, PIECES):
@@ -262,7 +267,7 @@ def _ends_of_pieces(support: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tenso
     whole = torch.empty(shape, device="meta")
     stacks = isinstance(support, td.constraints.stack)
     pieces = whole.unbind(support.dim) if stacks else whole.split(support.lengths, support.dim)
-    found = [(_ends(part, piece.shape), piece.shape) for part, piece in zip(support.cseq, pieces, strict=True)]
+    found = [(ends_of(part, piece.shape), piece.shape) for part, piece in zip(support.cseq, pieces, strict=True)]
     expanded = [[end.expand(size) for end in ends] for ends, size in found if ends is not None]
     if len(expanded) < len(found):
         return None
@@ -282,68 +287,15 @@ def _reached(ends: Any, limits: Any) -> tuple[Tensor, Tensor]:
     return low <= bottom + slack[0], high >= top - slack[1]
 
 
-def _covers(wide: Any, wide_shape: tuple[int, ...], narrow: Any, narrow_shape: tuple[int, ...]) -> bool:
+def contains(wide: Any, wide_shape: tuple[int, ...], narrow: Any, narrow_shape: tuple[int, ...]) -> bool:
     """Whether the first support contains the second, up to rounding; unless both are intervals, if they are equal."""
-    ends, limits = _ends(wide, wide_shape), _ends(narrow, narrow_shape)
+    ends, limits = ends_of(wide, wide_shape), ends_of(narrow, narrow_shape)
     if ends is None or limits is None:
-        return _equal(plain(wide), plain(narrow))
+        return alike(plain(wide), plain(narrow))
     return all(bool(reached.all()) for reached in _reached(ends, limits))
 
 
-def _coverage(model: Any, guide: Any) -> tuple[bool, bool]:
-    """Whether the support of a guide's distribution covers that of a model's, and whether the two are the same."""
-    own, base = plain(support_of(model)), plain(support_of(guide))
-    shapes = [each.batch_shape + each.event_shape for each in (guide, model)]
-    covered = not isinstance(base, Unknown) and own.is_discrete == base.is_discrete
-    covered = covered and _covers(base, shapes[0], own.within if isinstance(own, Unknown) else own, shapes[1])
-    return covered, covered and _covers(own, shapes[1], base, shapes[0])
-
-
-def check_covers(name: str, model: Any, guide: Any) -> bool:
-    """Whether a latent has the same support in model and guide; refuse a guide that does not cover the model.
-
-    The weights would miss the mass of p(x, z) outside, and no diagnostic could show it.
-    """
-    model, guide = _without_common_layers(model, guide)
-    own, base = (_joined(support_of(each), each.batch_shape + each.event_shape) for each in (model, guide))
-    if isinstance(base, Unknown):
-        raise PyroVAEError(
-            f"the support of the guide's {family(guide)} at site '{name}' is unknown, since {base.reason}: expected a "
-            f"support that covers {own}. Choose a base distribution on the whole domain of its transforms, or the "
-            "model's own transforms and components."
-        )
-    covered, same = _coverage(model, guide)
-    if not covered:
-        raise PyroVAEError(
-            f"the guide does not cover the model's support at site '{name}': expected a support that covers {own}, got "
-            f"{base}. The mass of p(x, z) outside would be missing from log p(x). Choose a guide on {own}."
-        )
-    return same
-
-
-def same_support(first: Any, second: Any) -> bool:
-    """Whether two distributions have the same support, up to rounding; open and closed ends count as equal."""
-    return _coverage(first, second)[1]
-
-
-def _without_common_layers(model: Any, guide: Any) -> tuple[Any, Any]:
-    """The distributions under transforms and mixtures that both have, while their supports are unknown.
-
-    A guide that covers the model there covers it under the same transforms too, whatever these do.
-    """
-    if not all(isinstance(plain(support_of(each)), Unknown) for each in (model, guide)):
-        return model, guide
-    first, second = unwrapped(model), unwrapped(guide)
-    if isinstance(first, td.MixtureSameFamily) and isinstance(second, td.MixtureSameFamily):
-        parts = [each.component_distribution for each in (first, second)]
-        if len({part.batch_shape[-1] for part in parts}) == 1:
-            return _without_common_layers(*parts)
-    elif _is_transformed(first) and _is_transformed(second) and _equal(first.transforms, second.transforms):
-        return _without_common_layers(first.base_dist, second.base_dist)
-    return model, guide
-
-
-def _equal(first: Any, second: Any) -> bool:
+def alike(first: Any, second: Any) -> bool:
     """Whether two transforms or constraints, or values that they hold, are equal."""
     if first is second:
         return True
@@ -352,9 +304,9 @@ def _equal(first: Any, second: Any) -> bool:
     if type(first) is not type(second):
         return False
     if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(_equal, first, second))
+        return len(first) == len(second) and all(map(alike, first, second))
     if isinstance(first, td.Transform | td.constraints.Constraint):
-        return _equal(*([*_held(each)] for each in (first, second)))
+        return alike(*([*_held(each)] for each in (first, second)))
     return bool(first == second)
 
 

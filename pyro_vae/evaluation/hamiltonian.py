@@ -9,9 +9,10 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae.engine.coverage import is_circular, same_support
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, Sites, family, unwrapped
-from pyro_vae.engine.supports import MixedInterval, Unknown, plain, same_support, support_of
+from pyro_vae.engine.supports import MixedInterval, Unknown, plain, support_of
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.runs import run, run_at
@@ -19,7 +20,6 @@ from pyro_vae.evaluation.runs import run, run_at
 ACCEPTANCE = 0.65  # acceptance rate that the step size is adapted to, from Neal's analysis of HMC
 GAIN = 0.3  # change of the log step size for each unit of excess acceptance, in each transition of the trial
 TRIAL = 5  # the trial has one transition for every five
-CIRCULAR = {"VonMises", "SineBivariateVonMises"}  # families that declare real support and have periodic densities
 JITTER = 0.2  # relative jitter of the step size, so that no trajectory is exactly one period long
 
 
@@ -183,7 +183,7 @@ def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
                 f"model site '{name}' ({kind}) has the support {plain(own)}: expected one with a transform of "
                 "PyTorch's from unconstrained space. Choose a prior with a known support, or use pv.log_likelihood."
             )
-        if kind in CIRCULAR or not _has_flat_space(own):
+        if is_circular(model[name]["fn"]) or not _has_flat_space(own):
             raise PyroVAEError(
                 f"model site '{name}' is on a curved or periodic space ({kind}): expected latents with a one-to-one "
                 "transform to as many unconstrained numbers. Use pv.log_likelihood."

@@ -1,5 +1,6 @@
 """The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,12 +13,12 @@ from tqdm.auto import tqdm
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import check_rows, find_batch_plate
+from pyro_vae.engine.coverage import check_covers, missed
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, labelled
-from pyro_vae.engine.supports import check_covers
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError
 
@@ -151,7 +152,15 @@ def is_divisible(program: Program) -> bool:
 
 def same_supports(model: Sites, guide: Sites) -> bool:
     """Whether model and guide have the same supports; an error where the guide misses a part of the model's."""
-    same = [check_covers(name, model[name]["fn"], guide[name]["fn"]) for name in guide if name in model]
+    pairs = {name: (model[name]["fn"], guide[name]["fn"]) for name in guide if name in model}
+    same = [check_covers(name, *pair) for name, pair in pairs.items()]
+    for name in (name for name, pair in pairs.items() if missed(*pair)):
+        warnings.warn(
+            f"the guide gives probability 0 to a value of site '{name}' that the model's prior does not: an estimate "
+            "misses that value's part of p(x), and no number of samples shows it. Give each value some probability in "
+            "the guide, or sum the site out of the model.",
+            stacklevel=2,
+        )
     return all(same)
 
 

@@ -263,7 +263,7 @@ def _closed_form(q: Any, p: Any, name: str) -> Tensor:
     """KL(q || p) at one site, in the shape of its batch."""
     try:
         # PyTorch's formulas for these are wrong: a Delta's has no log-density, a folded family's is that of the base.
-        if isinstance(unwrapped(q), Delta) or _folds(q) or _folds(p):
+        if isinstance(unwrapped(q), Delta) or any(_folds(each) or _has_own_density(each) for each in (q, p)):
             raise NotImplementedError
         return _kl(q, p)
     except NotImplementedError as error:
@@ -300,6 +300,18 @@ def _folds(distribution: Any) -> bool:
     if not isinstance(fn, td.TransformedDistribution) or isinstance(fn, td.HalfNormal | td.HalfCauchy):
         return False
     return not all(transform.bijective for transform in fn.transforms) or _folds(fn.base_dist)
+
+
+def _has_own_density(distribution: Any) -> bool:
+    """Whether a subclass outside of torch and Pyro has a `log_prob` of its own, and inherits a family's closed form."""
+    fn = unwrapped(distribution)
+    known = {family for pair in td.kl._KL_REGISTRY for family in pair}
+    for each in type(fn).__mro__:
+        if each in known:
+            break
+        if "log_prob" in vars(each) and each.__module__.split(".")[0] not in ("torch", "pyro", "pyro_vae"):
+            return True
+    return isinstance(fn, td.TransformedDistribution) and _has_own_density(fn.base_dist)
 
 
 def _by_dimension(distribution: Any, name: str) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.engine.coverage import is_circular
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, masks, validates
@@ -34,6 +35,7 @@ class DataSupport:
             support = plain(support_of(site["fn"]))
             varies = any(isinstance(value, Tensor) for value in vars(support).values())
             known = not isinstance(support, Unknown) and not constraints.is_dependent(support)
+            known = known and not is_circular(site["fn"])  # an angle may be given in any turn
             if validates(site) and not masks(site) and known and not varies:
                 columns = (i for i, argument in enumerate(program.args) if argument is site["value"])
                 self.supports.extend((column, name, support) for column in columns)

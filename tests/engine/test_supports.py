@@ -12,7 +12,8 @@ from torch.distributions import biject_to, constraints
 from torch.distributions import transforms as t
 
 import pyro_vae as pv
-from pyro_vae.engine.supports import Unknown, _ends, check_covers, check_fixed_supports, support_of
+from pyro_vae.engine.coverage import check_covers
+from pyro_vae.engine.supports import Unknown, check_fixed_supports, ends_of, support_of
 
 SHAPED = dist.TransformedDistribution
 REAL, EXP = t.AffineTransform(0.0, 1.0), t.ExpTransform()
@@ -168,7 +169,7 @@ def test_supports_are_where_the_samples_are(name):
     with torch.no_grad():
         values = distribution.sample((4000,)).double()
     shape = distribution.batch_shape + distribution.event_shape
-    for found, expected, extreme in zip(_ends(support, shape), ends, (values.amin(0), values.amax(0)), strict=True):
+    for found, expected, extreme in zip(ends_of(support, shape), ends, (values.amin(0), values.amax(0)), strict=True):
         expected = torch.tensor(expected).double().expand(values.shape[1:])
         assert torch.allclose(torch.as_tensor(found).double().expand_as(expected), expected, rtol=1e-6)
         # The extreme of 4,000 draws is near each finite end; at an infinite one it is beyond 1.

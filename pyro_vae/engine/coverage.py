@@ -1,0 +1,128 @@
+"""Whether a guide has mass wherever the model has some, and counts it once: else its weights miss a part of p(x)."""
+
+import math
+from typing import Any
+
+import torch
+from pyro.distributions import Delta
+from torch import distributions as td
+
+from pyro_vae.engine.sites import Sites, family, unwrapped
+from pyro_vae.engine.supports import (
+    CIRCULAR,
+    ROUNDING,
+    Unknown,
+    alike,
+    as_intervals,
+    contains,
+    ends_of,
+    is_transformed,
+    plain,
+    support_of,
+)
+from pyro_vae.errors import PyroVAEError
+
+
+def _coverage(model: Any, guide: Any) -> tuple[bool, bool]:
+    """Whether the support of a guide's distribution covers that of a model's, and whether the two are the same."""
+    own, base = plain(support_of(model)), plain(support_of(guide))
+    shapes = [each.batch_shape + each.event_shape for each in (guide, model)]
+    covered = not isinstance(base, Unknown) and own.is_discrete == base.is_discrete
+    covered = covered and contains(base, shapes[0], own.within if isinstance(own, Unknown) else own, shapes[1])
+    return covered, covered and contains(own, shapes[1], base, shapes[0])
+
+
+def check_covers(name: str, model: Any, guide: Any) -> bool:
+    """Whether a latent has the same support in model and guide; refuse a guide that does not cover the model.
+
+    The weights would miss the mass of p(x, z) outside, and no diagnostic could show it.
+    """
+    if is_circular(model):
+        if any(_periods(model, guide)):
+            raise PyroVAEError(_not_one_period(name, model, guide))
+        return True
+    model, guide = _without_common_layers(model, guide)
+    own, base = (as_intervals(support_of(each), each.batch_shape + each.event_shape) for each in (model, guide))
+    if isinstance(base, Unknown):
+        raise PyroVAEError(
+            f"the support of the guide's {family(guide)} at site '{name}' is unknown, since {base.reason}: expected a "
+            f"support that covers {own}. Choose a base distribution on the whole domain of its transforms, or the "
+            "model's own transforms and components."
+        )
+    covered, same = _coverage(model, guide)
+    if not covered:
+        raise PyroVAEError(
+            f"the guide does not cover the model's support at site '{name}': expected a support that covers {own}, got "
+            f"{base}. The mass of p(x, z) outside would be missing from log p(x). Choose a guide on {own}."
+        )
+    return same
+
+
+def same_support(first: Any, second: Any) -> bool:
+    """Whether two distributions have the same support, up to rounding; open and closed ends count as equal."""
+    return _coverage(first, second)[1]
+
+
+def _without_common_layers(model: Any, guide: Any) -> tuple[Any, Any]:
+    """The distributions under transforms and mixtures that both have, while their supports are unknown.
+
+    A guide that covers the model there covers it under the same transforms too, whatever these do.
+    """
+    if not all(isinstance(plain(support_of(each)), Unknown) for each in (model, guide)):
+        return model, guide
+    first, second = unwrapped(model), unwrapped(guide)
+    if isinstance(first, td.MixtureSameFamily) and isinstance(second, td.MixtureSameFamily):
+        parts = [each.component_distribution for each in (first, second)]
+        if len({part.batch_shape[-1] for part in parts}) == 1:
+            return _without_common_layers(*parts)
+    elif is_transformed(first) and is_transformed(second) and alike(first.transforms, second.transforms):
+        return _without_common_layers(first.base_dist, second.base_dist)
+    return model, guide
+
+
+def is_circular(distribution: Any) -> bool:
+    """Whether a distribution is one of angles: its density is periodic, and any one period has all its mass."""
+    fn = unwrapped(distribution)
+    if isinstance(fn, td.MixtureSameFamily):
+        return is_circular(fn.component_distribution)
+    return isinstance(fn, CIRCULAR) or (is_transformed(fn) and is_circular(fn.base_dist))
+
+
+def check_periods(model: Sites, guide: Sites) -> None:
+    """Refuse a guide on more than one period of a model's angle, which would count the model's mass several times."""
+    circular = [name for name in guide if name in model and is_circular(model[name]["fn"])]
+    # A point alone is a maximum a posteriori estimate; one that depends on an auxiliary site stands for a density.
+    alone = not any(site["infer"].get("is_auxiliary") for site in guide.values())
+    for name in circular:
+        fn = guide[name]["fn"]
+        if not (alone and isinstance(unwrapped(fn), Delta)) and _periods(model[name]["fn"], fn)[1]:
+            raise PyroVAEError(_not_one_period(name, model[name]["fn"], fn))
+
+
+def _periods(model: Any, guide: Any) -> tuple[bool, bool]:
+    """Whether the guide's support is shorter, and whether it is longer, than the period of the model's angle."""
+    (low, high), ends = ends_of(support_of(model)) or (-math.inf, math.inf), ends_of(support_of(guide))
+    if ends is None:
+        return True, True
+    period, slack = high - low, ROUNDING * torch.finfo(torch.float32).eps * (high - low)
+    length = ends[1] - ends[0]
+    return bool((length < period - slack).any()), bool((length > period + slack).any())
+
+
+def _not_one_period(name: str, model: Any, guide: Any) -> str:
+    return (
+        f"the latent '{name}' is an angle ({family(model)}), whose density is periodic: expected a guide on one "
+        f"period, such as {plain(support_of(model))}, got {family(guide)} on {plain(support_of(guide))}. Choose "
+        "dist.VonMises, or dist.Uniform(-math.pi, math.pi)."
+    )
+
+
+def missed(model: Any, guide: Any) -> bool:
+    """Whether the guide gives probability 0 to a value that has some in the model."""
+    pair = [unwrapped(each) for each in (model, guide)]
+    if not all(isinstance(each, td.Bernoulli | td.Categorical | td.OneHotCategorical) for each in pair):
+        return False
+    own, base = (
+        torch.stack([1 - each.probs, each.probs], -1) if isinstance(each, td.Bernoulli) else each.probs for each in pair
+    )
+    return bool(((base == 0) & (own > 0)).any())

@@ -1,0 +1,157 @@
+"""Angles, probabilities of 0, and families with a density of their own: whether a guide counts the mass once."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+
+import pyro_vae as pv
+
+X = torch.tensor([0.3, -2.0, 3.0])
+NODES = torch.linspace(-math.pi, math.pi, 4001, dtype=torch.float64)[:-1]
+
+
+def angles(prior, guided):
+    """Noisy directions: x ~ Normal(cos z, 0.5), with a prior of z and a guide made of x."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(x))
+            pyro.sample("x", dist.Normal(z.cos(), 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", guided(x))
+
+    return model, guide
+
+
+def von_mises(x):
+    return dist.VonMises(torch.full_like(x, 2.5), 1.0)
+
+
+def exact(x):
+    """The integral over a period by the trapezoidal rule, whose error for a smooth periodic function is rounding."""
+    log_p = dist.VonMises(torch.tensor(2.5, dtype=torch.float64), 1.0).log_prob(NODES)
+    log_p = log_p + dist.Normal(NODES.cos(), 0.5).log_prob(x.double()[:, None])
+    return log_p.logsumexp(-1) + math.log(2 * math.pi / len(NODES))
+
+
+ONE_PERIOD = {
+    "von Mises": lambda x: dist.VonMises(torch.full_like(x, 1.5), 0.5),
+    "uniform": lambda x: dist.Uniform(torch.full_like(x, -math.pi), math.pi),
+    "another turn": lambda x: dist.Uniform(torch.full_like(x, 1.0), 1.0 + 2 * math.pi),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PERIOD)
+def test_a_guide_on_one_period_gives_log_p(name):
+    result = pv.log_likelihood(*angles(von_mises, ONE_PERIOD[name]), X, 20_000, seed=0)
+    assert ((result.per_datum.double() - exact(X)).abs() < 4 * result.per_datum_error).all()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda *p: pv.ELBO(kl="monte_carlo").loss(*p, X),
+        lambda *p: pv.IWAE(5).bound(*p, X),
+        lambda *p: pv.log_weights(*p, X, num_particles=2),
+        lambda *p: pv.log_likelihood(*p, X, 10),
+    ],
+)
+@pytest.mark.parametrize(
+    "prior",
+    [
+        von_mises,
+        lambda x: dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.VonMises(torch.tensor([0.0, 1.0]), 1.0)),
+        lambda x: dist.TransformedDistribution(von_mises(x), dist.transforms.AffineTransform(1.0, 2.0)),
+    ],
+    ids=["angle", "mixture", "affine"],
+)
+def test_a_guide_on_many_periods_is_refused(prior, call):
+    with pytest.raises(pv.PyroVAEError, match=r"'z' is an angle .* expected a guide on one period, such as .*VonMises"):
+        call(*angles(prior, lambda x: dist.Normal(x, 1.0)))
+
+
+def test_a_guide_on_a_part_of_a_period_bounds_log_p_and_does_not_estimate_it():
+    parts = angles(von_mises, lambda x: dist.Uniform(torch.zeros_like(x), 1.0))
+    bound = torch.stack([pv.IWAE(50).bound(*parts, X) for _ in range(100)]).double()
+    assert (bound.mean(0) < exact(X) + 4 * bound.std(0) / 10).all()
+    with pytest.raises(pv.PyroVAEError, match="expected a guide on one period"):
+        pv.log_likelihood(*parts, X, 10)
+
+
+def test_an_angle_does_not_cover_the_real_line():
+    parts = angles(lambda x: dist.Normal(torch.zeros_like(x), 1.0), von_mises)
+    with pytest.raises(pv.PyroVAEError, match="does not cover the model's support at site 'z'"):
+        pv.log_likelihood(*parts, X, 10)
+
+
+def test_autoguides_of_an_angle():
+    """AutoNormal puts a density on the real line; AutoDelta a point, which is a maximum a posteriori estimate."""
+    model, _ = angles(von_mises, von_mises)
+    assert pv.ELBO(kl="monte_carlo").loss(model, AutoDelta(model), X) < math.inf
+    pyro.clear_param_store()
+    with pytest.raises(pv.PyroVAEError, match="expected a guide on one period"):
+        pv.ELBO(kl="monte_carlo").loss(model, AutoNormal(model), X)
+
+
+def test_observed_angles_may_be_of_any_turn():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.VonMises(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+
+    history = pv.fit(model, guide, torch.linspace(0.0, 6.0, 20), pv.ELBO(), epochs=1, batch_size=10, progress=False)
+    assert history["train_bound"].notna().all()
+
+
+def classes(probabilities):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(len(x), 3) / 3))
+            pyro.sample("x", dist.Normal(y.to(x.dtype), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(torch.tensor(probabilities).expand(len(x), 3)))
+
+    return model, guide
+
+
+def test_a_probability_of_zero_is_said():
+    with pytest.warns(UserWarning, match="the guide gives probability 0 to a value of site 'y'"):
+        pv.log_likelihood(*classes([0.5, 0.5, 0.0]), X, 20, seed=0)
+
+
+def test_a_small_probability_is_right(recwarn):
+    exact = dist.Normal(torch.arange(3.0), 1.0).log_prob(X[:, None]).logsumexp(-1) - math.log(3)
+    result = pv.log_likelihood(*classes([0.4, 0.4, 0.2]), X, 20_000, seed=0)
+    assert ((result.per_datum - exact).abs() < 4 * result.per_datum_error).all()
+    assert not any("probability 0" in str(warning.message) for warning in recwarn)
+
+
+class Tempered(dist.Normal):
+    """A user's family whose density is not that of the parent."""
+
+    def log_prob(self, value):
+        return super().log_prob(value) - value.abs()
+
+
+def test_a_closed_form_is_not_inherited_by_a_density_of_its_own():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Tempered(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    _, guide = angles(None, lambda x: dist.Normal(x / 2, 0.5))
+    with pytest.raises(pv.PyroVAEError, match="has no closed form at site 'z'"):
+        pv.ELBO().loss(model, guide, X)
+    assert pv.ELBO(kl="monte_carlo").loss(model, guide, X) < math.inf
