@@ -138,11 +138,13 @@ def _of_rows(program: Program, run: Trial, plate: Plate, order: Tensor, weights:
     again = _run(program, _latents(run, plate, torch.arange(len(order))))
     if _differing(first, again.gradients(weights, plate)):
         return set()  # the program is noisy outside of its sample sites
-    half = (torch.arange(len(order)) < len(order) // 2).float()
-    upper, lower = run.gradients(half, plate, 0.0), run.gradients(1 - half, plate, 0.0)
-    # What differs may also be a network that depends on the rows' order. All rows share its parameters.
-    apart = {n for n in differing if not bool((upper.get(n, ZERO).ne(0) & lower.get(n, ZERO).ne(0)).any())}
-    return {name for name in apart if name in upper or name in lower}
+    # What differs may also be a network that depends on the rows' order, or that some rows alone run. Rows share it.
+    index = torch.arange(len(order))
+    for part in (index < len(order) // 2, index % 2 == 0):
+        upper, lower = (run.gradients(rows.float(), plate, 0.0) for rows in (part, ~part))
+        shared = {n for n in differing if bool((upper.get(n, ZERO).ne(0) & lower.get(n, ZERO).ne(0)).any())}
+        differing = {name for name in differing - shared if name in upper or name in lower}
+    return differing
 
 
 def _differing(first: Gradients, second: Gradients) -> set[str]:

@@ -43,7 +43,7 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     """The program on checked data.
 
     A program that is conditioned on its data may have numbers as its arguments, or none. Its rows are then those of
-    its batch plate, and an empty tensor stands for them.
+    its batch plate. A tensor without memory of its own stands for them, with as many elements as the largest site.
     """
     given = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(each, int | float | str | None) for each in given):
@@ -65,7 +65,8 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
         run.__wrapped__ = function  # type: ignore[attr-defined]  # by which its modules are found
         return run
 
-    rows = arguments(like.new_empty(plate.size, 0), least)
+    elements = max(site["value"].numel() for site in model_sites.values())
+    rows = arguments(like.new_zeros(()).expand(plate.size, -(-elements // max(1, plate.size))), least)
     return Program(without_rows(model), None if guide is None else without_rows(whole.guide_or_prior), rows)
 
 

@@ -208,6 +208,20 @@ def network(*layers):
     return guide
 
 
+def halves(size):
+    """A network of its own for each half of a minibatch, such as labelled and unlabelled data, or every other row."""
+    nets = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+
+    def guide(x):
+        pyro.module("nets", nets)
+        first = torch.arange(len(x)) % 2 == 0 if size is None else torch.arange(len(x)) < size
+        with pyro.plate("rows", len(x)):
+            loc = torch.where(first, *(net(x[:, None])[:, 0] for net in nets))
+            pyro.sample("u", dist.Normal(loc, 0.5))
+
+    return guide
+
+
 def between_pixels(size, turned=False):
     """A plate of as many pixels beside that of the rows, and a parameter for each pixel, or for each row."""
 
@@ -244,6 +258,9 @@ SHARED = {
     "dropout": (model, network(nn.Dropout(0.5)), X),
     "noise outside of sample sites": (model, network(Noise()), X),
     "a network that depends on the rows' order": (model, network(Running()), X),
+    "a network for half of the rows": (model, halves(B // 2), X),
+    "a network for every other row": (model, halves(None), X),
+    "a network for two rows": (model, halves(2), X),
     "as many pixels as rows": (*between_pixels(B), X[:, None] * torch.arange(1.0, B + 1)),
     "as many pixels before rows": (*between_pixels((B, 1), True), X[:, None] * torch.arange(1.0, B + 1)),
     "as many pixels as rows, all equal": (*between_pixels(B), torch.ones(N, B)),

@@ -11,6 +11,7 @@ from helpers.programs import z_score
 from pyro import poutine
 
 import pyro_vae as pv
+from pyro_vae.evaluation.pieces import ELEMENTS_AT_ONCE, program_on, rows_at_once
 
 X = torch.tensor([0.5, -1.0, 2.0])
 
@@ -202,3 +203,13 @@ def test_programs_conditioned_on_their_data_need_no_tensor(argument):
     assert len(pv.compare(conditioned, guide, argument, pv.IWAE(2), repeats=2, progress=False)) == 1
     with pytest.raises(pv.PyroVAEError, match="no part of an argument"):
         pv.bdmc(conditioned, None, argument, 10, 4, progress=False)
+
+
+def test_a_program_without_tensors_runs_for_as_many_particles_as_its_data_allow():
+    def wide(number):
+        with pyro.plate("data", number):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], torch.ones(1000)).to_event(1))
+
+    program = program_on(pyro.condition(wide, data={"x": torch.zeros(3, 1000)}), None, 3)
+    assert rows_at_once(program.args) == ELEMENTS_AT_ONCE // 1000

@@ -37,7 +37,9 @@ def refusal(*arguments):
 
 
 def history(run):
-    return pd.read_csv(run / "history.csv", index_col="epoch", float_precision="round_trip")  # older pandas rounds by default
+    return pd.read_csv(
+        run / "history.csv", index_col="epoch", float_precision="round_trip"
+    )  # older pandas rounds by default
 
 
 def bounds(run):
