@@ -4,7 +4,7 @@ import functools
 import inspect
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import pyro.infer
 import torch
@@ -136,6 +136,14 @@ class Objective(pyro.infer.ELBO):
         self._check_particles()
         self.step = 0  #: how many differentiable losses it has computed, which is the argument of a schedule
         self._known: list[tuple[Any, int]] = []  # kinds of programs that keep particles apart, and their nesting
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_known": []}  # without the functions that it has run, which pickle may not know
+
+    def __copy__(self) -> Self:
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
     def _check_particles(self) -> None:
         fewest, even = self.estimator.fewest, self.estimator.even
