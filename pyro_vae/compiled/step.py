@@ -14,7 +14,7 @@ from pyro_vae.compiled.function import CompiledFunction, OnCompile
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.modules import PyroFunction, find_modules
-from pyro_vae.engine.parameters import Late, require_parameters
+from pyro_vae.engine.parameters import require_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import Objective
@@ -31,7 +31,6 @@ class CompiledStep:
     _: KW_ONLY
     rows: Rows | None = None  # divides the loss before its gradients are taken; None leaves the sum over data
     on_compile: OnCompile | None = None
-    trained: dict[str, Tensor] | None = None  # by name; a minibatch of another size must not use other parameters
     parameters: list[Tensor] = field(default_factory=list, init=False)  # those that the optimiser steps
     loss_and_gradients: CompiledFunction = field(init=False)  # with the compiling time of each shape
     _own: dict[str, Tensor] = field(default_factory=dict, init=False)
@@ -100,8 +99,7 @@ class CompiledStep:
 
     def _loss_and_gradients(self, settings: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         vars(self._compiled_objective).update(settings)
-        late = Late(self.trained or {})
-        with torch.enable_grad(), late:
+        with torch.enable_grad():
             loss = self._compiled_objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
             whole = loss / self.rows(args) if self.rows else loss
             gradients = torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
@@ -111,13 +109,7 @@ class CompiledStep:
                     "others. Build it on the program's parameters, torch.optim.Adam(vae.parameters()), after the last "
                     "change of the networks."
                 )
-        if self.trained is not None and late.found:
-            raise PyroVAEError(
-                f"some minibatches alone use the parameters {sorted(late.found)}: expected all in the first one "
-                "with compile=True, since a compiled step trains a fixed list. Call pyro.module or pyro.param before "
-                "the branch, or pass compile=False."
-            )
-        return loss.detach(), *gradients
+            return loss.detach(), *gradients
 
     def _find_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The optimiser's parameters; Pyro's optimisers get them at each step: all parameters of the program."""

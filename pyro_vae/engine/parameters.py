@@ -3,7 +3,6 @@
 from typing import Any
 
 import pyro
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -39,32 +38,15 @@ def merged(*found: dict[str, Tensor]) -> dict[str, Tensor]:
     return both
 
 
-class Late(Messenger):
-    """Around runs: collects the parameters that are not `known`, since a branch may use some for few data alone."""
-
-    def __init__(self, known: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.known = known
-        self.found: dict[str, Tensor] = {}
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        if msg["name"] not in self.known:
-            self.found[msg["name"]] = _unconstrained(msg["value"])
-
-
 def parameters_of(trace: Trace) -> dict[str, Tensor]:
     """The parameters in a trace, by name: unconstrained, as an optimiser steps them."""
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "param"}
     for name, site in sites.items():
         if (site["infer"] or {}).get(TWO_MODULES):
             raise _two_modules(name)
-    return {name: _unconstrained(site["value"]) for name, site in sites.items()}
-
-
-def _unconstrained(value: Any) -> Tensor:
+    values: dict[str, Any] = {name: site["value"] for name, site in sites.items()}
     # Under Pyro's module_local_params, a module's parameters are unconstrained already.
-    found: Tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
-    return found
+    return {n: v.unconstrained() if hasattr(v, "unconstrained") else v for n, v in values.items()}
 
 
 def require_kept(parameters: dict[str, Tensor]) -> None:

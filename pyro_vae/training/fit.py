@@ -156,7 +156,7 @@ def fit(
     support = DataSupport(program, model_sites)
     if held_out is not None:
         _check_columns(model, held_out)
-    optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)
+    optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     scheduler = None if lr_scheduler is None else learning_rates.make(lr_scheduler, optimizer, held_out is not None)
     settings = {
         "objective": _describe(objective),
@@ -199,10 +199,7 @@ def fit(
     bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
     bar.update(len(loop.rows) * (batches.steps or 0))
     if compile:
-        told = _teller(bar, batches)
-        loop.compiled = CompiledStep(
-            model, guide, objective, optimizer, rows=rows_of, on_compile=told, trained=parameters
-        )
+        loop.compiled = CompiledStep(model, guide, objective, optimizer, rows=rows_of, on_compile=_teller(bar, batches))
     try:
         with _flushing_denormals():
             while len(loop.rows) < epochs and not checkpoints.stalled(len(loop.rows), loop.best, patience):

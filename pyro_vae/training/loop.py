@@ -17,7 +17,7 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
-from pyro_vae.engine.parameters import Late, find_parameters, merged, require_kept
+from pyro_vae.engine.parameters import require_kept
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
@@ -54,7 +54,6 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.modules = self.program.modules()
-        self.late = Late(self.parameters)
         # Of data that can't be checked at once, these check each minibatch in the first epoch; then they are None.
         self.unchecked = self.support.check_at_once(self.batches)
         self.unchecked_held_out = None if self.held_out is None else self.support.check_at_once(self.held_out)
@@ -79,16 +78,13 @@ class Loop:
                 )
                 if self.compiled is None:
                     self.optimizer.zero_grad()
-                    with self.late:
-                        loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
+                    loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
                     (loss / self.rows_of(batch)).backward()
                 else:
                     loss = self.compiled.compute(*batch)
             loss = loss.detach()
             if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
                 raise self._not_finite(f"the loss is {loss:g}")
-            if self.late.found:
-                self._add_late()
             if first:
                 require_kept(self.parameters)
             self.optimizer.step()
@@ -114,28 +110,6 @@ class Loop:
         if self.checkpoint:
             checkpoints.save(self.checkpoint, self._state([*self.rows, row]))
         self.rows.append(row)  # last, so that the history never runs ahead of the checkpoint
-
-    def _add_late(self) -> None:
-        """Train parameters too that no minibatch before has used, as Pyro's SVI does."""
-        self._set_parameters(self.parameters | self.late.found)
-        self.late.found.clear()
-
-    def _set_parameters(self, parameters: dict[str, Tensor]) -> None:
-        """Make these, in this order, the parameters that are trained."""
-        self.parameters.clear()  # in place, since others hold it
-        self.parameters.update(parameters)
-        self.optimizer.param_groups[0]["params"] = list(dict.fromkeys(parameters.values()))  # shared ones once
-
-    def _find_late(self, saved: dict[str, Tensor]) -> None:
-        """Find a checkpoint's parameters that the first minibatch does not use, in the order of the checkpoint."""
-        if saved.keys() > self.parameters.keys() and self.batches.begun is None:
-            own, found = self.batches.generator_states(), dict(self.parameters)
-            for batch in self.batches.in_order():
-                found |= merged(*find_parameters(self.program.on(batch)))
-                if found.keys() >= saved.keys():
-                    self._set_parameters({name: found[name] for name in saved})
-                    break
-            self.batches.set_generator_states(own)
 
     def _validate(self) -> float:
         if self.held_out is None:
@@ -171,8 +145,7 @@ class Loop:
     def restore_best(self) -> None:
         """Restore the parameters and buffers of the best epoch, with `patience`."""
         if self.best is not None:
-            known = {name: self.parameters[name] for name in self.best["parameters"]}  # what came later is as it is
-            checkpoints.restore("of the best epoch", self.best, known, buffers(self.modules))
+            checkpoints.restore("of the best epoch", self.best, self.parameters, buffers(self.modules))
 
     def _state(self, rows: list[dict[str, float]]) -> dict[str, Any]:
         """The contents of a checkpoint."""
@@ -213,7 +186,6 @@ class Loop:
                 f"the checkpoint {path} holds {len(state['history'])} epochs: expected at least as many in all, got "
                 f"epochs={epochs}. Pass more epochs, or a new path."
             )
-        self._find_late(state["parameters"])
         self._restore_recognised(path, state)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
