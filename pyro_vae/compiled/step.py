@@ -14,7 +14,7 @@ from pyro_vae.compiled.function import CompiledFunction, OnCompile
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.modules import PyroFunction, find_modules
-from pyro_vae.engine.parameters import require_parameters
+from pyro_vae.engine.parameters import Unknown, require_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import Objective
@@ -29,11 +29,11 @@ class CompiledStep:
     objective: Objective
     optimizer: torch.optim.Optimizer | PyroOptim
     _: KW_ONLY
+    own: dict[str, Tensor] = field(default_factory=dict)  # all parameters of the program; Pyro's optimisers find them
     rows: Rows | None = None  # divides the loss before its gradients are taken; None leaves the sum over data
     on_compile: OnCompile | None = None
     parameters: list[Tensor] = field(default_factory=list, init=False)  # those that the optimiser steps
     loss_and_gradients: CompiledFunction = field(init=False)  # with the compiling time of each shape
-    _own: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         check_compiled(self.objective)
@@ -100,7 +100,14 @@ class CompiledStep:
     def _loss_and_gradients(self, settings: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         vars(self._compiled_objective).update(settings)
         with torch.enable_grad():
-            loss = self._compiled_objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+            with Unknown(self.own) as unknown:
+                loss = self._compiled_objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+            if self.own and unknown.found:
+                names = ", ".join(f"'{name}'" for name in sorted(unknown.found))
+                raise PyroVAEError(
+                    "compiled code trains the parameters of the first minibatch: expected arguments of another kind to "
+                    f"use no others, got {names}. Use all parameters in the first minibatch, or run it uncompiled."
+                )
             whole = loss / self.rows(args) if self.rows else loss
             gradients = torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
             if all(gradient is None for gradient in gradients):
@@ -123,11 +130,11 @@ class CompiledStep:
         store = dict(pyro.get_param_store().named_parameters())
         in_store = not pyro.settings.get("module_local_params")
         anew = bool(self.parameters) and self.loss_and_gradients.outdated
-        if anew or not self._own or (in_store and any(store.get(name) is not own for name, own in self._own.items())):
+        if anew or not self.own or (in_store and any(store.get(name) is not own for name, own in self.own.items())):
             with pyro.validation_enabled(True):
                 traces = Program(self.model, self.guide, args, kwargs).trace()
-            self._own = require_parameters(*traces)
-        return list(dict.fromkeys(self._own.values()))
+            self.own = require_parameters(*traces)
+        return list(dict.fromkeys(self.own.values()))
 
 
 @takes_program

@@ -96,6 +96,17 @@ class Minibatches:
         tensors = self.loader is None and all(isinstance(column, Tensor) for column in self.columns)
         return tuple(self.columns) if tensors else None
 
+    def looks(self) -> Iterator[Batch]:
+        """One pass that training does not notice; without minibatches for a stream that can't begin again."""
+        if self.loader is not None and self.begun is not None:
+            return
+        states = self.generator_states()
+        try:
+            with rng.preserved():
+                yield from self.in_order()
+        finally:
+            self.set_generator_states(states)
+
     def shuffled(self) -> Iterator[Batch]:
         """One epoch in a new random order. A single minibatch keeps its order, since its rows may have parameters."""
         if self.loader is not None or self.steps == 1:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pyro
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -44,14 +45,39 @@ def parameters_of(trace: Trace) -> dict[str, Tensor]:
     for name, site in sites.items():
         if (site["infer"] or {}).get(TWO_MODULES):
             raise _two_modules(name)
-    values: dict[str, Any] = {name: site["value"] for name, site in sites.items()}
+    return {name: _unconstrained(site["value"]) for name, site in sites.items()}
+
+
+def _unconstrained(value: Any) -> Any:
     # Under Pyro's module_local_params, a module's parameters are unconstrained already.
-    return {n: v.unconstrained() if hasattr(v, "unconstrained") else v for n, v in values.items()}
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+class Unknown(Messenger):
+    """Around runs of a program: finds the parameters that are not among the known ones, in :attr:`found`.
+
+    A run may take another path than the first one, by its minibatch.
+    """
+
+    def __init__(self, known: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.known = known
+        self.found: dict[str, Tensor] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        own = _unconstrained(msg["value"])
+        if self.known.get(msg["name"]) is not own:
+            self.found[msg["name"]] = own
 
 
 def require_kept(parameters: dict[str, Tensor]) -> None:
     """Refuse a program whose last run had another tensor in place of one of these: no step would reach it."""
-    for name, value in pyro.get_param_store().named_parameters():
+    require_same(parameters, dict(pyro.get_param_store().named_parameters()))
+
+
+def require_same(parameters: dict[str, Tensor], later: dict[str, Tensor]) -> None:
+    """Refuse a later parameter that is another tensor than the one of its name among these."""
+    for name, value in later.items():
         if parameters.get(name, value) is not value:
             raise PyroVAEError(
                 f"parameter '{name}' is another tensor each time the program runs, so that no step can train it: "

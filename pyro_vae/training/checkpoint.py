@@ -93,7 +93,7 @@ def load_parameters(path: str | Path, model: PyroFunction, guide: PyroFunction, 
     Arguments:
         path: the checkpoint.
         model, guide: those that were trained; see :func:`pyro_vae.fit`.
-        args, kwargs: arguments of both, some data of the right shape: a run with these finds the parameters.
+        args, kwargs: arguments of both, some data of the right shape, on which a run uses all parameters.
 
     Raises:
         FileNotFoundError: there is no checkpoint at `path`.

@@ -77,6 +77,8 @@ class DataSupport:
             found = self._outside(tuple(each[taken] for each in batch), torch.arange(size), column, name)
             return rows[found[found < len(rows)].to(rows.device)]
         model, _ = self.program.on(batch).trace()
+        if name not in model:  # the program observes it on other rows alone
+            return torch.arange(0)
         return _rows_outside(plain(support_of(model.nodes[name]["fn"])), batch[column])
 
 

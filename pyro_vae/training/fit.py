@@ -199,7 +199,9 @@ def fit(
     bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
     bar.update(len(loop.rows) * (batches.steps or 0))
     if compile:
-        loop.compiled = CompiledStep(model, guide, objective, optimizer, rows=rows_of, on_compile=_teller(bar, batches))
+        loop.compiled = CompiledStep(
+            model, guide, objective, optimizer, own=parameters, rows=rows_of, on_compile=_teller(bar, batches)
+        )
     try:
         with _flushing_denormals():
             while len(loop.rows) < epochs and not checkpoints.stalled(len(loop.rows), loop.best, patience):

@@ -15,10 +15,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import Rows
-from pyro_vae.engine.minibatches import Minibatches
+from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
-from pyro_vae.engine.parameters import require_kept
+from pyro_vae.engine.parameters import Unknown, parameters_of, require_kept, require_same
 from pyro_vae.engine.program import Program
+from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
@@ -78,7 +79,10 @@ class Loop:
                 )
                 if self.compiled is None:
                     self.optimizer.zero_grad()
-                    loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
+                    with Unknown(self.parameters) as unknown:
+                        loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
+                    if unknown.found:
+                        self._add(unknown.found, batch)
                     (loss / self.rows_of(batch)).backward()
                 else:
                     loss = self.compiled.compute(*batch)
@@ -110,6 +114,26 @@ class Loop:
         if self.checkpoint:
             checkpoints.save(self.checkpoint, self._state([*self.rows, row]))
         self.rows.append(row)  # last, so that the history never runs ahead of the checkpoint
+
+    def _add(self, found: dict[str, Tensor], batch: Batch) -> None:
+        """Train parameters that no earlier minibatch has used, from this step on."""
+        require_same(self.parameters, found)
+        program = self.program.on(batch)
+        if self.batches.moves_rows:
+            check_row_parameters(program, trial(program))
+        for name, parameter in sorted(found.items()):
+            parameter.grad = None  # of an earlier training
+            if self.best is not None:
+                self.best["parameters"][name] = parameter.detach().clone()  # as it was in that epoch
+        self._take(self.parameters | dict(sorted(found.items())))
+        self.scales.see(program)
+
+    def _take(self, parameters: dict[str, Tensor]) -> None:
+        """Train these parameters, in the order in which the optimiser's state has them."""
+        self.parameters.clear()
+        self.parameters.update(parameters)
+        # In the one group, so that a scheduler made before sets their step size too.
+        self.optimizer.param_groups[0]["params"][:] = dict.fromkeys(parameters.values())  # shared ones once
 
     def _validate(self) -> float:
         if self.held_out is None:
@@ -198,6 +222,16 @@ class Loop:
         # Version 0.1.0 did not count; a stream's epochs have no known number of steps.
         self.steps = state.get("steps", len(self.rows) * (self.batches.steps or 1))
 
+    def _find(self, saved: dict[str, Tensor]) -> None:
+        """Find the checkpoint's parameters that the first minibatch does not use, and put all into its order."""
+        for batch in self.batches.looks() if saved.keys() - self.parameters.keys() else ():
+            for trace in self.program.on(batch).trace():
+                self.parameters.update({n: p for n, p in parameters_of(trace).items() if n in saved})
+            if saved.keys() <= self.parameters.keys():
+                break
+        if saved.keys() == self.parameters.keys():
+            self._take({name: self.parameters[name] for name in saved})
+
     def _restore_recognised(self, path: str | Path, state: dict[str, Any]) -> None:
         """Restore parameters and buffers; those of another program keep the values that they have."""
         saved, own_buffers = state.get("fingerprint"), buffers(self.modules)
@@ -210,6 +244,7 @@ class Loop:
             checkpoints.restore(path, state, self.parameters, own_buffers)
             return
         self.fingerprint.check_inputs(path, saved)
+        self._find(state["parameters"])
         own = self._copy(math.nan)
         checkpoints.restore(path, state, self.parameters, own_buffers)
         try:

@@ -62,6 +62,12 @@ class Scales:
         self.last = 1 / lr  # from this step on, gradients move a scale as fast as residuals change
         self.announced = announce(fitted, of_data=True)
 
+    def see(self, program: Program) -> None:
+        """Treat the likelihoods of a run that takes another path than the first one, too."""
+        fitted = residuals(program)
+        self.learned = self.learned or any(each.likelihood.has_learned_scale for each in fitted)
+        self.floors = self.floors or any(each.likelihood.floor for each in fitted)
+
     def before_step(self, number: int, batch: Batch, share: float) -> None:
         """Move the scales before the step of that number, from 0, if it is time.
 
