@@ -45,7 +45,9 @@ def univariate(fn: Any) -> Any:
     base = unwrapped(fn)
     if isinstance(base, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         return dist.Normal(base.loc, base.variance.sqrt())
-    return None if base.event_dim or hasattr(base, OF_ONE_PARTICLE) else base
+    # A point's spread is that of the auxiliary sites that it depends on.
+    known = not base.event_dim and not isinstance(base, dist.Delta) and not hasattr(base, OF_ONE_PARTICLE)
+    return base if known else None
 
 
 def by_dimension(run: Run, site: Site, value: Tensor) -> Tensor:
