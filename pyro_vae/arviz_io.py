@@ -1,6 +1,7 @@
 """Draws, densities and log-weights of a program as ArviZ groups, for ArviZ 0.2x and 1.x."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,11 +15,13 @@ from pyro_vae.engine.batch_plate import check_rows
 from pyro_vae.engine.mixing import check_particles
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
-from pyro_vae.engine.sites import Site, is_factor
+from pyro_vae.engine.simulation import OfObservedShape
+from pyro_vae.engine.sites import Site, family, is_factor
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.pieces import program_on
 from pyro_vae.evaluation.runs import run, simulate
+from pyro_vae.evaluation.simulation import check_simulated
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
 Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
@@ -49,6 +52,9 @@ def to_arviz(
     ``observed_data``          x
     =========================  ===============================================================================
 
+    A group without variables is left out, such as ``prior`` and ``prior_predictive`` with an ``ImproperUniform`` prior,
+    and the groups of x in a program whose data are in a ``pyro.factor``. Draws ignore factors.
+
     If there is one latent site, its event dimension is ``latent``. The dimensions of an image of shape (C, H, W) are
     ``channel``, ``height``, ``width``. Other event dimensions are ``NAME_dim_0`` and so on; plates inside the batch
     plate keep their names.
@@ -68,8 +74,8 @@ def to_arviz(
 
     Raises:
         ValueError: there are fewer than 2 samples; data are not finite; coordinates are of a dimension that does not
-            exist; a site is named ``chain`` or ``draw``; or the program has no log-weight per datum (see
-            :func:`pyro_vae.log_weights`).
+            exist; a site is named ``chain`` or ``draw``; the model reads what it observes; or the program has no
+            log-weight per datum (see :func:`pyro_vae.log_weights`).
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -88,6 +94,7 @@ def to_arviz(
         program = program.with_nesting()
         if vectorize_particles:
             check_particles(program)
+        check_simulated(program)
         return _container(_groups(program, num_samples, vectorize_particles), coords or {})
 
 
@@ -118,8 +125,10 @@ def _variables(program: Program, run: Run, vectorize: bool) -> Iterator[tuple[st
             yield "log_likelihood", name, _per_datum(per_datum(run, site, site["unscaled_log_prob"]))
             yield "observed_data", name, _variable(run, name, site, IMAGE)
     values = {name: run.model[name]["value"] for name in latents}
-    for kind, given in (("posterior", values), ("prior", None)):
-        for name, site in simulate(program, given, run.num_particles, vectorize).items():
+    proper = all(family(run.model[name]["fn"]) != "ImproperUniform" for name in latents)
+    drawing = replace(program, model=OfObservedShape()(program.model))
+    for kind, given in (("posterior", values), *([("prior", None)] if proper else [])):
+        for name, site in simulate(drawing, given, run.num_particles, vectorize).items():
             if name in latents and kind == "prior":
                 yield "prior", name, _variable(run, name, site, event_names)
             elif name not in latents and not is_factor(site):
