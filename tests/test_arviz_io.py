@@ -66,17 +66,30 @@ def test_sites_named_as_dimensions(name):
     assert "height_dim" in found["observed_data"]["obs"].dims or name != "height"
 
 
-def test_sites_named_as_the_dimensions_that_arviz_needs():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(pyro.sample("draw", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+@arviz_warnings
+@pytest.mark.parametrize(("name", "plate", "dim"), [("draw", "chain", "chain_plate"), ("z", "latent", "latent")])
+def test_sites_and_plates_named_as_the_dimensions_that_arviz_needs(name, plate, dim):
+    """They get other names, and the draws of a program with names of its own."""
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("draw", dist.Normal(x / 2, 0.7))
+    def program(site, plate):
+        def model(x):
+            with pyro.plate("rows", len(x), dim=-2), pyro.plate(plate, 3, dim=-1):
+                z = pyro.sample(site, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
 
-    with pytest.raises(pv.PyroVAEError, match="site 'draw' has the name of a dimension of ArviZ"):
-        pv.to_arviz((model, guide), torch.randn(5), num_samples=10)
+        def guide(x):
+            with pyro.plate("rows", len(x), dim=-2), pyro.plate(plate, 3, dim=-1):
+                pyro.sample(site, dist.Normal(torch.stack([x, x], -1), 0.7).to_event(1))
+
+        return model, guide
+
+    x = torch.randn(5, 3)
+    found, plain = (datasets(pv.to_arviz(program(*names), x, 10, seed=0)) for names in ((name, plate), ("a", "pixels")))
+    own = "draw_site" if name == "draw" else name
+    assert found["posterior"][own].dims[:4] == ("chain", "draw", "data", dim)
+    for group in ("posterior", "prior"):
+        np.testing.assert_array_equal(found[group][own], plain[group]["a"])
+    np.testing.assert_array_equal(found["posterior_predictive"]["x"], plain["posterior_predictive"]["x"])
 
 
 @arviz_warnings
@@ -233,8 +246,9 @@ def test_a_model_that_reads_what_it_observes():
         return torch.nn.functional.pad(x, (1, 0))[:, :-1]
 
     x = 10 + torch.randn(5, 2)
-    with pytest.raises(pv.PyroVAEError, match=r"model site 'x1' has another density when .* simulated data"):
-        pv.to_arviz((lambda x: model(x, shifted(x)), guide), x, 10)
+    with pytest.warns(UserWarning, match=r"model site 'x1' reads data that the model observes"):
+        found = datasets(pv.to_arviz((lambda x: model(x, shifted(x)), guide), x, 10))
+    assert found.keys() == GROUPS - {"posterior_predictive", "prior_predictive"}
     given = datasets(pv.to_arviz((model, guide), (x, shifted(x)), 400, seed=0))
     mean = given["prior_predictive"]["x1"].values[0].mean(0)
     np.testing.assert_allclose(mean, x[:, 0], atol=4 * math.sqrt(1.01 / 400))

@@ -46,8 +46,8 @@ def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tens
     return replaced, {name: drawn[name]["value"] for name, site in observed.items() if not site["is_observed"]}
 
 
-def check_simulated(program: Program) -> None:
-    """Refuse a model that reads the data which it observes, as teacher forcing does: one run can't simulate them."""
+def sites_that_read(program: Program) -> list[str]:
+    """The sites whose density reads data that the model observes, as in teacher forcing: one run can't draw them."""
     args = _apart(program.args)
     with program.unnoticed():
         observed = sample_sites(program.on(args).trace()[0])
@@ -55,14 +55,9 @@ def check_simulated(program: Program) -> None:
         model = poutine.replay(program.model, trace=given(latents))
         trace = traced(drawing(model), args)
         replaced, _ = _replaced(model, args, observed, sample_sites(trace))
-        before, after = given_either(model, trace, (args, {}), (replaced, {}))
-    for name, site in before.items():
-        if not is_factor(site) and not same_density(site, after.get(name)):
-            raise PyroVAEError(
-                f"model site '{name}' has another density when the model is called with simulated data: expected a "
-                "model that uses x only in obs=, so that one run can simulate it. Pass what the model reads of x "
-                "(teacher forcing) as an argument of its own, such as x[:, :-1]: data are then simulated given it."
-            )
+        # Data that have no place among the arguments stay as they are drawn, in both runs.
+        before, after = given_either(drawing(model), trace, (args, {}), (replaced, {}))
+    return [name for name, site in before.items() if not is_factor(site) and not same_density(site, after.get(name))]
 
 
 @contextmanager
