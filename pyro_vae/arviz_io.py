@@ -1,6 +1,8 @@
 """Draws, densities and log-weights of a program as ArviZ groups, for ArviZ 0.2x and 1.x."""
 
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,16 +16,19 @@ from pyro_vae.engine.batch_plate import check_rows
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
-from pyro_vae.engine.sites import Site, is_factor
+from pyro_vae.engine.simulation import OfObservedShape
+from pyro_vae.engine.sites import Site, family, is_factor
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.pieces import program_on
 from pyro_vae.evaluation.runs import run, simulate
+from pyro_vae.evaluation.simulation import sites_that_read
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
 Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
 
 IMAGE = ("channel", "height", "width")
+CHAIN = ("chain", "draw")  # the dimensions that ArviZ needs by these names
 
 
 @takes_program
@@ -49,6 +54,10 @@ def to_arviz(
     ``observed_data``          x
     =========================  ===============================================================================
 
+    A group without variables is left out: ``prior`` and ``prior_predictive`` with an ``ImproperUniform`` prior, the
+    groups of x where the data are in a ``pyro.factor``, and draws of a model that reads what it observes. Other draws
+    ignore factors.
+
     If there is one latent site, its event dimension is ``latent``. The dimensions of an image of shape (C, H, W) are
     ``channel``, ``height``, ``width``. Other event dimensions are ``NAME_dim_0`` and so on; plates inside the batch
     plate keep their names.
@@ -61,15 +70,18 @@ def to_arviz(
         model, guide, x, vectorize_particles, seed: see :func:`pyro_vae.log_likelihood`.
         num_samples: draws for each datum, at least 2. All of them are in memory.
         coords: coordinates by dimension, as in ArviZ; whole numbers from 0 by default. Where a site has the name of a
-            dimension, such as ``data``, the dimension is ``data_dim``.
+            dimension, such as ``data``, the dimension is ``data_dim``. Sites ``chain`` and ``draw`` are ``chain_site``
+            and ``draw_site``. A plate of such a name, or ``data``, inside the batch plate is ``data_plate``, say.
 
     Returns:
         An ``arviz.InferenceData`` under ArviZ 0.2x, an ``xarray.DataTree`` under ArviZ 1.x. Both have ``to_netcdf``.
 
     Raises:
         ValueError: there are fewer than 2 samples; data are not finite; coordinates are of a dimension that does not
-            exist; a site is named ``chain`` or ``draw``; or the program has no log-weight per datum (see
-            :func:`pyro_vae.log_weights`).
+            exist; or the program has no log-weight per datum (see :func:`pyro_vae.log_weights`).
+
+    Warns:
+        UserWarning: the model reads what it observes, as in teacher forcing, so that it would draw x given the data.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -87,13 +99,22 @@ def to_arviz(
     with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
         program = program.with_nesting()
         check_apart(program, together=vectorize_particles)
-        return _container(_groups(program, num_samples, vectorize_particles), coords or {})
+        reading = sites_that_read(program)
+        if reading:
+            warnings.warn(
+                f"model site '{reading[0]}' reads data that the model observes (teacher forcing), so that one run "
+                "can't draw them: the groups of such draws are left out. Pass what the model reads of x as an argument "
+                "of its own, such as x[:, :-1], to draw data given it.",
+                stacklevel=3,
+            )
+        return _container(_groups(program, num_samples, vectorize_particles, reading), coords or {})
 
 
-def _groups(program: Program, number: int, vectorize: bool) -> dict[str, dict[str, Variable]]:
+def _groups(program: Program, number: int, vectorize: bool, reading: list[str]) -> dict[str, dict[str, Variable]]:
     """The variables of every group, each with the names of its dimensions."""
     sizes = [min(PARTICLES_AT_ONCE, number - start) for start in range(0, number, PARTICLES_AT_ONCE)]
-    runs = [list(_variables(program, run(program, max(2, size), vectorize), vectorize)) for size in sizes]
+    drawn = (run(program, max(2, size), vectorize) for size in sizes)
+    runs = [list(_variables(program, each, vectorize, reading)) for each in drawn]
     groups: dict[str, dict[str, Variable]] = {}
     for pieces in zip(*runs, strict=True):
         group, name, (dims, first) = pieces[0]
@@ -102,7 +123,7 @@ def _groups(program: Program, number: int, vectorize: bool) -> dict[str, dict[st
     return groups
 
 
-def _variables(program: Program, run: Run, vectorize: bool) -> Iterator[tuple[str, str, Variable]]:
+def _variables(program: Program, run: Run, vectorize: bool, reading: list[str]) -> Iterator[tuple[str, str, Variable]]:
     """The variables of one run, each with its group and its name."""
     check_rows(run.batch_plate, len(program.args[0]))
     latents = [name for name, site in run.model.items() if not site["is_observed"]]
@@ -117,11 +138,13 @@ def _variables(program: Program, run: Run, vectorize: bool) -> Iterator[tuple[st
             yield "log_likelihood", name, _per_datum(per_datum(run, site, site["unscaled_log_prob"]))
             yield "observed_data", name, _variable(run, name, site, IMAGE)
     values = {name: run.model[name]["value"] for name in latents}
-    for kind, given in (("posterior", values), ("prior", None)):
-        for name, site in simulate(program, given, run.num_particles, vectorize).items():
+    proper = all(family(run.model[name]["fn"]) != "ImproperUniform" and name not in reading for name in latents)
+    drawing = replace(program, model=OfObservedShape()(program.model))
+    for kind, given in (("posterior", values), *([("prior", None)] if proper else [])):
+        for name, site in simulate(drawing, given, run.num_particles, vectorize).items():
             if name in latents and kind == "prior":
                 yield "prior", name, _variable(run, name, site, event_names)
-            elif name not in latents and not is_factor(site):
+            elif name not in latents and not is_factor(site) and not reading:
                 yield f"{kind}_predictive", name, _variable(run, name, site, IMAGE)
 
 
@@ -135,14 +158,10 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
     value, event_dim, depth = site["value"], site["fn"].event_dim, -run.particle_dim
     value = value.reshape((1,) * (depth + event_dim - value.dim()) + tuple(value.shape))
     plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+    plates = {dim: f"{plate}_plate" if plate in (*CHAIN, "data") else plate for dim, plate in plates.items()}
     names: list[str | None] = [plates.get(dim) for dim in range(-depth, 0)]
-    for dim, plate in plates.items():
-        if plate in ("chain", "draw", "data") and dim not in (run.particle_dim, run.batch_plate.dim):
-            raise PyroVAEError(
-                f"plate '{plate}' inside the batch plate has the name of a dimension of ArviZ: expected another name. "
-                "Rename it."
-            )
-    names += event_names if len(event_names) == event_dim else [f"{name}_dim_{i}" for i in range(event_dim)]
+    known = len(event_names) == event_dim and not {*event_names} & {*names}
+    names += event_names if known else [f"{name}_dim_{i}" for i in range(event_dim)]
     batch_dim = depth + run.batch_plate.dim
     names[0], names[batch_dim] = "draw", "data"
     shape = list(value.shape)
@@ -153,16 +172,23 @@ def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> 
     return ["chain", *(str(names[i]) for i in order)], array.cpu().numpy()[None]
 
 
+def _free(name: str, suffix: str, taken: set[str]) -> str:
+    """The name, with the suffix while it is taken."""
+    while name in taken:
+        name += suffix
+    return name
+
+
 def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -> Any:
     """The groups in the container of the installed ArviZ."""
     import xarray as xr
 
-    taken = {name for variables in groups.values() for name in variables}
-    for name in taken & {"chain", "draw"}:
-        raise PyroVAEError(f"site '{name}' has the name of a dimension of ArviZ: expected another name. Rename it.")
-    # xarray takes a variable with the name of a dimension for its coordinates.
+    # xarray takes a variable with the name of a dimension for its coordinates, and ArviZ needs two dimensions by name.
+    sites = {name for variables in groups.values() for name in variables}
+    names = {name: _free(name, "_site", sites) if name in CHAIN else name for name in sites}
+    taken = {*sites, *names.values()} - {*CHAIN}
     groups = {
-        group: {n: ([f"{d}_dim" if d in taken else d for d in dims], array) for n, (dims, array) in variables.items()}
+        group: {names[n]: ([_free(d, "_dim", taken) for d in dims], array) for n, (dims, array) in variables.items()}
         for group, variables in groups.items()
     }
     found = [variable for variables in groups.values() for variable in variables.values()]

@@ -66,17 +66,30 @@ def test_sites_named_as_dimensions(name):
     assert "height_dim" in found["observed_data"]["obs"].dims or name != "height"
 
 
-def test_sites_named_as_the_dimensions_that_arviz_needs():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(pyro.sample("draw", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+@arviz_warnings
+@pytest.mark.parametrize(("name", "plate", "dim"), [("draw", "chain", "chain_plate"), ("z", "latent", "latent")])
+def test_sites_and_plates_named_as_the_dimensions_that_arviz_needs(name, plate, dim):
+    """They get other names, and the draws of a program with names of its own."""
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("draw", dist.Normal(x / 2, 0.7))
+    def program(site, plate):
+        def model(x):
+            with pyro.plate("rows", len(x), dim=-2), pyro.plate(plate, 3, dim=-1):
+                z = pyro.sample(site, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
 
-    with pytest.raises(pv.PyroVAEError, match="site 'draw' has the name of a dimension of ArviZ"):
-        pv.to_arviz((model, guide), torch.randn(5), num_samples=10)
+        def guide(x):
+            with pyro.plate("rows", len(x), dim=-2), pyro.plate(plate, 3, dim=-1):
+                pyro.sample(site, dist.Normal(torch.stack([x, x], -1), 0.7).to_event(1))
+
+        return model, guide
+
+    x = torch.randn(5, 3)
+    found, plain = (datasets(pv.to_arviz(program(*names), x, 10, seed=0)) for names in ((name, plate), ("a", "pixels")))
+    own = "draw_site" if name == "draw" else name
+    assert found["posterior"][own].dims[:4] == ("chain", "draw", "data", dim)
+    for group in ("posterior", "prior"):
+        np.testing.assert_array_equal(found[group][own], plain[group]["a"])
+    np.testing.assert_array_equal(found["posterior_predictive"]["x"], plain["posterior_predictive"]["x"])
 
 
 @arviz_warnings
@@ -198,6 +211,62 @@ def test_several_sites_and_nested_plates():
     z = torch.from_numpy(found["posterior"]["a"].values[0] + found["posterior"]["b"].values[0].sum(-1))
     likelihood = dist.Normal(z[..., None], 1.0).log_prob(x).sum(-1)
     np.testing.assert_allclose(found["log_likelihood"]["x"].values[0], likelihood.numpy())
+
+
+def test_draws_of_an_event_that_broadcasts_to_its_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1).mask(True), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(1), 0.5))
+
+    found = datasets(pv.to_arviz((model, guide), torch.zeros(1, 3), 2000, seed=0))
+    x = found["prior_predictive"]["x"].values[0, :, 0]
+    # Of covariances 1, and variances 2, whose estimates have the variances (1 + 2 * 2) / n and 8 / n.
+    np.testing.assert_allclose(np.cov(x.T), 1 + np.eye(3), atol=4 * math.sqrt(8 / 2000))
+
+
+def test_a_model_that_reads_what_it_observes():
+    """Teacher forcing: the draw of the second column would be given the data's first, not the draw's."""
+
+    def model(x, past):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for t in range(2):
+                pyro.sample(f"x{t}", dist.Normal(z + past[:, t], 0.1), obs=x[:, t])
+
+    def guide(x, past=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0], 0.1))
+
+    def shifted(x):
+        return torch.nn.functional.pad(x, (1, 0))[:, :-1]
+
+    x = 10 + torch.randn(5, 2)
+    with pytest.warns(UserWarning, match=r"model site 'x1' reads data that the model observes"):
+        found = datasets(pv.to_arviz((lambda x: model(x, shifted(x)), guide), x, 10))
+    assert found.keys() == GROUPS - {"posterior_predictive", "prior_predictive"}
+    given = datasets(pv.to_arviz((model, guide), (x, shifted(x)), 400, seed=0))
+    mean = given["prior_predictive"]["x1"].values[0].mean(0)
+    np.testing.assert_allclose(mean, x[:, 0], atol=4 * math.sqrt(1.01 / 400))
+
+
+def test_an_improper_prior_has_no_draws():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    found = datasets(pv.to_arviz((model, guide), torch.randn(5), 10))
+    assert found.keys() == GROUPS - {"prior", "prior_predictive"}
+    assert abs(found["sample_stats"]["log_weight"]).max() < 1e-6  # p(x) is 1, and the guide is the posterior
 
 
 def test_refusals(program):

@@ -122,11 +122,13 @@ def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
     if site["fn"].event_dim and site["fn"].event_shape[0] == main.size:
         return _to_event(words, site, f"the batch plate '{main.name}'")
     if not site["is_observed"]:
+        name = site["name"]
         return (
             f"{words} is a latent site outside the batch plate '{main.name}': expected all latent sites inside, since "
             "data that share a latent have no log-weight of their own. If each datum has its own, sample it inside the "
             "plate. If all data share it, train with pv.ELBO's loss, which serves global latents; or make it a "
-            "parameter."
+            "parameter. For log p(x) at one value of it, pass model and guide as poutine.block(poutine.condition("
+            f"program, {{{name!r}: value}}), hide=[{name!r}])."
         )
     return (
         f"{words} is a factor or observation outside the batch plate '{main.name}': expected every term of the "

@@ -23,7 +23,7 @@ from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence
 from pyro_vae.evaluation.hamiltonian import Chains, trial_length
 from pyro_vae.evaluation.pieces import Args, checked, progress_bar
-from pyro_vae.evaluation.simulation import simulate_data
+from pyro_vae.evaluation.simulation import prior_that_draws, simulate_data
 
 Schedule = Literal["sigmoid", "linear"]
 
@@ -179,12 +179,12 @@ def bdmc(
     Arguments:
         model, guide, num_steps, num_chains, start, schedule: see :func:`pyro_vae.ais`.
         num_leapfrog, step_size, vectorize_particles, seed, progress: see :func:`pyro_vae.ais`.
-        x: data of the number and shapes to simulate. Arguments that the model observes are replaced by simulated ones;
-            the others, such as labels, are kept.
+        x: data of the number and shapes to simulate. Arguments that the model observes, or elements of them such as
+            ``x[:, t]``, are replaced by simulated ones; the others, such as labels, are kept.
 
     Raises:
-        ValueError: an error of :func:`pyro_vae.ais`; or the model can't be simulated, because it has factors or
-            observes something that is not an argument.
+        ValueError: an error of :func:`pyro_vae.ais`; or the model can't be simulated, because it has factors, an
+            improper prior, reads what it observes, or observes something that is no part of an argument.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -241,7 +241,7 @@ def _annealed(
         raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
     temperatures = _temperatures(settings.schedule, num_steps)
     forward, accepted, backward, simulated = [], [], [], []
-    with checked(model, guide if start == "guide" else None, x, seed) as data:
+    with prior_that_draws(), checked(model, guide if start == "guide" else None, x, seed) as data:
         programs = data.programs(num_chains, settings.vectorize)
         steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
         with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:

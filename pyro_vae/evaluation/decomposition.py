@@ -76,7 +76,7 @@ def decompose_elbo(
     q(z) is the exact mixture over the N data of x. Its cost is the density of each of the N S samples under each of the
     N components. All three parts depend on N, and the standard errors are those of the samples, for these data. Mutual
     information is at most log N. Near that limit the components hardly overlap: the two KL terms then reflect the small
-    number of data, not the distance of q(z) from p(z).
+    number of data, not the distance of q(z) from p(z). Of one datum, q(z) is q(z|x), and mutual information is zero.
 
     Arguments:
         model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
@@ -84,7 +84,7 @@ def decompose_elbo(
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
 
     Raises:
-        ValueError: the guide has auxiliary sites, fewer than 2 data, or an error of :func:`pyro_vae.log_likelihood`.
+        ValueError: the guide has auxiliary sites, or an error of :func:`pyro_vae.log_likelihood`.
 
     Example:
         >>> import torch, pyro, pyro_vae as pv
@@ -100,7 +100,7 @@ def decompose_elbo(
         NeurIPS.
     """
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
-    with checked(model, guide, x, seed, least=2) as data:
+    with checked(model, guide, x, seed) as data:
         programs = data.programs(num_samples, vectorize_particles)
         samples = [_Samples.draw(program, num_samples, vectorize_particles) for program in programs]
         only_guide = replace(programs[0], model=programs[0].guide_or_prior, guide=None)

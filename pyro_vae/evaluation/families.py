@@ -1,12 +1,13 @@
 """Properties of a site's distribution: its parameters, its marginals, whether it depends on other sites' samples."""
 
+import inspect
 from typing import Any
 
 import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_vae.engine.program import Run
-from pyro_vae.engine.sites import Site, masks, unwrapped
+from pyro_vae.engine.sites import Site, layers, masks, unwrapped
 from pyro_vae.errors import PyroVAEError
 
 OF_ONE_PARTICLE = "_of_one_particle"  # an attribute of a distribution that stands for those of several particles
@@ -15,13 +16,25 @@ REDUNDANT = {"covariance_matrix", "precision_matrix", "probs"}
 
 
 def constructor_arguments(fn: Any) -> dict[str, Tensor]:
-    """The tensors to construct a distribution from, by argument name; empty if they are not known."""
+    """The tensors to construct a distribution from, by argument name, with its batch; empty if they are not known."""
     base = unwrapped(fn)
     names = [name for name in base.arg_constraints if name not in REDUNDANT]
     if "probs" in base.arg_constraints and "logits" not in names:
         names.append("probs")
     values: dict[str, Any] = {name: getattr(base, name, None) for name in names}
-    return values if all(isinstance(value, Tensor) for value in values.values()) else {}
+    # Families without an expand of their own keep the parameters of one row for all rows.
+    wider = (layer.batch_shape for layer in layers(fn) if isinstance(layer, dist.ExpandedDistribution))
+    own, batch = base.batch_shape, next(wider, base.batch_shape)
+    if not all(isinstance(value, Tensor) and value.shape[: len(own)] == own for value in values.values()):
+        return {}
+    return {name: value.expand(*batch, *value.shape[len(own) :]) for name, value in values.items()}
+
+
+def suffices(values: dict[str, Tensor], fn: Any) -> bool:
+    """Whether a distribution can be constructed from these arguments alone."""
+    taken = inspect.signature(type(unwrapped(fn))).parameters.values()
+    needed = {a.name for a in taken if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD}
+    return bool(values) and needed <= values.keys()
 
 
 def same_for_all_particles(site: Site) -> bool:
@@ -45,7 +58,9 @@ def univariate(fn: Any) -> Any:
     base = unwrapped(fn)
     if isinstance(base, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         return dist.Normal(base.loc, base.variance.sqrt())
-    return None if base.event_dim or hasattr(base, OF_ONE_PARTICLE) else base
+    # A point's spread is that of the auxiliary sites that it depends on.
+    known = not base.event_dim and not isinstance(base, dist.Delta) and not hasattr(base, OF_ONE_PARTICLE)
+    return base if known else None
 
 
 def by_dimension(run: Run, site: Site, value: Tensor) -> Tensor:

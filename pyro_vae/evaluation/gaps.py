@@ -1,6 +1,5 @@
 """Inference gaps: how much of log p(x) - ELBO is due to the guide's family, and how much to its encoder."""
 
-import inspect
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
-from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles
+from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles, suffices
 from pyro_vae.evaluation.likelihood import draw_weights
 from pyro_vae.evaluation.pieces import checked, progress_bar
 from pyro_vae.evaluation.runs import run
@@ -173,6 +172,13 @@ def _best_and_own(
     return fitted.where(improved, own), own
 
 
+class _Unscaled(Messenger):
+    """A handler that takes scales away: log p(x) of a datum has none."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["scale"] = 1.0
+
+
 class _FreeSites(Messenger):
     """A handler that gives the guide's sites free parameters for each datum, which start at the guide's own values."""
 
@@ -208,9 +214,10 @@ class _FreeSites(Messenger):
         adam = torch.optim.Adam(leaves, lr=lr)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_steps)
         total = [torch.zeros_like(leaf) for leaf in leaves]
+        model, guide = (_Unscaled()(function) for function in (self.program.model, self.guide))
         first = int((1 - AVERAGED) * num_steps)
         for step in range(num_steps):
-            loss = objective.differentiable_loss(self.program.model, self.guide, *self.program.args)
+            loss = objective.differentiable_loss(model, guide, *self.program.args)
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
                 leaf.grad = gradient
             adam.step()
@@ -227,11 +234,8 @@ def _has_family(fn: Any) -> bool:
     """Whether a distribution can be rebuilt from independent parameters and, outermost, its mask."""
     base, values = unwrapped(fn), constructor_arguments(fn)
     bounded = any(isinstance(bound, Tensor) for name in values for bound in vars(base.arg_constraints[name]).values())
-    if not values or bounded or any(isinstance(layer, MaskedDistribution) for layer in [*layers(fn)][1:]):
-        return False
-    taken = inspect.signature(type(base)).parameters.values()
-    needed = {a.name for a in taken if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD}
-    return needed <= values.keys()
+    inner_mask = any(isinstance(layer, MaskedDistribution) for layer in [*layers(fn)][1:])
+    return suffices(values, fn) and not bounded and not inner_mask
 
 
 def _check(run: Run) -> None:

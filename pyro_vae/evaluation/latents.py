@@ -6,17 +6,18 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Run
+from pyro_vae.engine.sites import family
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
 from pyro_vae.evaluation.pieces import checked
 from pyro_vae.evaluation.runs import run
+from pyro_vae.objectives.elbo import NoClosedFormError, closed_form
 
 
 @takes_program
@@ -38,7 +39,7 @@ def active_units(
       over data; ``variance_se``: its standard error over data, by the delta method.
     - ``kl``: :math:`\frac1N \sum_n \mathrm{KL}\bigl(q(z_j \mid x_n) \,\|\, p(z_j)\bigr)` in nats. Where a dimension
       depends on earlier sites' samples, it is the conditional KL, averaged over those samples. NaN where a dimension
-      has no marginal in closed form (flows). ``kl_se``: its standard error over data.
+      has no marginal in closed form (flows, Pyro's AutoGuides). ``kl_se``: its standard error over data.
     - ``active``: whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
 
     Arguments:
@@ -48,7 +49,8 @@ def active_units(
         threshold: the variance above which a dimension is active, in the squared units of z.
 
     Raises:
-        ValueError: `threshold` is negative, fewer than 2 data, or an error of :func:`pyro_vae.log_likelihood`.
+        ValueError: `threshold` is negative, fewer than 2 data, a guide without a finite mean, or an error of
+            :func:`pyro_vae.log_likelihood`.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -91,7 +93,13 @@ def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         guide = run.guide[name]
         q, p = univariate(guide["fn"]), univariate(site["fn"])
         means = by_dimension(run, guide, _means(guide, q)).double()
-        found[name] = means.mean(0), means.var(0) / len(means), _kl(run, guide, q, p).double().mean(0)
+        if not bool(means.isfinite().all()):
+            raise PyroVAEError(
+                f"guide site '{name}' ({family(guide['fn'])}) has no finite mean: expected one for each datum, whose "
+                "variance over data tells the active units. Choose another family, or use pv.decompose_elbo, whose KL "
+                "needs no mean."
+            )
+        found[name] = means.mean(0), means.var(0) / len(means), _kl(run, name, q, p).double().mean(0)
     return found
 
 
@@ -105,12 +113,13 @@ def _means(guide: Any, q: Any) -> Tensor:
         return guide["value"]
 
 
-def _kl(run: Run, guide: Any, q: Any, p: Any) -> Tensor:
-    shape = guide["value"].shape
+def _kl(run: Run, name: str, q: Any, p: Any) -> Tensor:
+    guide = run.guide[name]
+    value = guide["value"]
     if q is None or p is None:
-        return by_dimension(run, guide, torch.full(shape, math.nan))
+        return by_dimension(run, guide, torch.full_like(value, math.nan))
     try:
-        value = kl_divergence(q, p)
-    except NotImplementedError:  # PyTorch has no closed form, so samples estimate it
-        value = q.log_prob(guide["value"]) - p.log_prob(guide["value"])
-    return by_dimension(run, guide, value.expand(shape))
+        kl = closed_form(q, p, name)
+    except NoClosedFormError:  # so samples estimate it
+        kl = q.log_prob(value) - p.log_prob(value)
+    return by_dimension(run, guide, kl.expand(value.shape))

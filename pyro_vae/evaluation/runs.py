@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -11,7 +12,7 @@ from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, Sites, unwrapped
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.families import OF_ONE_PARTICLE, constructor_arguments
+from pyro_vae.evaluation.families import OF_ONE_PARTICLE, constructor_arguments, suffices
 
 Values = dict[str, Tensor]
 
@@ -81,9 +82,10 @@ def _stacked(values: list[Tensor], dims: int) -> Tensor:
 
 
 def _joined_fn(fns: list[Any], depth: int) -> Any:
-    first = fns[0]
-    if unwrapped(first) is not first:
-        joined, inner = copy.copy(first), depth
+    first: Any = fns[0]
+    if isinstance(first, Independent | MaskedDistribution):
+        joined: Any = copy.copy(first)
+        inner = depth
         if isinstance(first, Independent):
             inner += first.reinterpreted_batch_ndims
         joined.base_dist = _joined_fn([fn.base_dist for fn in fns], inner)
@@ -94,9 +96,9 @@ def _joined_fn(fns: list[Any], depth: int) -> Any:
         joined._batch_shape = outer[: len(outer) - (inner - depth)]
         return joined
     parameters = [constructor_arguments(fn) for fn in fns]
-    if not parameters[0]:
-        standing = copy.copy(first)  # has the support and the shape of an event
+    if not suffices(parameters[0], first):
+        standing = copy.copy(unwrapped(first))  # has the support and the shape of an event
         setattr(standing, OF_ONE_PARTICLE, True)
         return standing
     dims = {name: value.dim() - len(first.batch_shape) + depth for name, value in parameters[0].items()}
-    return type(first)(**{n: _stacked([each[n] for each in parameters], d) for n, d in dims.items()})
+    return type(unwrapped(first))(**{n: _stacked([each[n] for each in parameters], d) for n, d in dims.items()})

@@ -1,62 +1,131 @@
-"""Simulated data for bdmc: the model's own draws of x and z, with x as arguments of the model."""
+"""Simulated data for bdmc and to_arviz: the model's own draws of x and z, with x as arguments of the model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.sites import equal, is_factor, same_masks
-from pyro_vae.engine.traces import sample_sites, traced
+from pyro_vae.engine.program import Program
+from pyro_vae.engine.simulation import drawing, given_either, same_density
+from pyro_vae.engine.sites import Sites, equal, is_factor, same_masks
+from pyro_vae.engine.traces import given, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.pieces import Args
+
+MOST_EXACT = 2**24  # the largest whole number up to which float32 has all
 
 
 def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tensor]]:
     """Draw x and z from p(x, z): the arguments with the drawn x in place of the observed one, and z by site."""
-    args = tuple(argument.contiguous() for argument in args)  # whose clones have the same strides
-    observed = sample_sites(traced(model, args))
-    trace = traced(poutine.uncondition(model), args)
+    args = _apart(args)
+    observed, trace = sample_sites(traced(model, args)), traced(drawing(model), args)
     drawn = sample_sites(trace)
-    replaced, latents = [argument.clone() for argument in args], {}
     for name, site in observed.items():
-        value = site["value"]
-        if not site["is_observed"]:
-            latents[name] = drawn[name]["value"]
-            continue
         if is_factor(site):
             raise PyroVAEError(
                 f"model site '{name}' is a factor: expected a model that can be simulated. Use pv.ais, on data."
             )
-        places = [_place(value, *each) for each in zip(args, replaced, strict=True)]
-        if all(place is None for place in places):
-            raise PyroVAEError(
-                f"model site '{name}' observes something that is no part of an argument of the model: expected obs= to "
-                "be an argument or a view of one, such as x[:, 0], so that simulated data can take its place. "
-                "Preprocess x before the call."
-            )
-        for place in places:
-            if place is not None:
-                place.copy_(drawn[name]["value"].reshape(place.shape))
-    again = sample_sites(traced(poutine.replay(model, trace=trace), tuple(replaced)))
-    for name in observed:
-        first, second = drawn[name]["unscaled_log_prob"], again[name]["unscaled_log_prob"]
-        same = torch.allclose(first, second, rtol=1e-3, atol=1e-2, equal_nan=True)
-        if not same or not same_masks(drawn[name], again[name]):
+    replaced, missing = _replaced(model, args, observed, drawn)
+    if missing:
+        raise PyroVAEError(
+            f"model site '{missing[0]}' observes something that is no part of an argument of the model: expected obs= "
+            "to be an argument or elements of one, such as x[:, 0], so that simulated data can take its place. "
+            "Preprocess x before the call."
+        )
+    before, after = given_either(model, trace, (args, {}), (replaced, {}))
+    for name, site in before.items():
+        if not same_density(site, after.get(name)) or not same_masks(site, after[name]):
             raise PyroVAEError(
                 f"model site '{name}' has another density, or mask, when the model is called with its simulated data: "
                 "expected a model that uses x only in obs=, so that one run can simulate it. Use pv.ais, on data."
             )
-    return tuple(replaced), latents
+    return replaced, {name: drawn[name]["value"] for name, site in observed.items() if not site["is_observed"]}
 
 
-def _place(observed: Tensor, argument: Tensor, new: Tensor) -> Tensor | None:
-    """The part of `new`, a copy of the argument, that belongs to what a site observes; None if it is no part of it."""
-    first = observed.storage_offset() - argument.storage_offset()
-    last = first + sum((size - 1) * stride for size, stride in zip(observed.shape, observed.stride(), strict=True))
-    is_view = observed.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
-    once = all(size == 1 or stride for size, stride in zip(observed.shape, observed.stride(), strict=True))
-    if is_view and once and observed.dtype == argument.dtype and first >= 0 and last < argument.numel():
-        return new.as_strided(observed.shape, observed.stride(), new.storage_offset() + first)
-    if argument.numel() == observed.numel() and equal(argument.reshape(observed.shape), observed):
-        return new
-    return None
+def sites_that_read(program: Program) -> list[str]:
+    """The sites whose density reads data that the model observes, as in teacher forcing: one run can't draw them."""
+    args = _apart(program.args)
+    with program.unnoticed():
+        observed = sample_sites(program.on(args).trace()[0])
+        latents = {name: site["value"] for name, site in observed.items() if not site["is_observed"]}
+        model = poutine.replay(program.model, trace=given(latents))
+        trace = traced(drawing(model), args)
+        replaced, _ = _replaced(model, args, observed, sample_sites(trace))
+        # Data that have no place among the arguments stay as they are drawn, in both runs.
+        before, after = given_either(drawing(model), trace, (args, {}), (replaced, {}))
+    return [name for name, site in before.items() if not is_factor(site) and not same_density(site, after.get(name))]
+
+
+@contextmanager
+def prior_that_draws() -> Iterator[None]:
+    """Around draws from a prior, which an improper one does not have."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "support sampling" not in str(error):
+            raise
+        raise PyroVAEError(
+            f"{str(error).splitlines()[0]}: expected latents that can be drawn from their prior. Use pv.ais with "
+            "start='guide', whose chains start at the guide's draws."
+        ) from error
+
+
+def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) -> tuple[Args, list[str]]:
+    """The arguments with the drawn data in place of the observed ones, and the sites that observe no part of them."""
+    replaced, missing = list(_apart(args)), []
+    for name, site in observed.items():
+        if not site["is_observed"] or is_factor(site):
+            continue
+        positions = _positions(site["value"], args) or _positions_by_slope(model, args, name)
+        for i, taken in positions.items():
+            replaced[i].view(-1)[taken] = drawn[name]["value"].flatten().to(replaced[i])
+        if not positions:
+            missing.append(name)
+    return tuple(replaced), missing
+
+
+def _apart(args: Args) -> Args:
+    """Copies of the arguments, each with a storage of its own, whose positions tell which elements are observed."""
+    return tuple(argument.clone(memory_format=torch.contiguous_format) for argument in args)
+
+
+def _positions(value: Tensor, args: Args) -> dict[int, Tensor]:
+    """The arguments that an observed value is, or is a view of, each with the positions of its elements there."""
+    found = {}
+    for i, argument in enumerate(args):
+        places = torch.arange(argument.numel(), device=argument.device)
+        is_view = value.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+        if is_view and value.dtype == argument.dtype:
+            places = places.as_strided(value.shape, value.stride(), value.storage_offset()).flatten()
+            if len(places.unique()) == len(places):
+                found[i] = places
+        elif argument.numel() == value.numel() and equal(argument.reshape(value.shape), value):
+            found[i] = places
+    return found
+
+
+def _positions_by_slope(model: PyroFunction, args: Args, name: str) -> dict[int, Tensor]:
+    """The same for a copy of some elements, such as x[rows, t]: its derivative tells which ones they are."""
+    leaves = [argument.clone().requires_grad_(argument.is_floating_point()) for argument in args]
+    with torch.enable_grad():
+        value: Any = traced(model, tuple(leaves)).nodes[name]["value"]
+    if not value.requires_grad or value.numel() > MOST_EXACT:
+        return {}
+    order = torch.arange(1, value.numel() + 1, device=value.device).to(value)
+    for i, leaf in enumerate(leaves):
+        if not leaf.requires_grad:
+            continue
+        (slope,) = torch.autograd.grad(
+            value, leaf, order.reshape(value.shape), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        seen = slope.flatten().nonzero()[:, 0]
+        places = seen[slope.flatten()[seen].argsort()]
+        if torch.equal(slope.flatten()[places], order.to(slope)) and torch.equal(
+            args[i].flatten()[places].to(value), value.detach().flatten()
+        ):
+            return {i: places}
+    return {}

@@ -187,7 +187,7 @@ class ELBO(Objective):
             else:
                 q, p = _both_sites(run, name)
                 if not any(mask is False for mask in masks(q)):  # which no density counts, whatever the families
-                    yield site, self._weighed(_closed_form(q["fn"], p["fn"], name))
+                    yield site, self._weighed(closed_form(q["fn"], p["fn"], name))
 
     def _weighed(self, term: Tensor) -> Tensor:
         beta = self._beta()
@@ -206,7 +206,7 @@ class ELBO(Objective):
                 "mask, or use free_bits=0."
             )
         sampled = self.kl == "monte_carlo"
-        kl = q.log_prob(guide["value"]) - p.log_prob(guide["value"]) if sampled else _closed_form(q, p, name)
+        kl = q.log_prob(guide["value"]) - p.log_prob(guide["value"]) if sampled else closed_form(q, p, name)
         event_dim = guide["fn"].event_dim
         average = kl.flatten(0, kl.dim() - event_dim - 1).mean(0) if kl.dim() > event_dim else kl
         kl = torch.where(average > self.free_bits, kl, self.free_bits)
@@ -259,7 +259,7 @@ def _both_sites(run: Run, name: str) -> tuple[Site, Site]:
     return guide, model
 
 
-def _closed_form(q: Any, p: Any, name: str) -> Tensor:
+def closed_form(q: Any, p: Any, name: str) -> Tensor:
     """KL(q || p) at one site, in the shape of its batch."""
     try:
         # PyTorch's formulas for these are wrong: a Delta's has no log-density, a folded family's is that of the base.

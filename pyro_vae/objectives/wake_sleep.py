@@ -9,7 +9,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.sites import Site
+from pyro_vae.engine.simulation import Call, drawing, given_either, same_density
+from pyro_vae.engine.sites import Site, same_masks
 from pyro_vae.engine.traces import sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Objective, Options
@@ -82,7 +83,7 @@ def _dreamt(program: Program) -> Tensor:
     """The guide's log-density of dreamt latents given the data of the same dream, summed over data."""
     args, kwargs = program.args, program.kwargs
     with torch.no_grad():
-        dream = traced(poutine.uncondition(program.model), args, kwargs)
+        dream = traced(drawing(program.model), args, kwargs)
     dreamt = [site for site in sample_sites(dream).values() if site["infer"].get("was_observed")]
     for site in dreamt:
         if not any(_observes(site, argument) for argument in (*args, *kwargs.values())):
@@ -105,18 +106,11 @@ def _dreamt(program: Program) -> Tensor:
     return torch.stack([site["log_prob_sum"] for site in sites.values()]).sum()
 
 
-def _check_dream(program: Program, dream: Trace, asleep: tuple[Any, Any]) -> None:
+def _check_dream(program: Program, dream: Trace, asleep: Call) -> None:
     """Refuse a model that reads data while it dreams: it has another density given the data than given the dream."""
-    densities: list[dict[str, Tensor]] = []
-    awake = program.args, program.kwargs
-    for (args, kwargs), model in ((awake, poutine.uncondition(program.model)), (asleep, program.model)):
-        # Batch norm must not notice such a run, and both draw dropout from one state, so that only the data differ.
-        trace, _ = Program(poutine.replay(model, trace=dream), lambda *_, **__: None, args, kwargs).trace()
-        densities.append({name: site["log_prob"] for name, site in sample_sites(trace).items()})
-    given, dreamt = densities
-    for name in given:
-        same = name in dreamt and given[name].shape == dreamt[name].shape
-        if not same or not torch.allclose(given[name], dreamt[name], rtol=1e-3, atol=1e-2, equal_nan=True):
+    given, dreamt = given_either(program.model, dream, (program.args, program.kwargs), asleep)
+    for name, site in given.items():
+        if not same_density(site, dreamt.get(name)) or not same_masks(site, dreamt[name]):
             raise PyroVAEError(
                 f"RWS(sleep) dreams data that model site '{name}' depends on: expected a model that only observes its "
                 "data, got another density when dreams replace them (teacher forcing, as in an autoregressive "

@@ -281,6 +281,14 @@ def test_refusals_of_programs():
     pv.ais(factor, None, x, **QUICK)
     refused("model site 'f' is a factor", factor, x=x, function=pv.bdmc)
 
+    def improper(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    for function in (pv.ais, pv.bdmc):
+        refused("ImproperUniform does not support sampling: .* start='guide'", improper, x=x, function=function)
+
     def elsewhere(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -300,3 +308,42 @@ def test_refusals_of_programs():
         x=torch.randn(4, 3),
         function=pv.bdmc,
     )
+
+
+def test_bdmc_puts_copies_of_elements_back():
+    """Columns by an index, which are copies, in another order; the others, which the model does not observe, stay."""
+    x = torch.randn(40, 4, dtype=torch.float64)
+    rows, columns = torch.arange(40), [0, 2, 1]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("last", dist.Normal(z, 0.5), obs=x[rows, columns[0]])
+            pyro.sample(
+                "x", dist.Normal(z[..., None] + x.new_tensor([100.0, 200.0]), 0.5).to_event(1), obs=x[:, columns[1:]]
+            )
+
+    sandwich = pv.bdmc(model, None, x, seed=0, **QUICK)
+    simulated = sandwich.x[:, columns] - x.new_tensor([0.0, 100.0, 200.0])
+    assert torch.equal(sandwich.x[:, 3], x[:, 3])
+    eye = torch.eye(3, dtype=torch.float64)
+    exact = dist.MultivariateNormal(0 * simulated, 0.25 * eye + 1).log_prob(simulated)
+    for ratio in ((sandwich.lower.log_weights - exact).exp().mean(0), (exact - sandwich.upper_per_datum).exp()):
+        assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(40)
+
+
+def test_bdmc_of_an_event_that_broadcasts_to_its_data():
+    """A density takes three values beside an event of one; a draw has three too."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x)
+
+    sandwich = pv.bdmc(model, None, torch.zeros(40, 3, dtype=torch.float64), seed=0, **QUICK)
+    eye = torch.eye(3, dtype=torch.float64)
+    exact = dist.MultivariateNormal(0 * sandwich.x, eye + 1).log_prob(sandwich.x)
+    for ratio in ((sandwich.lower.log_weights - exact).exp().mean(0), (exact - sandwich.upper_per_datum).exp()):
+        assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(40)
+    spread = (sandwich.x[:, 0] - sandwich.x[:, 1]).var() / 2  # of variance 1: each has noise of its own
+    assert abs(spread - 1) < 4 * math.sqrt(2 / 39)

@@ -116,3 +116,13 @@ def test_decomposition_in_pieces_and_of_several_sites(monkeypatch):
     assert "dimension-wise unknown" in str(parts)
     with pytest.raises(ValueError, match="num_samples to be an integer, at least 2"):
         pv.decompose_elbo(model, guide, x, 1)
+
+
+def test_of_one_datum_the_aggregate_posterior_is_the_posterior():
+    program = LinearGaussian(4, 2, 1, wrong=True)
+    parts = pv.decompose_elbo(program.model, program.guide, program.x, 400, seed=0)
+    assert parts.mutual_information.value == 0
+    q = dist.MultivariateNormal(program.x @ program.A.T + program.c, scale_tril=program.L.tril())
+    kl = torch.distributions.kl_divergence(q, program.prior).item()
+    assert abs(parts.marginal_kl.value - kl) < 4 * parts.marginal_kl.standard_error
+    assert abs(parts.elbo.value - program.exact_elbo().item()) < 4 * parts.elbo.standard_error

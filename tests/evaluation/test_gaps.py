@@ -181,3 +181,65 @@ def test_a_pair_s_own_normals_have_free_parameters():
     gaps = pv.inference_gaps(vae, torch.randn(20, 4), 100, num_steps=100, seed=0, progress=False)
     assert gaps.amortisation.value > 4 * gaps.amortisation.standard_error
     assert gaps.best_elbo.isfinite().all()
+
+
+class WithoutExpand(dist.TorchDistribution):
+    """A normal of one's own, which a plate expands by a wrapper."""
+
+    arg_constraints = dist.Normal.arg_constraints
+    support = dist.Normal.support
+    has_rsample = True
+
+    def __init__(self, loc, scale, validate_args=None):
+        self.loc, self.scale = torch.distributions.utils.broadcast_all(loc, scale)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    def rsample(self, sample_shape=()):
+        shape = self.shape(sample_shape)
+        return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype)
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, self.scale).log_prob(value)
+
+
+@pytest.mark.parametrize(("shared", "vectorize"), [(True, True), (True, False), (False, True)])
+def test_a_family_without_an_expand_has_free_parameters_for_each_datum(shared, vectorize):
+    """The guide has the posterior's family; its own normal is shared by all data, or has another mean."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        loc = x.new_zeros(()) if shared else x
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", WithoutExpand(loc, 0.8))
+
+    x = torch.linspace(-2, 2, 10, dtype=torch.float64)
+    settings = {"vectorize_particles": vectorize, "seed": 0, "progress": False}
+    gaps = pv.inference_gaps(model, guide, x, 100, num_steps=50, lr=0.2, **settings)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    # After few steps; with one parameter for all data, the first datum would be off by 1.
+    torch.testing.assert_close(gaps.best_elbo, exact, rtol=0, atol=0.1)
+    own = dist.Normal(0.0 * x if shared else x, 0.8)
+    kl = torch.distributions.kl_divergence(own, dist.Normal(x / 2, 0.5**0.5))
+    # The log-weight of a sample is log p(x) - log q(z) + log p(z|x), linear and quadratic in its noise.
+    slope, curve = 2 * (own.loc - x / 2) * 0.8, 0.5 - 0.8**2
+    assert (((gaps.elbo - exact + kl) / ((slope**2 + 2 * curve**2) / 100).sqrt()).abs() < 4).all()
+
+
+def test_scales_change_no_gap():
+    """Log p(x) has no scale, as in pv.log_likelihood: with a scale at one site, the gaps are those without it."""
+    program = LinearGaussian(3, 2, 20, wrong=True)
+
+    def scaled(x):
+        with pyro.poutine.scale(scale=0.1):
+            program.model(x)
+
+    first, second = (
+        pv.inference_gaps(model, program.guide, program.x, 100, num_steps=100, seed=0, progress=False)
+        for model in (program.model, scaled)
+    )
+    assert torch.equal(first.best_elbo, second.best_elbo)
+    assert torch.equal(first.log_likelihood, second.log_likelihood)

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import LinearGaussian
+from pyro.infer.autoguide import AutoNormal
 from torch.distributions import kl_divergence
 
 import pyro_vae as pv
@@ -81,3 +82,43 @@ def test_active_units_of_families_without_a_mean_in_closed_form():
     for site in ("s", "c"):
         assert abs(table.variance[site, 0] - exact) < 4 * max(table.variance_se[site, 0], 1e-3)
     assert table.active.all()
+
+
+def of_normals(prior, posterior):
+    """z ~ prior, x ~ N(z, 1), with a posterior from a function of x."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", posterior(x))
+
+    return model, guide
+
+
+def test_the_kl_of_a_folded_posterior_is_not_that_of_its_base():
+    def folded(loc):
+        return dist.FoldedDistribution(dist.Normal(loc, 1.0))
+
+    x = torch.ones(2000, dtype=torch.float64)
+    table = pv.active_units(of_normals(folded(torch.zeros_like(x)), folded), x, 2, seed=0)
+    z = torch.linspace(1e-9, 12, 4001, dtype=torch.float64)
+    log_q, log_p = (folded(torch.full_like(z, loc)).log_prob(z) for loc in (1.0, 0.0))
+    exact = torch.trapezoid(log_q.exp() * (log_q - log_p), z).item()
+    assert abs(table.kl.item() - exact) < 4 * table.kl_se.item()  # that of the bases is 0.5
+
+
+def test_a_point_of_an_auxiliary_site_has_no_kl_of_its_own():
+    model, _ = of_normals(dist.Normal(0.0, 1.0), None)
+    x = torch.randn(25)
+    table = pv.active_units(model, AutoNormal(model), x, 3)
+    assert table.kl.isna().all()
+
+
+def test_a_posterior_without_a_mean():
+    program = of_normals(dist.Cauchy(0.0, 1.0), lambda x: dist.Cauchy(x, 1.0))
+    with pytest.raises(pv.PyroVAEError, match=r"guide site 'z' \(Cauchy\) has no finite mean"):
+        pv.active_units(program, torch.randn(5), 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -140,3 +141,26 @@ def test_overall_error_is_over_data():
     result = pv.log_likelihood(program.model, program.guide, program.x, 500)
     assert z_score(program.log_evidence(), result.mean) < 1
     assert result.standard_error == pytest.approx(program.log_evidence().std().item() / 20, rel=0.05)
+
+
+def test_the_advice_for_a_latent_that_all_data_share():
+    """The message's program gives log p(x) at a value of the latent."""
+
+    def model(x):
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), s), obs=x)
+
+    def guide(x):
+        pyro.sample("s", dist.LogNormal(0.0, 0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 5, 0.8**0.5))  # the posterior where s is 2
+
+    x = torch.randn(5)
+    with pytest.raises(pv.PyroVAEError, match="model site 's' is a latent site outside") as refusal:
+        pv.log_likelihood(model, guide, x, 10)
+    advice = re.search(r"poutine\.block\(.*\]\)", str(refusal.value)).group()
+    names = {"poutine": pyro.poutine, "value": torch.tensor(2.0)}
+    program = tuple(eval(advice, names | {"program": each}) for each in (model, guide))
+    found = pv.log_likelihood(program, x, 10, progress=False).per_datum.float()
+    torch.testing.assert_close(found, dist.Normal(0.0, 5**0.5).log_prob(x), rtol=0, atol=8 * 2**-23)

@@ -231,6 +231,8 @@ def converts(row: Row) -> None:
     """ArviZ's groups."""
     pair, args = row.build()
     groups = pv.to_arviz(pair, args, 10)
+    if row.name == "Autoencoder":  # which reads x, so that it has no draws of x
+        return
     if groups["posterior_predictive"]["x"].shape != (1, 10, *args[0].shape):
         raise ValueError(f"expected x in every draw, got {groups['posterior_predictive']['x'].shape}.")
 

@@ -129,6 +129,25 @@ def test_the_sleep_phase_follows_log_q_of_dreams():
         torch.testing.assert_close(found.mean(0), wake + share * dreamt, rtol=0, atol=0.02)
 
 
+def test_dreams_of_an_event_that_broadcasts_to_its_data():
+    """A density takes three values beside an event of one, and a dream has three. At the posterior the step is zero."""
+    slope, log_scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.75, math.log(0.5)))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(slope * x.mean(-1), log_scale.exp()))
+
+    objective, x = pv.RWS(2, sleep=1.0, max_plate_nesting=1), torch.zeros(500, 3, dtype=torch.float64)
+    losses = (objective.differentiable_loss(model, guide, x) for _ in range(50))
+    found = torch.stack([torch.stack(torch.autograd.grad(loss, [slope, log_scale])) for loss in losses])
+    assert z_score(found, torch.zeros(2)).max() < 4
+
+
 def _wake_phase(program, share):
     grid = Outcomes(program, 40)
     grid.probability = grid.probability.detach()

@@ -1,0 +1,66 @@
+"""Simulates data: a model that draws what it observes, and whether one run can draw it."""
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch.distributions import Independent
+
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program
+from pyro_vae.engine.sites import Site, Sites
+from pyro_vae.engine.traces import sample_sites
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments and the keyword arguments of a model
+
+
+class OfObservedShape(Messenger):
+    """Expands the event of an observed site to that of its data, to which densities broadcast and draws do not."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            msg["fn"] = _expanded(msg["fn"], msg["value"].shape)
+
+
+def _expanded(fn: Any, shape: torch.Size) -> Any:
+    event = shape[len(shape) - fn.event_dim :]
+    if fn.event_dim > len(shape) or event == fn.event_shape:
+        return fn
+    base: Any = getattr(fn, "base_dist", None)
+    if isinstance(fn, MaskedDistribution):
+        return _expanded(base, shape).mask(fn._mask)
+    if not isinstance(fn, Independent):
+        return fn
+    number = fn.reinterpreted_batch_ndims
+    return base.expand(base.batch_shape[:-number] + event[: len(event) - base.event_dim]).to_event(number)
+
+
+def drawing(model: PyroFunction) -> PyroFunction:
+    """The model, which draws what it observes, in the shape of its data."""
+    drawn: PyroFunction = poutine.uncondition(OfObservedShape()(model))
+    return drawn
+
+
+def given_either(model: PyroFunction, draws: Trace, data: Call, drawn: Call) -> tuple[Sites, Sites]:
+    """The sites of the model at these draws, called with the data and with the drawn data in their place.
+
+    A site with another density reads the data that it, or another site, observes: one run can't simulate it.
+    """
+    both = []
+    for (args, kwargs), each in ((data, drawing(model)), (drawn, model)):
+        # Batch norm must not notice such a run, and both draw dropout from one state, so that only the data differ.
+        trace, _ = Program(poutine.replay(each, trace=draws), lambda *_, **__: None, args, kwargs).trace()
+        both.append(sample_sites(trace))
+    return both[0], both[1]
+
+
+def same_density(first: Site, second: Site | None) -> bool:
+    """Whether a site has one log-density in two runs, where the first one's mask counts it; None is no such site."""
+    if second is None or first["unscaled_log_prob"].shape != second["unscaled_log_prob"].shape:
+        return False
+    a, b = (scale_and_mask(site["unscaled_log_prob"], mask=first["mask"]) for site in (first, second))
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-2, equal_nan=True)
