@@ -12,7 +12,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pyro_vae.compiled.recording import SavesBeforeWriting, record, unchanged
+from pyro_vae.compiled.recording import SavesBeforeWriting, record, same_values, unchanged
 from pyro_vae.engine import rng
 from pyro_vae.engine.modules import eval_mode
 from pyro_vae.engine.precision import autocast_of_layers, single_precision
@@ -28,12 +28,13 @@ class Compiled:
     code: Callable[..., Any]  # a function of the captured tensors, then of the arguments
     captured: list[Tensor]  # it updates those that the program updates, such as batch norm's statistics
     read: list[tuple[Tensor, int]]  # tensors of integers whose values are constants of the code, with their versions
-    bound: list[tuple[dict[str, Any], str, Any]]  # each dictionary, name and part of the modules: all must stay
+    bound: "Bound"  # the parts of the modules: all must stay
     seconds: float  # the time to record and compile
     eager_seconds: float | None  # the time of an uncompiled call; None without `on_compile`
     compiled_seconds: float | None  # the time of a compiled call; None without `on_compile`
 
 
+Bound = list[tuple[dict[str, Any], str, Any]]  # each dictionary, name and part of some modules
 OnCompile = Callable[[Compiled | None], None]  # called when a compilation begins, with None, and when it ends
 
 
@@ -113,8 +114,11 @@ class CompiledFunction:
                 save(buffer for module in self.modules for buffer in module.buffers(recurse=False))
                 with pyro.validation_enabled(True):
                     function(*tensors)
-                started = time.perf_counter()
                 reordered = [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]  # in their support too
+                before = _bound(self.modules)
+                function(*reordered)
+                _require_kept(before)
+                started = time.perf_counter()
                 recorded = record(function, tensors, reordered)
             inputs = [*recorded.captured, *tensors]
             with unchanged(inputs), torch.no_grad():
@@ -124,16 +128,33 @@ class CompiledFunction:
                 compiled_seconds = _seconds(code, inputs) if self.on_compile else None
                 with pyro.validation_enabled(False):
                     eager_seconds = _seconds(function, tensors) if self.on_compile else None
-        bound = [
-            (owner, name, part)
-            for module in self.modules
-            for owner in (module._parameters, module._buffers, module._modules)
-            for name, part in owner.items()
-        ]
+        bound = _bound(self.modules)
         compiled = Compiled(code, recorded.captured, recorded.read, bound, seconds, eager_seconds, compiled_seconds)
         if self.on_compile is not None:
             self.on_compile(compiled)
         return compiled
+
+
+def _bound(modules: list[nn.Module]) -> Bound:
+    return [
+        (owner, name, part)
+        for module in modules
+        for owner in (module._parameters, module._buffers, module._modules)
+        for name, part in owner.items()
+    ]
+
+
+def _require_kept(bound: Bound) -> None:
+    """Refuse a program whose last run has assigned a module another tensor than one of these: later ones are lost."""
+    for owner, name, part in bound:
+        now = owner.get(name)
+        if now is part or (isinstance(now, Tensor) and isinstance(part, Tensor) and same_values(now, part)):
+            continue
+        raise PyroVAEError(
+            f"the program can't be compiled, since it assigns a module's '{name}' anew when it runs, which would be "
+            f"lost: expected tensors that stay. Write into it, self.{name}.copy_(new) under torch.no_grad(), or run it "
+            "uncompiled (compile=False in pv.fit)."
+        )
 
 
 def _has_lost_parts(compiled: Compiled) -> bool:

@@ -40,7 +40,7 @@ class Recording:
 def record(function: Callable[..., Any], args: Sequence[Tensor], other_args: Sequence[Tensor]) -> Recording:
     """Record a function of tensors at two arguments; refuse it if the runs differ: then a Python value decides."""
     first, second = _record(function, args), _record(function, other_args)
-    alike = len(first.captured) == len(second.captured) and all(map(_equal, first.captured, second.captured))
+    alike = len(first.captured) == len(second.captured) and all(map(same_values, first.captured, second.captured))
     here, there = (str(recording.graph.graph).splitlines() for recording in (first, second))
     if alike and here == there:
         return first
@@ -76,6 +76,12 @@ def _record(function: Callable[..., Any], args: Sequence[Tensor]) -> Recording:
             "expected operations that depend on shapes alone, since a compiled step runs the same operations for any "
             f"data. {FIX}"
         ) from error
+    except _ReplacesData as error:
+        raise PyroVAEError(
+            "the program can't be compiled, since it replaces a tensor's data, which would be lost, at "
+            f"{users_line(error)}: expected tensors that keep their memory. Write into it: tensor.data.copy_(new), or "
+            "run it uncompiled (compile=False in pv.fit)."
+        ) from error
     if _other_generators() != elsewhere:
         raise PyroVAEError(
             "the program can't be compiled, since it draws from Python's or NumPy's random numbers, which would be the "
@@ -105,7 +111,8 @@ def _lifted(graph: fx.GraphModule, read: list[Tensor]) -> Recording:
     return Recording(graph, [tensor for tensor, _ in captured.values()], [(tensor, tensor._version) for tensor in read])
 
 
-def _equal(first: Tensor, second: Tensor) -> bool:
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two constants of a program are the same."""
     if first is second:
         return True
     same_kind = first.shape == second.shape and first.dtype == second.dtype and first.device == second.device
@@ -117,6 +124,10 @@ _PLAINLY = {"_local_scalar_dense": "item, bool, int or float", "index": "an inde
 
 class _ReadsValues(BaseException):
     """The program reads a tensor's value. It is no Exception, so that no ``except`` of the program hides it."""
+
+
+class _ReplacesData(BaseException):
+    """The program gives a tensor other memory. It is no Exception, as :class:`_ReadsValues`."""
 
 
 class _RefuseValues(TorchDispatchMode):
@@ -133,6 +144,8 @@ class _RefuseValues(TorchDispatchMode):
         self.recorded |= _tensors(values)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::set_":
+            raise _ReplacesData
         given = _tensors((args, kwargs))
         dtypes = [tensor.dtype for tensor in given.values()]
         # Integers that come neither from arguments nor from parameters are constants, such as the order of a flow's
@@ -161,14 +174,22 @@ def _tensors(values: Any) -> dict[int, Tensor]:
 
 
 class _RefuseArrays(TorchFunctionMode):
-    """Refuses to turn tensors into arrays and lists, which can't be recorded; ``one_hot`` only checks values."""
+    """Refuses what can't be recorded: tensors as arrays and lists, and ``tensor.data = new``.
+
+    ``one_hot`` only checks values.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in ("numpy", "__array__", "tolist"):
             raise _ReadsValues(func.__name__)
+        if func == _SET_DATA:
+            raise _ReplacesData
         return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:

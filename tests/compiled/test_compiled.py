@@ -502,6 +502,56 @@ def test_what_would_be_frozen_is_refused(read, words):
         step(torch.randn(4))
 
 
+class Average(nn.Module):
+    """A guide with an average of the data, which it updates in one of several ways, or only watches."""
+
+    def __init__(self, how, used=True):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(()))
+        self.gain, self.how, self.used = nn.Parameter(torch.tensor(0.4)), how, used
+
+    def forward(self, x):
+        with torch.no_grad():
+            new = 0.9 * self.average + 0.1 * x.mean()
+        if self.how == "data":
+            self.average.data = new
+        elif self.how == "set_":
+            self.average.set_(new)
+        elif self.how == "attribute":
+            self.average = new
+        elif self.how == "constant":
+            self.average = torch.ones(())
+        else:
+            self.average.data.copy_(new)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.gain * x + (self.average if self.used else 0.0), 1.0))
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("data", r"test_compiled.py:\d+, in forward: `self.average.data = new`: .* tensor.data.copy_"),
+        ("set_", r"in forward: `self.average.set_\(new\)`"),
+        ("attribute", r"assigns a module's 'average' anew .* self.average.copy_\(new\)"),
+        ("copy_", None),
+        ("constant", None),
+    ],
+)
+def test_tensors_that_a_program_replaces_are_refused_by_name(how, words, used, without_inductor):
+    torch.manual_seed(0)
+    x, own, other = torch.randn(6), Average(how, used), Average(how, used)
+    step = pv.compile_step(reading(lambda z, x: z), own, pv.ELBO(), torch.optim.SGD(own.parameters(), 0.1))
+    if words is not None:
+        with pytest.raises(pv.PyroVAEError, match=words):
+            step(x)
+        return
+    for _ in range(3):
+        step(x)
+        other(x)
+    torch.testing.assert_close(own.average, other.average)
+
+
 def test_no_except_of_the_program_swallows_a_refusal():
     def swallowing(z, x):
         try:
