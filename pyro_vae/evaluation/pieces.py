@@ -1,5 +1,6 @@
 """The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,8 +46,19 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     its batch plate, and an empty tensor stands for them.
     """
     given = x if isinstance(x, tuple) else (x,)
-    if not all(isinstance(each, int | float | str | None) for each in given):
-        return Program(model, guide, arguments(x, least))
+    without_tensors = all(isinstance(each, int | float | str | None) for each in given)
+    if not without_tensors:
+        given = arguments(x, least)
+    for function in (model, *([] if guide is None else [guide])):
+        try:
+            inspect.signature(function).bind(*given)
+        except TypeError as error:
+            raise PyroVAEError(
+                f"expected x to be the arguments of model and guide, a tensor or a tuple, got {len(given)} of them: "
+                f"{error}. Pass one for each argument that has no default."
+            ) from error
+    if not without_tensors:
+        return Program(model, guide, given)
     whole = Program(model, guide, given)
     model_sites, guide_sites = map(sample_sites, whole.trace())
     plate = find_batch_plate(labelled(model_sites, guide_sites))
