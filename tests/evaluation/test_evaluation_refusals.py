@@ -222,6 +222,16 @@ def test_a_model_that_observes_nothing(evaluation):
             evaluation(model, guide, torch.randn(4))
 
 
+@pytest.mark.parametrize("name", ["ais", "bdmc", "inference_gaps", "decompose_elbo"])
+def test_a_model_without_a_latent(name):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    with pytest.raises(pv.PyroVAEError, match="the model has no latent site"):
+        EVALUATIONS[name](model, lambda x: None, torch.randn(4))
+
+
 @everywhere
 def test_one_datum_has_no_error_over_data(evaluation):
     """An evaluation of each datum takes one; one whose result is over data refuses it."""
