@@ -16,7 +16,7 @@ from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation import runs
 from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
-from pyro_vae.evaluation.families import by_dimension, refuse_masks, same_for_all_particles, univariate
+from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_latents, same_for_all_particles, univariate
 from pyro_vae.evaluation.pieces import Args, checked, progress_bar
 
 DENSITIES_AT_ONCE = 2**21  # log-densities in memory: samples times data times dimensions
@@ -137,6 +137,7 @@ class _Samples:
     @classmethod
     def draw(cls, program: Program, num_samples: int, vectorize: bool) -> Self:
         run = runs.run(program, num_samples, vectorize)
+        require_latents(run)
         refuse_masks(run)
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}
         observed = {name: site for name, site in run.model.items() if site["is_observed"]}

@@ -43,6 +43,14 @@ def same_for_all_particles(site: Site) -> bool:
     return bool(values) and all(bool((value == value[:1]).all()) for value in values.values())
 
 
+def require_latents(run: Run) -> None:
+    """Raise an error if the model has no latent site."""
+    if all(site["is_observed"] for site in run.model.values()):
+        raise PyroVAEError(
+            "the model has no latent site: expected one, which has a posterior. Use pv.log_likelihood, which is exact."
+        )
+
+
 def refuse_masks(run: Run) -> None:
     """Raise an error if a latent site is masked, since a masked latent has no posterior."""
     for name, site in run.model.items():

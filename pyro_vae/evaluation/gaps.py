@@ -20,7 +20,7 @@ from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
-from pyro_vae.evaluation.families import constructor_arguments, same_for_all_particles, suffices
+from pyro_vae.evaluation.families import constructor_arguments, require_latents, same_for_all_particles, suffices
 from pyro_vae.evaluation.likelihood import draw_weights
 from pyro_vae.evaluation.pieces import checked, progress_bar
 from pyro_vae.evaluation.runs import run
@@ -240,6 +240,7 @@ def _has_family(fn: Any) -> bool:
 
 def _check(run: Run) -> None:
     """Raise an error unless each guide site has a parametric, reparameterised family that depends on x alone."""
+    require_latents(run)
     for name, site in run.guide.items():
         if name not in run.model or not _has_family(site["fn"]):
             raise PyroVAEError(

@@ -15,6 +15,7 @@ from pyro_vae.engine.sites import Site, Sites, family, unwrapped
 from pyro_vae.engine.supports import MixedInterval, Unknown, plain, support_of
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.families import require_latents
 from pyro_vae.evaluation.runs import run, run_at
 
 ACCEPTANCE = 0.65  # acceptance rate that the step size is adapted to, from Neal's analysis of HMC
@@ -51,6 +52,7 @@ class Chains:
         self.program, self.num_chains, self.num_leapfrog, self.bar = program, num_chains, num_leapfrog, bar
         self.vectorize = vectorize
         self.example = first = self._run()  # for the shapes of the sites
+        require_latents(first)
         _check_latents(first.model, first.guide, self._run().model)
         self.names = [name for name, site in first.model.items() if not site["is_observed"]]
         self.transforms = {name: biject_to(support_of(first.model[name]["fn"])) for name in self.names}

@@ -1,5 +1,6 @@
 """The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,11 +44,22 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     """The program on checked data.
 
     A program that is conditioned on its data may have numbers as its arguments, or none. Its rows are then those of
-    its batch plate. A tensor without memory of its own stands for them, with as many elements as the largest site.
+    its batch plate, and zeros stand for them.
     """
     given = x if isinstance(x, tuple) else (x,)
-    if not all(isinstance(each, int | float | str | None) for each in given):
-        return Program(model, guide, arguments(x, least))
+    without_tensors = all(isinstance(each, int | float | str | None) for each in given)
+    if not without_tensors:
+        given = arguments(x, least)
+    for function in (model, *([] if guide is None else [guide])):
+        try:
+            inspect.signature(function).bind(*given)
+        except TypeError as error:
+            raise PyroVAEError(
+                f"expected x to be the arguments of model and guide, a tensor or a tuple, got {len(given)} of them: "
+                f"{error}. Pass one for each argument that has no default."
+            ) from error
+    if not without_tensors:
+        return Program(model, guide, given)
     whole = Program(model, guide, given)
     model_sites, guide_sites = map(sample_sites, whole.trace())
     plate = find_batch_plate(labelled(model_sites, guide_sites))
@@ -56,7 +68,8 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
             f"the batch plate '{plate.name}' is subsampled ({plate.size} of {plate.full_size}), so that each run would "
             "have other data: expected a plate of all data. Pass no subsample_size."
         )
-    like = next((site["value"] for site in model_sites.values() if site["is_observed"]), torch.empty(0))
+    data = [site["value"] for site in model_sites.values() if site["is_observed"]]
+    elements = sum(value.numel() for value in data) // max(1, plate.size)
 
     def without_rows(function: PyroFunction) -> PyroFunction:
         def run(_: Tensor) -> Any:
@@ -65,8 +78,8 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
         run.__wrapped__ = function  # type: ignore[attr-defined]  # by which its modules are found
         return run
 
-    elements = max(site["value"].numel() for site in model_sites.values())
-    rows = arguments(like.new_zeros(()).expand(plate.size, -(-elements // max(1, plate.size))), least)
+    like = data[0] if data else torch.empty(())
+    rows = arguments(like.new_zeros(()).expand(plate.size, elements), least)  # as many elements as fit in memory
     return Program(without_rows(model), None if guide is None else without_rows(whole.guide_or_prior), rows)
 
 
@@ -144,7 +157,8 @@ def is_divisible(program: Program) -> bool:
             for sites, other in zip(whole, part, strict=True)
             for name, site in sites.items()
         )
-        return all(torch.allclose(*pair, rtol=1e-4, atol=1e-3, equal_nan=True) for pair in pairs)
+        # A program that ignores its rows has densities for all data each time.
+        return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-3, equal_nan=True) for a, b in pairs)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, KeyError):

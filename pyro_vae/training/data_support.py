@@ -74,12 +74,21 @@ class DataSupport:
         size = len(self.program.args[0])
         if len(batch[0]) > size:
             taken = torch.cat([rows, torch.arange(size, device=rows.device)])[:size]
-            found = self._outside(tuple(each[taken] for each in batch), torch.arange(size), column, name)
+            some = tuple(_taken(each, taken, len(batch[0])) for each in batch)
+            found = self._outside(some, torch.arange(size), column, name)
             return rows[found[found < len(rows)].to(rows.device)]
         model, _ = self.program.on(batch).trace()
         if name not in model:  # the program observes it on other rows alone
             return torch.arange(0)
         return _rows_outside(plain(support_of(model.nodes[name]["fn"])), batch[column])
+
+
+def _taken(column: Any, rows: Tensor, number: int) -> Any:
+    """Some of the rows of a column, which may be a list of strings; the column itself if it has no rows."""
+    if isinstance(column, Tensor):
+        return column[rows]
+    of_rows = isinstance(column, list | tuple) and len(column) == number
+    return type(column)(column[i] for i in rows.tolist()) if of_rows else column
 
 
 def _rows_outside(support: Any, data: Tensor) -> Tensor:

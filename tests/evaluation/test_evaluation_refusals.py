@@ -199,6 +199,13 @@ def test_programs_without_a_bound_per_datum(evaluation):
 
 
 @everywhere
+@pytest.mark.parametrize(("number", "got"), [(0, "missing a required"), (2, "too many")])
+def test_another_number_of_arguments(evaluation, number, got):
+    with pytest.raises(pv.PyroVAEError, match=f"x to be the arguments of model .* got {number} of them: {got}"):
+        evaluation(poisson, normal, (torch.ones(3),) * number)
+
+
+@everywhere
 def test_a_model_that_observes_nothing(evaluation):
     def model(x):
         with pyro.plate("data", len(x)):
@@ -213,6 +220,16 @@ def test_a_model_that_observes_nothing(evaluation):
     else:
         with pytest.raises(pv.PyroVAEError, match=r"the model observes nothing: .* got latent sites \['z'\] alone"):
             evaluation(model, guide, torch.randn(4))
+
+
+@pytest.mark.parametrize("name", ["ais", "bdmc", "inference_gaps", "decompose_elbo"])
+def test_a_model_without_a_latent(name):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    with pytest.raises(pv.PyroVAEError, match="the model has no latent site"):
+        EVALUATIONS[name](model, lambda x: None, torch.randn(4))
 
 
 @everywhere

@@ -12,13 +12,12 @@ from pyro.contrib.easyguide import EasyGuide
 
 import pyro_vae as pv
 from pyro_vae.engine.program import Program
+from pyro_vae.evaluation import pieces
 
 
 @pytest.mark.parametrize("kind", ["all rows", "rows by index", "one network"])
 def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
     """In a minibatch, such a guide would use another datum's parameters, without any error where it indexes them."""
-    from pyro_vae.evaluation import pieces
-
     program = wide((3, 2, 12))
     loc = program.x @ program.A.T + program.c
 
@@ -101,3 +100,13 @@ def test_an_easy_guide_is_as_new_after_a_run_that_failed():
         assert torch.allclose(bound, exact, atol=1e-5)
     history = pv.fit(normal_model, guide, x, pv.ELBO(kl="monte_carlo"), epochs=1, batch_size=10, lr=1e-9)
     assert history.train_bound.item() == pytest.approx(dist.Normal(0.0, 2**0.5).log_prob(x).mean().item(), abs=1e-5)
+
+
+def test_data_inside_a_program_count_as_elements_in_memory():
+    def model():
+        with pyro.plate("data", 2):
+            pyro.sample("x", dist.Normal(torch.zeros(500), 1.0).to_event(1), obs=torch.ones(2, 500))
+
+    program = pieces.program_on(model, lambda: None, ())
+    assert pieces.rows_at_once(program.args) == pieces.ELEMENTS_AT_ONCE // 500
+    assert not pieces.is_divisible(program)  # though the data are equal

@@ -546,6 +546,22 @@ def test_a_support_that_depends_on_the_minibatch_is_that_of_each(given):
             pv.fit(model, guide, data, pv.ELBO(), epochs=2, batch_size=None if given == "loader" else 4)
 
 
+def test_rows_outside_the_support_beside_strings():
+    """In a minibatch of more rows than the first, whose names come as a list of strings."""
+
+    class Named(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            return float(i if i < 8 else -i), f"row {i}"
+
+    def model(x, names):
+        with pyro.plate("data", len(names)):
+            pyro.sample("x", dist.Poisson(pyro.param("rate", torch.tensor(1.0))).expand([len(x)]), obs=x)
+
+    loader = DataLoader(Named(), batch_sampler=[[0, 1], [2, 3, 4, 5, 8]])
+    with pytest.raises(pv.PyroVAEError, match=r"data in the support of model site 'x'.* 1 of 5 rows outside; row 4"):
+        pv.fit(model, lambda x, names: None, loader, pv.ELBO(), epochs=1)
+
+
 SHAPED, AFFINE = dist.TransformedDistribution, dist.transforms.AffineTransform
 OBSERVED = {
     "permutation": SHAPED(dist.Gamma(torch.ones(2), 1.0).to_event(1), [dist.transforms.Permute(torch.tensor([1, 0]))]),
