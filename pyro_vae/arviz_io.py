@@ -17,7 +17,7 @@ from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.simulation import OfObservedShape
-from pyro_vae.engine.sites import Site, family, is_factor
+from pyro_vae.engine.sites import Site, family, is_deterministic, is_factor
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.pieces import program_on
@@ -132,8 +132,8 @@ def _variables(program: Program, run: Run, vectorize: bool, reading: list[str]) 
     yield "sample_stats", "log_weight", _per_datum(log_p - log_density(run, terms(run.guide)))
     yield "sample_stats", "lp", _per_datum(log_p)
     for name, site in run.model.items():
-        if name in latents:
-            yield "posterior", name, _variable(run, name, site, event_names)
+        if name in latents or is_deterministic(site):
+            yield "posterior", name, _variable(run, name, site, event_names if name in latents else ())
         elif not is_factor(site):
             yield "log_likelihood", name, _per_datum(per_datum(run, site, site["unscaled_log_prob"]))
             yield "observed_data", name, _variable(run, name, site, IMAGE)
@@ -142,9 +142,10 @@ def _variables(program: Program, run: Run, vectorize: bool, reading: list[str]) 
     drawing = replace(program, model=OfObservedShape()(program.model))
     for kind, given in (("posterior", values), *([("prior", None)] if proper else [])):
         for name, site in simulate(drawing, given, run.num_particles, vectorize).items():
-            if name in latents and kind == "prior":
-                yield "prior", name, _variable(run, name, site, event_names)
-            elif name not in latents and not is_factor(site) and not reading:
+            if name in latents or is_deterministic(run.model[name]):
+                if kind == "prior":
+                    yield "prior", name, _variable(run, name, site, event_names if name in latents else ())
+            elif not is_factor(site) and not reading:
                 yield f"{kind}_predictive", name, _variable(run, name, site, IMAGE)
 
 

@@ -134,12 +134,26 @@ def check_densities(model: Sites, guide: Sites) -> None:
             f"dimensions in both, got {sizes[0]} and {sizes[1]}, since a density over other dimensions is not a "
             "density of the latents. Sample the latents themselves, or use pv.ELBO's pathwise loss."
         )
+    for name, site in guide.items():
+        if _samples_otherwise(site["fn"]):
+            raise PyroVAEError(
+                f"guide site '{name}' is an LKJCholesky of more than 2 dimensions: expected a family whose draws have "
+                "the density that it states, which PyTorch's do not. Use another guide, such as a normal under "
+                "CorrCholeskyTransform()."
+            )
     for name in latent:
         if not same_masks(model[name], guide[name]):
             raise PyroVAEError(
                 f"masks differ at site '{name}': expected model and guide to mask the same data, since only one of the "
                 "two densities counts elsewhere. Put one mask around both programs, or use pv.ELBO's pathwise loss."
             )
+
+
+def _samples_otherwise(fn: Any) -> bool:
+    fn = unwrapped(fn)
+    if isinstance(fn, td.TransformedDistribution):
+        return _samples_otherwise(fn.base_dist)
+    return isinstance(fn, td.LKJCholesky) and fn.dim > 2
 
 
 def _size(site: Site, constrained: Site) -> int:

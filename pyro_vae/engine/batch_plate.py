@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
 from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, is_factor, plates
 from pyro_vae.errors import PyroVAEError
 
@@ -74,7 +78,7 @@ class Rows:
 
 
 def find_rows(sites: Sites, batch: Sequence[Any]) -> Rows:
-    """The rows of the data's plate: of the outermost plate around the most observed sites of a model.
+    """The rows of the data's plate: of the plate around the most observed sites, and then the most sites, of a model.
 
     Without one, the data are the rows of the first argument.
     """
@@ -82,7 +86,8 @@ def find_rows(sites: Sites, batch: Sequence[Any]) -> Rows:
     counts = Counter(plate for site in observed for plate in plates(site))
     if not counts:
         return Rows()
-    data = max(counts, key=counts.__getitem__)  # of several, the first, which is the outermost
+    others = Counter(plate for site in sites.values() for plate in plates(site))
+    data = max(counts, key=lambda plate: (counts[plate], others[plate]))  # of several, the first, which is outermost
     shapes = [tuple(getattr(argument, "shape", ())) for argument in batch]
     size = data.size
     if size < 0:  # pyro.plate("data") has the size of its sites
@@ -101,6 +106,17 @@ def check_rows(plate: Plate, number: int) -> None:
             f"the batch plate '{plate.name}' has {plate.size} rows and x has {number}: expected a plate over all rows "
             "of x. Pass data along the first dimension of x, and no subsample_size. If two plates hold every site, the "
             "data are the rows of the outer one."
+        )
+
+
+def check_order(plate: Plate, trace: Trace) -> None:
+    """Refuse a batch plate with a subsample that has all data in another order: results belong to the rows of x."""
+    index = trace.nodes[plate.name]["value"] if plate.name in trace else None
+    if isinstance(index, Tensor) and not torch.equal(index.cpu(), torch.arange(len(index))):
+        raise PyroVAEError(
+            f"the batch plate '{plate.name}' has the rows of x in another order, {index[:5].tolist()} ...: expected "
+            "them in order, since results belong to the rows of x. Drop the plate's subsample, and reorder x before "
+            "the call."
         )
 
 

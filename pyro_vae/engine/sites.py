@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pyro.distributions import Distribution, ExpandedDistribution, MaskedDistribution, Unit
+from pyro.distributions import Delta, Distribution, ExpandedDistribution, MaskedDistribution, Unit
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -77,6 +77,12 @@ def family(distribution: Any) -> str:
 def is_factor(site: Site) -> bool:
     """Whether the site is a ``pyro.factor`` statement."""
     return isinstance(unwrapped(site["fn"]), Unit)
+
+
+def is_deterministic(site: Site) -> bool:
+    """Whether the site is a ``pyro.deterministic`` statement, which Pyro's reparameterisations make too."""
+    point = isinstance(unwrapped(site["fn"]), Delta)
+    return site["is_observed"] and point and any(mask is False for mask in masks(site))
 
 
 def not_reparameterised(guide: Sites) -> list[str]:

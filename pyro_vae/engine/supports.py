@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from pyro.distributions import SineBivariateVonMises
+from pyro.distributions import SineBivariateVonMises, SineSkewed
 from pyro.distributions.transforms import Permute
 from torch import Tensor
 from torch import distributions as td
@@ -20,7 +20,7 @@ from torch.distributions.utils import lazy_property
 from pyro_vae.engine.sites import Sites, equal, family, unwrapped
 from pyro_vae.errors import PyroVAEError
 
-CIRCULAR = (td.VonMises, SineBivariateVonMises)  # which declare real support, and have periodic densities
+CIRCULAR = (td.VonMises, SineBivariateVonMises, SineSkewed)  # which declare real support, and have periodic densities
 PIECES = (td.constraints.cat, td.constraints.stack)
 INVERSE = type(td.ExpTransform().inv)
 REARRANGING = (Permute, td.ReshapeTransform)

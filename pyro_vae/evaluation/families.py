@@ -31,10 +31,18 @@ def constructor_arguments(fn: Any) -> dict[str, Tensor]:
 
 
 def suffices(values: dict[str, Tensor], fn: Any) -> bool:
-    """Whether a distribution can be constructed from these arguments alone."""
-    taken = inspect.signature(type(unwrapped(fn))).parameters.values()
-    needed = {a.name for a in taken if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD}
-    return bool(values) and needed <= values.keys()
+    """Whether a distribution can be constructed from these arguments alone: others have their default values."""
+    base = unwrapped(fn)
+    for argument in inspect.signature(type(base)).parameters.values():
+        named = argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
+        # One of several parametrisations is given; the others are in the family's constraints too.
+        known = argument.name in values or argument.name == "validate_args"
+        if not named or known or (argument.default is None and argument.name in base.arg_constraints):
+            continue
+        own = getattr(base, argument.name, argument.empty)
+        if argument.default is argument.empty or isinstance(own, Tensor) or own != argument.default:
+            return False
+    return bool(values)
 
 
 def same_for_all_particles(site: Site) -> bool:

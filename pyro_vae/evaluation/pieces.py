@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.engine import rng
-from pyro_vae.engine.batch_plate import check_rows, find_batch_plate
+from pyro_vae.engine.batch_plate import check_order, check_rows, find_batch_plate
 from pyro_vae.engine.coverage import check_covers, missed
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.mixing import check_apart
@@ -181,11 +181,14 @@ def same_supports(model: Sites, guide: Sites) -> bool:
 
 def checked_sites(program: Program) -> tuple[Sites, Sites]:
     """The sites of model and guide in one run; an error unless the batch plate has one row for each row of x."""
-    model, guide = map(sample_sites, program.trace())
+    traces = program.trace()
+    model, guide = map(sample_sites, traces)
     if not any(site["is_observed"] for site in model.values()):
         raise PyroVAEError(
             "the model observes nothing: expected a model with data, whose log p(x) there is, got latent sites "
             f"{list(model)} alone. Pass obs= to pyro.sample, or condition the model on data by pyro.condition."
         )
-    check_rows(find_batch_plate(labelled(model, guide)), len(program.args[0]))
+    plate = find_batch_plate(labelled(model, guide))
+    check_rows(plate, len(program.args[0]))
+    check_order(plate, traces[0])
     return model, guide

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.simulation import drawing, given_either, same_density
-from pyro_vae.engine.sites import Sites, equal, is_factor, same_masks
+from pyro_vae.engine.sites import Sites, equal, is_deterministic, is_factor, same_masks
 from pyro_vae.engine.traces import given, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.pieces import Args
@@ -78,7 +78,7 @@ def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) ->
     """The arguments with the drawn data in place of the observed ones, and the sites that observe no part of them."""
     replaced, missing = list(_apart(args)), []
     for name, site in observed.items():
-        if not site["is_observed"] or is_factor(site):
+        if not site["is_observed"] or is_factor(site) or is_deterministic(site):
             continue
         positions = _positions(site["value"], args) or _positions_by_slope(model, args, name)
         for i, taken in positions.items():

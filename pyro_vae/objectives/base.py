@@ -393,5 +393,7 @@ def _kind(program: Program) -> tuple[Any, ...]:
     """What a program's plates, and how it treats particles, may depend on: of data and numbers, only the type."""
     values = (*program.args, *program.kwargs.values())
     constants = [value if isinstance(value, bool | str | None) else type(value) for value in values]
+    # One datum can't show whether data are apart.
+    several = [[size > 1 for size in value.shape] for value in values if isinstance(value, Tensor)]
     # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found again.
-    return program.model, program.guide, program.needs.per_datum, constants
+    return program.model, program.guide, program.needs.per_datum, constants, several

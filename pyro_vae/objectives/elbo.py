@@ -262,8 +262,7 @@ def _both_sites(run: Run, name: str) -> tuple[Site, Site]:
 def closed_form(q: Any, p: Any, name: str) -> Tensor:
     """KL(q || p) at one site, in the shape of its batch."""
     try:
-        # PyTorch's formulas for these are wrong: a Delta's has no log-density, a folded family's is that of the base.
-        if isinstance(unwrapped(q), Delta) or any(_folds(each) or _has_own_density(each) for each in (q, p)):
+        if isinstance(unwrapped(q), Delta) or _is_wrong(q, p):
             raise NotImplementedError
         return _kl(q, p)
     except NotImplementedError as error:
@@ -271,6 +270,14 @@ def closed_form(q: Any, p: Any, name: str) -> Tensor:
             f"ELBO(kl='analytic') has no closed form at site '{name}' for KL({family(q)} || {family(p)}): expected "
             "families whose KL PyTorch knows. Use kl='monte_carlo'."
         ) from error
+
+
+def _is_wrong(q: Any, p: Any) -> bool:
+    """Whether the formula that PyTorch takes is not that of these families; a Delta's has no log-density."""
+    if any(_folds(each) or _has_own_density(each) for each in (q, p)):
+        return True  # a formula of the base, or of the parent
+    infinite = td.ContinuousBernoulli, td.Uniform  # by mistake
+    return {family for family in infinite for each in (q, p) if isinstance(unwrapped(each), family)} == {*infinite}
 
 
 def _kl(q: Any, p: Any) -> Tensor:
