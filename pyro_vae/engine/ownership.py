@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_vae.engine.modules import Hook
+
 TWO_MODULES = "_two_modules"  # in a parameter's `infer`: the run has two modules with a parameter of that name
 
 # The PyroModule of each parameter that one had in a run. Tensors that the store read from a file have none: Pyro gives
@@ -41,12 +43,11 @@ class OwnParameters(Messenger):
     def __enter__(self) -> Any:
         for module in self.modules:
             self._adopt(module)
-        # A PyroModule takes a PyroParam from the store before any handler gets to know.
-        self._hook = register_module_forward_pre_hook(lambda module, _: self._adopt(module))
+        _RUNNING.enter(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._hook.remove()
+        _RUNNING.leave(self)
         super().__exit__(*error)
 
     def _adopt(self, module: nn.Module) -> None:
@@ -88,6 +89,16 @@ class OwnParameters(Messenger):
             _owners[own] = weakref.ref(frame.f_locals["self"])
         if own is not None and self._used.setdefault(name, own) is not own:
             msg["infer"][TWO_MODULES] = True
+
+
+def _adopt_called(module: nn.Module, _: Any) -> None:
+    # A PyroModule takes a PyroParam from the store before any handler gets to know.
+    if isinstance(module, PyroModule):
+        for run in _RUNNING.within:
+            run._adopt(module)
+
+
+_RUNNING = Hook(register_module_forward_pre_hook, _adopt_called)
 
 
 def _put(name: str, own: Tensor | None, constraint: Any = constraints.real) -> None:
