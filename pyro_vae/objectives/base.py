@@ -10,6 +10,7 @@ import pyro.infer
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.mixing import check_particles
@@ -379,8 +380,9 @@ class Objective(pyro.infer.ELBO):
 
 
 def _kind(program: Program) -> tuple[Any, ...]:
-    """What a program's plates, and how it treats particles, may depend on: of data and numbers, only the type."""
-    values = (*program.args, *program.kwargs.values())
-    constants = [value if isinstance(value, bool | str | None) else type(value) for value in values]
+    """What a program's plates, and how it treats particles, may depend on: of data and real numbers, only the type."""
+    values, structure = pytree.tree_flatten((program.args, program.kwargs))
+    # With the type, since 1 and True are equal.
+    constants = [(type(value), value if isinstance(value, int | str) else None) for value in values]
     # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found again.
-    return program.model, program.guide, constants
+    return program.model, program.guide, structure, constants
