@@ -4,7 +4,7 @@ import functools
 import inspect
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
 import pyro.infer
 import torch
@@ -137,6 +137,15 @@ class Objective(pyro.infer.ELBO):
         self._check_particles()
         self.step = 0  #: how many differentiable losses it has computed, which is the argument of a schedule
         self._known: list[tuple[Any, int]] = []  # kinds of programs that keep particles apart, and their nesting
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without programs: some can't be pickled, such as a lambda, and a deep copy would copy their networks.
+        return vars(self) | {"_known": []}
+
+    def __copy__(self) -> Self:
+        found = object.__new__(type(self))
+        vars(found).update(vars(self))
+        return found
 
     def _check_particles(self) -> None:
         fewest, even = self.estimator.fewest, self.estimator.even

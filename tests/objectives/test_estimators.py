@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from dataclasses import replace
 
@@ -107,7 +108,11 @@ def test_a_row_of_one_bound_alone_is_not_inherited_by_another():
 
 @pytest.mark.parametrize("objective", [pv.IWAE(2, "vimco"), pv.RWS(3), pv.ELBO(2, "monte_carlo", "disarm")], ids=repr)
 def test_objectives_can_be_pickled(objective):
+    program = LinearGaussian(2, 1, 3)
+    with torch.no_grad():
+        objective.bound(lambda x: program.model(x), program.guide, program.x)  # a program that can't be pickled
     assert repr(pickle.loads(pickle.dumps(objective))) == repr(objective)
+    assert copy.copy(objective)._known  # a copy finds no nesting anew
 
 
 @pytest.mark.parametrize("changes", [{"score": False}, {"curvature": True}, {"path": "all"}])
