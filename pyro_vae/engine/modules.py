@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -35,39 +36,71 @@ def buffers(modules: list[nn.Module]) -> dict[str, Tensor]:
     return {f"{i}.{n}": v for i, state in states for n, v in state.items() if not isinstance(v, nn.Parameter)}
 
 
+class Hook:
+    """A function that runs for every module that is called, while there is something in :attr:`within`.
+
+    PyTorch has the same hook each time, since TorchDynamo compiles networks anew for another one. For the same reason,
+    the function must look at the module first, and at :attr:`within` only where there is something to do.
+    """
+
+    def __init__(self, register: Callable[[Any], Any], function: Callable[..., None]) -> None:
+        self.within: list[Any] = []  # what each user of the hook keeps, outermost first
+        self._function, self._handle = function, register(function)
+        self._handle.remove()
+
+    def enter(self, kept: Any) -> None:
+        """Use the hook, until :meth:`leave`."""
+        self._handle.hooks_dict_ref()[self._handle.id] = self._function
+        self.within.append(kept)
+
+    def leave(self, kept: Any) -> None:
+        """Undo :meth:`enter`."""
+        self.within[:] = [each for each in self.within if each is not kept]  # of several threads, any may end first
+        if not self.within:
+            self._handle.remove()
+
+
 @contextmanager
 def buffers_kept() -> Iterator[None]:
     """Restore the buffers, such as batch norm's statistics, of every module that is called meanwhile."""
     before: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
-
-    def keep(called: nn.Module, _: Any) -> None:
-        for name, buffer in called._buffers.items() if called.training else ():
-            if buffer is not None:
-                before.setdefault((called, name), (buffer, buffer.clone()))
-
-    hook = register_module_forward_pre_hook(keep)
+    _KEEPING.enter(before)
     try:
         yield
     finally:
-        hook.remove()
+        _KEEPING.leave(before)
         for (module, name), (buffer, value) in before.items():
             module._buffers[name] = buffer.copy_(value)
 
 
+def _keep(called: nn.Module, _: Any) -> None:
+    for name, buffer in called._buffers.items() if called.training else ():
+        if buffer is not None:
+            for before in _KEEPING.within:
+                before.setdefault((called, name), (buffer, buffer.clone()))
+
+
+_KEEPING = Hook(register_module_forward_pre_hook, _keep)
+
+
 @contextmanager
-def recorded_calls(attribute: str) -> Iterator[list[tuple[nn.Module, Any]]]:
-    """It yields the list of the modules with that attribute that are called meanwhile, and their outputs."""
+def likelihood_calls() -> Iterator[list[tuple[nn.Module, Any]]]:
+    """It yields the list of the likelihoods, and their like, that are called meanwhile, and their outputs."""
     found: list[tuple[nn.Module, Any]] = []
-
-    def record(called: nn.Module, _: Any, output: Any) -> None:
-        if hasattr(called, attribute):
-            found.append((called, output))
-
-    hook = register_module_forward_hook(record)
+    _RECORDING.enter(found)
     try:
         yield found
     finally:
-        hook.remove()
+        _RECORDING.leave(found)
+
+
+def _record(called: nn.Module, _: Any, output: Any) -> None:
+    if hasattr(called, "has_learned_scale"):
+        for found in _RECORDING.within:
+            found.append((called, output))
+
+
+_RECORDING = Hook(register_module_forward_hook, _record)
 
 
 @contextmanager
@@ -80,17 +113,26 @@ def eval_mode(modules: list[nn.Module]) -> Iterator[list[nn.Module]]:
     training = [part for module in modules for part in module.modules() if part.training]
     for part in training:
         part.training = False
-
-    def switch_off(called: nn.Module, _: Any) -> None:
-        found.append(called)
-        if called.training:  # a module that a function found in its closure
-            training.append(called)
-            called.training = False
-
-    hook = register_module_forward_pre_hook(switch_off)
+    kept = found, training
+    _EVALUATING.enter(kept)
     try:
         yield found
     finally:
-        hook.remove()
+        _EVALUATING.leave(kept)
         for part in training:
             part.training = True
+
+
+def _switch_off(called: nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling() and not called.training:
+        return  # a part of a network under torch.compile, whose call was found before
+    for found, training in _EVALUATING.within:
+        found.append(called)
+        # A module that a function found in its closure. Under torch.compile, all parts belong to one call.
+        for part in called.modules() if "_orig_mod" in called._modules else (called,):
+            if part.training:
+                training.append(part)
+                part.training = False
+
+
+_EVALUATING = Hook(register_module_forward_pre_hook, _switch_off)

@@ -14,9 +14,13 @@ import pyro
 from pyro.distributions import constraints
 from pyro.nn.module import PyroModule
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from pyro_vae.engine.modules import Hook
+from pyro_vae.errors import PyroVAEError
 
 TWO_MODULES = "_two_modules"  # in a parameter's `infer`: the run has two modules with a parameter of that name
 
@@ -41,12 +45,11 @@ class OwnParameters(Messenger):
     def __enter__(self) -> Any:
         for module in self.modules:
             self._adopt(module)
-        # A PyroModule takes a PyroParam from the store before any handler gets to know.
-        self._hook = register_module_forward_pre_hook(lambda module, _: self._adopt(module))
+        _RUNNING.enter(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._hook.remove()
+        _RUNNING.leave(self)
         super().__exit__(*error)
 
     def _adopt(self, module: nn.Module) -> None:
@@ -88,6 +91,49 @@ class OwnParameters(Messenger):
             _owners[own] = weakref.ref(frame.f_locals["self"])
         if own is not None and self._used.setdefault(name, own) is not own:
             msg["infer"][TWO_MODULES] = True
+
+
+def merged(*found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of model and guide as one dictionary; refuse two modules with one name."""
+    both: dict[str, Tensor] = {}
+    for parameters in found:
+        for name, value in parameters.items():
+            if both.setdefault(name, value) is not value:
+                raise _two_modules(name)
+    return both
+
+
+def parameters_of(trace: Trace) -> dict[str, Tensor]:
+    """The parameters in a trace, by name: unconstrained, as an optimiser steps them."""
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "param"}
+    for name, site in sites.items():
+        if (site["infer"] or {}).get(TWO_MODULES):
+            raise _two_modules(name)
+    return {name: unconstrained(site["value"]) for name, site in sites.items()}
+
+
+def unconstrained(value: Any) -> Any:
+    """A parameter as an optimiser steps it."""
+    # Under Pyro's module_local_params, a module's parameters are unconstrained already.
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+def _two_modules(name: str) -> PyroVAEError:
+    return PyroVAEError(
+        f"expected a name of its own for each network of a program, got two modules with a parameter '{name}', of "
+        "which one would be neither trained nor saved. Pass other names to pyro.module; a PyroModule gets its names "
+        "from the attributes that hold its parts."
+    )
+
+
+def _adopt_called(module: nn.Module, _: Any) -> None:
+    # A PyroModule takes a PyroParam from the store before any handler gets to know.
+    if isinstance(module, PyroModule):
+        for run in _RUNNING.within:
+            run._adopt(module)
+
+
+_RUNNING = Hook(register_module_forward_pre_hook, _adopt_called)
 
 
 def _put(name: str, own: Tensor | None, constraint: Any = constraints.real) -> None:

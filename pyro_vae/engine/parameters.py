@@ -7,7 +7,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.engine.ownership import TWO_MODULES
+from pyro_vae.engine.ownership import merged, parameters_of, unconstrained
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 
@@ -29,30 +29,6 @@ def require_parameters(*traces: Trace) -> dict[str, Tensor]:
     return found
 
 
-def merged(*found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of model and guide as one dictionary; refuse two modules with one name."""
-    both: dict[str, Tensor] = {}
-    for parameters in found:
-        for name, value in parameters.items():
-            if both.setdefault(name, value) is not value:
-                raise _two_modules(name)
-    return both
-
-
-def parameters_of(trace: Trace) -> dict[str, Tensor]:
-    """The parameters in a trace, by name: unconstrained, as an optimiser steps them."""
-    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "param"}
-    for name, site in sites.items():
-        if (site["infer"] or {}).get(TWO_MODULES):
-            raise _two_modules(name)
-    return {name: _unconstrained(site["value"]) for name, site in sites.items()}
-
-
-def _unconstrained(value: Any) -> Any:
-    # Under Pyro's module_local_params, a module's parameters are unconstrained already.
-    return value.unconstrained() if hasattr(value, "unconstrained") else value
-
-
 class Unknown(Messenger):
     """Around runs of a program: finds the parameters that are not among the known ones, in :attr:`found`.
 
@@ -65,7 +41,7 @@ class Unknown(Messenger):
         self.found: dict[str, Tensor] = {}
 
     def _pyro_post_param(self, msg: Any) -> None:
-        own = _unconstrained(msg["value"])
+        own = unconstrained(msg["value"])
         if self.known.get(msg["name"]) is not own:
             self.found[msg["name"]] = own
 
@@ -84,11 +60,3 @@ def require_same(parameters: dict[str, Tensor], later: dict[str, Tensor]) -> Non
                 "expected networks that are made once, got one that is made anew inside the model or the guide. Make "
                 "it outside of both."
             )
-
-
-def _two_modules(name: str) -> PyroVAEError:
-    return PyroVAEError(
-        f"expected a name of its own for each network of a program, got two modules with a parameter '{name}', of "
-        "which one would be neither trained nor saved. Pass other names to pyro.module; a PyroModule gets its names "
-        "from the attributes that hold its parts."
-    )

@@ -27,6 +27,7 @@ from pyro_vae.engine import agreement, rng
 from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.coverage import check_periods
 from pyro_vae.engine.modules import PyroFunction, buffers_kept, eval_mode, find_modules
+from pyro_vae.engine.ownership import merged, parameters_of
 from pyro_vae.engine.sites import (
     PARTICLE_PLATE,
     WRAPPERS,
@@ -178,8 +179,10 @@ class Program:
             entering.nodes[name] = site | {"value": value}
         own = OwnSubsamples(drawn.trace)(in_particles(self.model, drawn.number, drawn.particle_dim))
         model = poutine.replay(own, trace=entering)
-        sites = sample_sites(traced(model, self.args, self.kwargs))
-        run = self._as_run(sites, drawn)
+        trace = traced(model, self.args, self.kwargs)
+        if torch.is_grad_enabled() and not pyro.settings.get("module_local_params"):
+            merged(*map(parameters_of, (drawn.trace, trace)))  # refuses two modules with one name
+        run = self._as_run(sample_sites(trace), drawn)
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
         return run
 

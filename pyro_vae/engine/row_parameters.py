@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_vae.engine.parameters import parameters_of
+from pyro_vae.engine.ownership import parameters_of
 from pyro_vae.engine.precision import is_half
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Plate, Site, Sites, derived, is_factor, plates, unwrapped

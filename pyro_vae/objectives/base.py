@@ -10,6 +10,7 @@ import pyro.infer
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.mixing import check_apart
@@ -138,12 +139,13 @@ class Objective(pyro.infer.ELBO):
         self._known: list[tuple[Any, int]] = []  # kinds of programs that keep particles apart, and their nesting
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_known": []}  # without the functions that it has run, which pickle may not know
+        # Without programs: some can't be pickled, such as a lambda, and a deep copy would copy their networks.
+        return vars(self) | {"_known": []}
 
     def __copy__(self) -> Self:
-        other = type(self).__new__(type(self))
-        vars(other).update(vars(self))
-        return other
+        found = object.__new__(type(self))
+        vars(found).update(vars(self))
+        return found
 
     def _check_particles(self) -> None:
         fewest, even = self.estimator.fewest, self.estimator.even
@@ -390,10 +392,11 @@ class Objective(pyro.infer.ELBO):
 
 
 def _kind(program: Program) -> tuple[Any, ...]:
-    """What a program's plates, and how it treats particles, may depend on: of data and numbers, only the type."""
-    values = (*program.args, *program.kwargs.values())
-    constants = [value if isinstance(value, bool | str | None) else type(value) for value in values]
-    # One datum can't show whether data are apart.
-    several = [[size > 1 for size in value.shape] for value in values if isinstance(value, Tensor)]
+    """What a program's plates, and how it treats particles, may depend on: of data and real numbers, only the type."""
+    values, structure = pytree.tree_flatten((program.args, program.kwargs))
+    # With the type, since 1 and True are equal.
+    constants = [(type(value), value if isinstance(value, int | str) else None) for value in values]
+    # A single datum can't show whether data are apart.
+    several = [tuple(size > 1 for size in value.shape) for value in values if isinstance(value, Tensor)]
     # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found again.
-    return program.model, program.guide, program.needs.per_datum, constants, several
+    return program.model, program.guide, program.needs.per_datum, structure, constants, several

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, buffers, find_modules
-from pyro_vae.engine.parameters import find_parameters, merged
+from pyro_vae.engine.ownership import merged
+from pyro_vae.engine.parameters import find_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 

@@ -17,7 +17,8 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
-from pyro_vae.engine.parameters import Unknown, parameters_of, require_kept, require_same
+from pyro_vae.engine.ownership import parameters_of
+from pyro_vae.engine.parameters import Unknown, require_kept, require_same
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.errors import NotFiniteError, PyroVAEError

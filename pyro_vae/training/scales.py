@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.minibatches import Batch
-from pyro_vae.engine.modules import PyroFunction, recorded_calls
+from pyro_vae.engine.modules import PyroFunction, likelihood_calls
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, element_weights, unwrapped
@@ -119,7 +119,7 @@ def residuals(program: Program, objective: Any = None) -> list[Fitted]:
 @contextmanager
 def likelihoods_in() -> Iterator[Callable[[Sites], list[dict[str, Any]]]]:
     """Inside, calls of likelihoods are recorded; what it yields finds them at the sites that observe data."""
-    with recorded_calls("has_learned_scale") as calls:
+    with likelihood_calls() as calls:
 
         def matched(sites: Sites) -> list[dict[str, Any]]:
             return [

@@ -262,7 +262,7 @@ def test_a_flow_without_an_inverse_is_said_to_be_unchecked():
 
 
 def test_another_branch_of_a_program_is_checked_too():
-    """A flag chooses what runs. Numbers, such as a schedule's, do not make a program anew."""
+    """A flag chooses what runs. Real numbers, such as a schedule's, do not make a program anew."""
     runs = []
 
     def model(x, mixing, weight):

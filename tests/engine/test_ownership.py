@@ -272,7 +272,10 @@ def test_two_modules_of_one_name_are_refused(name, tmp_path):
         pv.fit(program, X, pv.ELBO(kl="monte_carlo"), epochs=1, progress=False)
     with pytest.raises(ValueError, match="two modules with a parameter"):
         pv.compile_step(program, pv.ELBO(), pyro.optim.Adam({}))(X)
-    assert pv.IWAE(5).bound(program, X).isfinite().all()  # each network runs with its own
+    with pytest.raises(ValueError, match="two modules with a parameter"):
+        SVI(*program, pyro.optim.Adam({}), pv.IWAE(5)).step(X)
+    with torch.no_grad():
+        assert pv.IWAE(5).bound(program, X).isfinite().all()  # each network runs with its own
 
 
 def test_a_second_module_of_a_trained_one_s_name_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import ExitStack
 from itertools import combinations
 
 import pyro
@@ -223,6 +225,28 @@ def test_max_plate_nesting_is_found_once_for_a_program():
     found = objective._known
     objective.loss(vae.model, vae.guide, torch.randn(6, 3))
     assert objective._known is found
+
+
+@pytest.mark.parametrize("pack", [lambda levels: levels, lambda levels: {"plates": [levels]}], ids=["", "in a dict"])
+def test_plates_may_depend_on_an_integer_argument(pack):
+    """Pixels as one event, or in a plate of their own: the same densities."""
+
+    def program(x, packed, *, observed):
+        levels = packed if isinstance(packed, int) else packed["plates"][0]
+        with ExitStack() as plates:
+            plates.enter_context(pyro.plate("data", len(x), dim=-levels))
+            if levels == 2:
+                plates.enter_context(pyro.plate("pixels", 3, dim=-1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(3) if observed else x, 1.0).to_event(2 - levels))
+            if observed:
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(2 - levels), obs=x)
+
+    x, objective, losses = torch.randn(5, 3), pv.ELBO(4, "monte_carlo"), []
+    model, guide = (functools.partial(program, observed=observed) for observed in (True, False))
+    for levels in (1, 2, 1):
+        pyro.set_rng_seed(0)
+        losses.append(objective.loss(model, guide, x, pack(levels)))
+    assert losses == pytest.approx([losses[0]] * 3)
 
 
 def test_finding_the_nesting_takes_no_random_numbers():
