@@ -139,8 +139,7 @@ class Objective(pyro.infer.ELBO):
         self._known: list[tuple[Any, int]] = []  # kinds of programs that keep particles apart, and their nesting
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without programs: some can't be pickled, such as a lambda, and a deep copy would copy their networks.
-        return vars(self) | {"_known": []}
+        return vars(self) | {"_known": []}  # a lambda can't be pickled, and a deep copy would copy the networks
 
     def __copy__(self) -> Self:
         found = object.__new__(type(self))
@@ -309,8 +308,7 @@ class Objective(pyro.infer.ELBO):
     def remember(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
         """Keep the nesting of a program's plates, so that later calls need no run to find it.
 
-        A program that mixes particles or data is refused. If there are traces of it for one particle, they serve this
-        check.
+        A program that mixes particles or data is refused. Its traces for one particle, if given, serve this check.
         """
         if program.nesting is not None and program.guide is not None:
             check_apart(program, together=self._run_together(), traces=traces)

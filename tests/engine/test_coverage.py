@@ -155,3 +155,57 @@ def test_a_closed_form_is_not_inherited_by_a_density_of_its_own():
     with pytest.raises(pv.PyroVAEError, match="has no closed form at site 'z'"):
         pv.ELBO().loss(model, guide, X)
     assert pv.ELBO(kl="monte_carlo").loss(model, guide, X) < math.inf
+
+
+def test_a_skewed_angle_is_an_angle():
+    def prior(x):
+        return dist.SineSkewed(dist.VonMises(torch.zeros(len(x), 1), 0.5).to_event(1), torch.tensor([0.5]))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(x))
+            pyro.sample("x", dist.Normal(z[..., 0], 0.7), obs=x)
+
+    nodes = NODES[:, None]
+    log_p = dist.SineSkewed(dist.VonMises(torch.zeros(1).double(), 0.5).to_event(1), torch.tensor([0.5]).double())
+    log_p = log_p.log_prob(nodes) + dist.Normal(NODES, 0.7).log_prob(X.double()[:, None])
+    right = log_p.logsumexp(-1) + math.log(2 * math.pi / len(NODES))
+    _, guide = angles(None, lambda x: dist.VonMises(x[:, None], 1.0).to_event(1))
+    result = pv.log_likelihood(model, guide, X, 20_000, seed=0)
+    assert ((result.per_datum - right).abs() < 4 * result.per_datum_error).all()
+    _, normal = angles(None, lambda x: dist.Normal(x[:, None], 1.0).to_event(1))
+    with pytest.raises(pv.PyroVAEError, match="'z' is an angle"):
+        pv.log_likelihood(model, normal, X, 10)
+    with pytest.raises(pv.PyroVAEError, match="periodic"):
+        pv.ais(model, None, X, 3, 2)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda fn: fn, lambda fn: dist.TransformedDistribution(fn, [])], ids=["own", "within"]
+)
+def test_a_guide_whose_draws_have_another_density_is_refused(wrap):
+    """PyTorch's draws of LKJCholesky(3, 1) have variances of .25, .30 and .30, where each is .25."""
+
+    def program(size):
+        def body(x, fn=lambda fn: fn, obs=True):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", fn(dist.LKJCholesky(size, torch.ones(len(x)))))
+                if obs:
+                    pyro.sample("x", dist.Normal(z[..., 1, 0], 0.5), obs=x)
+
+        return body, lambda x: body(x, wrap, False)
+
+    with torch.no_grad(), pytest.raises(pv.PyroVAEError, match="'z' is an LKJCholesky of more than 2 dimensions"):
+        pv.log_weights(*program(3), X, num_particles=2)
+    with torch.no_grad():
+        assert pv.log_weights(*program(2), X, num_particles=2).isfinite().all()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_closed_form_that_pytorch_has_wrong_is_not_taken(turned):
+    """PyTorch's KL of a continuous Bernoulli and Uniform(0, 1) is infinite."""
+    families = [lambda x: dist.Uniform(torch.zeros_like(x), 1.0), lambda x: dist.ContinuousBernoulli(logits=x)]
+    parts = angles(*reversed(families)) if turned else angles(*families)
+    with pytest.raises(pv.PyroVAEError, match="has no closed form at site 'z'"):
+        pv.ELBO().loss(*parts, X)
+    assert pv.active_units(*parts, X, seed=0)["kl"].map(math.isfinite).all()

@@ -158,6 +158,13 @@ def test_independent_data_are_compared_once():
     assert len(runs) == first + 1
 
 
+def test_one_datum_shows_nothing_of_several():
+    objective = pv.IWAE(3)
+    objective.loss(*DEPENDENT["a random walk"], X[:1, 0])
+    with pytest.raises(ValueError, match="when other data have other latents"):
+        objective.loss(*DEPENDENT["a random walk"], X[:, 0])
+
+
 def test_a_random_minibatch_is_replayed():
     """The runs that are compared have the same subsample; each draws another otherwise."""
     rows = lambda x: pyro.plate("data", N, subsample_size=2)  # noqa: E731
