@@ -283,3 +283,27 @@ def test_refusals(program):
         pv.to_arviz(program.model.__func__, program.x)
     with pytest.raises(ValueError, match="x to be finite"):
         pv.to_arviz(program, torch.full((2, 3), math.nan, dtype=torch.float64))
+
+
+def test_a_reparameterised_site_is_drawn_and_not_observed():
+    def base(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.ones(len(x)), 2.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z_decentered", dist.Normal((x - 1) * 2 / 5, 5**-0.5))
+
+    model = pyro.poutine.reparam(base, {"z": pyro.infer.reparam.LocScaleReparam(0.0)})
+    x = torch.tensor([3.0, -3.0, 0.0])
+    groups = pv.to_arviz(model, guide, x, 50, seed=0)
+    assert list(groups["observed_data"].data_vars) == list(groups["log_likelihood"].data_vars) == ["x"]
+    assert list(groups["posterior_predictive"].data_vars) == ["x"]
+    for group in ("posterior", "prior"):
+        torch.testing.assert_close(
+            torch.tensor(groups[group]["z"].values), 1 + 2 * torch.tensor(groups[group]["z_decentered"].values)
+        )
+    exact = dist.Normal(1.0, 5**0.5).log_prob(x).mean()
+    sandwich = pv.bdmc(model, guide, x, 50, seed=0, progress=False)
+    assert abs(sandwich.upper.value - sandwich.lower.mean) < 0.5 and exact.isfinite()

@@ -243,3 +243,51 @@ def test_scales_change_no_gap():
     )
     assert torch.equal(first.best_elbo, second.best_elbo)
     assert torch.equal(first.log_likelihood, second.log_likelihood)
+
+
+class Floored(dist.Normal):
+    """A family with an argument that is no parameter of its density's constraints."""
+
+    def __init__(self, loc, scale, floor=0.0):
+        self.floor = floor
+        super().__init__(loc, scale.clamp(min=floor))
+
+    def expand(self, batch_shape, _instance=None):
+        return Floored(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.floor)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_a_family_whose_constructor_takes_more_than_its_parameters(floor):
+    """To rebuild it without a floor would free its scale."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Floored(x / 2, torch.full_like(x, 0.5**0.5), floor))
+
+    x = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    if floor:
+        with pytest.raises(pv.PyroVAEError, match=r"whose parameters are not known \(Floored\)"):
+            pv.inference_gaps(model, guide, x, num_steps=5, seed=0, progress=False)
+        table = pv.active_units(model, guide, x, 100, vectorize_particles=False, seed=0)
+        assert table["kl"].isna().all()
+    else:
+        assert pv.inference_gaps(model, guide, x, num_steps=5, seed=0, progress=False).total.mean < 1e-3
+
+
+def test_rows_in_another_order_are_refused():
+    order = torch.tensor([2, 0, 1])
+
+    def model(x):
+        with pyro.plate("data", 3, subsample=order) as rows:
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("data", 3, subsample=order) as rows:
+            pyro.sample("z", dist.Normal(x[rows] / 2, 0.5**0.5))
+
+    with pytest.raises(pv.PyroVAEError, match=r"the rows of x in another order, \[2, 0, 1\]"):
+        pv.log_likelihood(model, guide, torch.zeros(3), 10)

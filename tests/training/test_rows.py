@@ -224,3 +224,29 @@ def test_training_on_a_loader_resumes_as_unbroken(loader, tmp_path):
             )
         ends.append((pyro.param("m").item(), pyro.param("b").item()))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_of_two_plates_around_the_data_it_is_that_of_the_latents_too(outer):
+    """Cells with counts of genes: the latents belong to cells, whichever plate is entered first."""
+    x, genes = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), 5
+
+    def model(x):
+        cells, columns = pyro.plate("cells", len(x), dim=-1), pyro.plate("genes", genes, dim=-2)
+        with cells:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with cells if outer else columns, columns if outer else cells:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    def guide(x):
+        shift = pyro.param("shift", torch.tensor(0.0))
+        with pyro.plate("cells", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(shift + x.sum(1) / 6, 6**-0.5))  # the posterior
+
+    pyro.clear_param_store()
+    covariance = torch.eye(genes) + torch.ones(genes, genes)
+    exact = dist.MultivariateNormal(torch.zeros(genes), covariance).log_prob(x).mean().item()
+    history = pv.fit(model, guide, x, pv.IWAE(4), epochs=1, batch_size=5, lr=1e-6, progress=False)
+    assert history["train_bound"].item() == pytest.approx(
+        exact, abs=1e-3
+    )  # a shift of 3e-6, and the rounding of float32
