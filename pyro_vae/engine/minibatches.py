@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_vae.engine import rng
 from pyro_vae.errors import PyroVAEError, require_count
@@ -67,8 +67,16 @@ class Minibatches:
     @property
     def moves_rows(self) -> bool:
         """Whether other data come to a row of a minibatch from step to step."""
-        sampler = getattr(getattr(self.loader, "batch_sampler", None), "sampler", getattr(self.loader, "sampler", None))
-        return self.steps != 1 or not (sampler is None or isinstance(sampler, SequentialSampler))
+        if self.loader is None or self.steps != 1:
+            return self.steps != 1
+        if isinstance(self.loader.dataset, IterableDataset):
+            return True
+        sampler: Any = self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler
+        states = self.generator_states()
+        with rng.preserved():
+            orders = [np.array(list(sampler)) for _ in range(8)]  # so many, since two rows have two orders only
+        self.set_generator_states(states)
+        return not all(np.array_equal(order, orders[0]) for order in orders)
 
     def example(self) -> Batch:
         """A first minibatch, for a trial run; the random numbers of the training stay as they are."""

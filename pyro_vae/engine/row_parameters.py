@@ -138,11 +138,28 @@ def _of_rows(program: Program, run: Trial, plate: Plate, order: Tensor, weights:
     again = _run(program, _latents(run, plate, torch.arange(len(order))))
     if _differing(first, again.gradients(weights, plate)):
         return set()  # the program is noisy outside of its sample sites
-    half = (torch.arange(len(order)) < len(order) // 2).float()
-    upper, lower = run.gradients(half, plate, 0.0), run.gradients(1 - half, plate, 0.0)
-    # What differs may also be a network that depends on the rows' order. All rows share its parameters.
-    apart = {n for n in differing if not bool((upper.get(n, ZERO).ne(0) & lower.get(n, ZERO).ne(0)).any())}
-    return {name for name in apart if name in upper or name in lower}
+    return _apart(run, plate, differing, len(order))
+
+
+def _apart(run: Trial, plate: Plate, names: set[str], size: int) -> set[str]:
+    """Those of these parameters of which different rows have different entries, or one row alone has any.
+
+    What moves with the rows may also be a network that depends on their order, or that only some of them use, such as
+    the first half. These rows share its parameters. Each bit of the rows' numbers halves them, and tells any two apart.
+    """
+    apart: set[str] = set()
+    of_several: set[str] = set()
+    used: set[str] = set()
+    for bit in range((size - 1).bit_length()):
+        half = (torch.arange(size) >> bit & 1).float()
+        gradients = [run.gradients(weights, plate, 0.0) for weights in (half, 1 - half)]
+        for name in names:
+            first, second = (each.get(name, ZERO).ne(0) for each in gradients)
+            if bool(first.any()) and bool(second.any()):
+                (of_several if bool((first & second).any()) else apart).add(name)
+            elif any(name in each for each in gradients):  # it may be of the rows of another plate
+                used.add(name)
+    return apart | (used - of_several)
 
 
 def _differing(first: Gradients, second: Gradients) -> set[str]:

@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoIAFNormal, A
 from pyro.infer.autoguide.effect import AutoRegressiveMessenger
 from torch import nn
 from torch.distributions import constraints
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import pyro_vae as pv
 
@@ -18,6 +18,16 @@ N, B = 12, 4
 X = 3 * torch.randn(N, generator=torch.Generator().manual_seed(0))
 INDEX = torch.arange(N)
 REFUSED = "value for each row of a minibatch"
+
+
+class Whole(Sampler):
+    """The only minibatch, in a random order."""
+
+    def __iter__(self):
+        return iter([torch.randperm(N).tolist()])
+
+    def __len__(self):
+        return 1
 
 
 def fit(model, guide, data, batch_size=B, objective=None):
@@ -87,6 +97,16 @@ PER_ROW = {
         guide_of(lambda x: torch.stack([pyro.param(f"centre{i}", torch.tensor(0.0)) for i in range(len(x))])),
         "'centre0' of shape .*'centre3'",
     ),
+    "a value for each two rows": (
+        model,
+        guide_of(lambda x: of_size(x[::2]).repeat_interleave(2)),
+        r"'centre'.* \(2,\)",
+    ),
+    "a value for each of some rows": (
+        model,
+        guide_of(lambda x: torch.cat([of_size(x[:2]), x[2:]])),
+        "'centre' of shape",
+    ),
     "the model's": (with_offset, guide_of(shared), "'centre' of shape"),
     "rows of a subsample that is not the minibatch": (drawn_rows, in_drawn_rows, "'all' of shape"),
 }
@@ -119,8 +139,22 @@ def test_so_is_a_guide_that_runs_the_model(autoguide):
 
 @pytest.mark.parametrize(
     "data",
-    [X.double(), X[:10], torch.ones(N), DataLoader(TensorDataset(X), B), DataLoader(TensorDataset(X), N, shuffle=True)],
-    ids=["float64", "a smaller last minibatch", "equal data", "a loader", "a loader that moves the only minibatch"],
+    [
+        X.double(),
+        X[:10],
+        torch.ones(N),
+        DataLoader(TensorDataset(X), B),
+        DataLoader(TensorDataset(X), N, shuffle=True),
+        DataLoader(TensorDataset(X), batch_sampler=Whole()),
+    ],
+    ids=[
+        "float64",
+        "a smaller last minibatch",
+        "equal data",
+        "a loader",
+        "a loader that moves rows",
+        "a sampler that does",
+    ],
 )
 def test_whatever_the_data(data):
     with pytest.raises(pv.PyroVAEError, match=REFUSED):
@@ -147,7 +181,11 @@ def test_whatever_the_objective(objective):
         fit(model, guide_of(of_size), X, objective=objective)
 
 
-@pytest.mark.parametrize("data", [X, DataLoader(TensorDataset(X), N)], ids=["a tensor", "a loader"])
+@pytest.mark.parametrize(
+    "data",
+    [X, DataLoader(TensorDataset(X), N), DataLoader(TensorDataset(X), N, sampler=[*range(N)[::-1]])],
+    ids=["a tensor", "a loader", "a loader with an order of its own"],
+)
 def test_rows_in_one_order_may_have_parameters(data):
     fit(model, guide_of(of_size), data, batch_size=N)
     assert bool(pyro.param("centre").ne(0).all())
@@ -208,6 +246,18 @@ def network(*layers):
     return guide
 
 
+def network_of_each_half():
+    nets = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+
+    def guide(x):
+        pyro.module("nets", nets)
+        with pyro.plate("rows", len(x)):
+            loc = torch.cat([net(half[:, None])[:, 0] for net, half in zip(nets, x.split(2), strict=True)])
+            pyro.sample("u", dist.Normal(loc, 0.5))
+
+    return guide
+
+
 def between_pixels(size, turned=False):
     """A plate of as many pixels beside that of the rows, and a parameter for each pixel, or for each row."""
 
@@ -244,6 +294,7 @@ SHARED = {
     "dropout": (model, network(nn.Dropout(0.5)), X),
     "noise outside of sample sites": (model, network(Noise()), X),
     "a network that depends on the rows' order": (model, network(Running()), X),
+    "a network for each half": (model, network_of_each_half(), X),
     "as many pixels as rows": (*between_pixels(B), X[:, None] * torch.arange(1.0, B + 1)),
     "as many pixels before rows": (*between_pixels((B, 1), True), X[:, None] * torch.arange(1.0, B + 1)),
     "as many pixels as rows, all equal": (*between_pixels(B), torch.ones(N, B)),
