@@ -88,6 +88,9 @@ def fit(
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal.
 
+    A parameter that no minibatch uses before a later one, such as a classifier of labelled rows, is trained from then on.
+    With `compile` it is refused.
+
     While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable:
     `patience` and ``ReduceLROnPlateau`` start anew at each epoch.
 
