@@ -157,7 +157,7 @@ def _apart(run: Trial, plate: Plate, names: set[str], size: int) -> set[str]:
             first, second = (each.get(name, ZERO).ne(0) for each in gradients)
             if bool(first.any()) and bool(second.any()):
                 (of_several if bool((first & second).any()) else apart).add(name)
-            elif bool(first.any()) or bool(second.any()):
+            elif any(name in each for each in gradients):  # it may be of the rows of another plate
                 used.add(name)
     return apart | (used - of_several)
 

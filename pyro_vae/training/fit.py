@@ -88,6 +88,9 @@ def fit(
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal.
 
+    A parameter that the first minibatch does not use, such as a classifier of labelled rows, is trained from the first
+    minibatch on that uses it. With `compile` it is refused.
+
     While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable:
     `patience` and ``ReduceLROnPlateau`` start anew at each epoch.
 

@@ -275,7 +275,10 @@ def test_a_family_whose_constructor_takes_more_than_its_parameters(floor):
         table = pv.active_units(model, guide, x, 100, vectorize_particles=False, seed=0)
         assert table["kl"].isna().all()
     else:
-        assert pv.inference_gaps(model, guide, x, num_steps=5, seed=0, progress=False).total.mean < 1e-3
+        gaps = pv.inference_gaps(model, guide, x, num_steps=5, seed=0, progress=False)
+        torch.testing.assert_close(
+            gaps.elbo, gaps.log_likelihood, rtol=0, atol=2e-3
+        )  # the posterior; five steps move it
 
 
 def test_rows_in_another_order_are_refused():
