@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta
+from torch import Tensor
 from torch import distributions as td
+from torch.nn.functional import one_hot
 
 from pyro_vae.engine.sites import Sites, family, unwrapped
 from pyro_vae.engine.supports import (
@@ -117,12 +119,15 @@ def _not_one_period(name: str, model: Any, guide: Any) -> str:
     )
 
 
-def missed(model: Any, guide: Any) -> bool:
-    """Whether the guide gives probability 0 to a value that has some in the model."""
-    pair = [unwrapped(each) for each in (model, guide)]
-    if not all(isinstance(each, td.Bernoulli | td.Categorical | td.OneHotCategorical) for each in pair):
-        return False
-    own, base = (
-        torch.stack([1 - each.probs, each.probs], -1) if isinstance(each, td.Bernoulli) else each.probs for each in pair
-    )
-    return bool(((base == 0) & (own > 0)).any())
+def missed(model: Any, guide: Any, value: Tensor) -> Tensor | None:
+    """A draw with the likeliest values to which the guide gives probability 0; None if the prior does so too."""
+    own, base = unwrapped(model), unwrapped(guide)
+    if not all(isinstance(each, td.Bernoulli | td.Categorical | td.OneHotCategorical) for each in (own, base)):
+        return None
+    p, q = (torch.stack([1 - f.probs, f.probs], -1) if isinstance(f, td.Bernoulli) else f.probs for f in (own, base))
+    most, index = torch.where(q == 0, p, 0.0).max(-1)
+    if not bool((most > 0).any()):
+        return None
+    if isinstance(base, td.OneHotCategorical):
+        return torch.where(most[..., None] > 0, one_hot(index, q.shape[-1]).to(value), value)
+    return torch.where(most > 0, index.to(value), value)

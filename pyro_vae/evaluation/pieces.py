@@ -21,9 +21,12 @@ from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, labelled
 from pyro_vae.engine.traces import sample_sites
+from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError
 
 ELEMENTS_AT_ONCE = 2**21  # data elements times particles in one run: 8 MB of float32; fewer cost more of Python's time
+
+PART_OF_P = -20.0  # in nats beside the guide's draw: less than 1e-8 of p(x) is no matter
 
 Args = tuple[Tensor, ...]  # the program's arguments; the rows of every tensor are the data
 
@@ -132,7 +135,11 @@ def checked(
         pieces = Pieces(program, is_divisible(program))
         with pyro.validation_enabled():
             batches = pieces.minibatches(rows_at_once(program.args))
-            same = {same_supports(*checked_sites(program.on(batch))) for batch in batches} == {True}
+            same = True
+            for batch in batches:
+                sites = checked_sites(program.on(batch))
+                same = same_supports(*sites) and same
+                warn_of_missed(program.on(batch), *sites)
         # Where the guide's support exceeds the model's, Pyro must check every sample.
         with pyro.validation_enabled(not same), rng.seeded(seed):
             yield replace(pieces, same_supports=same)
@@ -167,16 +174,26 @@ def is_divisible(program: Program) -> bool:
 
 def same_supports(model: Sites, guide: Sites) -> bool:
     """Whether model and guide have the same supports; an error where the guide misses a part of the model's."""
-    pairs = {name: (model[name]["fn"], guide[name]["fn"]) for name in guide if name in model}
-    same = [check_covers(name, *pair) for name, pair in pairs.items()]
-    for name in (name for name, pair in pairs.items() if missed(*pair)):
-        warnings.warn(
-            f"the guide gives probability 0 to a value of site '{name}' that the model's prior does not: an estimate "
-            "misses that value's part of p(x), and no number of samples shows it. Give each value some probability in "
-            "the guide, or sum the site out of the model.",
-            stacklevel=2,
-        )
+    same = [check_covers(name, model[name]["fn"], guide[name]["fn"]) for name in guide if name in model]
     return all(same)
+
+
+def warn_of_missed(program: Program, model: Sites, guide: Sites) -> None:
+    """Warn where the guide gives probability 0 to a value of a latent that has a part of p(x)."""
+    values = {name: site["value"] for name, site in guide.items() if name in model}
+    for name, value in values.items():
+        other = missed(model[name]["fn"], guide[name]["fn"], value)
+        if other is None:
+            continue
+        runs = [program.run_at(values | {name: each}) for each in (value, other)]
+        here, there = (log_density(run, terms(run.model)) for run in runs)
+        if bool((there - here > PART_OF_P)[there != here].any()):
+            warnings.warn(
+                f"the guide gives probability 0 to a value of site '{name}' that has a part of p(x): the estimate "
+                "misses it, and no number of samples shows that. Give each value some probability in the guide, or "
+                "sum the site out of the model.",
+                stacklevel=4,
+            )
 
 
 def checked_sites(program: Program) -> tuple[Sites, Sites]:

@@ -131,6 +131,12 @@ def test_a_probability_of_zero_is_said():
         pv.log_likelihood(*classes([0.5, 0.5, 0.0]), X, 20, seed=0)
 
 
+def test_a_probability_of_zero_where_the_posterior_has_none_is_not(recwarn):
+    """At x = -60, the third class has e^-182 of p(x)."""
+    pv.log_likelihood(*classes([0.5, 0.5, 0.0]), torch.full((3,), -60.0), 20, seed=0)
+    assert not any("probability 0" in str(warning.message) for warning in recwarn)
+
+
 def test_a_small_probability_is_right(recwarn):
     exact = dist.Normal(torch.arange(3.0), 1.0).log_prob(X[:, None]).logsumexp(-1) - math.log(3)
     result = pv.log_likelihood(*classes([0.4, 0.4, 0.2]), X, 20_000, seed=0)
