@@ -12,6 +12,7 @@ import pyro_vae as pv
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
 def test_the_lines_of_python_run(tmp_path, monkeypatch, capsys):
     first, own_program = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
