@@ -14,7 +14,7 @@ from pyro_vae.compiled.function import CompiledFunction, OnCompile
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.modules import PyroFunction, find_modules
-from pyro_vae.engine.parameters import Unknown, require_parameters
+from pyro_vae.engine.parameters import NewParameters, require_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import Objective
@@ -100,10 +100,10 @@ class CompiledStep:
     def _loss_and_gradients(self, settings: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         vars(self._compiled_objective).update(settings)
         with torch.enable_grad():
-            with Unknown(self.own) as unknown:
+            with NewParameters(self.own) as new:
                 loss = self._compiled_objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
-            if self.own and unknown.found:
-                names = ", ".join(f"'{name}'" for name in sorted(unknown.found))
+            if self.own and new.found:
+                names = ", ".join(f"'{name}'" for name in sorted(new.found))
                 raise PyroVAEError(
                     "compiled code trains the parameters of the first minibatch: expected arguments of another kind to "
                     f"use no others, got {names}. Use all parameters in the first minibatch, or run it uncompiled."

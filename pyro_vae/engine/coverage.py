@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.nn.functional import one_hot
 
+from pyro_vae.engine.agreement import has_few_values
 from pyro_vae.engine.sites import Sites, family, unwrapped
 from pyro_vae.engine.supports import (
     CIRCULAR,
@@ -92,13 +93,12 @@ def is_circular(distribution: Any) -> bool:
 
 def check_periods(model: Sites, guide: Sites) -> None:
     """Refuse a guide on more than one period of a model's angle, which would count the model's mass several times."""
-    circular = [name for name in guide if name in model and is_circular(model[name]["fn"])]
-    # A point alone is a maximum a posteriori estimate; one that depends on an auxiliary site stands for a density.
-    alone = not any(site["infer"].get("is_auxiliary") for site in guide.values())
-    for name in circular:
-        fn = guide[name]["fn"]
-        if not (alone and isinstance(unwrapped(fn), Delta)) and _periods(model[name]["fn"], fn)[1]:
-            raise PyroVAEError(_not_one_period(name, model[name]["fn"], fn))
+    for name in (name for name in guide if name in model and is_circular(model[name]["fn"])):
+        own, fn = model[name]["fn"], guide[name]["fn"]
+        # A point alone is a maximum a posteriori estimate; one that depends on an auxiliary site stands for a density.
+        alone = not any(site["infer"].get("is_auxiliary") for site in guide.values())
+        if not (alone and isinstance(unwrapped(fn), Delta)) and _periods(own, fn)[1]:
+            raise PyroVAEError(_not_one_period(name, own, fn))
 
 
 def _periods(model: Any, guide: Any) -> tuple[bool, bool]:
@@ -122,7 +122,7 @@ def _not_one_period(name: str, model: Any, guide: Any) -> str:
 def missed(model: Any, guide: Any, value: Tensor) -> Tensor | None:
     """A draw with the likeliest values to which the guide gives probability 0; None if the prior does so too."""
     own, base = unwrapped(model), unwrapped(guide)
-    if not all(isinstance(each, td.Bernoulli | td.Categorical | td.OneHotCategorical) for each in (own, base)):
+    if not (has_few_values(own) and has_few_values(base)):
         return None
     p, q = (torch.stack([1 - f.probs, f.probs], -1) if isinstance(f, td.Bernoulli) else f.probs for f in (own, base))
     most, index = torch.where(q == 0, p, 0.0).max(-1)

@@ -29,7 +29,7 @@ def require_parameters(*traces: Trace) -> dict[str, Tensor]:
     return found
 
 
-class Unknown(Messenger):
+class NewParameters(Messenger):
     """Around runs of a program: finds the parameters that are not among the known ones, in :attr:`found`.
 
     A run may take another path than the first one, by its minibatch.

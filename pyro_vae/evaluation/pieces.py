@@ -136,10 +136,10 @@ def checked(
         with pyro.validation_enabled():
             batches = pieces.minibatches(rows_at_once(program.args))
             same = True
-            for batch in batches:
-                sites = checked_sites(program.on(batch))
+            for part in map(program.on, batches):
+                sites = checked_sites(part)
                 same = same_supports(*sites) and same
-                warn_of_missed(program.on(batch), *sites)
+                warn_of_missed(part, *sites)
         # Where the guide's support exceeds the model's, Pyro must check every sample.
         with pyro.validation_enabled(not same), rng.seeded(seed):
             yield replace(pieces, same_supports=same)

@@ -312,11 +312,11 @@ def _folds(distribution: Any) -> bool:
 def _has_own_density(distribution: Any) -> bool:
     """Whether a subclass outside of torch and Pyro has a `log_prob` of its own, and inherits a family's closed form."""
     fn = unwrapped(distribution)
-    known = {family for pair in td.kl._KL_REGISTRY for family in pair}
-    for each in type(fn).__mro__:
-        if each in known:
-            break
-        if "log_prob" in vars(each) and each.__module__.split(".")[0] not in ("torch", "pyro", "pyro_vae"):
+    kinds = type(fn).__mro__
+    own = next(i for i, kind in enumerate(kinds) if "log_prob" in vars(kind))
+    if kinds[own].__module__.split(".")[0] not in ("torch", "pyro", "pyro_vae"):
+        known = {family for pair in td.kl._KL_REGISTRY for family in pair}
+        if known.isdisjoint(kinds[: own + 1]):  # unless its formula is registered for it
             return True
     return isinstance(fn, td.TransformedDistribution) and _has_own_density(fn.base_dist)
 

@@ -18,7 +18,7 @@ from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
 from pyro_vae.engine.ownership import parameters_of
-from pyro_vae.engine.parameters import Unknown, require_kept, require_same
+from pyro_vae.engine.parameters import NewParameters, require_kept, require_same
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.errors import NotFiniteError, PyroVAEError
@@ -80,10 +80,10 @@ class Loop:
                 )
                 if self.compiled is None:
                     self.optimizer.zero_grad()
-                    with Unknown(self.parameters) as unknown:
+                    with NewParameters(self.parameters) as new:
                         loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
-                    if unknown.found:
-                        self._add(unknown.found, batch)
+                    if new.found:
+                        self._add(new.found, batch)
                     (loss / self.rows_of(batch)).backward()
                 else:
                     loss = self.compiled.compute(*batch)

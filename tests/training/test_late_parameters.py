@@ -131,7 +131,8 @@ def test_data_that_a_site_does_not_observe_need_not_be_in_its_support():
     for data in (DataLoader(TensorDataset(*labelled_first), batch_size=8), tuple(labelled_first)):
         program = semi_supervised(torch.all)
         options = {} if isinstance(data, DataLoader) else {"batch_size": 8}
-        fit(program, data, epochs=1, **options)
+        history = fit(program, data, epochs=1, **options)
+        assert torch.tensor(history.train_bound.to_numpy()).isfinite().all()
 
 
 @pytest.mark.parametrize("pyros", [False, True], ids=["fit", "compile_step"])
