@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pyro_vae.compiled.function import CompiledFunction, OnCompile
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.parameters import NewParameters, require_parameters
 from pyro_vae.engine.program import Program
+from pyro_vae.engine.rows import Rows
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import Objective
 

@@ -4,16 +4,11 @@ A bound per datum exists only if each term of the log-density belongs to one row
 own multi-particle objectives silently bound another quantity. Here each failure has its own message.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, is_factor, plates
+from pyro_vae.engine.sites import PARTICLE_PLATE, Plate, Site, Sites, being_recorded, plates
 from pyro_vae.errors import PyroVAEError
 
 
@@ -53,50 +48,6 @@ def find_batch_plate(sites: Sites) -> Plate:
                     "unbiased."
                 )
     return batch
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How many data a minibatch has, and how many its loss stands for."""
-
-    argument: int = 0  # the minibatch has as many data as this argument's dimension
-    dim: int = 0
-    number: int | None = None  # or this number, where no argument has a dimension of its size
-    full: int | None = None  # of a subsampled plate, all data, to which the loss is scaled
-
-    def __call__(self, batch: Sequence[Any]) -> int:
-        """How many data the loss stands for."""
-        return self.full or self.count(batch)
-
-    def share(self, batch: Sequence[Any]) -> float:
-        """The minibatch as a part of the data that its loss stands for."""
-        return self.count(batch) / self(batch)
-
-    def count(self, batch: Sequence[Any]) -> int:
-        """How many data the minibatch has."""
-        return self.number or batch[self.argument].shape[self.dim]
-
-
-def find_rows(sites: Sites, batch: Sequence[Any]) -> Rows:
-    """The rows of the data's plate: of the plate around the most observed sites, and then the most sites, of a model.
-
-    Without one, the data are the rows of the first argument.
-    """
-    observed = [site for site in sites.values() if site["is_observed"] and not is_factor(site)]
-    counts = Counter(plate for site in observed for plate in plates(site))
-    if not counts:
-        return Rows()
-    others = Counter(plate for site in sites.values() for plate in plates(site))
-    data = max(counts, key=lambda plate: (counts[plate], others[plate]))  # of several, the first, which is outermost
-    shapes = [tuple(getattr(argument, "shape", ())) for argument in batch]
-    size = data.size
-    if size < 0:  # pyro.plate("data") has the size of its sites
-        batches = (site["fn"].batch_shape for site in observed if data in plates(site))
-        size = max((shape[data.dim] for shape in batches if len(shape) >= -data.dim), default=1)
-    full = data.full_size if data.full_size != data.size else None
-    places = [(i, dim) for i, shape in enumerate(shapes) for dim, length in enumerate(shape) if length == size]
-    # The first dimension of any argument is a likelier place than another dimension.
-    return Rows(*min(places, key=lambda place: place[1]), full=full) if places else Rows(number=size, full=full)
 
 
 def check_rows(plate: Plate, number: int) -> None:

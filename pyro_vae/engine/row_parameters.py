@@ -6,6 +6,7 @@ rows of data and latents moved alike, the gradient of every parameter that the d
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ class Trial(NamedTuple):
     model: Trace
     guide: Trace
     chosen: set[str]  # the plates whose subsample the program chooses itself
+    size: int  # how many rows the arguments have
 
     def parameters(self) -> dict[str, Tensor]:
         """Those of model and guide, by name."""
@@ -58,26 +60,28 @@ class Trial(NamedTuple):
         return {name: gradient for name, gradient in zip(own, found, strict=True) if gradient is not None}
 
 
-def trial(program: Program) -> Trial:
-    """Run a program with gradients, for :func:`check_row_parameters`; nothing else notices the run."""
+def trial(program: Program, size: int) -> Trial:
+    """Run a program of so many rows with gradients, for :func:`check_row_parameters`; nothing else notices the run."""
     with _unnoticed(program):
-        return _run(program, {})
+        return _run(program, size, {})
 
 
 def check_row_parameters(program: Program, first: Trial) -> None:
     """Raise an error if parameters have a value for each row of the program's arguments; `first` is its trial."""
-    size = len(program.args[0])
+    size = first.size
     if size < 2:
         return
-    order = torch.arange(size).roll(1)  # which moves every row
     found: set[str] | None = None
     with _unnoticed(program):
         weights = 1 + torch.rand(size)
         try:
-            for plate in _data_plates(first, size):
-                names = _of_rows(program, first, plate, order, weights)
-                if names is not None:
-                    found = names if found is None else found & names
+            for moved in _moved(program, _order(size)):
+                for plate in _data_plates(first):
+                    names = _of_rows(program, moved, first, plate, weights)
+                    if names is not None:
+                        found = names if found is None else found & names
+                if found is not None:
+                    break
         except (RuntimeError, ValueError, IndexError, KeyError):
             return  # rows whose order matters, such as sequences sorted by length, or a flow without an inverse
     if not found:
@@ -90,6 +94,11 @@ def check_row_parameters(program: Program, first: Trial) -> None:
         "pyro.plate('data', N, subsample=index), and pass the index with the data; or train on all data in one order, "
         "with batch_size=N, or a DataLoader with one minibatch and shuffle=False."
     )
+
+
+def _order(size: int) -> Tensor:
+    """An order that moves every row."""
+    return torch.arange(size).roll(1)
 
 
 @contextmanager
@@ -105,9 +114,9 @@ def _observed(run: Trial) -> Sites:
     return {n: s for n, s in sites.items() if isinstance(s["value"], Tensor) and not is_factor(s)}
 
 
-def _data_plates(run: Trial, size: int) -> list[Plate]:
+def _data_plates(run: Trial) -> list[Plate]:
     """The plates around observations that may hold the rows: a plate of as many pixels may be among them."""
-    frames = [frame for site in _observed(run).values() for frame in plates(site) if frame.size in (size, -1)]
+    frames = [frame for site in _observed(run).values() for frame in plates(site) if frame.size in (run.size, -1)]
     return list({frame.name: frame for frame in frames}.values())
 
 
@@ -126,16 +135,20 @@ def _dim(site: Site, plate: Plate) -> int:
     return int(plate.dim - site["fn"].event_dim)
 
 
-def _of_rows(program: Program, run: Trial, plate: Plate, order: Tensor, weights: Tensor) -> set[str] | None:
-    """The names of the parameters whose entries belong to places in the plate; None if it does not hold the rows."""
-    moved = _run(_moved(program, order), _latents(run, plate, order))
+def _of_rows(program: Program, other: Program, run: Trial, plate: Plate, weights: Tensor) -> set[str] | None:
+    """The names of the parameters whose entries belong to places in the plate; None if it does not hold the rows.
+
+    `other` is the program with its rows moved.
+    """
+    order = _order(run.size)
+    moved = _run(other, run.size, _latents(run, plate, order))
     if not _has_moved(run, moved, plate, order):
         return None
     first = run.gradients(weights, plate)
     differing = _differing(first, moved.gradients(weights[order], plate))
     if not differing:
         return set()
-    again = _run(program, _latents(run, plate, torch.arange(len(order))))
+    again = _run(program, run.size, _latents(run, plate, torch.arange(len(order))))
     if _differing(first, again.gradients(weights, plate)):
         return set()  # the program is noisy outside of its sample sites
     return _apart(run, plate, differing, len(order))
@@ -177,12 +190,12 @@ def _differing(first: Gradients, second: Gradients) -> set[str]:
     return names
 
 
-def _run(program: Program, values: dict[str, Tensor]) -> Trial:
-    watch = _Watch(len(program.args[0]))
+def _run(program: Program, size: int, values: dict[str, Tensor]) -> Trial:
+    watch = _Watch(size)
     with watch:
         guide = traced(At(values)(program.guide_or_prior), program.args, program.kwargs)
     model = traced(poutine.replay(program.model, trace=guide), program.args, program.kwargs)
-    return Trial(model, guide, watch.chosen)
+    return Trial(model, guide, watch.chosen, size)
 
 
 class _Watch(Messenger):
@@ -230,10 +243,17 @@ def _along(value: Tensor, order: Tensor, dim: int) -> Tensor:
     return value.index_select(dim, order.to(value.device)) if has_rows else value
 
 
-def _moved(program: Program, order: Tensor) -> Program:
-    """The program on the same data with the rows in another order."""
-    return program.on(pytree.tree_map_only(Tensor, lambda each: _first(each, order), program.args))
+def _moved(program: Program, order: Tensor) -> Iterator[Program]:
+    """The program with the rows of its data in another order, for each choice of the dimensions that have them."""
+    leaves, structure = pytree.tree_flatten(program.args)
+    dims = [_dims(leaf, len(order)) for leaf in leaves]
+    for chosen in itertools.product(*dims):
+        moved = [leaf if dim is None else _along(leaf, order, dim) for leaf, dim in zip(leaves, chosen, strict=True)]
+        yield program.on(pytree.tree_unflatten(moved, structure))
 
 
-def _first(value: Tensor, order: Tensor) -> Tensor:
-    return _along(value, order, -value.dim()) if value.dim() else value
+def _dims(value: Any, size: int) -> list[int | None]:
+    """The dimensions, counted from the right, that may have the rows: the first one, or else first none."""
+    shape = value.shape if isinstance(value, Tensor) else ()
+    dims: list[int | None] = [dim - len(shape) for dim, length in enumerate(shape) if length == size]
+    return dims if -len(shape) in dims else [None, *dims]

@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from pyro_vae.compiled.function import Compiled, OnCompile
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.batch_plate import find_rows
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import require_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
+from pyro_vae.engine.rows import Rows, find_rows
 from pyro_vae.engine.sites import Sites, particle_dim_of
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError, require_count
@@ -155,7 +155,7 @@ def fit(
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     program = Program(model, guide, batches.example())
-    parameters, model_sites, likelihoods = _first_run(program, objective, batches)
+    parameters, model_sites, likelihoods, rows_of = _first_run(program, objective, batches)
     support = DataSupport(program, model_sites)
     if held_out is not None:
         _check_columns(model, held_out)
@@ -170,7 +170,6 @@ def fit(
         "N": batches.size,
         "compile": compile,
     }
-    rows_of = find_rows(model_sites, program.args)
     if isinstance(getattr(objective, "step", None), int):
         objective.step = 0
     fingerprint = None
@@ -228,20 +227,23 @@ def fit(
     return history
 
 
-def _first_run(program: Program, objective: Any, batches: Minibatches) -> tuple[dict[str, Tensor], Sites, list[Fitted]]:
-    """Run the program once; return its parameters, the model's sites, and its likelihoods."""
+def _first_run(
+    program: Program, objective: Any, batches: Minibatches
+) -> tuple[dict[str, Tensor], Sites, list[Fitted], Rows]:
+    """Run the program once; return its parameters, the model's sites, its likelihoods, and what counts its data."""
     with likelihoods_in() as matched:
         traces = program.trace()
     sites = [sample_sites(trace, latent=False) for trace in traces]
+    rows_of = find_rows(program, sites[0])
     if batches.steps != 1:
-        _check_minibatches(sites[0], len(program.args[0]))
+        _check_minibatches(sites[0], rows_of.number)
     if batches.moves_rows:
-        check_row_parameters(program, trial(program))
+        check_row_parameters(program, trial(program, rows_of.number))
     if isinstance(objective, Objective):
         needs, nesting = objective.needs(), -particle_dim_of(*sites) - 1
         objective.remember(replace(program, needs=needs, nesting=nesting), traces)
     # The optimiser's state in a checkpoint has the parameters by their order.
-    return dict(sorted(require_parameters(*traces).items())), sites[0], joined(matched(sites[0]))
+    return dict(sorted(require_parameters(*traces).items())), sites[0], joined(matched(sites[0])), rows_of
 
 
 def _check_minibatches(model: Sites, size: int) -> None:

@@ -14,13 +14,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine import rng
-from pyro_vae.engine.batch_plate import Rows
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
 from pyro_vae.engine.ownership import parameters_of
 from pyro_vae.engine.parameters import NewParameters, require_kept, require_same
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
+from pyro_vae.engine.rows import Rows
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
@@ -121,7 +121,7 @@ class Loop:
         require_same(self.parameters, found)
         program = self.program.on(batch)
         if self.batches.moves_rows:
-            check_row_parameters(program, trial(program))
+            check_row_parameters(program, trial(program, self.rows_of.count(batch)))
         for name, parameter in sorted(found.items()):
             parameter.grad = None  # of an earlier training
             if self.best is not None:

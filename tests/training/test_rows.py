@@ -132,6 +132,39 @@ def test_the_datas_plate_is_the_outermost_around_the_observed_sites(program):
         assert history.train_bound.iloc[0] == pytest.approx(exact, rel=1e-5)
 
 
+def sequences(x):
+    """Rows are the second dimension of x, after the time."""
+    with pyro.plate("sequences", x.shape[1]):
+        for t in pyro.markov(range(len(x))):
+            pyro.sample(f"x_{t}", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x[t])
+
+
+@pytest.mark.parametrize("batch_size", [D, 7, N])  # as many rows as times; fewer times than rows
+def test_sequences_with_the_time_first_count_by_their_plate(batch_size):
+    pyro.clear_param_store()
+    x = X[: N - 1] * torch.arange(1.0, N)[:, None]
+    loader = DataLoader(x, batch_size, collate_fn=lambda rows: torch.stack(rows, 1))
+    history = pv.fit(
+        sequences, lambda x: None, loader, pv.ELBO(), epochs=1, lr=1e-12, validation=loader, progress=False
+    )
+    exact = dist.Normal(0.0, 1.0).log_prob(x).sum(-1).mean().item()
+    assert history.iloc[0][["train_bound", "validation_bound"]].tolist() == pytest.approx([exact] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [D, 7])
+def test_of_sequences_with_the_time_first_a_parameter_for_each_row_is_refused(batch_size):
+    def model(x):
+        with pyro.plate("sequences", x.shape[1]):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for t in pyro.markov(range(len(x))):
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
+
+    pyro.clear_param_store()
+    loader = DataLoader(X, batch_size, collate_fn=lambda rows: torch.stack(rows, 1), shuffle=True)
+    with pytest.raises(pv.PyroVAEError, match=rf"a value for each row of a minibatch of {batch_size}: 'AutoNormal"):
+        pv.fit(model, AutoNormal(model), loader, pv.ELBO(), epochs=1, progress=False)
+
+
 def test_the_step_is_that_of_the_mean_bound():
     """A fixed plate's loss is scaled to all data; its gradient is divided by their number."""
     gradients = []
