@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.engine import rng
+from pyro_vae.engine.agreement import draws_otherwise
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import check_rows
 from pyro_vae.engine.mixing import check_apart
@@ -55,8 +56,9 @@ def to_arviz(
     =========================  ===============================================================================
 
     A group without variables is left out: ``prior`` and ``prior_predictive`` with an ``ImproperUniform`` prior, the
-    groups of x where the data are in a ``pyro.factor``, and draws of a model that reads what it observes. Other draws
-    ignore factors.
+    groups of x where the data are in a ``pyro.factor``, and draws of a model that reads what it observes. So are draws
+    of families whose draws in PyTorch or Pyro do not have their density, such as ``LKJCholesky``. Other draws ignore
+    factors.
 
     If there is one latent site, its event dimension is ``latent``. The dimensions of an image of shape (C, H, W) are
     ``channel``, ``height``, ``width``. Other event dimensions are ``NAME_dim_0`` and so on; plates inside the batch
@@ -138,14 +140,15 @@ def _variables(program: Program, run: Run, vectorize: bool, reading: list[str]) 
             yield "log_likelihood", name, _per_datum(per_datum(run, site, site["unscaled_log_prob"]))
             yield "observed_data", name, _variable(run, name, site, IMAGE)
     values = {name: run.model[name]["value"] for name in latents}
-    proper = all(family(run.model[name]["fn"]) != "ImproperUniform" and name not in reading for name in latents)
+    drawn = {name: not draws_otherwise(site["fn"]) and name not in reading for name, site in run.model.items()}
+    proper = all(drawn[name] and family(run.model[name]["fn"]) != "ImproperUniform" for name in latents)
     drawing = replace(program, model=OfObservedShape()(program.model))
     for kind, given in (("posterior", values), *([("prior", None)] if proper else [])):
         for name, site in simulate(drawing, given, run.num_particles, vectorize).items():
             if name in latents or is_deterministic(run.model[name]):
                 if kind == "prior":
                     yield "prior", name, _variable(run, name, site, event_names if name in latents else ())
-            elif not is_factor(site) and not reading:
+            elif not is_factor(site) and not reading and drawn[name]:
                 yield f"{kind}_predictive", name, _variable(run, name, site, IMAGE)
 
 

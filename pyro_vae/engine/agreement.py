@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from pyro import distributions as dist
 from pyro.distributions import Delta
 from torch import Tensor
 from torch import distributions as td
@@ -134,13 +135,7 @@ def check_densities(model: Sites, guide: Sites) -> None:
             f"dimensions in both, got {sizes[0]} and {sizes[1]}, since a density over other dimensions is not a "
             "density of the latents. Sample the latents themselves, or use pv.ELBO's pathwise loss."
         )
-    for name, site in guide.items():
-        if _samples_otherwise(site["fn"]):
-            raise PyroVAEError(
-                f"guide site '{name}' is an LKJCholesky of more than 2 dimensions: expected a family whose draws have "
-                "the density that it states, which PyTorch's do not. Use another guide, such as a normal under "
-                "CorrCholeskyTransform()."
-            )
+    check_draws(labelled({}, guide))
     for name in latent:
         if not same_masks(model[name], guide[name]):
             raise PyroVAEError(
@@ -149,11 +144,36 @@ def check_densities(model: Sites, guide: Sites) -> None:
             )
 
 
-def _samples_otherwise(fn: Any) -> bool:
+def check_draws(sites: Sites) -> None:
+    """Refuse draws of a family whose samples have another density than the one that it states."""
+    for words, site in sites.items():
+        if draws_otherwise(site["fn"]):
+            raise PyroVAEError(
+                f"{words} draws from {family(_base(site['fn']))}: expected a family whose draws have the density that "
+                "it states, which those of PyTorch or Pyro have not here. Use another family, such as a normal under "
+                "CorrCholeskyTransform() for LKJCholesky."
+            )
+
+
+def draws_otherwise(fn: Any) -> bool:
+    """Whether the draws of a family of PyTorch or Pyro have another density than the one that it states.
+
+    `tests/engine/test_draws.py` compares the draws of many families with their densities.
+    """
+    fn = _base(fn)
+    if isinstance(fn, td.MixtureSameFamily):
+        return draws_otherwise(fn.component_distribution)
+    if isinstance(fn, td.LKJCholesky):
+        return bool(fn.dim > 2)
+    if isinstance(fn, dist.CoalescentTimes):  # its draws have rate 1
+        return not bool((fn.rate == 1).all())
+    return isinstance(fn, dist.SineBivariateVonMises | dist.TruncatedPolyaGamma)
+
+
+def _base(fn: Any) -> Any:
+    """The family below all wrappers and transforms."""
     fn = unwrapped(fn)
-    if isinstance(fn, td.TransformedDistribution):
-        return _samples_otherwise(fn.base_dist)
-    return isinstance(fn, td.LKJCholesky) and fn.dim > 2
+    return _base(fn.base_dist) if isinstance(fn, td.TransformedDistribution) else fn
 
 
 def _size(site: Site, constrained: Site) -> int:

@@ -1,5 +1,7 @@
 """Simulates data: a model that draws what it observes, and whether one run can draw it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Site, Sites
 from pyro_vae.engine.traces import sample_sites
+from pyro_vae.errors import PyroVAEError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments and the keyword arguments of a model
 
@@ -43,6 +46,19 @@ def drawing(model: PyroFunction) -> PyroFunction:
     """The model, which draws what it observes, in the shape of its data."""
     drawn: PyroFunction = poutine.uncondition(OfObservedShape()(model))
     return drawn
+
+
+@contextmanager
+def prior_that_draws(instead: str) -> Iterator[None]:
+    """Around draws from a prior, which an improper one does not have; the message says what to use instead."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "support sampling" not in str(error):
+            raise
+        raise PyroVAEError(
+            f"{str(error).splitlines()[0]}: expected latents that can be drawn from their prior. Use {instead}."
+        ) from error
 
 
 def given_either(model: PyroFunction, draws: Trace, data: Call, drawn: Call) -> tuple[Sites, Sites]:

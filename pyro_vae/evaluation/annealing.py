@@ -17,13 +17,14 @@ from torch import Tensor
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.simulation import prior_that_draws
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence
 from pyro_vae.evaluation.hamiltonian import Chains, trial_length
 from pyro_vae.evaluation.pieces import Args, checked, progress_bar
-from pyro_vae.evaluation.simulation import prior_that_draws, simulate_data
+from pyro_vae.evaluation.simulation import simulate_data
 
 Schedule = Literal["sigmoid", "linear"]
 
@@ -241,7 +242,8 @@ def _annealed(
         raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
     temperatures = _temperatures(settings.schedule, num_steps)
     forward, accepted, backward, simulated = [], [], [], []
-    with prior_that_draws(), checked(model, guide if start == "guide" else None, x, seed) as data:
+    instead = "pv.ais with start='guide', whose chains start at the guide's draws"
+    with prior_that_draws(instead), checked(model, guide if start == "guide" else None, x, seed) as data:
         programs = data.programs(num_chains, settings.vectorize)
         steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
         with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:

@@ -1,17 +1,16 @@
 """Simulated data for bdmc and to_arviz: the model's own draws of x and z, with x as arguments of the model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.engine.agreement import check_draws
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.simulation import drawing, given_either, same_density
-from pyro_vae.engine.sites import Sites, equal, is_deterministic, is_factor, same_masks
+from pyro_vae.engine.sites import Sites, equal, is_deterministic, is_factor, labelled, same_masks
 from pyro_vae.engine.traces import given, sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.pieces import Args
@@ -24,6 +23,7 @@ def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tens
     args = _apart(args)
     observed, trace = sample_sites(traced(model, args)), traced(drawing(model), args)
     drawn = sample_sites(trace)
+    check_draws(labelled(drawn, {}))
     for name, site in observed.items():
         if is_factor(site):
             raise PyroVAEError(
@@ -58,20 +58,6 @@ def sites_that_read(program: Program) -> list[str]:
         # Data that have no place among the arguments stay as they are drawn, in both runs.
         before, after = given_either(drawing(model), trace, (args, {}), (replaced, {}))
     return [name for name, site in before.items() if not is_factor(site) and not same_density(site, after.get(name))]
-
-
-@contextmanager
-def prior_that_draws() -> Iterator[None]:
-    """Around draws from a prior, which an improper one does not have."""
-    try:
-        yield
-    except NotImplementedError as error:
-        if "support sampling" not in str(error):
-            raise
-        raise PyroVAEError(
-            f"{str(error).splitlines()[0]}: expected latents that can be drawn from their prior. Use pv.ais with "
-            "start='guide', whose chains start at the guide's draws."
-        ) from error
 
 
 def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) -> tuple[Args, list[str]]:

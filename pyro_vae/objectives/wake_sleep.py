@@ -8,9 +8,10 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.engine.agreement import check_draws
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.simulation import Call, drawing, given_either, same_density
-from pyro_vae.engine.sites import Site, same_masks
+from pyro_vae.engine.simulation import Call, drawing, given_either, prior_that_draws, same_density
+from pyro_vae.engine.sites import Site, labelled, same_masks
 from pyro_vae.engine.traces import sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Objective, Options
@@ -82,9 +83,12 @@ class RWS(Objective):
 def _dreamt(program: Program) -> Tensor:
     """The guide's log-density of dreamt latents given the data of the same dream, summed over data."""
     args, kwargs = program.args, program.kwargs
-    with torch.no_grad():
+    with torch.no_grad(), prior_that_draws("sleep=0, or a prior that is a distribution"):
         dream = traced(drawing(program.model), args, kwargs)
-    dreamt = [site for site in sample_sites(dream).values() if site["infer"].get("was_observed")]
+    sites = sample_sites(dream)
+    if is_validation_enabled():
+        check_draws(labelled(sites, {}))
+    dreamt = [site for site in sites.values() if site["infer"].get("was_observed")]
     for site in dreamt:
         if not any(_observes(site, argument) for argument in (*args, *kwargs.values())):
             raise PyroVAEError(

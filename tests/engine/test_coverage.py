@@ -186,27 +186,6 @@ def test_a_skewed_angle_is_an_angle():
         pv.ais(model, None, X, 3, 2)
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda fn: fn, lambda fn: dist.TransformedDistribution(fn, [])], ids=["own", "within"]
-)
-def test_a_guide_whose_draws_have_another_density_is_refused(wrap):
-    """PyTorch's draws of LKJCholesky(3, 1) have variances of .25, .30 and .30, where each is .25."""
-
-    def program(size):
-        def body(x, fn=lambda fn: fn, obs=True):
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", fn(dist.LKJCholesky(size, torch.ones(len(x)))))
-                if obs:
-                    pyro.sample("x", dist.Normal(z[..., 1, 0], 0.5), obs=x)
-
-        return body, lambda x: body(x, wrap, False)
-
-    with torch.no_grad(), pytest.raises(pv.PyroVAEError, match="'z' is an LKJCholesky of more than 2 dimensions"):
-        pv.log_weights(*program(3), X, num_particles=2)
-    with torch.no_grad():
-        assert pv.log_weights(*program(2), X, num_particles=2).isfinite().all()
-
-
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_closed_form_that_pytorch_has_wrong_is_not_taken(turned):
     """PyTorch's KL of a continuous Bernoulli and Uniform(0, 1) is infinite."""
