@@ -13,7 +13,6 @@ from torch import Tensor
 from pyro_vae.engine import rng
 from pyro_vae.engine.agreement import draws_otherwise
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.batch_plate import check_rows
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
@@ -21,7 +20,7 @@ from pyro_vae.engine.simulation import OfObservedShape
 from pyro_vae.engine.sites import Site, family, is_deterministic, is_factor
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
-from pyro_vae.evaluation.pieces import program_on
+from pyro_vae.evaluation.pieces import checked_sites, program_on
 from pyro_vae.evaluation.runs import run, simulate
 from pyro_vae.evaluation.simulation import sites_that_read
 
@@ -99,6 +98,7 @@ def to_arviz(
     require_count("num_samples", num_samples, least=2)
     program = program_on(model, guide, x)
     with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
+        checked_sites(program, observing=False)
         program = program.with_nesting()
         check_apart(program, together=vectorize_particles)
         reading = sites_that_read(program)
@@ -127,7 +127,6 @@ def _groups(program: Program, number: int, vectorize: bool, reading: list[str]) 
 
 def _variables(program: Program, run: Run, vectorize: bool, reading: list[str]) -> Iterator[tuple[str, str, Variable]]:
     """The variables of one run, each with its group and its name."""
-    check_rows(run.batch_plate, len(program.args[0]))
     latents = [name for name, site in run.model.items() if not site["is_observed"]]
     event_names = ("latent",) if len(latents) == 1 else ()
     log_p = log_density(run, terms(run.model))

@@ -196,11 +196,14 @@ def warn_of_missed(program: Program, model: Sites, guide: Sites) -> None:
             )
 
 
-def checked_sites(program: Program) -> tuple[Sites, Sites]:
-    """The sites of model and guide in one run; an error unless the batch plate has one row for each row of x."""
+def checked_sites(program: Program, *, observing: bool = True) -> tuple[Sites, Sites]:
+    """The sites of model and guide in one run; an error unless the batch plate has one row for each row of x.
+
+    With `observing`, a model without data is an error too.
+    """
     traces = program.trace()
     model, guide = map(sample_sites, traces)
-    if not any(site["is_observed"] for site in model.values()):
+    if observing and not any(site["is_observed"] for site in model.values()):
         raise PyroVAEError(
             "the model observes nothing: expected a model with data, whose log p(x) there is, got latent sites "
             f"{list(model)} alone. Pass obs= to pyro.sample, or condition the model on data by pyro.condition."

@@ -116,6 +116,23 @@ def test_a_plate_that_is_not_over_the_rows_of_x(evaluation):
         evaluation(series, series_guide, torch.randn(8, 3))
 
 
+@everywhere
+def test_rows_in_another_order(evaluation):
+    order = torch.tensor([2, 0, 1])
+
+    def model(x):
+        with pyro.plate("data", 3, subsample=order) as rows:
+            z = pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(())), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("data", 3, subsample=order) as rows:
+            pyro.sample("z", dist.Normal(x[rows] / 2, 0.5**0.5))
+
+    with pytest.raises(pv.PyroVAEError, match=r"the rows of x in another order, \[2, 0, 1\]"):
+        evaluation(model, guide, torch.zeros(3))
+
+
 @pytest.mark.parametrize("name", ["log_likelihood", "inference_gaps"])
 def test_a_guide_on_another_support(name):
     """A guide that misses a part of the support is refused; outside the support Pyro refuses the first sample."""

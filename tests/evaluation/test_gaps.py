@@ -279,18 +279,3 @@ def test_a_family_whose_constructor_takes_more_than_its_parameters(floor):
         torch.testing.assert_close(
             gaps.elbo, gaps.log_likelihood, rtol=0, atol=2e-3
         )  # the posterior; five steps move it
-
-
-def test_rows_in_another_order_are_refused():
-    order = torch.tensor([2, 0, 1])
-
-    def model(x):
-        with pyro.plate("data", 3, subsample=order) as rows:
-            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x[rows])
-
-    def guide(x):
-        with pyro.plate("data", 3, subsample=order) as rows:
-            pyro.sample("z", dist.Normal(x[rows] / 2, 0.5**0.5))
-
-    with pytest.raises(pv.PyroVAEError, match=r"the rows of x in another order, \[2, 0, 1\]"):
-        pv.log_likelihood(model, guide, torch.zeros(3), 10)
