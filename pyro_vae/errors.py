@@ -25,5 +25,9 @@ class NotFiniteError(PyroVAEError, FloatingPointError):
     """A loss, a parameter or a log-weight is NaN or infinite."""
 
 
+class NoDensityError(PyroVAEError, NotImplementedError):
+    """A site's distribution can't compute the density of a value."""
+
+
 class MissingCompilerError(PyroVAEError, RuntimeError):
     """Compiled code needs a C++ compiler, and none works."""

@@ -98,6 +98,9 @@ def support_of(distribution: Any) -> Any:
             found = fn.support
         except NotImplementedError:  # a user's family without a support
             found = td.constraints.real
+        ends = ends_of(found) if isinstance(found, td.constraints.interval) else None
+        if ends is not None and not all(bool(end.isfinite().all()) for end in ends):
+            found = _between(*ends)  # a generalised Pareto distribution's is an interval up to infinity
     more = len(distribution.event_shape) - found.event_dim
     return td.constraints.independent(found, more) if more > 0 else found
 

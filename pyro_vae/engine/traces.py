@@ -16,8 +16,8 @@ from torch import Tensor
 from pyro_vae.engine import precision
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.ownership import OwnParameters
-from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, layers
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, family, layers
+from pyro_vae.errors import NoDensityError, PyroVAEError
 
 
 def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Trace:
@@ -100,6 +100,17 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
     try:
         with precision.promoting() if half else nullcontext():
             trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
+    except NotImplementedError as error:
+        name, fn = next(
+            (name, site["fn"])
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and "log_prob" not in site and (latent or site["is_observed"])
+        )
+        raise NoDensityError(
+            f"site '{name}' ({family(fn)}) has no density: expected a distribution with log_prob, got one whose "
+            "family, or one of its transforms, does not compute it. Choose another, such as StickBreakingTransform in "
+            "place of SoftmaxTransform."
+        ) from error
     except ValueError as error:
         if "support" not in str(error):
             raise

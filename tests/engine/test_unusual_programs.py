@@ -213,3 +213,21 @@ def test_a_program_without_tensors_runs_for_as_many_particles_as_its_data_allow(
 
     program = program_on(pyro.condition(wide, data={"x": torch.zeros(3, 1000)}), None, 3)
     assert rows_at_once(program.args) == ELEMENTS_AT_ONCE // 1000
+
+
+@pytest.mark.parametrize("run", [pv.ELBO(kl="monte_carlo").loss, pv.log_likelihood, pv.active_units, pv.to_arviz])
+def test_a_distribution_without_a_density_is_named(run):
+    """PyTorch's softmax has no determinant of a Jacobian."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(len(x), 3), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, dist.transforms.SoftmaxTransform()))
+
+    with pytest.raises(pv.NoDensityError, match=r"site 'z' \(TransformedDistribution\) has no density: expected"):
+        run(model, guide, X)

@@ -128,6 +128,29 @@ def test_constrained_latents():
     assert ratio.std() < 0.5
 
 
+class UpToInfinity(dist.Exponential):
+    """With the support that PyTorch states for a generalised Pareto distribution of positive concentration."""
+
+    @dist.constraints.dependent_property(is_discrete=False, event_dim=0)
+    def support(self):
+        return dist.constraints.interval(0 * self.rate, math.inf + self.rate)
+
+
+def test_an_interval_up_to_infinity():
+    """z ~ Exponential(1) and x ~ Poisson(z): p(x) = 2^-(x + 1)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", UpToInfinity(torch.ones(len(x), dtype=torch.float64)))
+            pyro.sample("x", dist.Poisson(z), obs=x)
+
+    x = torch.arange(4.0, dtype=torch.float64).repeat(15)
+    annealed = pv.ais(model, None, x, seed=0, **QUICK)
+    ratio = (annealed.log_weights + (x + 1) * math.log(2)).exp().mean(0)
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(ratio))
+    assert ratio.std() < 0.5
+
+
 def test_nested_plates_move_datum_by_datum():
     """Latents of shape (3, N): energies are summed over the nested plate, but not over data."""
 
