@@ -161,7 +161,14 @@ class Minibatches:
         return list(dict.fromkeys(generator for generator in found if generator is not None))
 
     def _take(self, index: Any) -> Batch:
-        return tuple(column[index] for column in self.columns)
+        return tuple(at_rows(column, index) for column in self.columns)
+
+
+def at_rows(column: Any, index: Any) -> Any:
+    """Some rows of a column: a tensor, a split, or a list, such as one of strings."""
+    if isinstance(column, list | tuple) and isinstance(index, Tensor):
+        return type(column)(column[i] for i in index.tolist())
+    return column[index]
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.engine.coverage import is_circular
-from pyro_vae.engine.minibatches import Batch, Minibatches
+from pyro_vae.engine.minibatches import Batch, Minibatches, at_rows
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, masks, validates
 from pyro_vae.engine.supports import Unknown, plain, support_of
@@ -85,10 +85,8 @@ class DataSupport:
 
 def _taken(column: Any, rows: Tensor, number: int) -> Any:
     """Some of the rows of a column, which may be a list of strings; the column itself if it has no rows."""
-    if isinstance(column, Tensor):
-        return column[rows]
-    of_rows = isinstance(column, list | tuple) and len(column) == number
-    return type(column)(column[i] for i in rows.tolist()) if of_rows else column
+    has_rows = isinstance(column, Tensor) or (isinstance(column, list | tuple) and len(column) == number)
+    return at_rows(column, rows) if has_rows else column
 
 
 def _rows_outside(support: Any, data: Tensor) -> Tensor:

@@ -579,6 +579,20 @@ OBSERVED = {
 }
 
 
+def test_a_column_may_be_a_list_of_strings():
+    """Rows and their names are shuffled together."""
+    x = torch.arange(10.0)
+    seen = []
+
+    def model(x, names):
+        seen.extend(zip(x.tolist(), names, strict=True))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x)
+
+    pv.fit(model, lambda x, names: None, (x, list("abcdefghij")), pv.ELBO(), epochs=1, batch_size=4, seed=0)
+    assert set(seen) == set(zip(x.tolist(), "abcdefghij", strict=True))
+
+
 @pytest.mark.parametrize("name", OBSERVED)
 def test_data_at_a_site_whose_support_is_not_known_are_not_checked(name):
     observed = OBSERVED[name]
