@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyro_vae.engine.minibatches import at_rows
 from pyro_vae.engine.ownership import parameters_of
 from pyro_vae.engine.precision import is_half
 from pyro_vae.engine.program import Program
@@ -237,19 +238,26 @@ def _latents(run: Trial, plate: Plate, order: Tensor) -> dict[str, Tensor]:
     return values
 
 
-def _along(value: Tensor, order: Tensor, dim: int) -> Tensor:
+def _along(value: Any, order: Tensor, dim: int | None) -> Any:
     """The tensor with the rows of a dimension in another order, if it has them."""
-    has_rows = value.dim() >= -dim and value.shape[dim] == len(order)
+    has_rows = dim is not None and value.dim() >= -dim and value.shape[dim] == len(order)
     return value.index_select(dim, order.to(value.device)) if has_rows else value
 
 
 def _moved(program: Program, order: Tensor) -> Iterator[Program]:
     """The program with the rows of its data in another order, for each choice of the dimensions that have them."""
-    leaves, structure = pytree.tree_flatten(program.args)
-    dims = [_dims(leaf, len(order)) for leaf in leaves]
-    for chosen in itertools.product(*dims):
-        moved = [leaf if dim is None else _along(leaf, order, dim) for leaf, dim in zip(leaves, chosen, strict=True)]
+    size = len(order)
+    leaves, structure = pytree.tree_flatten(program.args, is_leaf=lambda value: _is_column(value, size))
+    for chosen in itertools.product(*(_dims(leaf, size) for leaf in leaves)):
+        pairs = zip(leaves, chosen, strict=True)
+        moved = [at_rows(v, order) if _is_column(v, size) else _along(v, order, dim) for v, dim in pairs]
         yield program.on(pytree.tree_unflatten(moved, structure))
+
+
+def _is_column(value: Any, size: int) -> bool:
+    """Whether a value is a list with an item for each row, such as a string."""
+    items = value if isinstance(value, list | tuple) and len(value) == size else ()
+    return bool(items) and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(items))
 
 
 def _dims(value: Any, size: int) -> list[int | None]:

@@ -580,17 +580,18 @@ OBSERVED = {
 
 
 def test_a_column_may_be_a_list_of_strings():
-    """Rows and their names are shuffled together."""
-    x = torch.arange(10.0)
+    """Rows and their names are shuffled together; a table of values by name is no value for each row of a minibatch."""
+    x, names = torch.arange(10.0), list("abcdefghij")
     seen = []
 
     def model(x, names):
         seen.extend(zip(x.tolist(), names, strict=True))
+        table = pyro.param("table", torch.zeros(10))
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x)
+            pyro.sample("x", dist.Normal(table[["abcdefghij".index(name) for name in names]], 1.0), obs=x)
 
-    pv.fit(model, lambda x, names: None, (x, list("abcdefghij")), pv.ELBO(), epochs=1, batch_size=4, seed=0)
-    assert set(seen) == set(zip(x.tolist(), "abcdefghij", strict=True))
+    pv.fit(model, lambda x, names: None, (x, names), pv.ELBO(), epochs=1, batch_size=4, seed=0)
+    assert set(seen) == set(zip(x.tolist(), names, strict=True))
 
 
 @pytest.mark.parametrize("name", OBSERVED)
