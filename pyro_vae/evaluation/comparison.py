@@ -29,7 +29,7 @@ from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, check_same_data
 from pyro_vae.evaluation.likelihood import estimate_evidence
-from pyro_vae.evaluation.pieces import Pieces, checked_sites, is_divisible, program_on, same_supports
+from pyro_vae.evaluation.pieces import Pieces, checked_sites, is_divisible, program_on, same_supports, warn_of_missed
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 from pyro_vae.objectives.base import Options
 
@@ -130,6 +130,7 @@ def compare(
         with torch.no_grad(), rng.seeded(seed):
             vectorize = vectorize_particles and all(objective.vectorize_particles for _, objective in named)
             whole = data if not factors else replace(data, program=_without(factors, program))
+            warn_of_missed(whole.program, model_sites, guide_sites)
             evidence = estimate_evidence(whole, COMPARE_SAMPLES, vectorize, progress, compile and vectorize)
         best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
         rows = []
