@@ -93,11 +93,14 @@ class CompiledStep:
             name: torch.tensor(value, dtype=torch.float64, device=device)
             for name, value in self.objective.scheduled().items()
         }
-        loss, *gradients = self.loss_and_gradients(settings, args, kwargs)
+        data = None if self.rows is None else torch.tensor(self.rows(args), dtype=torch.float64, device=device)
+        loss, *gradients = self.loss_and_gradients(settings, data, args, kwargs)
         self.objective.step += 1
         return loss, gradients
 
-    def _loss_and_gradients(self, settings: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _loss_and_gradients(
+        self, settings: dict[str, Tensor], data: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         vars(self._compiled_objective).update(settings)
         with torch.enable_grad():
             with NewParameters(self.own) as new:
@@ -108,7 +111,7 @@ class CompiledStep:
                     "compiled code trains the parameters of the first minibatch: expected arguments of another kind to "
                     f"use no others, got {names}. Use all parameters in the first minibatch, or run it uncompiled."
                 )
-            whole = loss / self.rows(args) if self.rows else loss
+            whole = loss if data is None else loss / data
             gradients = torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
             if all(gradient is None for gradient in gradients):
                 raise PyroVAEError(

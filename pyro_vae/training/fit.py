@@ -26,7 +26,7 @@ from pyro_vae.engine.parameters import require_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Rows, find_rows
-from pyro_vae.engine.sites import Sites, particle_dim_of
+from pyro_vae.engine.sites import Sites, particle_dim_of, plates
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.objectives import Objective
@@ -234,14 +234,17 @@ def _first_run(
     with likelihoods_in() as matched:
         traces = program.trace()
     sites = [sample_sites(trace, latent=False) for trace in traces]
-    rows_of = find_rows(program, sites[0])
+    cut = len(program.args[0]) if batches.loader is None and batches.steps != 1 else None
+    rows_of = find_rows(program, sites[0], cut)
     if batches.steps != 1:
         _check_minibatches(sites[0], rows_of.number)
-    if batches.moves_rows:
-        check_row_parameters(program, trial(program, rows_of.number))
-    if isinstance(objective, Objective):
+        if isinstance(objective, Objective) and objective.needs().per_datum:
+            _check_outermost(sites, rows_of)
+    if isinstance(objective, Objective):  # before other runs, since a flow keeps the history of its last draw alone
         needs, nesting = objective.needs(), -particle_dim_of(*sites) - 1
         objective.remember(replace(program, needs=needs, nesting=nesting), traces)
+    if batches.moves_rows:
+        check_row_parameters(program, trial(program, rows_of.number))
     # The optimiser's state in a checkpoint has the parameters by their order.
     return dict(sorted(require_parameters(*traces).items())), sites[0], joined(matched(sites[0])), rows_of
 
@@ -263,6 +266,18 @@ def _check_minibatches(model: Sites, size: int) -> None:
                 f"plate of size {size}: its term would count once for each minibatch. Move it inside; or give the "
                 "plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass batch_size=N."
             )
+
+
+def _check_outermost(sites: list[Sites], rows: Rows) -> None:
+    """Refuse a program whose minibatches are cut from another plate than the outermost, whose rows are bounded."""
+    first, *others = (plates(site) for group in sites for site in group.values())
+    outermost = next((plate for plate in first if all(plate in stack for stack in others)), None)
+    if outermost and rows.plate and outermost.name != rows.plate.name:
+        raise PyroVAEError(
+            f"the outermost plate '{outermost.name}' has {outermost.size} rows, and minibatches are cut from the "
+            f"{rows.number} rows of plate '{rows.plate.name}': expected the data's plate to be the outermost one, "
+            f"whose rows have log-weights of their own. Enter it first: pyro.plate('{rows.plate.name}', ..., dim=-2)."
+        )
 
 
 def _check_columns(model: PyroFunction, held_out: Minibatches) -> None:

@@ -1,5 +1,6 @@
 """How many data a loss stands for, and which data are trained on: plates and streams of several forms."""
 
+import functools
 import random
 
 import pyro
@@ -163,6 +164,65 @@ def test_of_sequences_with_the_time_first_a_parameter_for_each_row_is_refused(ba
     loader = DataLoader(X, batch_size, collate_fn=lambda rows: torch.stack(rows, 1), shuffle=True)
     with pytest.raises(pv.PyroVAEError, match=rf"a value for each row of a minibatch of {batch_size}: 'AutoNormal"):
         pv.fit(model, AutoNormal(model), loader, pv.ELBO(), epochs=1, progress=False)
+
+
+def numbers(x, *present):
+    """Each entry of x is a datum, or each one that is present; the guide below is the exact posterior."""
+    x = x[present[0]] if present else x.reshape(-1)
+    with pyro.plate("numbers", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 2.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def numbers_guide(x, *present):
+    x = x[present[0]] if present else x.reshape(-1)
+    with pyro.plate("numbers", len(x)):
+        pyro.sample("z", dist.Normal(pyro.param("c", torch.tensor(0.8)) * x, 0.8**0.5))
+
+
+COMPILED = pytest.param(False, True, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("present", "compile"), [(False, False), (True, False), COMPILED])
+@pytest.mark.parametrize("batch_size", [N, 8, 3])
+def test_entries_of_an_argument_may_be_the_data(present, compile, batch_size):
+    """With missing entries, each minibatch has another number of data."""
+    pyro.clear_param_store()
+    x, seen = 2 * X, torch.rand(N, D, generator=torch.Generator().manual_seed(1)) < torch.linspace(0.2, 1, N)[:, None]
+    seen[:, 0] = True
+    data, few = ((x, seen), (x[:4], seen[:4])) if present else (x, x[:4])
+    log_p = dist.Normal(0.0, 5**0.5).log_prob(x)
+    seen = seen if present else torch.ones_like(seen)
+    exact = [log_p[seen].mean().item(), log_p[:4][seen[:4]].mean().item()]
+    history = pv.fit(
+        numbers,
+        numbers_guide,
+        data,
+        pv.IWAE(4),
+        epochs=1,
+        batch_size=batch_size,
+        lr=1e-12,
+        validation=few,
+        progress=False,
+        compile=compile,
+    )
+    assert history.iloc[0][["train_bound", "validation_bound"]].tolist() == pytest.approx(exact, rel=1e-5)
+
+
+def columns_first(x):
+    with pyro.plate("columns", x.shape[1]), pyro.plate("rows", x.shape[0]):
+        pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x)
+
+
+def test_minibatches_are_cut_from_their_own_plate():
+    """The sum over data needs no outermost plate; a bound of each row does."""
+    pyro.clear_param_store()
+    exact = dist.Normal(0.0, 1.0).log_prob(X).sum(-1).mean().item()
+    fit = functools.partial(pv.fit, columns_first, lambda x: None, X, epochs=1, batch_size=8, lr=1e-12)
+    for objective in (pv.ELBO(), pyro.infer.Trace_ELBO()):
+        assert fit(objective).train_bound.iloc[0] == pytest.approx(exact, rel=1e-5)
+    with pytest.raises(pv.PyroVAEError, match="'columns' has 5 rows, and minibatches are cut from the 8 rows of plate"):
+        fit(pv.IWAE(2))
 
 
 def test_the_step_is_that_of_the_mean_bound():
