@@ -10,7 +10,6 @@ import pyro.infer
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.mixing import check_apart
@@ -23,6 +22,7 @@ from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import gradients
 from pyro_vae.objectives.densities import Densities, densities, weighted, with_gradient
 from pyro_vae.objectives.gradients import ESTIMATORS, Estimator
+from pyro_vae.objectives.known import Known
 from pyro_vae.objectives.module import ObjectiveModule
 
 Gradient = Literal["pathwise", "stl", "dreg", "score", "vimco"]
@@ -136,10 +136,10 @@ class Objective(pyro.infer.ELBO):
         self.chunk_size = chunk_size
         self._check_particles()
         self.step = 0  #: how many differentiable losses it has computed, which is the argument of a schedule
-        self._known: list[tuple[Any, int]] = []  # kinds of programs that keep particles apart, and their nesting
+        self._known = Known()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_known": []}  # a lambda can't be pickled, and a deep copy would copy the networks
+        return vars(self) | {"_known": Known()}  # a lambda can't be pickled, and a deep copy would copy the networks
 
     def __copy__(self) -> Self:
         found = object.__new__(type(self))
@@ -296,14 +296,12 @@ class Objective(pyro.infer.ELBO):
         program = Program(model, guide, args, kwargs, needs, self.max_plate_nesting)
         if not (self._run_together() or needs.per_datum):
             return program
-        nesting = self._nesting(program)
-        if nesting is None:
-            self.remember(program.with_nesting())
-            nesting = self._nesting(program)
-        return replace(program, nesting=nesting)
-
-    def _nesting(self, program: Program) -> int | None:
-        return next((nesting for kind, nesting in self._known if kind == _kind(program)), None)
+        nesting = self._known.nesting(program)
+        if nesting is not None:
+            return replace(program, nesting=nesting)
+        program = program.with_nesting()
+        self.remember(program)
+        return program
 
     def remember(self, program: Program, traces: tuple[Trace, Trace] | None = None) -> None:
         """Keep the nesting of a program's plates, so that later calls need no run to find it.
@@ -311,8 +309,9 @@ class Objective(pyro.infer.ELBO):
         A program that mixes particles or data is refused. Its traces for one particle, if given, serve this check.
         """
         if program.nesting is not None and program.guide is not None:
-            check_apart(program, together=self._run_together(), traces=traces)
-            self._known = [(_kind(program), program.nesting), *self._known[:3]]
+            if self._known.needs_check(program):
+                check_apart(program, together=self._run_together(), traces=traces)
+            self._known = self._known.with_program(program)
 
     def _run_together(self) -> bool:
         return self.num_samples > 1 and self.vectorize_particles
@@ -374,7 +373,7 @@ class Objective(pyro.infer.ELBO):
             ratios = (c / a).split([size for size, _ in parts.samples])
             for (_, samples), ratio in zip(parts.samples, ratios, strict=True):
                 for sample, shape in samples:
-                    sample.register_hook(functools.partial(torch.mul, ratio.reshape(shape)))
+                    sample.register_hook(functools.partial(torch.mul, ratio.reshape(shape).to(sample.dtype)))
         surrogate = weighted(a, parts.log_p) - weighted(c, parts.log_q)
         if parts.stopped is not None:
             surrogate = surrogate + weighted(c, parts.stopped)
@@ -387,14 +386,3 @@ class Objective(pyro.infer.ELBO):
     # Abstract in pyro.infer.ELBO, and used by its own machinery alone.
     def _get_trace(self, model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any) -> Any:
         raise TypeError("a pyro_vae objective has no single trace: use pyro_vae.log_weights for its parts.")
-
-
-def _kind(program: Program) -> tuple[Any, ...]:
-    """What a program's plates, and how it treats particles, may depend on: of data and real numbers, only the type."""
-    values, structure = pytree.tree_flatten((program.args, program.kwargs))
-    # With the type, since 1 and True are equal.
-    constants = [(type(value), value if isinstance(value, int | str) else None) for value in values]
-    # A single datum can't show whether data are apart.
-    several = [tuple(size > 1 for size in value.shape) for value in values if isinstance(value, Tensor)]
-    # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found again.
-    return program.model, program.guide, program.needs.per_datum, structure, constants, several

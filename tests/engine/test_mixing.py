@@ -112,7 +112,7 @@ RING = torch.roll(torch.eye(N), 1, 0) + torch.eye(N)
 DEPENDENT = {
     "a random walk": normal_in_a_row(lambda z: z.cumsum(-1)),
     "a graph": normal_in_a_row(lambda z: z @ RING),
-    "a weak mean": normal_in_a_row(lambda z: z + 1e-3 * z.mean(-1, keepdim=True)),
+    "a weak mean": normal_in_a_row(lambda z: z + 0.02 * z.mean(-1, keepdim=True)),
     "a factor": normal_in_a_row(lambda z: z, factor=lambda z: (-(z.sum(-1, keepdim=True) ** 2)).expand(z.shape)),
     "the guide": normal_in_a_row(lambda z: z, guided=lambda z: z.roll(1, -1)),
 }
@@ -136,6 +136,32 @@ DEPENDENT = {
 def test_data_that_depend_on_each_others_latents_are_refused(name, call):
     with pytest.raises(ValueError, match=r"has another density for a datum when other data have other latents"):
         call(*DEPENDENT[name])
+
+
+def test_a_very_weak_dependence_is_said():
+    """As of an adaptive solver, which has one step size for all rows."""
+    weak = normal_in_a_row(lambda z: z + 1e-4 * z.mean(-1, keepdim=True))
+    with pytest.warns(UserWarning, match=r"'x' changes by up to \d.*e-0[45] nats for a datum when other data have"):
+        pv.IWAE(3).loss(*weak, X[:, 0])
+
+
+def test_a_support_may_depend_on_a_discrete_latent():
+    """The other draw of z is made at the other value of k."""
+
+    def program(observe):
+        def body(x):
+            with pyro.plate("data", len(x)):
+                k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+                z = pyro.sample("z", dist.Uniform(2.0 * k, 2.0 * k + pyro.param("width", torch.ones(()))))
+                if observe:
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        return body
+
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        with torch.no_grad():
+            assert pv.log_weights(program(True), program(False), X[:, 0], num_particles=4).isfinite().all()
 
 
 @pytest.mark.parametrize("name", DEPENDENT)

@@ -227,6 +227,25 @@ def test_max_plate_nesting_is_found_once_for_a_program():
     assert objective._known is found
 
 
+@pytest.mark.parametrize("particles", [1, 4])
+def test_a_step_counter_among_the_arguments_is_not_checked_at_each_step(particles):
+    runs = []
+    program = LinearGaussian(3, 2, 6)
+
+    def model(x, step):
+        runs.append(step)
+        program.model(x)
+
+    def guide(x, step):
+        program.guide(x)
+
+    objective = pv.IWAE(particles)
+    for step in range(12):
+        objective.loss(model, guide, program.x, step)
+    assert all(runs.count(step) > 1 for step in range(8))
+    assert all(runs.count(step) == 1 for step in range(8, 12))
+
+
 @pytest.mark.parametrize("pack", [lambda levels: levels, lambda levels: {"plates": [levels]}], ids=["", "in a dict"])
 def test_plates_may_depend_on_an_integer_argument(pack):
     """Pixels as one event, or in a plate of their own: the same densities."""
