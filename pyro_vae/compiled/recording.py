@@ -5,6 +5,7 @@ that does something else when it runs again, and names the line.
 """
 
 import contextlib
+import copy
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -68,7 +71,7 @@ def _record(function: Callable[..., Any], args: Sequence[Tensor]) -> Recording:
 
     try:
         # Validation reads values; the run before this one was validated.
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), _Unvalidated():
             graph = make_fx(refusing)(*args)
     except _ReadsValues as error:
         raise PyroVAEError(
@@ -88,6 +91,24 @@ def _record(function: Callable[..., Any], args: Sequence[Tensor]) -> Recording:
             f"same in every step: expected draws from torch or Pyro alone. Use torch.rand, say. {FIX}"
         )
     return _lifted(graph, list(values.read.values()))
+
+
+class _Unvalidated(Messenger):
+    """Turns off the validation that a distribution has of its own, as one that ``expand`` made has."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"] = _unvalidated(msg["fn"])
+
+
+def _unvalidated(value: Any) -> Any:
+    if not isinstance(value, Distribution):
+        return value
+    parts = {name: _unvalidated(part) for name, part in vars(value).items()}
+    if not value._validate_args and all(part is vars(value)[name] for name, part in parts.items()):
+        return value
+    found = copy.copy(value)
+    vars(found).update(parts, _validate_args=False)
+    return found
 
 
 def _other_generators() -> Any:

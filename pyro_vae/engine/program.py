@@ -235,7 +235,8 @@ class Program:
     def check(self, model: Sites, guide: Sites, particle_dim: int) -> Plate:
         """Refuse a program whose number would be wrong; return the batch plate."""
         agreement.check_sites(model, guide, factors=self.needs.factors)
-        check_periods(model, guide)
+        if not being_recorded():  # it reads the values of parameters
+            check_periods(model, guide)
         if torch.is_grad_enabled() and self.needs.path == "all":
             agreement.check_reparameterised(guide)
         sites, batch_plate = labelled(model, guide), None
