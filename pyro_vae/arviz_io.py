@@ -16,7 +16,6 @@ from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
-from pyro_vae.engine.simulation import OfObservedShape
 from pyro_vae.engine.sites import Site, family, is_deterministic, is_factor
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
@@ -96,7 +95,7 @@ def to_arviz(
         models in Python*, JOSS.
     """
     require_count("num_samples", num_samples, least=2)
-    program = program_on(model, guide, x)
+    program = replace(program_on(model, guide, x), deterministic=True)
     with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
         checked_sites(program, observing=False)
         program = program.with_nesting()
@@ -141,9 +140,8 @@ def _variables(program: Program, run: Run, vectorize: bool, reading: list[str]) 
     values = {name: run.model[name]["value"] for name in latents}
     drawn = {name: not draws_otherwise(site["fn"]) and name not in reading for name, site in run.model.items()}
     proper = all(drawn[name] and family(run.model[name]["fn"]) != "ImproperUniform" for name in latents)
-    drawing = replace(program, model=OfObservedShape()(program.model))
     for kind, given in (("posterior", values), *([("prior", None)] if proper else [])):
-        for name, site in simulate(drawing, given, run.num_particles, vectorize).items():
+        for name, site in simulate(program, given, run.num_particles, vectorize).items():
             if name in latents or is_deterministic(run.model[name]):
                 if kind == "prior":
                     yield "prior", name, _variable(run, name, site, event_names if name in latents else ())

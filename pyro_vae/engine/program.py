@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_vae.engine import agreement, rng
 from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.coverage import check_periods
+from pyro_vae.engine.drawing import ShowsDeterministic, drawing
 from pyro_vae.engine.modules import PyroFunction, buffers_kept, eval_mode, find_modules
 from pyro_vae.engine.ownership import merged, parameters_of
 from pyro_vae.engine.sites import (
@@ -119,6 +120,7 @@ class Program:
     kwargs: dict[str, Any] = field(default_factory=dict)
     needs: Needs = Needs()
     nesting: int | None = None  # how many dimensions the plates take; None finds it by one more run
+    deterministic: bool = False  # whether the model's pyro.deterministic sites are among its sites
 
     @property
     def guide_or_prior(self) -> PyroFunction:
@@ -150,8 +152,8 @@ class Program:
         """Draw particles from the guide."""
         particle_dim = None if number == 1 else -self.depth
         guide = in_particles(self.guide_or_prior, number, particle_dim)
-        drawing = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
-        with drawing:
+        sampling = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
+        with sampling:
             trace = traced(guide, self.args, self.kwargs)
         sites = sample_sites(trace, latent=self.needs.per_datum or self.needs.densities)
         if not torch.is_grad_enabled():
@@ -177,7 +179,7 @@ class Program:
             if self.needs.samples and isinstance(value, Tensor) and value.requires_grad:
                 value = views[name] = derived(value, lambda each: each.view_as(each))
             entering.nodes[name] = site | {"value": value}
-        own = OwnSubsamples(drawn.trace)(in_particles(self.model, drawn.number, drawn.particle_dim))
+        own = OwnSubsamples(drawn.trace)(self._model(drawn.number, drawn.particle_dim))
         model = poutine.replay(own, trace=entering)
         trace = traced(model, self.args, self.kwargs)
         if torch.is_grad_enabled() and not pyro.settings.get("module_local_params"):
@@ -185,6 +187,11 @@ class Program:
         run = self._as_run(sample_sites(trace), drawn)
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
         return run
+
+    def _model(self, number: int, particle_dim: int | None) -> PyroFunction:
+        """The model for several particles."""
+        model = in_particles(self.model, number, particle_dim)
+        return ShowsDeterministic()(model) if self.deterministic else model
 
     def run_at(self, values: dict[str, Tensor], number: int | None = None) -> Run:
         """Run guide and model at given values of all latent sites, whose particles lie left of the plates.
@@ -204,7 +211,7 @@ class Program:
     def simulate(self, values: dict[str, Tensor] | None, number: int | None = None) -> Sites:
         """The model's sites with new data: at given values of the latents, or at draws from the prior."""
         particle_dim = None if number is None else -self.depth
-        model = poutine.uncondition(in_particles(self.model, number or 1, particle_dim))
+        model = drawing(self._model(number or 1, particle_dim))
         return sample_sites(traced(At(values or {})(model), self.args))
 
     def trace(self, values: dict[str, Tensor] | None = None, *, training: bool = False) -> tuple[Trace, Trace]:

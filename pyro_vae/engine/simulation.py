@@ -1,4 +1,4 @@
-"""Simulates data: a model that draws what it observes, and whether one run can draw it."""
+"""Whether one run of a model can draw what it observes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from torch.distributions import Independent
 
+from pyro_vae.engine.drawing import drawing
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Site, Sites
@@ -19,33 +17,6 @@ from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments and the keyword arguments of a model
-
-
-class OfObservedShape(Messenger):
-    """Expands the event of an observed site to that of its data, to which densities broadcast and draws do not."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"]:
-            msg["fn"] = _expanded(msg["fn"], msg["value"].shape)
-
-
-def _expanded(fn: Any, shape: torch.Size) -> Any:
-    event = shape[len(shape) - fn.event_dim :]
-    if fn.event_dim > len(shape) or event == fn.event_shape:
-        return fn
-    base: Any = getattr(fn, "base_dist", None)
-    if isinstance(fn, MaskedDistribution):
-        return _expanded(base, shape).mask(fn._mask)
-    if not isinstance(fn, Independent):
-        return fn
-    number = fn.reinterpreted_batch_ndims
-    return base.expand(base.batch_shape[:-number] + event[: len(event) - base.event_dim]).to_event(number)
-
-
-def drawing(model: PyroFunction) -> PyroFunction:
-    """The model, which draws what it observes, in the shape of its data."""
-    drawn: PyroFunction = poutine.uncondition(OfObservedShape()(model))
-    return drawn
 
 
 @contextmanager

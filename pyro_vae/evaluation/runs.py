@@ -10,7 +10,7 @@ from torch.distributions import Independent
 
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
-from pyro_vae.engine.sites import Site, Sites, unwrapped
+from pyro_vae.engine.sites import Site, Sites, is_deterministic, unwrapped
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.families import OF_ONE_PARTICLE, constructor_arguments, suffices
 
@@ -63,13 +63,14 @@ def _joined_sites(each: list[Sites], depth: int) -> Sites:
 def _joined_site(sites: list[Site], depth: int) -> Site:
     """A site with the particles' values, densities, masks and parameters along a new first dimension."""
     first, event_dim = sites[0], sites[0]["fn"].event_dim
+    of_data = first["is_observed"] and not is_deterministic(first)
 
     def along(key: str, dims: int) -> Any:
         values = [site[key] for site in sites]
         return _stacked(values, dims) if isinstance(values[0], Tensor) else values[0]
 
     return first | {
-        "value": first["value"] if first["is_observed"] else along("value", depth + event_dim),
+        "value": first["value"] if of_data else along("value", depth + event_dim),
         "unscaled_log_prob": _stacked([site["unscaled_log_prob"] for site in sites], depth),
         "mask": along("mask", depth),
         "fn": _joined_fn([site["fn"] for site in sites], depth),

@@ -7,9 +7,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.engine.agreement import check_draws
+from pyro_vae.engine.drawing import drawing
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.simulation import drawing, given_either, same_density
+from pyro_vae.engine.simulation import given_either, same_density
 from pyro_vae.engine.sites import Sites, equal, is_deterministic, is_factor, labelled, same_masks
 from pyro_vae.engine.traces import given, sample_sites, traced
 from pyro_vae.errors import PyroVAEError

@@ -9,8 +9,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.engine.agreement import check_draws
+from pyro_vae.engine.drawing import drawing
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.simulation import Call, drawing, given_either, prior_that_draws, same_density
+from pyro_vae.engine.simulation import Call, given_either, prior_that_draws, same_density
 from pyro_vae.engine.sites import Site, labelled, same_masks
 from pyro_vae.engine.traces import sample_sites, traced
 from pyro_vae.errors import PyroVAEError
