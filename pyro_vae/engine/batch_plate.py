@@ -63,7 +63,9 @@ def check_rows(plate: Plate, number: int) -> None:
 def check_order(plate: Plate, trace: Trace) -> None:
     """Refuse a batch plate with a subsample that has all data in another order: results belong to the rows of x."""
     index = trace.nodes[plate.name]["value"] if plate.name in trace else None
-    if isinstance(index, Tensor) and not torch.equal(index.cpu(), torch.arange(len(index))):
+    if not isinstance(index, Tensor) or len(index) != plate.full_size:  # a part of the data has its rows in x
+        return
+    if not torch.equal(index.cpu(), torch.arange(len(index))):
         raise PyroVAEError(
             f"the batch plate '{plate.name}' has the rows of x in another order, {index[:5].tolist()} ...: expected "
             "them in order, since results belong to the rows of x. Drop the plate's subsample, and reorder x before "

@@ -1,6 +1,7 @@
 """Whether a guide has mass wherever the model has some, and counts it once: else its weights miss a part of p(x)."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import distributions as td
 from torch.nn.functional import one_hot
 
 from pyro_vae.engine.agreement import has_few_values
-from pyro_vae.engine.sites import Sites, family, unwrapped
+from pyro_vae.engine.sites import Plate, Sites, family, unwrapped
 from pyro_vae.engine.supports import (
     CIRCULAR,
     ROUNDING,
@@ -91,6 +92,9 @@ def is_circular(distribution: Any) -> bool:
     return isinstance(fn, CIRCULAR) or (is_transformed(fn) and is_circular(fn.base_dist))
 
 
+FEW = 8  # changes of a datum that are tried
+
+
 def check_periods(model: Sites, guide: Sites) -> None:
     """Refuse a guide on more than one period of a model's angle, which would count the model's mass several times."""
     for name in (name for name in guide if name in model and is_circular(model[name]["fn"])):
@@ -119,15 +123,23 @@ def _not_one_period(name: str, model: Any, guide: Any) -> str:
     )
 
 
-def missed(model: Any, guide: Any, value: Tensor) -> Tensor | None:
-    """A draw with the likeliest values to which the guide gives probability 0; None if the prior does so too."""
+def missed(model: Any, guide: Any, value: Tensor, plate: Plate) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draws with one value for a datum to which the guide gives probability 0, and the prior does not; and which data.
+
+    Of several such dimensions of a datum, each draw has another one, up to :data:`FEW`.
+    """
     own, base = unwrapped(model), unwrapped(guide)
     if not (has_few_values(own) and has_few_values(base)):
-        return None
+        return
     p, q = (torch.stack([1 - f.probs, f.probs], -1) if isinstance(f, td.Bernoulli) else f.probs for f in (own, base))
     most, index = torch.where(q == 0, p, 0.0).max(-1)
-    if not bool((most > 0).any()):
-        return None
-    if isinstance(base, td.OneHotCategorical):
-        return torch.where(most[..., None] > 0, one_hot(index, q.shape[-1]).to(value), value)
-    return torch.where(most > 0, index.to(value), value)
+    of_event = isinstance(base, td.OneHotCategorical)
+    shape = value.shape[:-1] if of_event else value.shape
+    rows = plate.dim - guide.event_dim + of_event  # the dimension of the data among those of the elements
+    found, index = (most > 0).expand(shape).movedim(rows, 0), index.expand(shape)
+    each = found.reshape(len(found), -1)
+    order = each.cumsum(1) * each  # of a datum's elements, from 1; 0 for the others
+    for k in range(1, min(int(order.max()), FEW) + 1):
+        here = (order == k).reshape(found.shape).movedim(0, rows)
+        other = one_hot(index, q.shape[-1]) if of_event else index
+        yield torch.where(here[..., None] if of_event else here, other.to(value), value), (order == k).any(1)

@@ -6,6 +6,7 @@ log-densities. :class:`Needs` says through which samples gradients flow. This fi
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -351,6 +352,20 @@ class Program:
                     "guide that is a function of its samples. Turn dropout off (eval()), or use gradient='pathwise'."
                 )
         return stopped
+
+
+def refusal(function: PyroFunction, args: tuple[Any, ...]) -> TypeError | None:
+    """The error of a model or guide that does not take so many arguments."""
+    try:
+        inspect.signature(function).bind(*args)
+        return None
+    except TypeError as error:
+        found = error
+    try:  # functools.wraps shows the signature of the function inside
+        Program(function, lambda *_: None, args).trace()
+    except TypeError:
+        return found
+    return None
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:

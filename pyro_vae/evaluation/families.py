@@ -18,7 +18,10 @@ REDUNDANT = {"covariance_matrix", "precision_matrix", "probs"}
 def constructor_arguments(fn: Any) -> dict[str, Tensor]:
     """The tensors to construct a distribution from, by argument name, with its batch; empty if they are not known."""
     base = unwrapped(fn)
-    names = [name for name in base.arg_constraints if name not in REDUNDANT]
+    try:
+        names = [name for name in base.arg_constraints if name not in REDUNDANT]
+    except NotImplementedError:  # a user's family that names none
+        return {}
     if "probs" in base.arg_constraints and "logits" not in names:
         names.append("probs")
     values: dict[str, Any] = {name: getattr(base, name, None) for name in names}
@@ -39,7 +42,7 @@ def suffices(values: dict[str, Tensor], fn: Any) -> bool:
         known = argument.name in values or argument.name == "validate_args"
         if not named or known or (argument.default is None and argument.name in base.arg_constraints):
             continue
-        own = getattr(base, argument.name, argument.empty)
+        own = getattr(base, argument.name, getattr(base, f"_{argument.name}", argument.empty))
         if argument.default is argument.empty or isinstance(own, Tensor) or own != argument.default:
             return False
     return bool(values)

@@ -1,6 +1,5 @@
 """The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pyro_vae.engine.coverage import check_covers, missed
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
-from pyro_vae.engine.program import Program
+from pyro_vae.engine.program import Program, refusal
 from pyro_vae.engine.sites import Sites, labelled
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.engine.weights import log_density, terms
@@ -53,13 +52,13 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     without_tensors = all(isinstance(each, int | float | str | None) for each in given)
     if not without_tensors:
         given = arguments(x, least)
-    for function in (model, *([] if guide is None else [guide])):
-        try:
-            inspect.signature(function).bind(*given)
-        except TypeError as error:
+    for name, function in (("model", model), *([] if guide is None else [("guide", guide)])):
+        error = refusal(function, given)
+        if error is not None:
             raise PyroVAEError(
-                f"expected x to be the arguments of model and guide, a tensor or a tuple, got {len(given)} of them: "
-                f"{error}. Pass one for each argument that has no default."
+                "expected x to be the arguments of model and guide, a tensor or a tuple, got "
+                f"{len(given)} of them, which the {name} does not take: {error}. Pass one for each argument that has "
+                "no default."
             ) from error
     if not without_tensors:
         return Program(model, guide, given)
@@ -181,19 +180,26 @@ def same_supports(model: Sites, guide: Sites) -> bool:
 def warn_of_missed(program: Program, model: Sites, guide: Sites) -> None:
     """Warn where the guide gives probability 0 to a value of a latent that has a part of p(x)."""
     values = {name: site["value"] for name, site in guide.items() if name in model}
+    plate = find_batch_plate(labelled(model, guide))
     for name, value in values.items():
-        other = missed(model[name]["fn"], guide[name]["fn"], value)
-        if other is None:
-            continue
-        runs = [program.run_at(values | {name: each}) for each in (value, other)]
-        here, there = (log_density(run, terms(run.model)) for run in runs)
-        if bool((there - here > PART_OF_P)[there != here].any()):
+        here = None
+        for other, changed in missed(model[name]["fn"], guide[name]["fn"], value, plate):
+            here = _log_p(program, values) if here is None else here
+            if not bool((_log_p(program, values | {name: other}) - here > PART_OF_P)[..., changed].any()):
+                continue
             warnings.warn(
                 f"the guide gives probability 0 to a value of site '{name}' that has a part of p(x): the estimate "
                 "misses it, and no number of samples shows that. Give each value some probability in the guide, or "
                 "sum the site out of the model.",
                 stacklevel=4,
             )
+            break
+
+
+def _log_p(program: Program, values: dict[str, Tensor]) -> Tensor:
+    """log p(x, z) of each datum."""
+    run = program.run_at(values)
+    return log_density(run, terms(run.model))
 
 
 def checked_sites(program: Program, *, observing: bool = True) -> tuple[Sites, Sites]:

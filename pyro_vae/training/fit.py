@@ -1,6 +1,5 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments, and of the optimiser."""
 
-import inspect
 import math
 import sys
 import warnings
@@ -23,7 +22,7 @@ from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import require_parameters
-from pyro_vae.engine.program import Program
+from pyro_vae.engine.program import Program, refusal
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Rows, find_rows
 from pyro_vae.engine.sites import Sites, particle_dim_of, plates
@@ -283,9 +282,8 @@ def _check_outermost(sites: list[Sites], rows: Rows) -> None:
 def _check_columns(model: PyroFunction, held_out: Minibatches) -> None:
     """Refuse validation data that the model does not take as its arguments."""
     if held_out.loader is None:
-        try:
-            inspect.signature(model).bind(*held_out.columns)
-        except TypeError as error:
+        error = refusal(model, held_out.example())
+        if error is not None:
             raise PyroVAEError(
                 "expected validation data that the model takes as its arguments, got a tuple of "
                 f"{len(held_out.columns)} ({error}). Pass validation data of the form of the training data."

@@ -1,5 +1,6 @@
 """Angles, probabilities of 0, and families with a density of their own: whether a guide counts the mass once."""
 
+import functools
 import math
 
 import pyro
@@ -136,6 +137,27 @@ def classes(probabilities):
 def test_a_probability_of_zero_is_said(evaluate):
     with pytest.warns(UserWarning, match="the guide gives probability 0 to a value of site 'y'"):
         evaluate(*classes([0.5, 0.5, 0.0]), X)
+
+
+def switches(number, effect):
+    """Some Bernoulli latents as one event, always 0 in the guide, and x ~ N(effect of their sum, 1)."""
+
+    def body(x, probability, *, observe):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((len(x), number), probability)).to_event(1))
+            if observe:
+                pyro.sample("x", dist.Normal(effect * z.sum(-1), 1.0), obs=x)
+
+    return functools.partial(body, probability=0.5, observe=True), functools.partial(
+        body, probability=0.0, observe=False
+    )
+
+
+@pytest.mark.parametrize(("number", "effect"), [(1, 0.0), (1, 3.0), (2, 3.0), (4, 3.0), (50, 3.0)])
+def test_a_probability_of_zero_of_one_of_many_is_said(number, effect):
+    """Also where both values have one density. All 50 at 1 would have none of p(x) at x = 1.5."""
+    with pytest.warns(UserWarning, match="the guide gives probability 0 to a value of site 'z'"):
+        pv.log_likelihood(*switches(number, effect), torch.full((3,), 1.5), 10, seed=0)
 
 
 def test_a_probability_of_zero_where_the_posterior_has_none_is_not(recwarn):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -133,6 +134,22 @@ def test_rows_in_another_order(evaluation):
         evaluation(model, guide, torch.zeros(3))
 
 
+def test_a_part_of_the_data_has_its_rows_in_x():
+    """As for parameters of each datum: x is a minibatch, and the index says which rows it has."""
+
+    def model(x, index):
+        with pyro.plate("data", 1000, subsample=index):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x, index):
+        with pyro.plate("data", 1000, subsample=index):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.tensor([1.0, -1.0, 0.5, 2.0])
+    found = pv.log_likelihood(model, guide, (x, torch.tensor([5, 6, 7, 100])), 10).per_datum
+    torch.testing.assert_close(found, dist.Normal(0.0, 2**0.5).log_prob(x).double(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["log_likelihood", "inference_gaps"])
 def test_a_guide_on_another_support(name):
     """A guide that misses a part of the support is refused; outside the support Pyro refuses the first sample."""
@@ -218,8 +235,26 @@ def test_programs_without_a_bound_per_datum(evaluation):
 @everywhere
 @pytest.mark.parametrize(("number", "got"), [(0, "missing a required"), (2, "too many")])
 def test_another_number_of_arguments(evaluation, number, got):
-    with pytest.raises(pv.PyroVAEError, match=f"x to be the arguments of model .* got {number} of them: {got}"):
+    match = f"x to be the arguments of model .* got {number} of them, which the model does not take: {got}"
+    with pytest.raises(pv.PyroVAEError, match=match):
         evaluation(poisson, normal, (torch.ones(3),) * number)
+
+
+def test_the_arguments_of_a_guide():
+    with pytest.raises(pv.PyroVAEError, match="got 1 of them, which the guide does not take: missing a required"):
+        pv.log_likelihood(poisson, lambda x, y: normal(x), torch.ones(3), 10)
+
+
+def test_a_decorated_model_shows_the_arguments_of_the_one_inside():
+    def scaled(x, scale):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, scale)), 1.0), obs=x)
+
+    @functools.wraps(scaled)
+    def model(x):
+        scaled(x, 1.0)
+
+    assert pv.log_likelihood(model, normal, torch.ones(3), 10).per_datum.isfinite().all()
 
 
 @everywhere

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -279,3 +281,60 @@ def test_a_family_whose_constructor_takes_more_than_its_parameters(floor):
         torch.testing.assert_close(
             gaps.elbo, gaps.log_likelihood, rtol=0, atol=2e-3
         )  # the posterior; five steps move it
+
+
+def test_a_continuous_bernoulli_is_rebuilt():
+    """PyTorch keeps an argument of its constructor under another name. The guide is the posterior."""
+
+    def program(observe):
+        def body(x):
+            with pyro.plate("data", len(x)):
+                rate = torch.full_like(x, 0.5 if observe else 0.7)
+                z = pyro.sample("z", dist.ContinuousBernoulli(rate))
+                if observe:
+                    pyro.factor("x", z * math.log(0.7 / 0.3))
+
+        return body
+
+    parts, x = (program(True), program(False)), torch.zeros(5)
+    gaps = pv.inference_gaps(*parts, x, 1000, num_steps=5, lr=1e-3, seed=0, progress=False)
+    torch.testing.assert_close(gaps.elbo, gaps.log_likelihood, rtol=0, atol=1e-3)
+    tables = [pv.active_units(*parts, x, 100, vectorize_particles=each, seed=0) for each in (True, False)]
+    assert tables[1]["kl"].item() == pytest.approx(tables[0]["kl"].item(), abs=1e-5)
+
+
+class Unconstrained(dist.TorchDistribution):
+    """A user's normal that names no constraints of its parameters."""
+
+    support, has_rsample = dist.constraints.real, True
+
+    def __init__(self, loc, scale):
+        self.loc, self.scale = torch.broadcast_tensors(loc, torch.as_tensor(scale))
+        super().__init__(self.loc.shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Unconstrained(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
+
+    def rsample(self, sample_shape=()):
+        return self.loc + self.scale * torch.randn(*sample_shape, *self.loc.shape)
+
+    sample = rsample
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, self.scale).log_prob(value)
+
+
+def test_a_family_without_constraints():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 2.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Unconstrained(0.8 * x, 0.9))
+
+    x = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    assert math.isfinite(pv.decompose_elbo(model, guide, x, 20, seed=0, progress=False).elbo.value)
+    with pytest.raises(pv.PyroVAEError, match=r"whose parameters are not known \(Unconstrained\)"):
+        pv.inference_gaps(model, guide, x, num_steps=5, progress=False)
+    assert pv.active_units(model, guide, x, 20, vectorize_particles=False, seed=0)["kl"].isna().all()
