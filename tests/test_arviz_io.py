@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -249,6 +250,18 @@ def test_a_model_that_reads_what_it_observes():
     with pytest.warns(UserWarning, match=r"model site 'x1' reads data that the model observes"):
         found = datasets(pv.to_arviz((lambda x: model(x, shifted(x)), guide), x, 10))
     assert found.keys() == GROUPS - {"posterior_predictive", "prior_predictive"}
+
+    def scaled(x):
+        model((x - 5) / 2, shifted((x - 5) / 2))
+
+    for data in (x, torch.full((5, 2), 10.0)):  # data of one value do not show whether they are read
+        with pytest.warns(UserWarning, match=r"model site 'x[01]' reads data that the model observes"):
+            found = datasets(pv.to_arviz((scaled, guide), data, 10))
+        assert found.keys() == GROUPS - {"posterior_predictive", "prior_predictive"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = datasets(pv.to_arviz((lambda x: model((x - 5) / 2, torch.zeros_like(x)), guide), x, 10))
+    assert found.keys() == GROUPS
     given = datasets(pv.to_arviz((model, guide), (x, shifted(x)), 400, seed=0))
     mean = given["prior_predictive"]["x1"].values[0].mean(0)
     np.testing.assert_allclose(mean, x[:, 0], atol=4 * math.sqrt(1.01 / 400))

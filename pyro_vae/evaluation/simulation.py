@@ -55,10 +55,22 @@ def sites_that_read(program: Program) -> list[str]:
         latents = {name: site["value"] for name, site in observed.items() if not site["is_observed"]}
         model = poutine.replay(program.model, trace=given(latents))
         trace = traced(drawing(model), args)
-        replaced, _ = _replaced(model, args, observed, sample_sites(trace))
-        # Data that have no place among the arguments stay as they are drawn, in both runs.
+        replaced, missing = _replaced(model, args, observed, sample_sites(trace))
+        for i, other in enumerate(map(_rolled, args if missing else ())):
+            values = traced(model, (*args[:i], other, *args[i + 1 :])).nodes
+            if torch.equal(other, args[i]):
+                return missing  # whether they are read can't be seen in data of one value
+            # These data are functions of the argument, such as (x - mean) / scale.
+            if any(name not in values or not equal(values[name]["value"], observed[name]["value"]) for name in missing):
+                replaced = (*replaced[:i], other, *replaced[i + 1 :])
+        # Other data that have no place among the arguments stay as they are drawn, in both runs.
         before, after = given_either(drawing(model), trace, (args, {}), (replaced, {}))
     return [name for name, site in before.items() if not is_factor(site) and not same_density(site, after.get(name))]
+
+
+def _rolled(argument: Tensor) -> Tensor:
+    """An argument with its elements moved by one place."""
+    return argument.flatten().roll(1).reshape(argument.shape)
 
 
 def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) -> tuple[Args, list[str]]:
@@ -67,7 +79,8 @@ def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) ->
     for name, site in observed.items():
         if not site["is_observed"] or is_factor(site) or is_deterministic(site):
             continue
-        positions = _positions(site["value"], args) or _positions_by_slope(model, args, name)
+        value = site["value"]
+        positions = _of_views(value, args) or _of_copies(model, args, name) or _of_equals(value, args)
         for i, taken in positions.items():
             replaced[i].view(-1)[taken] = drawn[name]["value"].flatten().to(replaced[i])
         if not positions:
@@ -80,22 +93,29 @@ def _apart(args: Args) -> Args:
     return tuple(argument.clone(memory_format=torch.contiguous_format) for argument in args)
 
 
-def _positions(value: Tensor, args: Args) -> dict[int, Tensor]:
+def _of_views(value: Tensor, args: Args) -> dict[int, Tensor]:
     """The arguments that an observed value is, or is a view of, each with the positions of its elements there."""
     found = {}
     for i, argument in enumerate(args):
-        places = torch.arange(argument.numel(), device=argument.device)
         is_view = value.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
         if is_view and value.dtype == argument.dtype:
-            places = places.as_strided(value.shape, value.stride(), value.storage_offset()).flatten()
+            places = _places(argument).as_strided(value.shape, value.stride(), value.storage_offset()).flatten()
             if len(places.unique()) == len(places):
                 found[i] = places
-        elif argument.numel() == value.numel() and equal(argument.reshape(value.shape), value):
-            found[i] = places
     return found
 
 
-def _positions_by_slope(model: PyroFunction, args: Args, name: str) -> dict[int, Tensor]:
+def _of_equals(value: Tensor, args: Args) -> dict[int, Tensor]:
+    """The same for arguments of equal numbers, such as integers in another type."""
+    alike = {i: each for i, each in enumerate(args) if each.numel() == value.numel()}
+    return {i: _places(each) for i, each in alike.items() if equal(each.reshape(value.shape), value)}
+
+
+def _places(argument: Tensor) -> Tensor:
+    return torch.arange(argument.numel(), device=argument.device)
+
+
+def _of_copies(model: PyroFunction, args: Args, name: str) -> dict[int, Tensor]:
     """The same for a copy of some elements, such as x[rows, t]: its derivative tells which ones they are."""
     leaves = [argument.clone().requires_grad_(argument.is_floating_point()) for argument in args]
     with torch.enable_grad():
