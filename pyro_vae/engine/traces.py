@@ -100,7 +100,7 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
     try:
         with precision.promoting() if half else nullcontext():
             trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
-    except NotImplementedError as error:
+    except (NotImplementedError, KeyError) as error:  # a KeyError is of a flow that keeps its last draw alone
         name, fn = next(
             (name, site["fn"])
             for name, site in trace.nodes.items()
@@ -108,8 +108,9 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
         )
         raise NoDensityError(
             f"site '{name}' ({family(fn)}) has no density: expected a distribution with log_prob, got one whose "
-            "family, or one of its transforms, does not compute it. Choose another, such as StickBreakingTransform in "
-            "place of SoftmaxTransform."
+            "family, or one of its transforms, does not compute it, or not at a given value (a flow without an "
+            "inverse). Choose another, such as StickBreakingTransform in place of SoftmaxTransform, or "
+            "spline_coupling in place of planar."
         ) from error
     except ValueError as error:
         if "support" not in str(error):

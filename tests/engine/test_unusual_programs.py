@@ -215,6 +215,31 @@ def test_a_program_without_tensors_runs_for_as_many_particles_as_its_data_allow(
     assert rows_at_once(program.args) == ELEMENTS_AT_ONCE // 1000
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda *parts: pv.decompose_elbo(*parts, 10, progress=False),
+        lambda *parts: pv.ais(*parts, 10, 3, start="guide", progress=False),
+    ],
+)
+def test_a_flow_without_an_inverse_is_named(run):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    flow = dist.transforms.planar(2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    named = pytest.raises(pv.NoDensityError, match=r"site 'z' .* not at a given value \(a flow without an inverse\)")
+    with pytest.warns(UserWarning, match="can't check"), named:
+        run(model, guide, X)
+
+
 @pytest.mark.parametrize("run", [pv.ELBO(kl="monte_carlo").loss, pv.log_likelihood, pv.active_units, pv.to_arviz])
 def test_a_distribution_without_a_density_is_named(run):
     """PyTorch's softmax has no determinant of a Jacobian."""
