@@ -116,9 +116,10 @@ def _periods(model: Any, guide: Any) -> tuple[bool, bool]:
 
 
 def _not_one_period(name: str, model: Any, guide: Any) -> str:
+    what = "an autoguide's values" if isinstance(unwrapped(guide), Delta) else family(guide)
     return (
         f"the latent '{name}' is an angle ({family(model)}), whose density is periodic: expected a guide on one "
-        f"period, such as {plain(support_of(model))}, got {family(guide)} on {plain(support_of(guide))}. Choose "
+        f"period, such as {plain(support_of(model))}, got {what} on {plain(support_of(guide))}. Choose "
         "dist.VonMises, or dist.Uniform(-math.pi, math.pi)."
     )
 
