@@ -56,21 +56,19 @@ def sites_that_read(program: Program) -> list[str]:
         model = poutine.replay(program.model, trace=given(latents))
         trace = traced(drawing(model), args)
         replaced, missing = _replaced(model, args, observed, sample_sites(trace))
-        for i, other in enumerate(map(_rolled, args if missing else ())):
-            values = traced(model, (*args[:i], other, *args[i + 1 :])).nodes
-            if torch.equal(other, args[i]):
+        for i, argument in enumerate(args if missing else ()):
+            if argument.dtype == torch.bool:  # a mask, which the model may read
+                continue
+            other = argument.flatten().roll(1).reshape(argument.shape)
+            if torch.equal(other, argument):
                 return missing  # whether they are read can't be seen in data of one value
+            values = traced(model, (*args[:i], other, *args[i + 1 :])).nodes
             # These data are functions of the argument, such as (x - mean) / scale.
             if any(name not in values or not equal(values[name]["value"], observed[name]["value"]) for name in missing):
                 replaced = (*replaced[:i], other, *replaced[i + 1 :])
         # Other data that have no place among the arguments stay as they are drawn, in both runs.
         before, after = given_either(drawing(model), trace, (args, {}), (replaced, {}))
     return [name for name, site in before.items() if not is_factor(site) and not same_density(site, after.get(name))]
-
-
-def _rolled(argument: Tensor) -> Tensor:
-    """An argument with its elements moved by one place."""
-    return argument.flatten().roll(1).reshape(argument.shape)
 
 
 def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) -> tuple[Args, list[str]]:
