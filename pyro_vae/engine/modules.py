@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -136,3 +137,19 @@ def _switch_off(called: nn.Module, _: Any) -> None:
 
 
 _EVALUATING = Hook(register_module_forward_pre_hook, _switch_off)
+
+
+def transforms_called() -> AbstractContextManager[Any]:
+    """Around a run: a module that is a transform of a distribution counts as called, which no hook of PyTorch sees."""
+    return _CalledTransforms() if _EVALUATING.within or _KEEPING.within else nullcontext()
+
+
+class _CalledTransforms(Messenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        while fn is not None:
+            for transform in getattr(fn, "transforms", ()):
+                for part in transform.modules() if isinstance(transform, nn.Module) else ():
+                    _switch_off(part, None)
+                    _keep(part, None)
+            fn = getattr(fn, "base_dist", None)

@@ -14,7 +14,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_vae.engine import precision
-from pyro_vae.engine.modules import PyroFunction, find_modules
+from pyro_vae.engine.modules import PyroFunction, find_modules, transforms_called
 from pyro_vae.engine.ownership import OwnParameters
 from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, family, layers
 from pyro_vae.errors import NoDensityError, PyroVAEError
@@ -34,7 +34,7 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
             if isinstance(module, EasyGuide):
                 module.plates.clear()  # a run that failed has left its plates there, with their sizes
         try:
-            with precision.promoting() if again else nullcontext(), OwnParameters(modules):
+            with precision.promoting() if again else nullcontext(), OwnParameters(modules), transforms_called():
                 trace: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
         except RuntimeError as error:  # such as a product of float32 draws and weights in half precision
             if again or not any(word in str(error) for word in ("BFloat16", "Half", "dtype")):
