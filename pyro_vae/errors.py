@@ -1,5 +1,7 @@
 """What this package raises when it refuses: each message says what was expected, what came, and the fix."""
 
+from typing import Any
+
 
 class PyroVAEError(ValueError):
     """The base class of every refusal of this package.
@@ -23,6 +25,12 @@ def require_count(name: str, value: object, fix: str = "", *, least: int = 1, wh
 
 class NotFiniteError(PyroVAEError, FloatingPointError):
     """A loss, a parameter or a log-weight is NaN or infinite."""
+
+
+class NotWrittenError(PyroVAEError, OSError):
+    """A file can't be written, such as on a full disk. :attr:`history` has the epochs of a training until then."""
+
+    history: Any = None
 
 
 class NoDensityError(PyroVAEError, NotImplementedError):

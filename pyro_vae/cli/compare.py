@@ -23,7 +23,7 @@ def compare(
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]
     table = pv.compare(vae, x, repeats=repeats, compile=compile, seed=seed)
-    table.to_csv(path / "compare.csv")
+    written = folder.write_csv("compare.csv", table)
     figures.save(folder, "bounds", pv.plots.bounds(table))
     Console().print(format_comparison(table, len(x), repeats))
-    print(path / "compare.csv", *sorted(folder.figures.glob("*.png")), sep="\n")
+    print(written, *sorted(folder.figures.glob("*.png")), sep="\n")

@@ -1,6 +1,5 @@
 """The command ``pyro-vae evaluate``: a report with log p(x), its error bars, the gaps and the parts of the ELBO."""
 
-import json
 import warnings
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from pyro_vae.cli.report import NUM_ANNEALED, make_report
 from pyro_vae.cli.run_folder import RunArgument, RunFolder
 from pyro_vae.cli.tables import format_report
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
+from pyro_vae.files import written_whole
 
 ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # evaluation.nc has all draws of x for each image: 25 MB for MNIST
 
@@ -37,9 +37,7 @@ def evaluate(
         warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the table's caption has this number
         report = make_report(vae, x, num_samples, ais_images, ais_steps, ais_chains, compile=compile, seed=seed)
     Console().print(format_report(report))
-    (path / "evaluation.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    unfinished = path / "evaluation.nc.unfinished"  # an open netCDF file can't be overwritten, but it can be replaced
-    pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(unfinished)
-    unfinished.replace(path / "evaluation.nc")
-    drawn = figures.draw_report(folder, report)
-    print(path / "evaluation.json", path / "evaluation.nc", *drawn, sep="\n")
+    written = folder.write_json("evaluation.json", report.to_dict())
+    with written_whole(path / "evaluation.nc") as unfinished:  # an open netCDF file can be replaced, not overwritten
+        pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(unfinished)
+    print(written, path / "evaluation.nc", *figures.draw_report(folder, report), sep="\n")

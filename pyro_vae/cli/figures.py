@@ -12,6 +12,7 @@ from pyro_vae import VAE, plots
 from pyro_vae.cli.report import Report
 from pyro_vae.cli.run_folder import RunFolder
 from pyro_vae.data import Dataset, Split
+from pyro_vae.files import written_whole
 
 
 def draw_training(folder: RunFolder, vae: VAE, dataset: Dataset, history: pd.DataFrame, seed: int) -> list[Path]:
@@ -66,8 +67,8 @@ def save(folder: RunFolder, name: str, drawn: Any) -> Path:
     """Save a figure, or the figure of these axes, and close it."""
     import matplotlib.pyplot as plt
 
-    folder.figures.mkdir(exist_ok=True)
     path, figure = folder.figures / f"{name}.png", drawn.get_figure()
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=150)
     plt.close(figure)
     return path

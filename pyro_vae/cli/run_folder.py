@@ -10,12 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import pyro
 from typer import Argument
 
 import pyro_vae as pv
 from pyro_vae.data import Dataset
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.files import written_whole
 
 RUN_HELP = "Folder that 'pyro-vae train' wrote, such as runs/digits."
 RunArgument = Annotated[Path, Argument(metavar="RUN", help=RUN_HELP, show_default=False)]
@@ -77,15 +79,28 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write config.json, and create the folder if it is missing."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self.write_json("config.json", config)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> Path:
+        """Write a JSON file of the run."""
+        with written_whole(self.path / name) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return self.path / name
+
+    def write_csv(self, name: str, table: pd.DataFrame) -> Path:
+        """Write a table of the run."""
+        with written_whole(self.path / name) as unfinished:
+            table.to_csv(unfinished)
+        return self.path / name
 
     def check_available(self, config: dict[str, Any]) -> None:
         """Refuse to train into a folder that holds other files, or a run that can't continue with these options."""
-        if not self.path.exists() or not any(self.path.iterdir()):
+        names = [path.name for path in self.path.iterdir()] if self.path.exists() else []
+        names = [name for name in names if not name.startswith(".")]  # what a killed run has left
+        if not names:
             return
         earlier = self.read_config()
-        if [path.name for path in self.path.iterdir()] == ["config.json"]:
+        if names == ["config.json"]:
             return  # the run failed in its first epoch: another attempt may take the folder
         for name in config.keys() - MAY_CHANGE:
             old, new = earlier[name], config[name]

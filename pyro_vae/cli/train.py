@@ -1,6 +1,7 @@
 """The command ``pyro-vae train``: its options, the training, and the result that it prints."""
 
 import math
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -14,7 +15,10 @@ from typer import Argument, Option
 import pyro_vae as pv
 from pyro_vae.cli import figures
 from pyro_vae.cli.run_folder import FIT, OPTIONS, RunFolder, build
+from pyro_vae.data import Dataset
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.files import one_writer
+from pyro_vae.signals import name_of
 from pyro_vae.training import checkpoint as checkpoints
 
 DATA_HELP = "The data set: digits (no download), mnist, fashion_mnist, kmnist, emnist, omniglot or binarized_mnist."
@@ -100,7 +104,20 @@ def train(
             "expected validation images with --patience, got none. Drop --patience, or pass, say, --validation 100."
         )
     bound = _objective(config, len(dataset.train))
+    with one_writer(folder.path, "training into"):
+        _train(folder, config, dataset, vae, bound, context.obj)
 
+
+def _train(
+    folder: RunFolder,
+    config: dict[str, Any],
+    dataset: Dataset,
+    vae: pv.VAE,
+    bound: pv.Objective,
+    received: list[signal.Signals],
+) -> None:
+    """Train, or continue, the run of these options, and write its files."""
+    epochs, patience, seed = (config[name] for name in ("epochs", "patience", "seed"))
     if not folder.checkpoint.exists():
         folder.write_config(config)
     state = checkpoints.load(folder.checkpoint) if folder.checkpoint.exists() else {"history": []}
@@ -109,27 +126,28 @@ def train(
         done = earlier == epochs or checkpoints.stalled(earlier, state.get("best"), patience)
         print(f"{folder} has {_epochs(earlier)}:", "nothing left to train." if done else "training continues.")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "training stopped by Ctrl-C")  # this command has a message of its own
+        warnings.filterwarnings("ignore", "training stopped by")  # this command has a message of its own
         settings = {name: config[name] for name in FIT}
         settings |= {"validation": dataset.validation, "checkpoint": folder.checkpoint}
         history = pv.fit(vae, dataset.train, bound, **settings)
     if history.empty:
-        print("stopped by Ctrl-C in the first epoch: nothing was saved.", file=sys.stderr)
+        print(f"stopped by {name_of(received)} in the first epoch: nothing was saved.", file=sys.stderr)
         raise typer.Exit(130)
     if len(history) > earlier:
         folder.delete_evaluations()  # they describe the earlier parameters
     folder.write_config(config)  # not before fit has accepted the checkpoint
-    history.to_csv(folder.path / "history.csv")
+    folder.write_csv("history.csv", history)
     # After Ctrl-C the networks have parameters from within an epoch; the checkpoint has those of the epoch's end.
     pv.load_parameters(folder.checkpoint, vae, dataset.test.x[:1])
     drawn = figures.draw_training(folder, vae, dataset, history, seed)
 
     best = checkpoints.load(folder.checkpoint).get("best")
-    _print_result(history, best and best["epoch"], f"{bound.name}, K = {particles}")
+    _print_result(history, best and best["epoch"], f"{bound.name}, K = {config['particles']}")
     print(*drawn, sep="\n")
     if len(history) < epochs and not checkpoints.stalled(len(history), best, patience):
         print(
-            f"stopped by Ctrl-C: {folder} has {len(history)} of {_epochs(epochs)}. The same command continues.",
+            f"stopped by {name_of(received)}: {folder} has {len(history)} of {_epochs(epochs)}. The same command "
+            "continues.",
             file=sys.stderr,
         )
         raise typer.Exit(130)

@@ -1,7 +1,6 @@
 """Training state on disk: written all or not at all, and read without running code from the file."""
 
 import io
-import os
 import pickle
 import zipfile
 import zlib
@@ -16,21 +15,43 @@ from pyro_vae.engine.modules import PyroFunction, buffers, find_modules
 from pyro_vae.engine.ownership import merged
 from pyro_vae.engine.parameters import find_parameters
 from pyro_vae.engine.program import Program
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import NotWrittenError, PyroVAEError
+from pyro_vae.files import written_whole
 
 FORMAT = "pyro_vae checkpoint 1"
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write a checkpoint beside `path` and move it there in one step, so that a kill leaves the old or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with written_whole(path) as unfinished, unfinished.open("wb") as file:
+            remembering: Any = _RemembersError(file)
+            try:
+                torch.save({"format": FORMAT, **state}, remembering)
+            except RuntimeError as error:  # PyTorch says that the position is unexpected, and not why
+                raise (remembering.error or error) from error
+    except OSError as error:
+        kept = "The file there is as it was" if Path(path).is_file() else "There is no file"
+        raise NotWrittenError(
+            f"the checkpoint {path} can't be written ({error}): expected a place with room for it. {kept}. Make room, "
+            "or pass another path, and train again."
+        ) from error
+
+
+class _RemembersError(io.RawIOBase):
+    """A file to write to, and why it can't be written."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> Any:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments, and of the optimiser."""
 
 import math
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Rows, find_rows
 from pyro_vae.engine.sites import Sites, particle_dim_of, plates
 from pyro_vae.engine.traces import sample_sites
-from pyro_vae.errors import PyroVAEError, require_count
+from pyro_vae.errors import NotWrittenError, PyroVAEError, require_count
+from pyro_vae.files import one_writer
 from pyro_vae.objectives import Objective
+from pyro_vae.signals import name_of, taken_for_ctrl_c
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates, schedule_values
 from pyro_vae.training.data_support import DataSupport
@@ -192,38 +195,42 @@ def fit(
         Scales(program, objective, likelihoods, lr),
         fingerprint,
     )
-    if checkpoint and Path(checkpoint).exists():
-        loop.resume(checkpoint, epochs)
-    elif checkpoint and scheduler is not None:
-        checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
+    alone = one_writer(checkpoint, "training into") if checkpoint else nullcontext()
+    with alone, taken_for_ctrl_c() as received:
+        if checkpoint and Path(checkpoint).exists():
+            loop.resume(checkpoint, epochs)
+        elif checkpoint and scheduler is not None:
+            checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
 
-    bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
-    bar.update(len(loop.rows) * (batches.steps or 0))
-    if compile:
-        loop.compiled = CompiledStep(
-            model, guide, objective, optimizer, own=parameters, rows=rows_of, on_compile=_teller(bar, batches)
-        )
-    try:
-        with _flushing_denormals():
-            while len(loop.rows) < epochs and not checkpoints.stalled(len(loop.rows), loop.best, patience):
-                bar.set_description(f"epoch {len(loop.rows) + 1}/{epochs}")
-                loop.train_epoch(bar)
-        loop.restore_best()
-        loop.scales.at_end()
-    except KeyboardInterrupt:
-        best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
-        kept = f"; the checkpoint {checkpoint} holds epoch {len(loop.rows)}" if checkpoint and loop.rows else ""
-        warnings.warn(
-            f"training stopped by Ctrl-C in epoch {loop.epoch}, step {loop.step}: the parameters are those of the last "
-            f"step{best}{kept}.",
-            stacklevel=3,
-        )
-    finally:
-        bar.close()
-    columns = ["train_bound", "validation_bound", "seconds", *(["lr"] if scheduler else [])]
-    history = pd.DataFrame(loop.rows, index=pd.RangeIndex(1, len(loop.rows) + 1, name="epoch"), columns=columns)
-    history.attrs["quantity"] = getattr(objective, "quantity", "bound on log p(x)")
-    return history
+        bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
+        bar.update(len(loop.rows) * (batches.steps or 0))
+        if compile:
+            loop.compiled = CompiledStep(
+                model, guide, objective, optimizer, own=parameters, rows=rows_of, on_compile=_teller(bar, batches)
+            )
+        try:
+            with _flushing_denormals():
+                while len(loop.rows) < epochs and not checkpoints.stalled(len(loop.rows), loop.best, patience):
+                    bar.set_description(f"epoch {len(loop.rows) + 1}/{epochs}")
+                    loop.train_epoch(bar)
+            loop.restore_best()
+            loop.scales.at_end()
+        except KeyboardInterrupt:
+            best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
+            kept = f"; the checkpoint {checkpoint} holds epoch {len(loop.rows)}" if checkpoint and loop.rows else ""
+            warnings.warn(
+                f"training stopped by {name_of(received)} in epoch {loop.epoch}, step {loop.step}: the parameters are "
+                f"those of the last step{best}{kept}.",
+                stacklevel=3,
+            )
+        except NotWrittenError as error:
+            error.history = loop.history()
+            raise
+        finally:
+            bar.close()
+    if received:  # the handlers are as they were, and end the program
+        signal.raise_signal(received[0])
+    return loop.history()
 
 
 def _first_run(

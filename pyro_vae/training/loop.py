@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyro
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from pyro_vae.engine.parameters import NewParameters, require_kept, require_same
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Rows
-from pyro_vae.errors import NotFiniteError, PyroVAEError
+from pyro_vae.errors import NotFiniteError, NotWrittenError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
 from pyro_vae.training.data_support import DataSupport
@@ -112,9 +113,20 @@ class Loop:
             learning_rates.step(self.scheduler, row["validation_bound"], anew)
         if self.patience is not None and (self.best is None or anew or row["validation_bound"] > self.best["bound"]):
             self.best = self._copy(row["validation_bound"])
-        if self.checkpoint:
-            checkpoints.save(self.checkpoint, self._state([*self.rows, row]))
+        try:
+            if self.checkpoint:
+                checkpoints.save(self.checkpoint, self._state([*self.rows, row]))
+        except NotWrittenError:
+            self.rows.append(row)
+            raise
         self.rows.append(row)  # last, so that the history never runs ahead of the checkpoint
+
+    def history(self) -> pd.DataFrame:
+        """The table that `fit` returns."""
+        columns = ["train_bound", "validation_bound", "seconds", *(["lr"] if self.scheduler else [])]
+        table = pd.DataFrame(self.rows, index=pd.RangeIndex(1, len(self.rows) + 1, name="epoch"), columns=columns)
+        table.attrs["quantity"] = getattr(self.objective, "quantity", "bound on log p(x)")
+        return table
 
     def _add(self, found: dict[str, Tensor], batch: Batch) -> None:
         """Train parameters that no earlier minibatch has used, from this step on."""

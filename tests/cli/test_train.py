@@ -202,7 +202,8 @@ def test_ctrl_c_in_the_first_epoch_keeps_nothing(tmp_path, ctrl_c):
     assert [path.name for path in run.iterdir()] == ["config.json"]
 
 
-def test_ctrl_c_by_signal(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal(tmp_path, number):
     # SIGINT is ignored in what a shell runs in the background, as a test suite may be.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
@@ -213,10 +214,20 @@ def test_ctrl_c_by_signal(tmp_path):
     while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (tmp_path / "run" / "checkpoint.pt").exists()
-    process.send_signal(signal.SIGINT)
+    assert f"process {process.pid} on " in refusal("train", "digits", "--hidden-dims", 4, "--out", tmp_path / "run")
+    process.send_signal(number)
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, err
-    assert err.startswith("stopped by Ctrl-C: run has ")
+    assert process.returncode == 128 + number, err
+    assert err.startswith(f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: run has ")
+    assert (tmp_path / "run" / "figures" / "training.png").exists()
+
+
+def test_ctrl_c_in_another_command_is_one_line(trained, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pv, "compare", interrupted)
+    assert pyro_vae("compare", trained[0]) == (130, "", "stopped by Ctrl-C.\n")
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ def test_a_killed_run_started_again_ends_bit_for_bit_where_an_unbroken_run_ends(
     checkpoint = [] if place == "first epoch" else [f"{place}.ckpt"]
     assert [place, place, str(-signal.SIGKILL), *checkpoint] in lines
     assert [place, "nowhere", "0", f"{place}.ckpt", f"{place}.pt"] in lines
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]  # neither locks nor half a file
     unbroken, resumed = torch.load(folder / "nowhere.pt"), torch.load(folder / f"{place}.pt")
     assert unbroken["bounds"] == resumed["bounds"]
     assert len(unbroken["bounds"]) == 4

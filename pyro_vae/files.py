@@ -1,0 +1,142 @@
+"""Files that are written all or not at all, and places that one process alone writes to."""
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from pyro_vae.errors import NotWrittenError, PyroVAEError
+
+UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to: at the end it takes the place of `path`, and on failure it is removed.
+
+    A process that is killed meanwhile leaves the old file. The next one to write there removes what it left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear(path)
+    # The end of the name stays, since some writers choose a format by it.
+    unfinished = path.with_name(f".{path.stem}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{UNFINISHED}{path.suffix}")
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # the error that came first says more
+            unfinished.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
+def _clear(path: Path) -> None:
+    """Remove what killed processes of this machine left beside a path."""
+    for left in path.parent.glob(f".{path.stem}.{_host()}.*{UNFINISHED}{path.suffix}"):
+        number = left.name.removeprefix(f".{path.stem}.{_host()}.").split(".")[0]
+        if number.isdigit() and not _lives(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+_HELD: set[Path] = set()  # the places of this process, whose own locks do not exclude each other
+_HOLDING = threading.Lock()
+
+
+@contextmanager
+def one_writer(path: str | Path, doing: str) -> Iterator[None]:
+    """Keep `path` for this writer alone: another one is refused, in this process or any other on the file system.
+
+    The lock is a file beside it, and ends with its process, however that ends: a process that was forked meanwhile does
+    not keep it.
+    """
+    place = Path(path).resolve()
+    with _HOLDING:
+        if place in _HELD:
+            raise PyroVAEError(_busy(path, doing, "this process"))
+        _HELD.add(place)
+    try:
+        with ExitStack() as held:
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_locked(place.with_name(f".{place.name}.lock"), path, doing))
+            except OSError as error:
+                raise NotWrittenError(
+                    f"{path} can't be written ({error}): expected a folder to write to. Pass another path, or change "
+                    "its permissions."
+                ) from error
+            yield
+    finally:
+        _HELD.discard(place)
+
+
+def _busy(path: str | Path, doing: str, who: str) -> str:
+    return f"{who} is {doing} {path}: expected one at a time. Wait for it, or pass another path."
+
+
+@contextmanager
+def _locked(lock: Path, path: str | Path, doing: str) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        _warn_of_no_lock(path)
+        yield
+        return
+    while True:
+        file = lock.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            who = _owner(file)
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise PyroVAEError(_busy(path, doing, who)) from None
+            _warn_of_no_lock(path)
+            yield
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                break
+        file.close()  # its last owner has removed it meanwhile
+    process = os.getpid()
+    try:
+        file.truncate(0)
+        file.write(f"process {process} on {socket.gethostname()}")
+        file.flush()
+        yield
+    finally:
+        if os.getpid() == process:  # not in a process that was forked meanwhile
+            lock.unlink(missing_ok=True)
+        file.close()
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "another process"
+
+
+def _warn_of_no_lock(path: str | Path) -> None:
+    warnings.warn(
+        f"the file system of {path} has no locks: a second process that writes there is not noticed.", stacklevel=5
+    )

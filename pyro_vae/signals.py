@@ -1,0 +1,43 @@
+"""Signals that end a program, taken for a Ctrl-C first, so that a training keeps its work."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextmanager
+def taken_for_ctrl_c() -> Iterator[list[signal.Signals]]:
+    """Inside, the first SIGTERM or SIGHUP raises ``KeyboardInterrupt``, and is in the list; the second one is obeyed.
+
+    Ignored signals (``nohup``) stay ignored, and other handlers stay. Handlers belong to the main thread, so that in
+    another one nothing changes.
+    """
+    received: list[signal.Signals] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        received.append(signal.Signals(number))
+        put_back()
+        raise KeyboardInterrupt
+
+    def put_back() -> None:
+        for each in own:
+            if signal.getsignal(each) is interrupt:
+                signal.signal(each, signal.SIG_DFL)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    own = [each for each in ENDING if in_main and signal.getsignal(each) is signal.SIG_DFL]
+    for each in own:
+        signal.signal(each, interrupt)
+    try:
+        yield received
+    finally:
+        put_back()
+
+
+def name_of(received: list[signal.Signals]) -> str:
+    """What a message calls the signal."""
+    return received[0].name if received else "Ctrl-C"
