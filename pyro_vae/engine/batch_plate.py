@@ -96,8 +96,8 @@ def _why_none(sites: Sites, stacks: dict[str, list[Plate]]) -> str:
             f"{words} is a latent site outside the batch plate '{main.name}': expected all latent sites inside, since "
             "data that share a latent have no log-weight of their own. If each datum has its own, sample it inside the "
             "plate. If all data share it, train with pv.ELBO's loss, which serves global latents; or make it a "
-            "parameter. For log p(x) at one value of it, pass model and guide as poutine.block(poutine.condition("
-            f"program, {{{name!r}: value}}), hide=[{name!r}])."
+            f"parameter. For log p(x) at one value of '{name}', wrap the model, and likewise the guide: "
+            f"poutine.block(poutine.condition(model, {{{name!r}: value}}), hide=[{name!r}])."
         )
     return (
         f"{words} is a factor or observation outside the batch plate '{main.name}': expected every term of the "

@@ -146,8 +146,9 @@ def restore(
             here, there = _describe(own.get(name)), _describe(saved.get(name))
             if here != there:
                 raise PyroVAEError(
-                    f"the checkpoint {path} is of another program: expected its {what} '{name}' to be as in this one, "
-                    f"{here}, got {there}. Build the program that was trained, or pass another path."
+                    f"the checkpoint {path} is of another program: expected {what} '{name}' {here}, as in the "
+                    f"program that you pass, got {there} in the file. Build the program that was trained, or pass "
+                    "another path."
                 )
     with torch.no_grad():
         for _, saved, own in kinds:

@@ -322,7 +322,7 @@ def test_checkpoints_of_something_else_are_refused_untouched(tmp_path):
         fit_with_checkpoint(path, 1)
     pyro.clear_param_store()
     other = pv.mlp_vae((6,), latent_dim=3, hidden_dims=(8,), likelihood="gaussian")
-    with pytest.raises(ValueError, match=r"of another program: expected its parameter 'likelihood"):
+    with pytest.raises(ValueError, match=r"of another program: expected parameter 'likelihood"):
         pv.load_parameters(path, other.model, other.guide, X)
     assert path.read_bytes() == before
     for content in (before[: len(before) // 2], b"", b"not a checkpoint", b"PK\x03\x04"):
