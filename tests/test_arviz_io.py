@@ -318,7 +318,9 @@ def test_a_reparameterised_site_is_drawn_and_not_observed(vectorize):
         torch.testing.assert_close(
             torch.tensor(groups[group]["z"].values), 1 + 2 * torch.tensor(groups[group]["z_decentered"].values)
         )
-    sandwich = pv.bdmc(model, guide, x.repeat(50), 50, seed=0, progress=False)
+    if not vectorize:
+        return
+    sandwich = pv.bdmc(model, guide, x.repeat(50), 20, 8, seed=0, progress=False)
     ratio = (dist.Normal(1.0, 5**0.5).log_prob(sandwich.x) - sandwich.upper_per_datum).exp()  # unbiased for 1
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / len(ratio) ** 0.5
 
@@ -350,7 +352,9 @@ def test_deterministic_sites_are_those_of_their_draws(vectorize):
         torch.testing.assert_close(own, torch.stack([x, -x], -1).expand(1, 20, 3, 2))
     log_weights = torch.tensor(groups["sample_stats"]["log_weight"].values)
     torch.testing.assert_close(log_weights, dist.Normal(0.5, 5**0.5).log_prob(x).expand(1, 20, 3), rtol=0, atol=1e-5)
-    sandwich = pv.bdmc(model, guide, x.repeat(50), 50, seed=0, progress=False)
+    if not vectorize:
+        return
+    sandwich = pv.bdmc(model, guide, x.repeat(50), 20, 8, seed=0, progress=False)
     ratio = (dist.Normal(0.5, 5**0.5).log_prob(sandwich.x) - sandwich.upper_per_datum).exp()
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / len(ratio) ** 0.5
     assert pv.RWS(4, sleep=1.0).differentiable_loss(model, guide, x).isfinite()

@@ -24,7 +24,7 @@ from pyro_vae.errors import PyroVAEError
 from pyro_vae.training import data_sums, schedule_values
 
 FEW = 4  # rows on which a program is compared, unless it takes no other number than that of a minibatch
-PASS_THE_SAME = "Pass the same, to end where an unbroken training ends, or a new path."
+PASS_THE_SAME = "Pass the same again to continue that training, or pass a new path."
 
 
 @dataclass

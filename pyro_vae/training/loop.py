@@ -26,7 +26,7 @@ from pyro_vae.errors import NotFiniteError, NotWrittenError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates
 from pyro_vae.training.data_support import DataSupport
-from pyro_vae.training.fingerprint import Fingerprint
+from pyro_vae.training.fingerprint import PASS_THE_SAME, Fingerprint
 from pyro_vae.training.scales import Scales
 
 
@@ -209,7 +209,7 @@ class Loop:
             if saved[name] != value:
                 raise PyroVAEError(
                     f"the checkpoint {path} was written with other settings: expected {name}={saved[name]!r}, got "
-                    f"{name}={value!r}. Pass the same, to end where an unbroken training ends, or a new path."
+                    f"{name}={value!r}. {PASS_THE_SAME}"
                 )
         best = state.get("best")
         if (best is None) != (self.patience is None):

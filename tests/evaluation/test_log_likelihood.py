@@ -161,6 +161,6 @@ def test_the_advice_for_a_latent_that_all_data_share():
         pv.log_likelihood(model, guide, x, 10)
     advice = re.search(r"poutine\.block\(.*\]\)", str(refusal.value)).group()
     names = {"poutine": pyro.poutine, "value": torch.tensor(2.0)}
-    program = tuple(eval(advice, names | {"program": each}) for each in (model, guide))
+    program = tuple(eval(advice, names | {"model": each}) for each in (model, guide))
     found = pv.log_likelihood(program, x, 10, progress=False).per_datum.float()
     torch.testing.assert_close(found, dist.Normal(0.0, 5**0.5).log_prob(x), rtol=0, atol=8 * 2**-23)

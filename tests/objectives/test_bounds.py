@@ -82,7 +82,7 @@ QUICK = ("ELBO", "IWAE", "RWS", "CIWAE")  # the rest differs in the reduction al
 
 
 @pytest.mark.parametrize(
-    "objective", slow_but([o for o in BOUNDS + LINEAR if type(o).__name__ in QUICK], BOUNDS + LINEAR), ids=repr
+    "objective", slow_but([o for o in BOUNDS if type(o).__name__ in QUICK] + LINEAR[:1], BOUNDS + LINEAR), ids=repr
 )
 def test_two_particles_have_the_exact_mean_and_its_gradients(objective):
     pv.testing.check_objective(objective, programs=[toy() for toy in CONTINUOUS + DISCRETE])

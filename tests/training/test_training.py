@@ -222,26 +222,22 @@ def test_a_checkpoint_loads_without_running_code_and_gives_back_the_parameters(t
 KILLED = ["first epoch", "third epoch", "validation", "half-written", "before the move", "after the move"]
 
 
-@pytest.fixture(scope="module")
-def killed_runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("killed")
+def test_a_killed_run_started_again_ends_bit_for_bit_where_an_unbroken_run_ends(tmp_path):
+    folder = tmp_path
     command = [sys.executable, Path(__file__).parents[1] / "helpers" / "killed_runs.py", folder, *KILLED]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return folder, [line.split("|") for line in finished.stdout.splitlines()]
-
-
-@pytest.mark.parametrize("place", KILLED)
-def test_a_killed_run_started_again_ends_bit_for_bit_where_an_unbroken_run_ends(killed_runs, place):
-    folder, lines = killed_runs
-    checkpoint = [] if place == "first epoch" else [f"{place}.ckpt"]
-    assert [place, place, str(-signal.SIGKILL), *checkpoint] in lines
-    assert [place, "nowhere", "0", f"{place}.ckpt", f"{place}.pt"] in lines
-    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]  # neither locks nor half a file
-    unbroken, resumed = torch.load(folder / "nowhere.pt"), torch.load(folder / f"{place}.pt")
-    assert unbroken["bounds"] == resumed["bounds"]
+    lines = [line.split("|") for line in finished.stdout.splitlines()]
+    unbroken = torch.load(folder / "nowhere.pt")
     assert len(unbroken["bounds"]) == 4
-    for name, value in unbroken["parameters"].items():
-        assert torch.equal(value, resumed["parameters"][name]), name
+    for place in KILLED:
+        checkpoint = [] if place == "first epoch" else [f"{place}.ckpt"]
+        assert [place, place, str(-signal.SIGKILL), *checkpoint] in lines
+        assert [place, "nowhere", "0", f"{place}.ckpt", f"{place}.pt"] in lines
+        resumed = torch.load(folder / f"{place}.pt")
+        assert unbroken["bounds"] == resumed["bounds"], place
+        for name, value in unbroken["parameters"].items():
+            assert torch.equal(value, resumed["parameters"][name]), (place, name)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]  # neither locks nor half a file
 
 
 def test_ctrl_c_keeps_what_was_learned(tmp_path):
