@@ -13,10 +13,12 @@ from torch import Tensor
 from pyro_vae.engine import rng
 from pyro_vae.engine.agreement import draws_otherwise
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.batch_plate import find_batch_plate
+from pyro_vae.engine.drawing import deterministic_events
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
-from pyro_vae.engine.sites import Site, family, is_deterministic, is_factor
+from pyro_vae.engine.sites import Site, family, is_deterministic, is_factor, labelled
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.pieces import checked_sites, program_on
@@ -95,10 +97,11 @@ def to_arviz(
         models in Python*, JOSS.
     """
     require_count("num_samples", num_samples, least=2)
-    program = replace(program_on(model, guide, x), deterministic=True)
+    program = program_on(model, guide, x)
     with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
-        checked_sites(program, observing=False)
-        program = program.with_nesting()
+        plate = find_batch_plate(labelled(*checked_sites(program, observing=False)))
+        shown = deterministic_events(program.trace()[0], plate)
+        program = replace(program.with_nesting(), deterministic=shown)
         check_apart(program, together=vectorize_particles)
         reading = sites_that_read(program)
         if reading:

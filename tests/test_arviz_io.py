@@ -254,6 +254,16 @@ def test_a_model_that_reads_what_it_observes():
     def scaled(x):
         model((x - 5) / 2, shifted((x - 5) / 2))
 
+    def centred(x, weights, lengths):
+        assert (lengths.diff() <= 0).all()
+        model((x - 5) * weights[:, None] / 2, torch.zeros_like(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        others = torch.ones(5), torch.arange(5, 0, -1)
+        found = datasets(pv.to_arviz((centred, lambda x, *_: guide(x)), (x, *others), 10))
+    assert found.keys() == GROUPS
+
     for data in (x, torch.full((5, 2), 10.0)):  # data of one value do not show whether they are read
         with pytest.warns(UserWarning, match=r"model site 'x[01]' reads data that the model observes"):
             found = datasets(pv.to_arviz((scaled, guide), data, 10))
@@ -325,17 +335,20 @@ def test_a_reparameterised_site_is_drawn_and_not_observed(vectorize):
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / len(ratio) ** 0.5
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
-def test_deterministic_sites_are_those_of_their_draws(vectorize):
+@pytest.mark.parametrize(("vectorize", "number"), [(True, 20), (True, 3), (False, 3)])
+def test_deterministic_sites_are_those_of_their_draws(vectorize, number):
     """Pyro takes the rows and particles of a value for an event; one outside the plate belongs to no datum."""
 
     def model(x):
         pyro.deterministic("number", torch.tensor(3.0))
+        with pyro.plate("classes", 4):
+            pyro.deterministic("means", torch.zeros(4))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.5, 2.0))
             pyro.deterministic("rate", z.exp())
             pyro.deterministic("pair", torch.stack([z, 2 * z], -1))
             pyro.deterministic("own", torch.stack([x, -x], -1))
+            pyro.deterministic("column", x[:, None])
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x):
@@ -343,16 +356,19 @@ def test_deterministic_sites_are_those_of_their_draws(vectorize):
             pyro.sample("z", dist.Normal(0.1 + 0.8 * x, 0.8**0.5))
 
     x = torch.tensor([3.0, -3.0, 0.0])
-    groups = datasets(pv.to_arviz(model, guide, x, 20, seed=0, vectorize_particles=vectorize))
+    groups = datasets(pv.to_arviz(model, guide, x, number, seed=0, vectorize_particles=vectorize))
     for group in ("posterior", "prior"):
-        assert list(groups[group].data_vars) == ["z", "rate", "pair", "own"]
-        z, rate, pair, own = (torch.tensor(groups[group][name].values) for name in ("z", "rate", "pair", "own"))
+        assert list(groups[group].data_vars) == ["z", "rate", "pair", "own", "column"]
+        z, rate, pair, own, column = (torch.tensor(each.values) for each in groups[group].data_vars.values())
         torch.testing.assert_close(rate, z.exp())
         torch.testing.assert_close(pair, torch.stack([z, 2 * z], -1))
-        torch.testing.assert_close(own, torch.stack([x, -x], -1).expand(1, 20, 3, 2))
+        torch.testing.assert_close(own, torch.stack([x, -x], -1).expand(1, number, 3, 2))
+        torch.testing.assert_close(column, x[:, None].expand(1, number, 3, 1))
     log_weights = torch.tensor(groups["sample_stats"]["log_weight"].values)
-    torch.testing.assert_close(log_weights, dist.Normal(0.5, 5**0.5).log_prob(x).expand(1, 20, 3), rtol=0, atol=1e-5)
-    if not vectorize:
+    torch.testing.assert_close(
+        log_weights, dist.Normal(0.5, 5**0.5).log_prob(x).expand(1, number, 3), rtol=0, atol=1e-5
+    )
+    if number == 3:
         return
     sandwich = pv.bdmc(model, guide, x.repeat(50), 20, 8, seed=0, progress=False)
     ratio = (dist.Normal(0.5, 5**0.5).log_prob(sandwich.x) - sandwich.upper_per_datum).exp()

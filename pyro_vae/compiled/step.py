@@ -93,7 +93,7 @@ class CompiledStep:
             name: torch.tensor(value, dtype=torch.float64, device=device)
             for name, value in self.objective.scheduled().items()
         }
-        data = None if self.rows is None else torch.tensor(self.rows(args), dtype=torch.float64, device=device)
+        data = None if self.rows is None else torch.tensor(self.rows.of(args).whole, dtype=torch.float64, device=device)
         loss, *gradients = self.loss_and_gradients(settings, data, args, kwargs)
         self.objective.step += 1
         return loss, gradients

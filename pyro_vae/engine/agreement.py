@@ -149,9 +149,9 @@ def check_draws(sites: Sites) -> None:
     for words, site in sites.items():
         if draws_otherwise(site["fn"]):
             raise PyroVAEError(
-                f"{words} draws from {family(_base(site['fn']))}: expected a family whose draws have the density that "
-                "it states, which those of PyTorch or Pyro have not here. Use another family, such as a normal under "
-                "CorrCholeskyTransform() for LKJCholesky."
+                f"{words} draws from {family(_base(site['fn']))}, whose sampler in PyTorch or Pyro does not sample its "
+                "own log_prob: expected a family with the right sampler. Use another one (in place of LKJCholesky, a "
+                "normal under CorrCholeskyTransform(), say)."
             )
 
 
@@ -163,6 +163,8 @@ def draws_otherwise(fn: Any) -> bool:
     fn = _base(fn)
     if isinstance(fn, td.MixtureSameFamily):
         return draws_otherwise(fn.component_distribution)
+    if isinstance(fn, dist.SineSkewed):
+        return draws_otherwise(fn.base_dist)
     if isinstance(fn, td.LKJCholesky):
         return bool(fn.dim > 2)
     if isinstance(fn, dist.CoalescentTimes):  # its draws have rate 1

@@ -26,6 +26,8 @@ from pyro_vae.engine.supports import (
 )
 from pyro_vae.errors import PyroVAEError
 
+MOST_CHANGES = 8  # of single values of a datum that `missed` tries
+
 
 def _coverage(model: Any, guide: Any) -> tuple[bool, bool]:
     """Whether the support of a guide's distribution covers that of a model's, and whether the two are the same."""
@@ -92,9 +94,6 @@ def is_circular(distribution: Any) -> bool:
     return isinstance(fn, CIRCULAR) or (is_transformed(fn) and is_circular(fn.base_dist))
 
 
-FEW = 8  # changes of a datum that are tried
-
-
 def check_periods(model: Sites, guide: Sites) -> None:
     """Refuse a guide on more than one period of a model's angle, which would count the model's mass several times."""
     for name in (name for name in guide if name in model and is_circular(model[name]["fn"])):
@@ -125,9 +124,9 @@ def _not_one_period(name: str, model: Any, guide: Any) -> str:
 
 
 def missed(model: Any, guide: Any, value: Tensor, plate: Plate) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draws with one value for a datum to which the guide gives probability 0, and the prior does not; and which data.
+    """Other draws, of values to which the guide gives probability 0 and the prior does not; each with the data changed.
 
-    Of several such dimensions of a datum, each draw has another one, up to :data:`FEW`.
+    The first one changes all such values of a datum, and each of the others a single one, up to :data:`MOST_CHANGES`.
     """
     own, base = unwrapped(model), unwrapped(guide)
     if not (has_few_values(own) and has_few_values(base)):
@@ -135,12 +134,15 @@ def missed(model: Any, guide: Any, value: Tensor, plate: Plate) -> Iterator[tupl
     p, q = (torch.stack([1 - f.probs, f.probs], -1) if isinstance(f, td.Bernoulli) else f.probs for f in (own, base))
     most, index = torch.where(q == 0, p, 0.0).max(-1)
     of_event = isinstance(base, td.OneHotCategorical)
-    shape = value.shape[:-1] if of_event else value.shape
     rows = plate.dim - guide.event_dim + of_event  # the dimension of the data among those of the elements
+    shape = value.shape[:-1] if of_event else value.shape
+    shape = torch.Size((1,) * (-rows - len(shape))) + shape  # of one datum in a plate without a size
     found, index = (most > 0).expand(shape).movedim(rows, 0), index.expand(shape)
     each = found.reshape(len(found), -1)
     order = each.cumsum(1) * each  # of a datum's elements, from 1; 0 for the others
-    for k in range(1, min(int(order.max()), FEW) + 1):
-        here = (order == k).reshape(found.shape).movedim(0, rows)
+    singles = int(order.max())
+    changes = [order > 0, *((order == k) for k in range(1, min(singles, MOST_CHANGES) + 1) if singles > 1)]
+    for change in changes if singles else ():
+        here = change.reshape(found.shape).movedim(0, rows)
         other = one_hot(index, q.shape[-1]) if of_event else index
-        yield torch.where(here[..., None] if of_event else here, other.to(value), value), (order == k).any(1)
+        yield torch.where(here[..., None] if of_event else here, other.to(value), value), change.any(1)

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch.distributions import Independent
 
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.sites import PARTICLE_PLATE, is_deterministic
+from pyro_vae.engine.sites import Plate, is_deterministic
 
 
 class OfObservedShape(Messenger):
@@ -48,24 +49,38 @@ def drawing(model: PyroFunction) -> PyroFunction:
 
 
 class ShowsDeterministic(Messenger):
-    """Makes a ``pyro.deterministic`` site inside a plate an observed site like others, of density 1.
+    """Makes ``pyro.deterministic`` sites observed sites like others, of density 1.
 
-    Pyro takes all dimensions of its value for one event, unless it is told otherwise. Here the dimensions of the plates
-    are no part of the event.
+    Pyro takes all dimensions of such a value for one event, unless it is told otherwise. `event_dims` has the number of
+    the event's dimensions by site, as :func:`deterministic_events` finds them; sites without one stay as they are.
     """
 
+    def __init__(self, event_dims: dict[str, int]) -> None:
+        super().__init__()
+        self.event_dims = event_dims
+
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
+        event_dim = self.event_dims.get(msg["name"]) if msg["infer"].get("_deterministic") else None
+        if event_dim is None:
             return
-        value, frames = msg["value"], [frame for frame in msg["cond_indep_stack"] if frame.vectorized]
-        sizes = {frame.dim: max(frame.size, 1) for frame in frames}
-        batch = [sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0)]
-        of_data = [dim for frame, dim in zip(frames, sizes, strict=True) if frame.name != PARTICLE_PLATE]
-        for depth in (len(batch), -min(of_data, default=0)):  # a value may be the same for all particles
-            event_dim = value.dim() - depth
-            own = value.shape[:depth] if depth and event_dim >= 0 else ()
-            if own and all(size in (1, whole) for size, whole in zip(own, batch[-depth:], strict=True)):
-                shown = Delta(value, event_dim=event_dim)
-                msg["fn"] = shown.expand(torch.broadcast_shapes(own, batch)).mask(False)
-                msg["infer"] = {name: note for name, note in msg["infer"].items() if name != "_deterministic"}
-                return
+        value = msg["value"]
+        sizes = {frame.dim: max(frame.size, 1) for frame in msg["cond_indep_stack"] if frame.vectorized}
+        plates = [sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0)]
+        batch = torch.broadcast_shapes(value.shape[: value.dim() - event_dim], plates)
+        msg["fn"] = Delta(value, event_dim=event_dim).expand(batch).mask(False)
+        msg["infer"] = {name: note for name, note in msg["infer"].items() if name != "_deterministic"}
+
+
+def deterministic_events(model: Trace, plate: Plate) -> dict[str, int]:
+    """How many dimensions the event has of each ``pyro.deterministic`` site in the batch plate, in a run of one."""
+    found, nodes = {}, dict[str, Any](model.nodes)
+    for name, site in nodes.items():
+        if site["type"] != "sample" or not site["infer"].get("_deterministic"):
+            continue
+        sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+        shape, depth = site["value"].shape, -min(sizes, default=0)
+        batch = {dim: shape[depth + dim] for dim in range(-depth, 0)} if len(shape) >= depth else {}
+        fits = all(size in (1, sizes.get(dim, 1)) or sizes.get(dim, 1) < 0 for dim, size in batch.items())
+        if batch and fits and any(frame.name == plate.name for frame in site["cond_indep_stack"]):
+            found[name] = len(shape) - depth
+    return found

@@ -90,6 +90,10 @@ class Minibatches:
                 self.begun = chain([first] if again is None else [first, again], rest)
         return self._checked(first)
 
+    def of_size(self, size: int) -> Batch:
+        """The first rows of the columns."""
+        return self._take(slice(0, size))
+
     def _begin(self, loader: Any) -> tuple[Iterator[Any], Any]:
         """An iterator of a loader, and its first minibatch; the random numbers of the training stay as they are."""
         states = self.generator_states()

@@ -121,7 +121,7 @@ class Program:
     kwargs: dict[str, Any] = field(default_factory=dict)
     needs: Needs = Needs()
     nesting: int | None = None  # how many dimensions the plates take; None finds it by one more run
-    deterministic: bool = False  # whether the model's pyro.deterministic sites are among its sites
+    deterministic: dict[str, int] = field(default_factory=dict)  # pyro.deterministic sites to show, by event_dim
 
     @property
     def guide_or_prior(self) -> PyroFunction:
@@ -192,7 +192,7 @@ class Program:
     def _model(self, number: int, particle_dim: int | None) -> PyroFunction:
         """The model for several particles."""
         model = in_particles(self.model, number, particle_dim)
-        return ShowsDeterministic()(model) if self.deterministic else model
+        return ShowsDeterministic(self.deterministic)(model) if self.deterministic else model
 
     def run_at(self, values: dict[str, Tensor], number: int | None = None) -> Run:
         """Run guide and model at given values of all latent sites, whose particles lie left of the plates.

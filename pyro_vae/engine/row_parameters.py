@@ -248,20 +248,25 @@ def _moved(program: Program, order: Tensor) -> Iterator[Program]:
     """The program with the rows of its data in another order, for each choice of the dimensions that have them."""
     size = len(order)
     leaves, structure = pytree.tree_flatten(program.args, is_leaf=lambda value: _is_column(value, size))
-    for chosen in itertools.product(*(_dims(leaf, size) for leaf in leaves)):
-        pairs = zip(leaves, chosen, strict=True)
-        moved = [at_rows(v, order) if _is_column(v, size) else _along(v, order, dim) for v, dim in pairs]
+    # Arguments of one shape have their rows in one dimension.
+    dims = {_shape(leaf): _dims(_shape(leaf), size) for leaf in leaves}
+    for chosen in itertools.product(*dims.values()):
+        of_shape = dict(zip(dims, chosen, strict=True))
+        moved = [at_rows(v, order) if _is_column(v, size) else _along(v, order, of_shape[_shape(v)]) for v in leaves]
         yield program.on(pytree.tree_unflatten(moved, structure))
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _is_column(value: Any, size: int) -> bool:
     """Whether a value is a list with an item for each row, such as a string."""
-    items = value if isinstance(value, list | tuple) and len(value) == size else ()
+    items = value if type(value) in (list, tuple) and len(value) == size else ()
     return bool(items) and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(items))
 
 
-def _dims(value: Any, size: int) -> list[int | None]:
+def _dims(shape: tuple[int, ...], size: int) -> list[int | None]:
     """The dimensions, counted from the right, that may have the rows: the first one, or else first none."""
-    shape = value.shape if isinstance(value, Tensor) else ()
     dims: list[int | None] = [dim - len(shape) for dim, length in enumerate(shape) if length == size]
     return dims if -len(shape) in dims else [None, *dims]

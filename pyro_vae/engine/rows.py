@@ -3,18 +3,33 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch.utils import _pytree as pytree
 
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Plate, Sites, is_factor, plates
 from pyro_vae.engine.traces import sample_sites
+from pyro_vae.errors import PyroVAEError
 
-Place = tuple[int, int]  # an argument's position, and one of its dimensions
+Place = tuple[int, int]  # the position of a tensor among those in the arguments, and one of its dimensions
+
+
+class Count(NamedTuple):
+    """How many data a minibatch has, and how many its loss stands for."""
+
+    own: int
+    whole: int
+
+    @property
+    def share(self) -> float:
+        """The minibatch as a part of the data that its loss stands for."""
+        return self.own / self.whole
 
 
 @dataclass
 class Rows:
-    """How many data a minibatch has, and how many its loss stands for."""
+    """Counts the data of a minibatch."""
 
     program: Program
     plate: Plate | None  # whose rows are the data; None without a plate around observed sites
@@ -22,27 +37,41 @@ class Rows:
     places: list[Place]  # a minibatch has as many data as these dimensions; without any, a run of the model counts them
     full: int | None = None  # of a subsampled plate, all data, to which the loss is scaled
 
-    def __call__(self, batch: Sequence[Any]) -> int:
-        """How many data the loss stands for."""
-        return self.full or self.count(batch)
+    def of(self, batch: Sequence[Any]) -> Count:
+        """How many data a minibatch has, and how many its loss stands for."""
+        own = self.number if self.full and not self.places else self._count(batch)
+        return Count(own, self.full or own)
 
-    def share(self, batch: Sequence[Any]) -> float:
-        """The minibatch as a part of the data that its loss stands for."""
-        return self.count(batch) / self(batch)
-
-    def count(self, batch: Sequence[Any]) -> int:
-        """How many data the minibatch has."""
-        if self.full and not self.places:
-            return self.number
-        shapes = list(map(_shape, batch))
+    def _count(self, batch: Sequence[Any]) -> int:
+        shapes = _shapes(batch)
         sizes = {(i, dim): shapes[i][dim] for i, dim in self.places if i < len(shapes) and dim < len(shapes[i])}
         if len(set(sizes.values())) == 1:
             return next(iter(sizes.values()))
         # Such as a last minibatch of sequences (time, datum) with fewer data, or the entries x[present] as data.
-        sites = sample_sites(self.program.on(tuple(batch)).trace()[0], latent=False)
-        size = next((size for plate, size in _sizes(sites).items() if plate.name == getattr(self.plate, "name", "")), 0)
+        size = self._in_run(batch)
+        if size is None and sizes:
+            return next(iter(sizes.values()))
+        if size is None:
+            raise PyroVAEError(
+                "the data of a minibatch can't be counted: expected a plate around what the model observes, or an "
+                "argument that is a tensor with a row for each datum, got neither. Put the observations into "
+                "`with pyro.plate('data', ...):`."
+            )
         self.places = [place for place in self.places if sizes.get(place, size) == size]
         return size
+
+    def _in_run(self, batch: Sequence[Any]) -> int | None:
+        """The size of the data's plate in a run of the model."""
+        sites = sample_sites(self.program.on(tuple(batch)).trace()[0], latent=False)
+        named = {plate.name: size for plate, size in _sizes(sites).items()}
+        return named.get(self.plate.name) if self.plate else None
+
+    def follows(self, batch: Sequence[Any]) -> bool:
+        """Whether the plate has another size in a minibatch of another number of rows."""
+        try:
+            return self._in_run(batch) not in (None, self.number)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False
 
 
 def find_rows(program: Program, model: Sites, cut: int | None) -> Rows:
@@ -53,11 +82,12 @@ def find_rows(program: Program, model: Sites, cut: int | None) -> Rows:
     """
     observed = _sizes(model)
     if not observed:
-        return Rows(program, None, len(program.args[0]), [(0, 0)])
+        has_rows = bool(_shapes(program.args)) and hasattr(program.args[0], "shape")
+        return Rows(program, None, len(program.args[0]), [(0, 0)] if has_rows else [])
     counts = Counter(plate for site in _observed(model).values() for plate in plates(site))
     others = Counter(plate for site in model.values() for plate in plates(site))
     plate = max(observed, key=lambda each: (counts[each], others[each], observed[each] == cut))
-    number, shapes = observed[plate], map(_shape, program.args)
+    number, shapes = observed[plate], _shapes(program.args)
     places = [(i, dim) for i, shape in enumerate(shapes) for dim, length in enumerate(shape) if length == number]
     return Rows(program, plate, number, places, plate.full_size if plate.full_size != plate.size else None)
 
@@ -78,5 +108,6 @@ def _sizes(model: Sites) -> dict[Plate, int]:
     return found
 
 
-def _shape(argument: Any) -> tuple[int, ...]:
-    return tuple(getattr(argument, "shape", ()))
+def _shapes(batch: Sequence[Any]) -> list[tuple[int, ...]]:
+    """The shapes of the tensors in the arguments, also in tuples and dictionaries."""
+    return [tuple(getattr(leaf, "shape", ())) for leaf in pytree.tree_leaves(tuple(batch))]

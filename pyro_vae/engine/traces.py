@@ -110,7 +110,7 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
             f"site '{name}' ({family(fn)}) has no density: expected a distribution with log_prob, got one whose "
             "family, or one of its transforms, does not compute it, or not at a given value (a flow without an "
             "inverse). Choose another, such as StickBreakingTransform in place of SoftmaxTransform, or "
-            "spline_coupling in place of planar."
+            f"spline_coupling in place of planar. Its own error is {error!r}."
         ) from error
     except ValueError as error:
         if "support" not in str(error):

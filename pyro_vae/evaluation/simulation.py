@@ -1,5 +1,6 @@
 """Simulated data for bdmc and to_arviz: the model's own draws of x and z, with x as arguments of the model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,19 +57,28 @@ def sites_that_read(program: Program) -> list[str]:
         model = poutine.replay(program.model, trace=given(latents))
         trace = traced(drawing(model), args)
         replaced, missing = _replaced(model, args, observed, sample_sites(trace))
-        for i, argument in enumerate(args if missing else ()):
-            if argument.dtype == torch.bool:  # a mask, which the model may read
-                continue
-            other = argument.flatten().roll(1).reshape(argument.shape)
-            if torch.equal(other, argument):
-                return missing  # whether they are read can't be seen in data of one value
-            values = traced(model, (*args[:i], other, *args[i + 1 :])).nodes
-            # These data are functions of the argument, such as (x - mean) / scale.
-            if any(name not in values or not equal(values[name]["value"], observed[name]["value"]) for name in missing):
-                replaced = (*replaced[:i], other, *replaced[i + 1 :])
+        sources = list(_sources(model, args, observed, missing))
+        if missing and not sources and args:
+            return missing  # whether they are read can't be seen, since no argument changes them
+        for i, other in sources:
+            replaced = (*replaced[:i], other, *replaced[i + 1 :])
         # Other data that have no place among the arguments stay as they are drawn, in both runs.
         before, after = given_either(drawing(model), trace, (args, {}), (replaced, {}))
     return [name for name, site in before.items() if not is_factor(site) and not same_density(site, after.get(name))]
+
+
+def _sources(model: PyroFunction, args: Args, observed: Sites, names: list[str]) -> Iterator[tuple[int, Tensor]]:
+    """The arguments of which observed data are functions, such as (x - mean) / scale, each with its rows moved."""
+    for i, argument in enumerate(args if names else ()):
+        if argument.dtype == torch.bool or not argument.dim():  # a mask, which the model may read
+            continue
+        other = argument.roll(1, 0) if len(argument) > 1 else argument.flatten().roll(1).reshape(argument.shape)
+        try:
+            nodes = traced(model, (*args[:i], other, *args[i + 1 :])).nodes
+        except (RuntimeError, ValueError, IndexError, AssertionError):  # such as lengths, which must be in order
+            continue
+        if any(name not in nodes or not equal(nodes[name]["value"], observed[name]["value"]) for name in names):
+            yield i, other
 
 
 def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) -> tuple[Args, list[str]]:

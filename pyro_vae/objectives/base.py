@@ -296,7 +296,7 @@ class Objective(pyro.infer.ELBO):
         program = Program(model, guide, args, kwargs, needs, self.max_plate_nesting)
         if not (self._run_together() or needs.per_datum):
             return program
-        nesting = self._known.nesting(program)
+        nesting = self._known.nesting(program, self.step)
         if nesting is not None:
             return replace(program, nesting=nesting)
         program = program.with_nesting()
@@ -309,8 +309,7 @@ class Objective(pyro.infer.ELBO):
         A program that mixes particles or data is refused. Its traces for one particle, if given, serve this check.
         """
         if program.nesting is not None and program.guide is not None:
-            if self._known.needs_check(program):
-                check_apart(program, together=self._run_together(), traces=traces)
+            check_apart(program, together=self._run_together(), traces=traces)
             self._known = self._known.with_program(program)
 
     def _run_together(self) -> bool:

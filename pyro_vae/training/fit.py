@@ -244,6 +244,13 @@ def _first_run(
     rows_of = find_rows(program, sites[0], cut)
     if batches.steps != 1:
         _check_minibatches(sites[0], rows_of.number)
+        if cut is not None and cut != rows_of.number and not rows_of.follows(batches.of_size(1 if cut > 1 else 2)):
+            raise PyroVAEError(
+                f"minibatches are {cut} rows of the data's first dimension, and plate "
+                f"'{getattr(rows_of.plate, 'name', None)}' has {rows_of.number} rows in each of them: expected "
+                "minibatches that add up to the data. Pass the data along the first dimension (x.T, say), or "
+                "batch_size=N."
+            )
         if isinstance(objective, Objective) and objective.needs().per_datum:
             _check_outermost(sites, rows_of)
     if isinstance(objective, Objective):  # before other runs, since a flow keeps the history of its last draw alone

@@ -71,21 +71,20 @@ class Loop:
             if step == 1 and self.fingerprint is not None:
                 self.fingerprint.see_first(batch)
             settings.append(self._scheduled())
+            data = self.rows_of.of(batch)
             if self.unchecked is not None:
                 self.unchecked.check(batch)
             # The first step validates the program's distributions, before any work; its own checks stay on.
             first = not self.rows and step == 1
             with pyro.distributions.validation_enabled(first):
-                self.scales.before_step(
-                    self.steps, batch, self.rows_of.count(batch) / self.rows_of.count(self.program.args)
-                )
+                self.scales.before_step(self.steps, batch, data.own / self.rows_of.number)
                 if self.compiled is None:
                     self.optimizer.zero_grad()
                     with NewParameters(self.parameters) as new:
                         loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
                     if new.found:
                         self._add(new.found, batch)
-                    (loss / self.rows_of(batch)).backward()
+                    (loss / data.whole).backward()
                 else:
                     loss = self.compiled.compute(*batch)
             loss = loss.detach()
@@ -95,7 +94,7 @@ class Loop:
                 require_kept(self.parameters)
             self.optimizer.step()
             self.steps += 1
-            total, count = total + loss.double() * self.rows_of.share(batch), count + self.rows_of.count(batch)
+            total, count = total + loss.double() * data.share, count + data.own
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
                 bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
             bar.update()
@@ -133,7 +132,7 @@ class Loop:
         require_same(self.parameters, found)
         program = self.program.on(batch)
         if self.batches.moves_rows:
-            check_row_parameters(program, trial(program, self.rows_of.count(batch)))
+            check_row_parameters(program, trial(program, self.rows_of.of(batch).own))
         for name, parameter in sorted(found.items()):
             parameter.grad = None  # of an earlier training
             if self.best is not None:
@@ -163,8 +162,8 @@ class Loop:
                 if self.unchecked_held_out is not None:
                     self.unchecked_held_out.check(batch)
                 loss = self.objective.loss(self.program.model, self.program.guide, *batch)
-                total += loss * self.rows_of.share(batch)
-                count += self.rows_of.count(batch)
+                data = self.rows_of.of(batch)
+                total, count = total + loss * data.share, count + data.own
         self.unchecked_held_out = None
         self.held_out.set_generator_states(own)
         return -total / count

@@ -160,6 +160,36 @@ def test_a_probability_of_zero_of_one_of_many_is_said(number, effect):
         pv.log_likelihood(*switches(number, effect), torch.full((3,), 1.5), 10, seed=0)
 
 
+def test_a_probability_of_zero_of_two_that_depend_on_each_other_is_said():
+    """Both switches are on or off: a single one has none of p(x)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((len(x), 2), 0.5)).to_event(1))
+            pyro.sample("x", dist.Normal(99.0 * (z[..., 0] - z[..., 1]) + z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(torch.zeros(len(x), 2)).to_event(1))
+
+    with pytest.warns(UserWarning, match="the guide gives probability 0 to a value of site 'z'"):
+        pv.log_likelihood(model, guide, torch.full((3,), 0.5), 10, seed=0)
+
+
+def test_a_probability_of_zero_of_one_datum_in_a_plate_without_a_size_is_said():
+    def program(observe):
+        def body(x):
+            with pyro.plate("data"):
+                y = pyro.sample("y", dist.Categorical(torch.tensor([0.5, 0.5] if observe else [1.0, 0.0])))
+                if observe:
+                    pyro.sample("x", dist.Normal(y.to(x.dtype), 1.0), obs=x)
+
+        return body
+
+    with pytest.warns(UserWarning, match="the guide gives probability 0 to a value of site 'y'"):
+        pv.log_likelihood(program(True), program(False), torch.zeros(1), 10, seed=0)
+
+
 def test_a_probability_of_zero_where_the_posterior_has_none_is_not(recwarn):
     """At x = -60, the third class has e^-182 of p(x)."""
     pv.log_likelihood(*classes([0.5, 0.5, 0.0]), torch.full((3,), -60.0), 20, seed=0)

@@ -112,7 +112,7 @@ def test_objectives_can_be_pickled(objective):
     with torch.no_grad():
         objective.bound(lambda x: program.model(x), program.guide, program.x)  # a program that can't be pickled
     assert repr(pickle.loads(pickle.dumps(objective))) == repr(objective)
-    assert copy.copy(objective)._known.nestings  # a copy finds no nesting anew
+    assert copy.copy(objective)._known.kinds  # a copy finds no nesting anew
 
 
 @pytest.mark.parametrize("changes", [{"score": False}, {"curvature": True}, {"path": "all"}])

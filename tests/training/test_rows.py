@@ -209,6 +209,27 @@ def test_entries_of_an_argument_may_be_the_data(present, compile, batch_size):
     assert history.iloc[0][["train_bound", "validation_bound"]].tolist() == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", [pv.ELBO(), pv.IWAE(2)], ids=["ELBO", "IWAE"])
+@pytest.mark.parametrize("batch_size", [4, 1])
+def test_minibatches_of_a_dimension_that_no_plate_follows_are_refused(objective, batch_size):
+    """Columns are the data, and minibatches would be cut from the times."""
+
+    def model(x):
+        with pyro.plate("series", x.shape[1]):
+            z = pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+            for t in range(len(x)):
+                pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[t])
+
+    def guide(x):
+        with pyro.plate("series", x.shape[1]):
+            pyro.sample("z", dist.Normal(x.mean(0), 0.2))
+
+    pyro.clear_param_store()
+    with pytest.raises(pv.PyroVAEError, match=rf"minibatches are {batch_size} rows of .* plate 'series' has 5 rows in"):
+        pv.fit(model, guide, X, objective, epochs=1, batch_size=batch_size)
+    pv.fit(model, guide, X, objective, epochs=1, batch_size=N)
+
+
 def columns_first(x):
     with pyro.plate("columns", x.shape[1]), pyro.plate("rows", x.shape[0]):
         pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x)
