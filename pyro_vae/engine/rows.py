@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_vae.engine.program import Program
@@ -110,4 +111,5 @@ def _sizes(model: Sites) -> dict[Plate, int]:
 
 def _shapes(batch: Sequence[Any]) -> list[tuple[int, ...]]:
     """The shapes of the tensors in the arguments, also in tuples and dictionaries."""
-    return [tuple(getattr(leaf, "shape", ())) for leaf in pytree.tree_leaves(tuple(batch))]
+    flat = all(isinstance(each, Tensor) for each in batch)  # each step asks
+    return [tuple(getattr(leaf, "shape", ())) for leaf in (batch if flat else pytree.tree_leaves(tuple(batch)))]

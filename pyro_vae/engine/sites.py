@@ -54,7 +54,9 @@ def layers(distribution: Any) -> Iterator[Any]:
 
 def unwrapped(distribution: Any) -> Any:
     """The distribution inside the wrappers that plates, masks and ``to_event`` add."""
-    return list(layers(distribution))[-1]
+    while isinstance(distribution, WRAPPERS):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def derived(value: Any, operation: Callable[[Any], Any]) -> Any:

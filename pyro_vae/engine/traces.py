@@ -61,7 +61,11 @@ def _half_sites(trace: Trace) -> list[str]:
 
 def _is_half(distribution: Any) -> bool:
     """Whether a parameter of a distribution is of half precision."""
-    return any(precision.is_half(value) for layer in layers(distribution) for value in vars(layer).values())
+    for layer in layers(distribution):  # a loop, since each step runs it for each site
+        for value in vars(layer).values():
+            if precision.is_half(value):
+                return True
+    return False
 
 
 class OwnSubsamples(Messenger):
