@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from pyro_vae.engine import rng
 from pyro_vae.errors import PyroVAEError, require_count
@@ -90,9 +90,17 @@ class Minibatches:
                 self.begun = chain([first] if again is None else [first, again], rest)
         return self._checked(first)
 
-    def of_size(self, size: int) -> Batch:
-        """The first rows of the columns."""
-        return self._take(slice(0, size))
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether minibatches are cut from the data's first dimension; a loader's own collate_fn may do otherwise."""
+        return self.steps != 1 and (self.loader is None or self.loader.collate_fn is default_collate)
+
+    def of_other_size(self, first: Batch) -> Batch | None:
+        """A minibatch with one row of the first one; with two, if it has one; None if there are none at hand."""
+        several = len(first[0]) > 1
+        if self.loader is None:
+            return self._take(slice(0, 1 if several else 2))
+        return tuple(at_rows(column, slice(0, 1)) for column in first) if several else None
 
     def _begin(self, loader: Any) -> tuple[Iterator[Any], Any]:
         """An iterator of a loader, and its first minibatch; the random numbers of the training stay as they are."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.sites import Plate, Sites, is_factor, plates
+from pyro_vae.engine.sites import Plate, Sites, is_factor, plates, size_of
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import PyroVAEError
 
@@ -102,10 +102,7 @@ def _sizes(model: Sites) -> dict[Plate, int]:
     found: dict[Plate, int] = {}
     for site in _observed(model).values():
         for plate in plates(site):
-            # pyro.plate("data") has the size of its sites
-            shape = site["fn"].batch_shape
-            own = plate.size if plate.size >= 0 else shape[plate.dim] if len(shape) >= -plate.dim else 1
-            found[plate] = max(own, found.get(plate, 1))
+            found[plate] = max(size_of(plate, site), found.get(plate, 1))
     return found
 
 

@@ -38,6 +38,14 @@ def plates(site: Site) -> list[Plate]:
     return [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
 
 
+def size_of(plate: Plate, site: Site) -> int:
+    """The size of a plate around a site; one without a size, pyro.plate("data"), has that of the site."""
+    shape = site["fn"].batch_shape
+    if plate.size >= 0 or not plate.vectorized:
+        return plate.size
+    return shape[plate.dim] if len(shape) >= -plate.dim else 1
+
+
 def particle_dim_of(*sites: Sites) -> int:
     """The first dimension left of every plate of these sites, counted from the right."""
     frames = (frame for group in sites for site in group.values() for frame in site["cond_indep_stack"])

@@ -26,7 +26,7 @@ from pyro_vae.engine.parameters import require_parameters
 from pyro_vae.engine.program import Program, refusal
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Rows, find_rows
-from pyro_vae.engine.sites import Sites, particle_dim_of, plates
+from pyro_vae.engine.sites import Sites, particle_dim_of, plates, size_of
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.errors import NotWrittenError, PyroVAEError, require_count
 from pyro_vae.files import one_writer
@@ -240,11 +240,12 @@ def _first_run(
     with likelihoods_in() as matched:
         traces = program.trace()
     sites = [sample_sites(trace, latent=False) for trace in traces]
-    cut = len(program.args[0]) if batches.loader is None and batches.steps != 1 else None
+    cut = len(program.args[0]) if batches.cuts_rows else None
     rows_of = find_rows(program, sites[0], cut)
     if batches.steps != 1:
         _check_minibatches(sites[0], rows_of.number)
-        if cut is not None and cut != rows_of.number and not rows_of.follows(batches.of_size(1 if cut > 1 else 2)):
+        other = batches.of_other_size(program.args) if cut not in (None, rows_of.number) else None
+        if other is not None and not rows_of.follows(other):
             raise PyroVAEError(
                 f"minibatches are {cut} rows of the data's first dimension, and plate "
                 f"'{getattr(rows_of.plate, 'name', None)}' has {rows_of.number} rows in each of them: expected "
@@ -268,12 +269,7 @@ def _check_minibatches(model: Sites, size: int) -> None:
     if any(frame.full_size != frame.size for stack in frames.values() for frame in stack):
         return  # scaled to all data: each minibatch's loss estimates the whole
     for name, stack in frames.items():
-        shape = model[name]["fn"].batch_shape
-        # A plate without a size has that of its sites.
-        sizes = [
-            f.size if f.size >= 0 or not f.vectorized else shape[f.dim] if len(shape) >= -f.dim else 1 for f in stack
-        ]
-        if size not in sizes:
+        if size not in [size_of(plate, model[name]) for plate in stack]:
             raise PyroVAEError(
                 f"expected a program whose minibatches add up to the data, got model site '{name}' outside the data's "
                 f"plate of size {size}: its term would count once for each minibatch. Move it inside; or give the "

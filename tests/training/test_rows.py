@@ -239,11 +239,13 @@ def test_minibatches_are_cut_from_their_own_plate():
     """The sum over data needs no outermost plate; a bound of each row does."""
     pyro.clear_param_store()
     exact = dist.Normal(0.0, 1.0).log_prob(X).sum(-1).mean().item()
-    fit = functools.partial(pv.fit, columns_first, lambda x: None, X, epochs=1, batch_size=8, lr=1e-12)
-    for objective in (pv.ELBO(), pyro.infer.Trace_ELBO()):
-        assert fit(objective).train_bound.iloc[0] == pytest.approx(exact, rel=1e-5)
-    with pytest.raises(pv.PyroVAEError, match="'columns' has 5 rows, and minibatches are cut from the 8 rows of plate"):
-        fit(pv.IWAE(2))
+    for data in (X, DataLoader(X, 8)):
+        fit = functools.partial(pv.fit, columns_first, lambda x: None, data, epochs=1, lr=1e-12)
+        options = {} if isinstance(data, DataLoader) else {"batch_size": 8}
+        for objective in (pv.ELBO(), pyro.infer.Trace_ELBO()):
+            assert fit(objective, **options).train_bound.iloc[0] == pytest.approx(exact, rel=1e-5)
+        with pytest.raises(pv.PyroVAEError, match="'columns' has 5 rows, and minibatches are cut from the 8 rows of"):
+            fit(pv.IWAE(2), **options)
 
 
 def test_the_step_is_that_of_the_mean_bound():
