@@ -28,7 +28,11 @@ class NotFiniteError(PyroVAEError, FloatingPointError):
 
 
 class NotWrittenError(PyroVAEError, OSError):
-    """A file can't be written, such as on a full disk. :attr:`history` has the epochs of a training until then."""
+    """A file can't be written, such as on a full disk.
+
+    Attributes:
+        history: the table that :func:`fit` returns, with the epochs until then; None if training had not begun.
+    """
 
     history: Any = None
 
