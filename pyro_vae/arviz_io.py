@@ -14,7 +14,7 @@ from pyro_vae.engine import rng
 from pyro_vae.engine.agreement import draws_otherwise
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import find_batch_plate
-from pyro_vae.engine.drawing import deterministic_events
+from pyro_vae.engine.drawing import deterministic_shapes
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
@@ -100,7 +100,7 @@ def to_arviz(
     program = program_on(model, guide, x)
     with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
         plate = find_batch_plate(labelled(*checked_sites(program, observing=False)))
-        shown = deterministic_events(program.trace()[0], plate)
+        shown = deterministic_shapes(program.trace()[0], plate)
         program = replace(program.with_nesting(), deterministic=shown)
         check_apart(program, together=vectorize_particles)
         reading = sites_that_read(program)

@@ -9,6 +9,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO
 
@@ -44,7 +45,7 @@ def _host() -> str:
 
 def _clear(path: Path) -> None:
     """Remove what killed processes of this machine left beside a path."""
-    for left in path.parent.glob(f".{path.stem}.{_host()}.*{UNFINISHED}{path.suffix}"):
+    for left in path.parent.glob(f"{escape(f'.{path.stem}.{_host()}.')}*{UNFINISHED}{escape(path.suffix)}"):
         number = left.name.removeprefix(f".{path.stem}.{_host()}.").split(".")[0]
         if number.isdigit() and not _lives(int(number)):
             left.unlink(missing_ok=True)
@@ -92,7 +93,7 @@ def one_writer(path: str | Path, doing: str) -> Iterator[None]:
 
 
 def _busy(path: str | Path, doing: str, who: str) -> str:
-    return f"{who} is {doing} {path}: expected one at a time. Wait for it, or pass another path."
+    return f"{who} is {doing} {path}: expected one writer at a time. Wait for it, or pass another path."
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Signals that end a program, taken for a Ctrl-C first, so that a training keeps its work."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,15 +11,18 @@ ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sig
 
 
 @contextmanager
-def taken_for_ctrl_c() -> Iterator[list[signal.Signals]]:
+def taken_for_ctrl_c(*, then_obeyed: bool) -> Iterator[list[signal.Signals]]:
     """Inside, the first SIGTERM or SIGHUP raises ``KeyboardInterrupt``, and is in the list; the second one is obeyed.
 
-    Ignored signals (``nohup``) stay ignored, and other handlers stay. Handlers belong to the main thread, so that in
-    another one nothing changes.
+    With `then_obeyed`, the first one ends the program when the block has ended, however it ends. Ignored signals
+    (``nohup``) stay ignored, and other handlers stay. Handlers are the main thread's: in another one nothing changes.
     """
     received: list[signal.Signals] = []
 
     def interrupt(number: int, _: Any) -> None:
+        if os.getpid() != process:  # forked meanwhile
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         received.append(signal.Signals(number))
         put_back()
         raise KeyboardInterrupt
@@ -28,6 +32,7 @@ def taken_for_ctrl_c() -> Iterator[list[signal.Signals]]:
             if signal.getsignal(each) is interrupt:
                 signal.signal(each, signal.SIG_DFL)
 
+    process = os.getpid()
     in_main = threading.current_thread() is threading.main_thread()
     own = [each for each in ENDING if in_main and signal.getsignal(each) is signal.SIG_DFL]
     for each in own:
@@ -36,6 +41,8 @@ def taken_for_ctrl_c() -> Iterator[list[signal.Signals]]:
         yield received
     finally:
         put_back()
+        if received and then_obeyed:
+            signal.raise_signal(received[0])
 
 
 def name_of(received: list[signal.Signals]) -> str:

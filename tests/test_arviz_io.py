@@ -374,3 +374,23 @@ def test_deterministic_sites_are_those_of_their_draws(vectorize, number):
     ratio = (dist.Normal(0.5, 5**0.5).log_prob(sandwich.x) - sandwich.upper_per_datum).exp()
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / len(ratio) ** 0.5
     assert pv.RWS(4, sleep=1.0).differentiable_loss(model, guide, x).isfinite()
+
+
+def test_a_deterministic_site_that_counts_from_the_left_is_refused():
+    """Its value would be that of the first datum, for all of them."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.deterministic("double", 2 * z[:, 0])
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, None] / 2, 1.0).to_event(1))
+
+    match = r"'double' has the shape \(3,\) for one particle, and \(\d+, 1\) for several"
+    with pytest.raises(pv.PyroVAEError, match=match):
+        pv.to_arviz(model, guide, torch.randn(3), 10)
+    posterior = datasets(pv.to_arviz(model, guide, torch.randn(3), 10, vectorize_particles=False))["posterior"]
+    np.testing.assert_allclose(posterior["double"].values, 2 * posterior["z"].values[..., 0])

@@ -73,7 +73,7 @@ def test_a_second_writer_of_this_process_is_refused(tmp_path):
     refused = []
 
     def second():
-        refusing = pytest.raises(pv.PyroVAEError, match=r"this process is writing to .*run: expected one at a time")
+        refusing = pytest.raises(pv.PyroVAEError, match=r"this process is writing to .*run: expected one writer at")
         with refusing, one_writer(os.path.relpath(tmp_path / "run"), "writing to"):
             pass
         refused.append(True)
@@ -107,7 +107,7 @@ def test_a_second_process_is_refused_until_the_first_ends_however_it_ends(tmp_pa
     wait_for(tmp_path / "begun", holder)
     time.sleep(0.1)
     with (
-        pytest.raises(pv.PyroVAEError, match=f"process {holder.pid} on .* is writing to .*run: expected one at a time"),
+        pytest.raises(pv.PyroVAEError, match=f"process {holder.pid} on .* is writing to .*run: expected one writer at"),
         one_writer(path, "writing to"),
     ):
         pass
@@ -158,7 +158,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_gives_the_history(tmp_path):
     process = python(code, path, cwd=Path(__file__).parents[1])
     said, number = process.communicate()[0].splitlines()
     assert f"the checkpoint {path} can't be written ([Errno 27] File too large)" in said
-    assert "The file there is as it was. Make room" in said
+    assert "The file there is as it was. Remove the cause" in said
     assert number.startswith("3 [")
     assert number.endswith("]") and str(whole.train_bound.tolist())[1:-1] in number
     assert (path.read_bytes(), names(tmp_path)) == (before, ["checkpoint.pt"])
@@ -193,3 +193,34 @@ def test_fit_puts_handlers_back_and_leaves_those_of_others(tmp_path):
     thread.start()
     thread.join()
     assert (tmp_path / "other.pt").exists()
+
+
+WRITING = """
+import signal, sys; sys.path[:0] = ['tests']; import torch; from test_files import fit
+save, saves = torch.save, []
+class Interrupted:
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+    def write(self, data):
+        if len(saves) == 3:
+            saves.append("a second signal would be obeyed at once")
+            signal.raise_signal(signal.SIGTERM)
+        return self.file.write(data)
+def saving(state, file):
+    saves.append(state)
+    save(state, Interrupted(file))
+torch.save = saving
+try: fit(sys.argv[1], 10**6)
+except BaseException as error: print(type(error))
+print('not reached')
+"""
+
+
+def test_a_signal_while_a_checkpoint_is_written_ends_the_program_too(tmp_path):
+    """PyTorch's writer answers any exception with a RuntimeError."""
+    path = tmp_path / "check[0.1].pt"
+    process = python(WRITING, path, cwd=Path(__file__).parents[1])
+    out = process.communicate(timeout=120)[0]
+    assert (process.returncode, out) == (-signal.SIGTERM, "")
+    assert names(tmp_path) == ["check[0.1].pt"]
+    assert len(torch.load(path, weights_only=True)["history"]) == 2

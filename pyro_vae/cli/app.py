@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always; the status is 0, 2 after an error, or 128 + n after a signal: 130 after Ctrl-C.
     """
-    with taken_for_ctrl_c() as received:
+    with taken_for_ctrl_c(then_obeyed=False) as received:
         try:
             status = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False, obj=received)
         except (UsageError, PyroVAEError, OSError) as error:

@@ -104,7 +104,7 @@ def train(
             "expected validation images with --patience, got none. Drop --patience, or pass, say, --validation 100."
         )
     bound = _objective(config, len(dataset.train))
-    with one_writer(folder.path, "training into"):
+    with one_writer(folder.path / "run", "training into"):  # inside, since another folder may be read-only
         _train(folder, config, dataset, vae, bound, context.obj)
 
 

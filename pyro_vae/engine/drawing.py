@@ -11,6 +11,7 @@ from torch.distributions import Independent
 
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.sites import Plate, is_deterministic
+from pyro_vae.errors import PyroVAEError
 
 
 class OfObservedShape(Messenger):
@@ -48,22 +49,31 @@ def drawing(model: PyroFunction) -> PyroFunction:
     return drawn
 
 
+Shapes = dict[str, tuple[torch.Size, torch.Size]]
+
+
 class ShowsDeterministic(Messenger):
     """Makes ``pyro.deterministic`` sites observed sites like others, of density 1.
 
-    Pyro takes all dimensions of such a value for one event, unless it is told otherwise. `event_dims` has the number of
-    the event's dimensions by site, as :func:`deterministic_events` finds them; sites without one stay as they are.
+    Pyro takes all dimensions of such a value for one event, unless it is told otherwise. `shapes` has the batch shape
+    and the event shape by site, as :func:`deterministic_shapes` finds them; sites without these stay as they are.
     """
 
-    def __init__(self, event_dims: dict[str, int]) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self.event_dims = event_dims
+        self.shapes = shapes
 
     def _pyro_sample(self, msg: Any) -> None:
-        event_dim = self.event_dims.get(msg["name"]) if msg["infer"].get("_deterministic") else None
-        if event_dim is None:
+        if not msg["infer"].get("_deterministic") or msg["name"] not in self.shapes:
             return
-        value = msg["value"]
+        value, (of_one, event) = msg["value"], self.shapes[msg["name"]]
+        event_dim = len(event)
+        if value.shape[-len(of_one) - event_dim :] != of_one + event:
+            raise PyroVAEError(
+                f"pyro.deterministic site '{msg['name']}' has the shape {tuple(of_one + event)} for one particle, and "
+                f"{tuple(value.shape)} for several: expected the same with one more dimension on the left. Count "
+                "dimensions from the right, such as z[..., 0], or pass vectorize_particles=False."
+            )
         sizes = {frame.dim: max(frame.size, 1) for frame in msg["cond_indep_stack"] if frame.vectorized}
         plates = [sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0)]
         batch = torch.broadcast_shapes(value.shape[: value.dim() - event_dim], plates)
@@ -71,8 +81,8 @@ class ShowsDeterministic(Messenger):
         msg["infer"] = {name: note for name, note in msg["infer"].items() if name != "_deterministic"}
 
 
-def deterministic_events(model: Trace, plate: Plate) -> dict[str, int]:
-    """How many dimensions the event has of each ``pyro.deterministic`` site in the batch plate, in a run of one."""
+def deterministic_shapes(model: Trace, plate: Plate) -> Shapes:
+    """The batch and event shapes of each ``pyro.deterministic`` site in the batch plate, in a run of one particle."""
     found, nodes = {}, dict[str, Any](model.nodes)
     for name, site in nodes.items():
         if site["type"] != "sample" or not site["infer"].get("_deterministic"):
@@ -82,5 +92,5 @@ def deterministic_events(model: Trace, plate: Plate) -> dict[str, int]:
         batch = {dim: shape[depth + dim] for dim in range(-depth, 0)} if len(shape) >= depth else {}
         fits = all(size in (1, sizes.get(dim, 1)) or sizes.get(dim, 1) < 0 for dim, size in batch.items())
         if batch and fits and any(frame.name == plate.name for frame in site["cond_indep_stack"]):
-            found[name] = len(shape) - depth
+            found[name] = shape[:depth], shape[depth:]
     return found

@@ -95,12 +95,9 @@ class Minibatches:
         """Whether minibatches are cut from the data's first dimension; a loader's own collate_fn may do otherwise."""
         return self.steps != 1 and (self.loader is None or self.loader.collate_fn is default_collate)
 
-    def of_other_size(self, first: Batch) -> Batch | None:
-        """A minibatch with one row of the first one; with two, if it has one; None if there are none at hand."""
-        several = len(first[0]) > 1
-        if self.loader is None:
-            return self._take(slice(0, 1 if several else 2))
-        return tuple(at_rows(column, slice(0, 1)) for column in first) if several else None
+    def of_one(self, first: Batch) -> Batch:
+        """A minibatch with one row of the first one."""
+        return tuple(at_rows(column, slice(0, 1)) for column in first)
 
     def _begin(self, loader: Any) -> tuple[Iterator[Any], Any]:
         """An iterator of a loader, and its first minibatch; the random numbers of the training stay as they are."""

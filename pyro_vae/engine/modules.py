@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions.transforms import _InverseTransform
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 PyroFunction = Callable[..., Any]  # a Pyro model, or a guide
@@ -149,7 +150,17 @@ class _CalledTransforms(Messenger):
         fn = msg["fn"]
         while fn is not None:
             for transform in getattr(fn, "transforms", ()):
-                for part in transform.modules() if isinstance(transform, nn.Module) else ():
+                for part in _modules_of(transform):
                     _switch_off(part, None)
                     _keep(part, None)
             fn = getattr(fn, "base_dist", None)
+
+
+def _modules_of(transform: Any) -> Iterator[nn.Module]:
+    """The modules of a transform, of its parts, and of what it inverts."""
+    if isinstance(transform, nn.Module):
+        yield from transform.modules()
+    inner = [*getattr(transform, "parts", ()), getattr(transform, "base_transform", None)]
+    inner += [transform.inv] if isinstance(transform, _InverseTransform) else []
+    for each in inner:
+        yield from _modules_of(each) if each is not None else ()

@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_vae.engine import agreement, rng
 from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.coverage import check_periods
-from pyro_vae.engine.drawing import ShowsDeterministic, drawing
+from pyro_vae.engine.drawing import Shapes, ShowsDeterministic, drawing
 from pyro_vae.engine.modules import PyroFunction, buffers_kept, eval_mode, find_modules
 from pyro_vae.engine.ownership import merged, parameters_of
 from pyro_vae.engine.sites import (
@@ -121,7 +121,7 @@ class Program:
     kwargs: dict[str, Any] = field(default_factory=dict)
     needs: Needs = Needs()
     nesting: int | None = None  # how many dimensions the plates take; None finds it by one more run
-    deterministic: dict[str, int] = field(default_factory=dict)  # pyro.deterministic sites to show, by event_dim
+    deterministic: Shapes = field(default_factory=dict)  # the pyro.deterministic sites that are sites like others
 
     @property
     def guide_or_prior(self) -> PyroFunction:

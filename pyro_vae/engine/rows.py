@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Plate, Sites, is_factor, plates, size_of
 from pyro_vae.engine.traces import sample_sites
@@ -107,6 +104,8 @@ def _sizes(model: Sites) -> dict[Plate, int]:
 
 
 def _shapes(batch: Sequence[Any]) -> list[tuple[int, ...]]:
-    """The shapes of the tensors in the arguments, also in tuples and dictionaries."""
-    flat = all(isinstance(each, Tensor) for each in batch)  # each step asks
-    return [tuple(getattr(leaf, "shape", ())) for leaf in (batch if flat else pytree.tree_leaves(tuple(batch)))]
+    """The shapes of the tensors among the arguments, also in dictionaries; a list may have one for each datum."""
+    shapes: list[tuple[int, ...]] = []
+    for each in batch:
+        shapes += _shapes(list(each.values())) if isinstance(each, dict) else [tuple(getattr(each, "shape", ()))]
+    return shapes

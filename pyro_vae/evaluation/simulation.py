@@ -72,7 +72,9 @@ def _sources(model: PyroFunction, args: Args, observed: Sites, names: list[str])
     for i, argument in enumerate(args if names else ()):
         if argument.dtype == torch.bool or not argument.dim():  # a mask, which the model may read
             continue
-        other = argument.roll(1, 0) if len(argument) > 1 else argument.flatten().roll(1).reshape(argument.shape)
+        other = argument.roll(1, 0)
+        if torch.equal(other, argument):
+            other = argument.flatten().roll(1).reshape(argument.shape)
         try:
             nodes = traced(model, (*args[:i], other, *args[i + 1 :])).nodes
         except (RuntimeError, ValueError, IndexError, AssertionError):  # such as lengths, which must be in order

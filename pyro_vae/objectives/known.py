@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from pyro_vae.engine.program import Program
 
 MOST_VALUES = 8  # of a step counter, or of captions, that each get a check of their own
-MOST_KINDS = 4  # such as those of whole minibatches, of the last one, and of validation
+MOST_KINDS = 32  # such as those of the last minibatch, of validation, and of each value of a flag
 
 
 class Kind(NamedTuple):

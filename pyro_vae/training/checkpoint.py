@@ -25,33 +25,16 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write a checkpoint beside `path` and move it there in one step, so that a kill leaves the old or the new."""
     try:
         with written_whole(path) as unfinished, unfinished.open("wb") as file:
-            remembering: Any = _RemembersError(file)
             try:
-                torch.save({"format": FORMAT, **state}, remembering)
-            except RuntimeError as error:  # PyTorch says that the position is unexpected, and not why
-                raise (remembering.error or error) from error
+                torch.save({"format": FORMAT, **state}, file)
+            except RuntimeError as error:  # PyTorch says that a position is unexpected; the context is a full disk, say
+                raise (error.__context__ or error) from None
     except OSError as error:
         kept = "The file there is as it was" if Path(path).is_file() else "There is no file"
         raise NotWrittenError(
-            f"the checkpoint {path} can't be written ({error}): expected a place with room for it. {kept}. Make room, "
+            f"the checkpoint {path} can't be written ({error}): expected a file that can be. {kept}. Remove the cause, "
             "or pass another path, and train again."
         ) from error
-
-
-class _RemembersError(io.RawIOBase):
-    """A file to write to, and why it can't be written."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__()
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> Any:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
 
 
 def load(path: str | Path) -> dict[str, Any]:

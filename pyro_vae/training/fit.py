@@ -1,7 +1,6 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments, and of the optimiser."""
 
 import math
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -196,7 +195,7 @@ def fit(
         fingerprint,
     )
     alone = one_writer(checkpoint, "training into") if checkpoint else nullcontext()
-    with alone, taken_for_ctrl_c() as received:
+    with taken_for_ctrl_c(then_obeyed=True) as received, alone:
         if checkpoint and Path(checkpoint).exists():
             loop.resume(checkpoint, epochs)
         elif checkpoint and scheduler is not None:
@@ -228,8 +227,6 @@ def fit(
             raise
         finally:
             bar.close()
-    if received:  # the handlers are as they were, and end the program
-        signal.raise_signal(received[0])
     return loop.history()
 
 
@@ -244,7 +241,7 @@ def _first_run(
     rows_of = find_rows(program, sites[0], cut)
     if batches.steps != 1:
         _check_minibatches(sites[0], rows_of.number)
-        other = batches.of_other_size(program.args) if cut not in (None, rows_of.number) else None
+        other = batches.of_one(program.args) if cut not in (None, 1, rows_of.number) and not rows_of.full else None
         if other is not None and not rows_of.follows(other):
             raise PyroVAEError(
                 f"minibatches are {cut} rows of the data's first dimension, and plate "

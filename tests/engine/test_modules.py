@@ -48,7 +48,16 @@ def test_networks_under_torch_compile_are_compiled_a_few_times(tmp_path):
     assert encoder.training and encoder[1].training
 
 
-def test_a_transform_that_is_a_module_is_evaluated_too():
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda norm: norm,
+        lambda norm: dist.transforms.ComposeTransform([norm]),
+        lambda norm: dist.transforms.ComposeTransformModule([norm]),
+    ],
+    ids=["alone", "composed", "composed module"],
+)
+def test_a_transform_that_is_a_module_is_evaluated_too(wrap):
     """Pyro's batchnorm in a guide that is a function: its statistics stay, and rows do not depend on each other."""
     pyro.clear_param_store()
     norm = dist.transforms.batchnorm(2)
@@ -61,7 +70,7 @@ def test_a_transform_that_is_a_module_is_evaluated_too():
     def guide(x):
         pyro.module("norm", norm)
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.TransformedDistribution(dist.Normal(x / 2, 0.5**0.5).to_event(1), [norm]))
+            pyro.sample("z", dist.TransformedDistribution(dist.Normal(x / 2, 0.5**0.5).to_event(1), [wrap(norm)]))
 
     x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     before = norm.moving_mean.clone()

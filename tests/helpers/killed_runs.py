@@ -46,8 +46,8 @@ def train(place, path, out):
         saves.append(state)
         torch_save(state, file)
         if place == "half-written" and len(saves) == 2:
-            file.file.truncate(file.file.tell() // 2)
-            file.file.flush()
+            file.truncate(file.tell() // 2)
+            file.flush()
             die()
 
     def replace(self, target):

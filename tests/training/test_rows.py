@@ -210,7 +210,7 @@ def test_entries_of_an_argument_may_be_the_data(present, compile, batch_size):
 
 
 @pytest.mark.parametrize("objective", [pv.ELBO(), pv.IWAE(2)], ids=["ELBO", "IWAE"])
-@pytest.mark.parametrize("batch_size", [4, 1])
+@pytest.mark.parametrize("batch_size", [4, 10])
 def test_minibatches_of_a_dimension_that_no_plate_follows_are_refused(objective, batch_size):
     """Columns are the data, and minibatches would be cut from the times."""
 
@@ -228,6 +228,36 @@ def test_minibatches_of_a_dimension_that_no_plate_follows_are_refused(objective,
     with pytest.raises(pv.PyroVAEError, match=rf"minibatches are {batch_size} rows of .* plate 'series' has 5 rows in"):
         pv.fit(model, guide, X, objective, epochs=1, batch_size=batch_size)
     pv.fit(model, guide, X, objective, epochs=1, batch_size=N)
+
+
+def test_a_list_of_sequences_does_not_count_the_data():
+    """The first sequence is as long as the minibatch."""
+
+    def model(means, sequences):
+        with pyro.plate("data", len(means)):
+            pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=means)
+
+    pyro.clear_param_store()
+    lengths = [5, 3, 2, 4, 1, 8, 2, 6, 4, 3]
+    loader = DataLoader(
+        [(X[i, 0], torch.zeros(lengths[i])) for i in range(10)],
+        5,
+        collate_fn=lambda rows: (torch.stack([mean for mean, _ in rows]), [sequence for _, sequence in rows]),
+    )
+    history = pv.fit(model, lambda *_: None, loader, pv.ELBO(), epochs=1, lr=1e-12, progress=False)
+    exact = dist.Normal(0.0, 1.0).log_prob(X[:10, 0]).mean().item()
+    assert history.train_bound.iloc[0] == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_points_of_one_set_at_a_time_are_data():
+    def model(x):
+        with pyro.plate("points", x.shape[1]):
+            pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=x[0])
+
+    pyro.clear_param_store()
+    history = pv.fit(model, lambda x: None, X, pv.ELBO(), epochs=1, batch_size=1, lr=1e-12, progress=False)
+    exact = dist.Normal(0.0, 1.0).log_prob(X).mean().item()
+    assert history.train_bound.iloc[0] == pytest.approx(exact, rel=1e-5)
 
 
 def columns_first(x):
