@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import socket
 import threading
 import uuid
@@ -24,7 +25,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     A process that is killed meanwhile leaves the old file. The next one to write there removes what it left.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear(path)
     # The end of the name stays, since some writers choose a format by it.
@@ -33,6 +34,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         yield unfinished
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
+        if path.is_file():
+            shutil.copymode(path, unfinished)
         unfinished.replace(path)
     finally:
         with contextlib.suppress(OSError):  # the error that came first says more

@@ -46,6 +46,16 @@ def test_a_file_is_replaced_at_the_end(tmp_path):
     assert names(path.parent) == ["table.csv"]
 
 
+def test_a_link_stays_a_link_and_a_file_keeps_its_mode(tmp_path):
+    path, link = tmp_path / "private.csv", tmp_path / "link.csv"
+    path.write_text("old")
+    path.chmod(0o600)
+    link.symlink_to(path)
+    with written_whole(link) as unfinished:
+        unfinished.write_text("new")
+    assert (link.is_symlink(), path.read_text(), path.stat().st_mode & 0o777) == (True, "new", 0o600)
+
+
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("old")
