@@ -86,6 +86,11 @@ def test_draws_of_a_truncated_polya_gamma_have_another_mean():
     assert draws_otherwise(p)
 
 
+def test_a_skewed_family_draws_as_its_base():
+    base = FAMILIES["SineBivariateVonMises"](tensor(0.0))
+    assert draws_otherwise(dist.SineSkewed(base, tensor([0.4, 0.1])))
+
+
 def test_draws_of_coalescent_times_have_rate_1():
     """Of three lineages, the first pair meets at rate 3."""
     p = dist.CoalescentTimes(torch.zeros(3), torch.tensor(1.0))

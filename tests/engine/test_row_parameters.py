@@ -1,5 +1,6 @@
 """Parameters with a value for each row of a minibatch are refused where the rows move; all others are trained."""
 
+import collections
 import math
 
 import pyro
@@ -329,3 +330,18 @@ def test_the_check_leaves_random_numbers_and_statistics_alone(monkeypatch):
         history = fit(model, network(batch_norm), X)
         found.append((history.train_bound.item(), batch_norm.running_mean.tolist()))
     assert found[0] == found[1]
+
+
+def test_a_minibatch_may_hold_a_named_tuple():
+    """Which has as many items as the minibatch has rows, and none of them is a row."""
+    pair = collections.namedtuple("pair", "low high")
+
+    def model(x, limits):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), float(limits.high)), obs=x)
+
+    pyro.clear_param_store()
+    loader = DataLoader(torch.arange(6.0), 2, collate_fn=lambda rows: (torch.stack(rows), pair(0, 1)), shuffle=True)
+    history = pv.fit(model, lambda *_: None, loader, pv.ELBO(), epochs=1, lr=1e-12, progress=False)
+    exact = dist.Normal(0.0, 1.0).log_prob(torch.arange(6.0)).mean().item()
+    assert history.train_bound.iloc[0] == pytest.approx(exact, rel=1e-5)
