@@ -14,6 +14,7 @@ import pytest
 import torch
 import xarray as xr
 from helpers.programs import LinearGaussian
+from helpers.toys import IMPROPER
 
 import pyro_vae as pv
 
@@ -278,16 +279,7 @@ def test_a_model_that_reads_what_it_observes():
 
 
 def test_an_improper_prior_has_no_draws():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x, 1.0))
-
-    found = datasets(pv.to_arviz((model, guide), torch.randn(5), 10))
+    found = datasets(pv.to_arviz(IMPROPER, torch.randn(5), 10))
     assert found.keys() == GROUPS - {"prior", "prior_predictive"}
     assert abs(found["sample_stats"]["log_weight"]).max() < 1e-6  # p(x) is 1, and the guide is the posterior
 

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.toys import IMPROPER
 from torch import tensor
 
 import pyro_vae as pv
@@ -160,14 +161,5 @@ def test_draws_of_such_data_are_refused_or_left_out():
 
 
 def test_dreams_of_an_improper_prior_are_refused():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x, 1.0))
-
     with pytest.raises(pv.PyroVAEError, match="Use sleep=0"):
-        pv.RWS(2, sleep=0.5).differentiable_loss(model, guide, X)
+        pv.RWS(2, sleep=0.5).differentiable_loss(*IMPROPER, X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pyro
 import pyro.distributions as dist
 import torch
 
@@ -96,3 +97,17 @@ class Mixed(SmallProgram):
 
 CONTINUOUS = [OneSite, SharedPrior, MixturePrior, TwoSites]
 DISCRETE = [Discrete, Mixed]
+
+
+def _improper_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def _improper_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x, 1.0))
+
+
+IMPROPER = (_improper_model, _improper_guide)  # p(x) is 1, and the guide is the posterior
