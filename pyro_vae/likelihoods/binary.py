@@ -30,8 +30,8 @@ class Bernoulli(Likelihood):
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless x is zeros and ones."""
-        others = x[(x != 0) & (x != 1)]
-        if len(others):
+        if not torch.equal(x.clamp(0, 1).round_(), x):  # half the time of a selection, which each step would take
+            others = x[(x != 0) & (x != 1)]
             raise PyroVAEError(
                 f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min():.3g} to {x.max():.3g}, "
                 f"such as {others[0]:.3g}. Binarise it (pv.data.load(..., binarize='dynamic')), or use the likelihood "
