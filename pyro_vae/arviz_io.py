@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import Seed
 from pyro_vae.engine import rng
 from pyro_vae.engine.agreement import draws_otherwise
 from pyro_vae.engine.arguments import takes_program
@@ -41,7 +42,7 @@ def to_arviz(
     *,
     coords: dict[str, Any] | None = None,
     vectorize_particles: bool = True,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> Any:
     r"""Draws, densities and log-weights of a program for ArviZ, as one chain of `num_samples` independent draws.
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import Seed, Whole, checked, shown
 from pyro_vae.errors import PyroVAEError
 
 _TORCHVISION = {
@@ -23,6 +24,7 @@ NAMES = ("digits", *_TORCHVISION, "binarized_mnist")
 BINARIZE = ("none", "threshold", "fixed", "dynamic")
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
     """The images of one split, and their labels.
@@ -56,7 +58,11 @@ class Split:
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Tensor:
         """Return float32 images in [0, 1]; a dynamic split draws them with torch's global random number generator."""
-        images = self.images[index]
+        try:
+            images = self.images[index]
+        except (IndexError, TypeError) as error:
+            message = f"expected the numbers of some of {len(self)} images, got {shown(index)}: {error}."
+            raise IndexError(message) from error
         return torch.bernoulli(images) if self.dynamic else images
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
@@ -84,8 +90,14 @@ class Dataset:
         return tuple(self.train.images.shape[1:])
 
 
+@checked
 def load(
-    name: str, *, root: str | Path | None = None, binarize: str = "none", validation: int | None = None, seed: int = 0
+    name: str,
+    *,
+    root: str | Path | None = None,
+    binarize: str = "none",
+    validation: Whole | None = None,
+    seed: Seed = 0,
 ) -> Dataset:
     """Load a data set as shuffled, disjoint train, validation and test splits.
 
@@ -138,8 +150,6 @@ def load(
     """
     _check_choice("name", name, NAMES)
     _check_choice("binarize", binarize, BINARIZE)
-    if validation is not None and (not isinstance(validation, int) or validation < 0):
-        raise PyroVAEError(f"expected validation to be a whole number of images, 0 or more, got {validation!r}.")
     if name == "binarized_mnist" and binarize in ("dynamic", "threshold"):
         raise PyroVAEError(
             f"expected binarize='none' or 'fixed' for binarized_mnist, which is already binary, got {binarize!r}. "

@@ -1,5 +1,6 @@
 """What this package raises when it refuses: each message says what was expected, what came, and the fix."""
 
+import operator
 from typing import Any
 
 
@@ -18,7 +19,11 @@ class PyroVAEError(ValueError):
 
 def require_count(name: str, value: object, fix: str = "", *, least: int = 1, why: str = "") -> None:
     """Raise ValueError unless the value of the argument `name` is an integer, at least `least`."""
-    if not isinstance(value, int) or value < least:
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least:
         wanted = "a positive integer" if least == 1 else f"an integer, at least {least}"
         raise PyroVAEError(f"expected {name} to be {wanted}{why}, got {value!r}. {fix}".rstrip())
 

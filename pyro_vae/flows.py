@@ -1,6 +1,5 @@
 """Normalizing flows for posteriors and priors: sequences of Pyro's invertible transforms."""
 
-from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from pyro_vae.checks import Count, Shape, Whole, checked
 from pyro_vae.errors import PyroVAEError
 
 BINS = 8  # intervals of each spline
@@ -52,24 +52,24 @@ class Flow(nn.Module):
         Dinh, Sohl-Dickstein and Bengio (2017), *Density Estimation using Real NVP*, ICLR.
     """
 
+    @checked
     def __init__(
         self,
-        latent_dim: int,
+        latent_dim: Count,
         kind: Kind = "iaf",
-        length: int = 2,
-        hidden_dims: Sequence[int] | None = None,
-        context_dim: int = 0,
+        length: Count = 2,
+        hidden_dims: Shape | None = None,
+        context_dim: Whole = 0,
     ) -> None:
         super().__init__()
         if kind not in _MAKERS:
             raise PyroVAEError(f"expected flow to be one of {', '.join(map(repr, _MAKERS))}, got {kind!r}.")
         hidden_dims = (max(64, 2 * latent_dim),) if hidden_dims is None else hidden_dims
-        if latent_dim < 2 or not isinstance(length, int) or length < 1:
+        if latent_dim < 2:
             raise PyroVAEError(
-                f"expected at least 2 latent dimensions and 1 transform, got latent_dim={latent_dim} and "
-                f"length={length!r}. For one latent dimension, use DiagonalNormal."
+                f"expected at least 2 latent dimensions, got latent_dim={latent_dim}. For one, use DiagonalNormal."
             )
-        if isinstance(hidden_dims, int) or not hidden_dims or min(hidden_dims) < latent_dim:
+        if min(hidden_dims) < latent_dim:
             expected = f"hidden layers of width latent_dim={latent_dim} or more"
             raise PyroVAEError(f"expected {expected}, got hidden_dims={hidden_dims!r}. Widen them.")
         # Every second transform reverses the order of the dimensions, so that each can depend on every other.

@@ -7,6 +7,9 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.checks import Count, Image, Shape, Whole, checked, is_dense, shown
+from pyro_vae.errors import PyroVAEError
+
 
 def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor) -> Tensor:
     """Apply a network that takes one batch dimension to an x with several; return outputs (*batch, *features).
@@ -19,9 +22,22 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
         event_dim: the number of event dimensions of x.
         given: conditions such as labels, vectors of shape (..., Y). Their batch dimensions and those of x broadcast.
     """
+    if not is_dense(x) or x.dim() < event_dim:
+        raise PyroVAEError(
+            f"expected a dense tensor of shape (*batch, *event), with {event_dim} in event, got {shown(x)}."
+        )
     split = x.dim() - event_dim
-    if split == 1 and not given:
-        return network(x)
+    try:
+        if split == 1 and not given:
+            return network(x)
+        return _of_one_batch(network, x, split, given)
+    except (RuntimeError, TypeError) as error:
+        inputs = ", ".join(map(shown, (x, *given)))
+        error.add_note(f"pyro_vae called the network {type(network).__name__} with {inputs}.")
+        raise
+
+
+def _of_one_batch(network: nn.Module, x: Tensor, split: int, given: tuple[Tensor, ...]) -> Tensor:
     batch = torch.broadcast_shapes(x.shape[:split], *(y.shape[:-1] for y in given))
     x = x.expand(*batch, *x.shape[split:]).reshape(-1, *x.shape[split:])
     features = network(x, *(y.expand(*batch, y.shape[-1]).reshape(-1, y.shape[-1]) for y in given))
@@ -39,6 +55,7 @@ class Concatenated(nn.Module):
         torch.Size([5, 3])
     """
 
+    @checked
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -48,7 +65,8 @@ class Concatenated(nn.Module):
         return self.network(torch.cat([tensor.flatten(1) for tensor in tensors], 1))
 
 
-def mlp(in_features: int, hidden_dims: Sequence[int], out_features: int) -> nn.Sequential:
+@checked
+def mlp(in_features: Count, hidden_dims: Sequence[Count], out_features: Count) -> nn.Sequential:
     """A fully connected network with tanh activations, from (N, *event) to (N, out_features).
 
     Its first layer flattens all dimensions except the first. In your own Pyro model, call the network through
@@ -82,7 +100,8 @@ class ResidualBlock(nn.Module):
         He, Zhang, Ren and Sun (2016), *Identity Mappings in Deep Residual Networks*, ECCV.
     """
 
-    def __init__(self, channels: int) -> None:
+    @checked
+    def __init__(self, channels: Count) -> None:
         super().__init__()
         first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.change = nn.Sequential(nn.SiLU(), first, nn.SiLU(), second)
@@ -92,9 +111,8 @@ class ResidualBlock(nn.Module):
         return x + self.change(x)
 
 
-def conv_encoder(
-    event_shape: Sequence[int], channels: Sequence[int], out_features: int, residual_blocks: int = 0
-) -> nn.Sequential:
+@checked
+def conv_encoder(event_shape: Image, channels: Shape, out_features: Count, residual_blocks: Whole = 0) -> nn.Sequential:
     """A convolutional network from images (N, C, H, W) to (N, out_features).
 
     Each entry of `channels` adds a convolution of stride 2, which halves height and width.
@@ -117,8 +135,9 @@ def conv_encoder(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(prod(small), out_features))
 
 
+@checked
 def conv_decoder(
-    in_features: int, channels: Sequence[int], out_channels: int, event_shape: Sequence[int], residual_blocks: int = 0
+    in_features: Count, channels: Shape, out_channels: Count, event_shape: Image, residual_blocks: Whole = 0
 ) -> nn.Sequential:
     """A convolutional network from (N, in_features) to images (N, out_channels, H, W), the mirror image of the encoder.
 

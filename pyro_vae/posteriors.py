@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform
 
 from pyro_vae import distributions
+from pyro_vae.checks import Count, Shape, Whole, checked, is_dense, shown
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.flows import Flow, Kind
 from pyro_vae.networks import apply_batched
@@ -40,7 +41,8 @@ class Posterior(nn.Module, ABC):
         ValueError: when it runs: the encoder has a number of outputs that is not :meth:`features_for` for any Z.
     """
 
-    def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...]) -> None:
+    @checked
+    def __init__(self, encoder: nn.Module, event_shape: Sequence[Count]) -> None:
         super().__init__()
         self.encoder = encoder
         self.event_shape = tuple(event_shape)
@@ -163,7 +165,8 @@ class LowRankNormal(Posterior):
         Ong, Nott and Smith (2018), *Gaussian Variational Approximation with a Factor Covariance Structure*, JCGS.
     """
 
-    def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], rank: int = 2) -> None:
+    @checked
+    def __init__(self, encoder: nn.Module, event_shape: Sequence[Count], rank: int = 2) -> None:
         super().__init__(encoder, event_shape)
         self.features_for(1, rank=rank)
         self.rank = rank
@@ -209,7 +212,8 @@ class MixturePosterior(Posterior):
         Figurnov, Mohamed and Mnih (2018), *Implicit Reparameterization Gradients*, NeurIPS.
     """
 
-    def __init__(self, encoder: nn.Module, event_shape: tuple[int, ...], components: int = 5) -> None:
+    @checked
+    def __init__(self, encoder: nn.Module, event_shape: Sequence[Count], components: int = 5) -> None:
         super().__init__(encoder, event_shape)
         self.features_for(1, components=components)
         self.components = components
@@ -258,15 +262,16 @@ class FlowPosterior(Posterior):
         Rezende and Mohamed (2015), *Variational Inference with Normalizing Flows*, ICML.
     """
 
+    @checked
     def __init__(
         self,
         encoder: nn.Module,
-        event_shape: tuple[int, ...],
-        latent_dim: int,
+        event_shape: Sequence[Count],
+        latent_dim: Count,
         flow: Kind = "iaf",
-        length: int = 2,
-        hidden_dims: Sequence[int] | None = None,
-        context_dim: int | None = None,
+        length: Count = 2,
+        hidden_dims: Shape | None = None,
+        context_dim: Whole | None = None,
     ) -> None:
         super().__init__(encoder, event_shape)
         self.latent_dim = latent_dim
@@ -323,7 +328,8 @@ class Unconditional(nn.Module):
         torch.Size([5])
     """
 
-    def __init__(self, latent_dim: int, event_shape: tuple[int, ...]) -> None:
+    @checked
+    def __init__(self, latent_dim: Count, event_shape: Sequence[Count]) -> None:
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.loc = nn.Parameter(torch.zeros(latent_dim))
@@ -331,5 +337,7 @@ class Unconditional(nn.Module):
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
         """The distribution of z, the same for each x of shape (*batch, *event): batch shape `batch`, event (Z,)."""
+        if not is_dense(x):
+            raise PyroVAEError(f"expected x to be a dense tensor of shape (*batch, *event), got {shown(x)}.")
         batch = x.shape[: x.dim() - len(self.event_shape)]
         return distributions.Normal(self.loc, self.log_scale.exp()).expand((*batch, len(self.loc))).to_event(1)

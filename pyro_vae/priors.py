@@ -1,11 +1,10 @@
 """Priors p(z): modules that return the distribution of one z when called without arguments."""
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.checks import Count, Shape, checked
 from pyro_vae.distributions import Mixture, Normal
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.flows import Flow, Kind
@@ -26,7 +25,8 @@ class StandardNormal(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, latent_dim: int) -> None:
+    @checked
+    def __init__(self, latent_dim: Count) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
@@ -52,7 +52,8 @@ class MixturePrior(nn.Module):
         Dilokthanakul et al. (2016), *Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders*.
     """
 
-    def __init__(self, latent_dim: int, components: int = 10) -> None:
+    @checked
+    def __init__(self, latent_dim: Count, components: Count = 10) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent_dim))
@@ -91,6 +92,7 @@ class VampPrior(nn.Module):
         Tomczak and Welling (2018), *VAE with a VampPrior*, AISTATS.
     """
 
+    @checked
     def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor) -> None:
         super().__init__()
         dtype, shape = pseudo_inputs.dtype, tuple(pseudo_inputs.shape)
@@ -131,8 +133,9 @@ class FlowPrior(nn.Module):
         Chen et al. (2017), *Variational Lossy Autoencoder*, ICLR.
     """
 
+    @checked
     def __init__(
-        self, latent_dim: int, flow: Kind = "coupling", length: int = 4, hidden_dims: Sequence[int] | None = None
+        self, latent_dim: Count, flow: Kind = "coupling", length: Count = 4, hidden_dims: Shape | None = None
     ) -> None:
         super().__init__()
         self.backwards = flow != "coupling"

@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass
 
+from pyro_vae.checks import checked
 from pyro_vae.errors import PyroVAEError, require_count
 
 IN_EPOCHS = "For a number of epochs, multiply it by the minibatches of an epoch."
 
 
 # The names are in lower case so that a schedule's repr, which checkpoints record, is the code that builds it.
+@checked
 @dataclass(frozen=True)
 class warm_up:
     r"""Linear warm-up: beta rises from `start` to `stop`, so the decoder learns to use z before the KL has full weight.
@@ -49,11 +51,13 @@ class warm_up:
 
     def __call__(self, step: int) -> float:
         """Beta at a step, counted from 0."""
+        require_count("step", step, least=0)
         if step >= self.steps:
             return self.stop
         return self.start + (self.stop - self.start) * step / self.steps
 
 
+@checked
 @dataclass(frozen=True)
 class cyclical:
     r"""Cyclical annealing: several warm-ups from 0, each of which starts from the parameters of the one before.
@@ -99,6 +103,7 @@ class cyclical:
 
     def __call__(self, step: int) -> float:
         """Beta at a step, counted from 0."""
+        require_count("step", step, least=0)
         if step >= self.period * self.cycles:
             return self.stop
         return self.stop * min(step % self.period / (self.ramp * self.period), 1.0)

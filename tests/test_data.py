@@ -347,8 +347,8 @@ def test_loading_leaves_the_global_generators_alone(binarize):
             {"name": "digits", "binarize": "dinamic"},
             r"expected binarize to be one of .*: did you mean 'dynamic'\?",
         ),
-        ({"name": "digits", "validation": -1}, r"whole number of images, 0 or more, got -1"),
-        ({"name": "digits", "validation": 0.1}, r"whole number of images, 0 or more, got 0\.1"),
+        ({"name": "digits", "validation": -1}, r"validation to be an integer of at least 0 or None, got -1"),
+        ({"name": "digits", "validation": 0.1}, r"validation to be an integer of at least 0 or None, got 0\.1"),
         ({"name": "digits", "validation": 1547}, r"below the 1547 training images of digits, got 1547"),
         (
             {"name": "mnist"},

@@ -134,9 +134,9 @@ def test_gradient_estimators_of_a_flow_agree_in_mean(name, gradient):
     [
         ({"latent_dim": 1}, r"at least 2 latent dimensions.*latent_dim=1.*use DiagonalNormal"),
         ({"latent_dim": 2, "flow": "planar"}, r"flow to be one of 'iaf', 'spline', 'coupling', got 'planar'"),
-        ({"latent_dim": 2, "length": 0}, r"1 transform.*length=0"),
+        ({"latent_dim": 2, "length": 0}, r"length to be a positive integer, got 0"),
         ({"latent_dim": 9, "hidden_dims": (8,)}, r"of width latent_dim=9 or more.*hidden_dims=\(8,\)"),
-        ({"latent_dim": 2, "hidden_dims": ()}, r"hidden_dims=\(\)"),
+        ({"latent_dim": 2, "hidden_dims": ()}, r"hidden_dims to be a sequence of one or more.*got \(\)"),
     ],
 )
 def test_wrong_flows_are_refused(arguments, message):

@@ -16,6 +16,7 @@ from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.parameters import NewParameters, require_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.rows import Rows
+from pyro_vae.engine.threads import ONE_THREAD
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import Objective
 
@@ -78,25 +79,30 @@ class CompiledStep:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor | None]]:
         """The loss, and its gradient by each parameter."""
-        parameters = self._find_parameters(args, kwargs)
-        if list(map(id, parameters)) != list(map(id, self.parameters)):
-            self.parameters = parameters
-            if isinstance(self.optimizer, torch.optim.Optimizer):
-                self.optimizer.zero_grad()  # a parameter that is frozen now must not step by its last gradient
-            self._compiled_objective = copy.copy(self.objective)  # its settings become tensors
-            self.loss_and_gradients = CompiledFunction(
-                self._loss_and_gradients, find_modules(self.model, self.guide), self.on_compile
+        with ONE_THREAD:
+            parameters = self._find_parameters(args, kwargs)
+            if list(map(id, parameters)) != list(map(id, self.parameters)):
+                self.parameters = parameters
+                if isinstance(self.optimizer, torch.optim.Optimizer):
+                    self.optimizer.zero_grad()  # a parameter that is frozen now must not step by its last gradient
+                self._compiled_objective = copy.copy(self.objective)  # its settings become tensors
+                self.loss_and_gradients = CompiledFunction(
+                    self._loss_and_gradients, find_modules(self.model, self.guide), self.on_compile
+                )
+            device = self.parameters[0].device
+            # A tensor without dimensions leaves the types of others as they are, and rounds as a Python number does.
+            settings = {
+                name: torch.tensor(value, dtype=torch.float64, device=device)
+                for name, value in self.objective.scheduled().items()
+            }
+            data = (
+                None
+                if self.rows is None
+                else torch.tensor(self.rows.of(args).whole, dtype=torch.float64, device=device)
             )
-        device = self.parameters[0].device
-        # A tensor without dimensions leaves the types of others as they are, and rounds as a Python number does.
-        settings = {
-            name: torch.tensor(value, dtype=torch.float64, device=device)
-            for name, value in self.objective.scheduled().items()
-        }
-        data = None if self.rows is None else torch.tensor(self.rows.of(args).whole, dtype=torch.float64, device=device)
-        loss, *gradients = self.loss_and_gradients(settings, data, args, kwargs)
-        self.objective.step += 1
-        return loss, gradients
+            loss, *gradients = self.loss_and_gradients(settings, data, args, kwargs)
+            self.objective.step += 1
+            return loss, gradients
 
     def _loss_and_gradients(
         self, settings: dict[str, Tensor], data: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]

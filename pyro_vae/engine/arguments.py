@@ -7,9 +7,12 @@ from typing import Any, TypeVar, get_args
 
 import pyro.infer
 from pyro.contrib.easyguide import EasyGuide
+from torch import nn
 
+from pyro_vae.checks import converter, shown
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.precision import single_precision
+from pyro_vae.engine.threads import ONE_THREAD
 from pyro_vae.errors import PyroVAEError
 
 T = TypeVar("T")
@@ -24,8 +27,10 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
     Autocast, where it is on, is off inside but in layers of ``torch.nn``; see :mod:`pyro_vae.engine.precision`.
     """
     parameters = inspect.signature(function).parameters
-    place = list(parameters).index("model")
+    place, names = list(parameters).index("model"), ("model", "guide")
     guide_optional = type(None) in get_args(parameters["guide"].annotation)  # as annealing from the prior has it
+
+    convert = converter(function, without=(*names, "args", "kwargs"))
 
     @functools.wraps(function)
     def with_program(*args: Any, **kwargs: Any) -> T:
@@ -40,15 +45,30 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
                 kwargs["model"], kwargs["guide"] = _both(kwargs["model"])
             elif given and (isinstance(given[0], tuple) or len(given) == 1 or not _may_be_guide(given[1])):
                 args = (*args[:place], *_both(given[0]), *args[place + 1 :])
-        guides = (kwargs["guide"],) if "guide" in kwargs else args[place + 1 : place + 2]
-        if guides == (None,) and not guide_optional:
-            raise PyroVAEError(
-                f"{function.__name__} expected a guide, got None. Pass one; only pv.ais and pv.bdmc need none."
-            )
-        with single_precision():
+        for name, each in (*zip(names, args[place:], strict=False), *((n, kwargs[n]) for n in names if n in kwargs)):
+            _check_function(name, each, function.__name__, name == "guide" and guide_optional)
+        args, kwargs = convert(args, kwargs)
+        with ONE_THREAD, single_precision():
             return function(*args, **kwargs)
 
     return with_program
+
+
+def _check_function(name: str, function: Any, caller: str, optional: bool) -> None:
+    if function is None and not optional:
+        fix = "; only pv.ais and pv.bdmc need none" if name == "guide" else ""
+        raise PyroVAEError(f"{caller} expected a {name}, got None. Pass one{fix}.")
+    if function is not None and not callable(function):
+        raise PyroVAEError(
+            f"{caller} expected a {name}, a function of Pyro, got {shown(function)}. Pass the function, or a pair."
+        )
+    if isinstance(function, nn.Module) and type(function).__call__ is nn.Module.__call__:
+        if getattr(function.forward, "__func__", None) is not nn.Module.forward:
+            return
+        raise PyroVAEError(
+            f"{caller} expected a {name} that can be called, got a {type(function).__name__} without forward. Pass its "
+            f"{name}, or the pair alone in place of both."
+        )
 
 
 def _may_be_guide(value: Any) -> bool:
@@ -64,6 +84,8 @@ def _both(program: Any) -> tuple[PyroFunction, PyroFunction]:
         model, guide = program
     else:
         model, guide = getattr(program, "model", None), getattr(program, "guide", None)
+    if isinstance(program, type):
+        raise PyroVAEError(f"expected a model and a guide, got the class {program.__name__}. Pass an instance of it.")
     if not callable(model) or not (callable(guide) or (guide is None and isinstance(program, tuple))):
         got = f"the function {program.__name__} alone" if inspect.isroutine(program) else type(program).__name__
         raise PyroVAEError(

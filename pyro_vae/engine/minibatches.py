@@ -1,7 +1,7 @@
 """Training and evaluation data (tensors, splits, tuples, a DataLoader) as one stream of minibatches."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from pyro_vae.checks import is_dense, shown
 from pyro_vae.engine import rng
 from pyro_vae.errors import PyroVAEError, require_count
 
@@ -36,13 +37,13 @@ class Minibatches:
         self.batch_size = 128 if batch_size is None else batch_size
         require_count("batch_size", self.batch_size)
         self.columns: Sequence[Any] = data if isinstance(data, tuple | list) else (data,)
-        others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str)
-        usable = (hasattr(column, "__getitem__") and not isinstance(column, others) for column in self.columns)
-        if not self.columns or not all(usable):
+        if not self.columns or not all(map(_is_column, self.columns)):
+            described = ", ".join(map(shown, self.columns)) or "none"
             raise PyroVAEError(
-                f"expected {name} to be a tensor, a split of pv.data, a tuple of tensors or a DataLoader, got "
-                f"{type(data).__name__}. Use torch.as_tensor(x) for an array, torch.tensor(x.to_numpy(), "
-                "dtype=torch.float32) for a DataFrame, and a DataLoader for another data set."
+                f"expected {name} to be a dense tensor of one row or more, a split of pv.data, a tuple of tensors or a "
+                f"DataLoader, got {described}. Use torch.as_tensor(x) for an array, torch.tensor(x.to_numpy(), "
+                "dtype=torch.float32) for a DataFrame, x.to_dense() for a sparse tensor, and a DataLoader for another "
+                "data set."
             )
         sizes = {len(column) for column in self.columns}
         if len(sizes) > 1:
@@ -171,6 +172,14 @@ class Minibatches:
 
     def _take(self, index: Any) -> Batch:
         return tuple(at_rows(column, index) for column in self.columns)
+
+
+def _is_column(column: Any) -> bool:
+    """Whether it has rows that can be taken out by their numbers."""
+    if isinstance(column, Tensor):
+        return is_dense(column) and column.dim() > 0
+    others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str, Mapping, type)
+    return hasattr(column, "__getitem__") and hasattr(column, "__len__") and not isinstance(column, others)
 
 
 def at_rows(column: Any, index: Any) -> Any:

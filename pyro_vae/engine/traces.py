@@ -1,5 +1,6 @@
 """Pyro's traces: how one is made, in float32 at least, and the sample sites that it has."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,10 +14,12 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from pyro_vae.checks import refuse_invalid_parameters, shown
 from pyro_vae.engine import precision
 from pyro_vae.engine.modules import PyroFunction, find_modules, transforms_called
 from pyro_vae.engine.ownership import OwnParameters
 from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, family, layers
+from pyro_vae.engine.threads import other_thread
 from pyro_vae.errors import NoDensityError, PyroVAEError
 
 
@@ -36,8 +39,11 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
         try:
             with precision.promoting() if again else nullcontext(), OwnParameters(modules), transforms_called():
                 trace: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
-        except RuntimeError as error:  # such as a product of float32 draws and weights in half precision
-            if again or not any(word in str(error) for word in ("BFloat16", "Half", "dtype")):
+        except Exception as error:
+            # Such as a product of float32 draws and weights in half precision.
+            of_types = isinstance(error, RuntimeError) and any(w in str(error) for w in ("BFloat16", "Half", "dtype"))
+            if again or not of_types:
+                _explain(error, function, args, kwargs or {})
                 raise
         else:
             half = _half_sites(trace)
@@ -47,6 +53,31 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
         f"site '{half[0]}' is of half precision: expected draws and densities of float32 at least, got "
         f"{trace.nodes[half[0]]['fn']}. Call .float() on the parameters of its distribution."
     )
+
+
+def _explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what a program's error shows to be wrong with its arguments or parameters; else say how it was called."""
+    if isinstance(error, PyroVAEError):
+        return
+    if isinstance(error, ValueError) and "bottom of the stack" in str(error):  # Pyro's own words for what was entered
+        raise other_thread() from error
+    if isinstance(error, ValueError):
+        refuse_invalid_parameters(error)
+    function = poutine.unwrap(function)
+    name = getattr(function, "__name__", type(function).__name__)
+    given = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
+    if isinstance(error, TypeError):
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as reason:
+            raise PyroVAEError(
+                f"expected the arguments that model and guide take, got ({given}), of which {name} says: {reason}. "
+                "Pass one for each argument that has no default."
+            ) from error
+        except ValueError:  # a builtin has no signature
+            pass
+    if not any("pyro_vae ran" in note for note in getattr(error, "__notes__", [])):
+        error.add_note(f"pyro_vae ran {name} with ({given}).")
 
 
 def _half_sites(trace: Trace) -> list[str]:
@@ -117,6 +148,8 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
             f"spline_coupling in place of planar. Its own error is {error!r}."
         ) from error
     except ValueError as error:
+        if "broadcast" in str(error):
+            raise PyroVAEError(_shapes_apart(trace, str(error))) from error
         if "support" not in str(error):
             raise
         raise PyroVAEError(
@@ -125,6 +158,20 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
         ) from error
     sites: Sites = dict(trace.nodes)
     return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
+
+
+def _shapes_apart(trace: Trace, error: str) -> str:
+    """What to say of a value that does not fit the shape of its distribution."""
+    name = next((name for name in trace.nodes if f"'{name}'" in error), None)
+    if name is None:
+        return error
+    site: Any = trace.nodes[name]
+    fn, value = site["fn"], site["value"]
+    return (
+        f"expected a value at site '{name}' that fits its {family(fn)} of batch shape {tuple(fn.batch_shape)} and "
+        f"event shape {tuple(fn.event_shape)}, got one of shape {tuple(value.shape)}. Give model and guide the same "
+        "number of latent dimensions, and the likelihood the shape of the data."
+    )
 
 
 def given(values: dict[str, Tensor]) -> Trace:
@@ -153,7 +200,7 @@ def at_once(number: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, IndexError) as error:
-        if number > 1 and not hasattr(error, "__notes__"):
+        if number > 1 and not any("particles at once" in note for note in getattr(error, "__notes__", [])):
             error.add_note(
                 f"pyro_vae ran the program for {number} particles at once, so latent values have a leading dimension "
                 f"of {number}. Expand x to it, x.expand(*z.shape[:-1], -1), say. Wrap a network that takes none in "

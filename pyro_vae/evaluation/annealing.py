@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import Seed
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.simulation import prior_that_draws
@@ -105,7 +106,7 @@ def ais(
     num_leapfrog: int = NUM_LEAPFROG,
     step_size: float = STEP_SIZE,
     vectorize_particles: bool = True,
-    seed: int | None = None,
+    seed: Seed | None = None,
     progress: bool = True,
 ) -> AnnealedLikelihood:
     r"""Estimate log p(x) of each datum by annealed importance sampling with Hamiltonian transitions.
@@ -165,7 +166,7 @@ def bdmc(
     num_leapfrog: int = NUM_LEAPFROG,
     step_size: float = STEP_SIZE,
     vectorize_particles: bool = True,
-    seed: int | None = None,
+    seed: Seed | None = None,
     progress: bool = True,
 ) -> Sandwich:
     r"""Bound log p(x) from both sides by annealing and its reverse, on data that the model simulates.

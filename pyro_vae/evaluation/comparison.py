@@ -16,6 +16,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.checks import Seed
 from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.compiled.step import check_compiled
 from pyro_vae.engine import rng
@@ -47,7 +48,7 @@ def compare(
     log_likelihood: Evidence | None = None,
     compile: bool = False,
     vectorize_particles: bool = True,
-    seed: int | None = None,
+    seed: Seed | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     r"""Compare objectives on the same data: a table with rows by objective and number of particles.

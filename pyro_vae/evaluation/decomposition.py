@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import Seed
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
@@ -62,7 +63,7 @@ def decompose_elbo(
     num_samples: int = DECOMPOSITION_SAMPLES,
     *,
     vectorize_particles: bool = True,
-    seed: int | None = None,
+    seed: Seed | None = None,
     progress: bool = True,
 ) -> Decomposition:
     r"""Decompose the ELBO, averaged over data, into reconstruction, mutual information and marginal KL.

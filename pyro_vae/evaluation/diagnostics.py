@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import checked, shown
 from pyro_vae.errors import PyroVAEError
 
 HIGH_K = 0.7  # above it, more samples do not make the average of the weights reliable
@@ -13,6 +14,7 @@ FEWEST_IN_TAIL = 6  # of five, the first quartile is the least, and ArviZ (1.3.3
 FEWEST_SAMPLES = 5 * FEWEST_IN_TAIL  # of few samples, a fifth is the tail
 
 
+@checked
 def pareto_k(log_weights: Tensor) -> Tensor:
     r"""The shape k of a generalised Pareto distribution fitted to each datum's largest importance weights.
 
@@ -40,9 +42,9 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
     """
-    if log_weights.dim() != 2:
+    if log_weights.dim() != 2 or log_weights.is_complex():
         raise PyroVAEError(
-            f"expected log_weights of shape (K, N), got {tuple(log_weights.shape)}. For one datum, pass "
+            f"expected real log_weights of shape (K, N), got {shown(log_weights)}. For one datum, pass "
             "log_weights[:, None]."
         )
     rows = log_weights.detach().double().T.cpu().numpy()

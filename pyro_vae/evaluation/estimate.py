@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import checked, shown
 from pyro_vae.errors import PyroVAEError
 
 
@@ -29,6 +30,7 @@ class Estimate:
     standard_error: float
 
     @classmethod
+    @checked
     def of(cls, values: Tensor) -> Self:
         r"""The mean of independent values (N,), with the standard error :math:`\operatorname{std} / \sqrt N`.
 
@@ -37,14 +39,13 @@ class Estimate:
         Raises:
             ValueError: `values` is not a vector, or is empty.
         """
-        if values.dim() != 1 or not len(values):
-            raise PyroVAEError(
-                f"expected a vector of values, got shape {tuple(values.shape)}. Pass one value for each datum."
-            )
+        if values.dim() != 1 or not len(values) or values.is_complex():
+            raise PyroVAEError(f"expected a vector of real values, got {shown(values)}. Pass one value for each datum.")
         values = values.double()
         spread = values.std().item() if len(values) > 1 else math.nan
         return cls(values.mean().item(), spread / math.sqrt(len(values)))
 
+    @checked
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The normal confidence interval. At level 0.95 it is the value plus and minus 1.96 standard errors."""
         if not 0 < level < 1:
@@ -54,7 +55,8 @@ class Estimate:
 
     def __str__(self) -> str:
         if math.isnan(self.standard_error):
-            return f"{self.value:.2f} (of a single value, without an error)"
+            reason = "of a single value" if math.isfinite(self.value) else "of values that are not finite"
+            return f"{self.value:.2f} ({reason}, without an error)"
         # Two decimals, or up to four where a small standard error needs them.
         tiny = not 0 < self.standard_error < 0.095
         digits = 2 if tiny else min(4, 1 - math.floor(math.log10(self.standard_error)))

@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import transform_to
 
+from pyro_vae.checks import Seed
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
@@ -81,7 +82,7 @@ def inference_gaps(
     lr: float = GAPS_LR,
     log_likelihood: Evidence | None = None,
     vectorize_particles: bool = True,
-    seed: int | None = None,
+    seed: Seed | None = None,
     progress: bool = True,
 ) -> Gaps:
     r"""Split log p(x) - ELBO into the approximation gap of the guide's family and the amortisation gap of its encoder.

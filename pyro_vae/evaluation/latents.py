@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import Seed
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Run
@@ -29,7 +30,7 @@ def active_units(
     *,
     threshold: float = ACTIVE_THRESHOLD,
     vectorize_particles: bool = True,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> pd.DataFrame:
     r"""The variance and KL of each latent dimension, to detect posterior collapse: a table with one row for each.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import Seed
 from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
@@ -30,7 +31,7 @@ def log_likelihood(
     x: Any,
     num_samples: int = NUM_SAMPLES,
     *,
-    seed: int | None = None,
+    seed: Seed | None = None,
     vectorize_particles: bool = True,
     compile: bool = False,
     progress: bool = True,

@@ -1,12 +1,14 @@
 """The base class of likelihoods p(x|z)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.networks import apply_batched
 
@@ -44,14 +46,9 @@ class Likelihood(nn.Module):
     #: The smallest scale that the decoder or a parameter can give; None if there is no such bound.
     floor: float | None = None
 
-    def __init__(self, decoder: nn.Module, event_shape: tuple[int, ...]) -> None:
+    @checked
+    def __init__(self, decoder: nn.Module, event_shape: Sequence[Count]) -> None:
         super().__init__()
-        if not isinstance(decoder, nn.Module):
-            raise PyroVAEError(f"expected decoder to be a torch.nn.Module, got {decoder!r}. Build it: Decoder().")
-        if not isinstance(event_shape, tuple | list | torch.Size):
-            raise PyroVAEError(
-                f"expected event_shape to be the shape of one datum, got {event_shape!r}. Write ({event_shape},)."
-            )
         self.decoder = decoder
         self.event_shape = tuple(event_shape)
 

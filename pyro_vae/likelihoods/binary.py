@@ -33,9 +33,10 @@ class Bernoulli(Likelihood):
         if not torch.equal(x.clamp(0, 1).round_(), x):  # half the time of a selection, which each step would take
             others = x[(x != 0) & (x != 1)]
             raise PyroVAEError(
-                f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min():.3g} to {x.max():.3g}, "
-                f"such as {others[0]:.3g}. Binarise it (pv.data.load(..., binarize='dynamic')), or use the likelihood "
-                "ContinuousBernoulli for grey values in [0, 1], or Gaussian for real values."
+                f"a Bernoulli likelihood expected x of zeros and ones, got values from {x.min().item():.3g} to "
+                f"{x.max().item():.3g}, such as {others[0].item():.3g}. Binarise it (pv.data.load(..., "
+                "binarize='dynamic')), or use the likelihood ContinuousBernoulli for grey values in [0, 1], or "
+                "Gaussian for real values."
             )
 
 

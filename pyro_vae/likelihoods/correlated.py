@@ -1,6 +1,7 @@
 """Likelihoods of real elements that are correlated given z: a Gaussian with a low-rank covariance."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ from torch.distributions import constraints
 from torch.nn.functional import softplus
 from torch.types import _size
 
+from pyro_vae.checks import Count, checked
 from pyro_vae.distributions import low_rank_factors, low_rank_log_prob
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods.base import Likelihood
@@ -48,10 +50,11 @@ class LowRankGaussian(Likelihood):
         Monteiro et al. (2020), *Stochastic Segmentation Networks*, NeurIPS (low rank).
     """
 
+    @checked
     def __init__(
         self,
         decoder: nn.Module,
-        event_shape: tuple[int, ...],
+        event_shape: Sequence[Count],
         rank: int = 5,
         shared: bool = True,
         min_scale: float = 0.01,

@@ -1,6 +1,7 @@
 """Likelihoods of counts 0, 1, 2, ...: Poisson and negative binomial."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from pyro_vae.checks import Count
 from pyro_vae.distributions import wide
 from pyro_vae.likelihoods.base import Likelihood
 
@@ -75,7 +77,7 @@ class NegativeBinomial(_Counts):
         Nature Methods.
     """
 
-    def __init__(self, decoder: nn.Module, event_shape: tuple[int, ...]) -> None:
+    def __init__(self, decoder: nn.Module, event_shape: Sequence[Count]) -> None:
         super().__init__(decoder, event_shape)
         self.raw_total_count = nn.Parameter(torch.full(self.event_shape, 1 / MOST).logit())
 

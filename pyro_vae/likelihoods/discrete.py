@@ -1,6 +1,7 @@
 """Likelihoods of pixels with finitely many values: ordered grey levels, and unordered categories."""
 
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 from torch.types import _size
 
+from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
@@ -35,7 +37,8 @@ class Categorical(Likelihood):
         torch.Size([5, 4])
     """
 
-    def __init__(self, decoder: nn.Module, event_shape: tuple[int, ...], categories: int) -> None:
+    @checked
+    def __init__(self, decoder: nn.Module, event_shape: Sequence[Count], categories: int) -> None:
         super().__init__(decoder, event_shape)
         self.categories = categories
         self.num_features = self.features_for(categories)
@@ -110,8 +113,9 @@ class DiscretizedLogistic(Likelihood):
         (one component).
     """
 
+    @checked
     def __init__(
-        self, decoder: nn.Module, event_shape: tuple[int, ...], levels: int = 256, components: int = 1
+        self, decoder: nn.Module, event_shape: Sequence[Count], levels: int = 256, components: int = 1
     ) -> None:
         super().__init__(decoder, event_shape)
         self.levels = levels

@@ -1,6 +1,7 @@
 """Likelihoods of real numbers that are independent given z: Gaussian and Student's t."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pyro.distributions as dist
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vae import distributions
+from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods.base import Likelihood
 
@@ -24,10 +26,11 @@ class _Scaled(Likelihood):
     fixed_scale: Tensor
     log_scale: nn.Parameter
 
+    @checked
     def __init__(
         self,
         decoder: nn.Module,
-        event_shape: tuple[int, ...],
+        event_shape: Sequence[Count],
         scale: Scale = 1.0,
         min_scale: float = 0.01,
     ) -> None:
@@ -167,10 +170,11 @@ class StudentT(_Scaled):
 
     fixed_df: Tensor
 
+    @checked
     def __init__(
         self,
         decoder: nn.Module,
-        event_shape: tuple[int, ...],
+        event_shape: Sequence[Count],
         df: float | Literal["learned"] = 4.0,
         scale: Scale = 1.0,
         min_scale: float = 0.01,

@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.checks import Whole, checked
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction
@@ -20,7 +21,7 @@ from pyro_vae.engine.sites import Sites, is_factor
 from pyro_vae.engine.weights import Terms, datum_scale, log_density, terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import gradients
-from pyro_vae.objectives.densities import Densities, densities, weighted, with_gradient
+from pyro_vae.objectives.densities import Densities, densities, of_log_weights, weighted, with_gradient
 from pyro_vae.objectives.gradients import ESTIMATORS, Estimator
 from pyro_vae.objectives.known import Known
 from pyro_vae.objectives.module import ObjectiveModule
@@ -33,7 +34,7 @@ class Options(TypedDict, total=False):
     """The keyword arguments of every objective; see :class:`Objective`."""
 
     vectorize_particles: bool
-    max_plate_nesting: int | None
+    max_plate_nesting: Whole | None
     chunk_size: int | None
 
 
@@ -106,6 +107,8 @@ class Objective(pyro.infer.ELBO):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        for name in {*_OF_A_BOUND} & {*vars(cls)}:
+            setattr(cls, name, of_log_weights(vars(cls)[name]))
         first = {name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base)) for name in _OF_A_BOUND}
         parents = [base for base in cls.__mro__[1:] if issubclass(base, Objective)]
         rows, names = parents[0].gradients, cls.gradients
@@ -118,13 +121,14 @@ class Objective(pyro.infer.ELBO):
             names = rows
         cls.gradients = names if isinstance(names, dict) else gradients.rows_of(cls.__name__, names, rows)
 
+    @checked
     def __init__(
         self,
         num_particles: int = 1,
         gradient: str = "pathwise",
         *,
         vectorize_particles: bool = True,
-        max_plate_nesting: int | None = None,
+        max_plate_nesting: Whole | None = None,
         chunk_size: int | None = None,
     ) -> None:
         Particles(num_particles, vectorize_particles, chunk_size)  # refuses invalid arguments
@@ -264,6 +268,7 @@ class Objective(pyro.infer.ELBO):
         """The bound (N,) whose gradient the guide follows: the model's, except in :class:`PIWAE`."""
         return self.reduce(log_weights)
 
+    @of_log_weights
     def curvature(self, log_weights: Tensor) -> Tensor:
         """The second derivative of :meth:`reduce_for_guide` by each log-weight, (K, N), for the DReG estimator.
 

@@ -1,12 +1,16 @@
 """The log-densities that an objective reads off its runs, and how a gradient is put in place of another."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import is_dense, shown
 from pyro_vae.engine.sites import Sites, is_factor
+from pyro_vae.errors import PyroVAEError
 
 
 @dataclass
@@ -34,6 +38,26 @@ class Densities:
             if getattr(first, name) is not None
         }
         return replace(first, **matrices, samples=[run for part in parts for run in part.samples])
+
+
+def of_log_weights(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let an objective's function of log-weights refuse what is no matrix (K, N) of real numbers."""
+
+    @functools.wraps(function)
+    def with_check(objective: Any, log_weights: Tensor) -> Tensor:
+        if (
+            not is_dense(log_weights)
+            or not log_weights.is_floating_point()
+            or log_weights.dim() != 2
+            or not len(log_weights)
+        ):
+            raise PyroVAEError(
+                f"expected log_weights to be a dense tensor (K, N) of floating point, got {shown(log_weights)}. Pass "
+                "those of pv.log_weights."
+            )
+        return function(objective, log_weights)
+
+    return with_check
 
 
 def densities(guide: Sites) -> Sites:

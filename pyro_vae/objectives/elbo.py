@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal, Unpack
 
 import torch
@@ -11,6 +12,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch import distributions as td
 
+from pyro_vae.checks import checked
 from pyro_vae.engine.program import Needs, Program, Run
 from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks, unwrapped
 from pyro_vae.engine.weights import Terms
@@ -82,6 +84,7 @@ class ELBO(Objective):
     # A mean is linear, so that DReG's factors are STL's.
     gradients = Objective.gradients | {"dreg": replace(STL, suffix=", DReG", any_bound=False), "disarm": DISARM}
 
+    @checked
     def __init__(
         self,
         num_particles: int = 1,
@@ -194,7 +197,14 @@ class ELBO(Objective):
         return term if isinstance(beta, int | float) and beta == 1 else beta * term
 
     def _beta(self) -> float:
-        return _check_beta(self.beta(self.step)) if callable(self.beta) else self.beta
+        if not callable(self.beta):
+            return self.beta
+        try:
+            beta = self.beta(self.step)
+        except TypeError as error:
+            error.add_note("pyro_vae called beta with the training step alone: pass a function of it.")
+            raise
+        return _check_beta(beta)
 
     def _free_kl(self, run: Run, name: str) -> Tensor:
         """The KL of one site, at least `free_bits` in each dimension of its event, in the shape of its batch."""
@@ -218,8 +228,8 @@ def _sum(terms: Terms) -> Tensor:
     return sum(sums[1:], sums[0]) if sums else torch.zeros(())
 
 
-def _check_beta(beta: float) -> float:
-    if not 0 <= beta < math.inf:
+def _check_beta(beta: Any) -> Any:
+    if not isinstance(beta, Real | Tensor) or not 0 <= float(beta) < math.inf:
         raise PyroVAEError(
             f"expected beta to be a finite number, at least 0, or a function that gives one, got {beta!r}."
         )

@@ -7,6 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import checked
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.objectives.base import Gradient, Objective, Options
 
@@ -95,6 +96,7 @@ class Renyi(Objective):
 
     family = "Renyi"
 
+    @checked
     def __init__(
         self, alpha: float, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
@@ -150,6 +152,7 @@ class MIWAE(Objective):
 
     family = "MIWAE"
 
+    @checked
     def __init__(
         self, num_outer: int, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
@@ -174,6 +177,11 @@ class MIWAE(Objective):
         return (log_mean_exp_curvature(self._groups(log_weights), 1) / self.num_outer).flatten(0, 1)
 
     def _groups(self, log_weights: Tensor) -> Tensor:
+        if len(log_weights) != self.num_samples:
+            raise PyroVAEError(
+                f"expected log_weights with a row for each of {self.num_outer} x {self.num_particles} particles, got "
+                f"{len(log_weights)} rows. Draw as many."
+            )
         return log_weights.unflatten(0, (self.num_outer, self.num_particles))
 
 
@@ -230,6 +238,7 @@ class CIWAE(Objective):
 
     family = "CIWAE"
 
+    @checked
     def __init__(
         self, beta: float, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
@@ -286,6 +295,7 @@ class JVI(Objective):
 
     family = "JVI"
 
+    @checked
     def __init__(
         self, num_particles: int, order: int = 1, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:

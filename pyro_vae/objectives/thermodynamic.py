@@ -7,6 +7,7 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import checked
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options
 from pyro_vae.objectives.gradients import Estimator
@@ -49,6 +50,7 @@ class TVO(Objective):
 
     family = "TVO"
 
+    @checked
     def __init__(
         self,
         num_particles: int,

@@ -8,6 +8,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.checks import checked
 from pyro_vae.engine.agreement import check_draws
 from pyro_vae.engine.drawing import drawing
 from pyro_vae.engine.program import Program
@@ -61,11 +62,14 @@ class RWS(Objective):
         "pathwise": Estimator("", "none", signal=lambda rws, _, c: (1 - rws.sleep) * c, of_mean=False, any_bound=True)
     }
 
-    def __init__(self, num_particles: int, sleep: float = 0.0, **options: Unpack[Options]) -> None:
+    @checked
+    def __init__(
+        self, num_particles: int, sleep: float = 0.0, gradient: str = "pathwise", **options: Unpack[Options]
+    ) -> None:
         if not 0 <= sleep <= 1:
             raise PyroVAEError(f"expected sleep to be a share from 0 to 1, got {sleep!r}.")
         self.sleep = sleep
-        super().__init__(num_particles, **options)
+        super().__init__(num_particles, gradient, **options)
 
     def _settings(self) -> list[str]:
         return [f"sleep {self.sleep:g}"] if self.sleep else []

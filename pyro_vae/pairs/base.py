@@ -1,5 +1,6 @@
 """The base class of model/guide pairs: checks of parts and data, the data plate, and registration of parameters."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -14,9 +15,11 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from pyro_vae.checks import converter, is_dense, refuse_invalid_parameters, shown
 from pyro_vae.engine.modules import eval_mode
 from pyro_vae.engine.precision import is_half, promoting, single_precision
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.engine.threads import ONE_THREAD
+from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods import Likelihood
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -34,11 +37,18 @@ PARTS = {
 def in_evaluation_mode(method: Method) -> Method:
     """Decorate a method of a pair: no gradients, modules in evaluation mode, results of float32 at least."""
 
+    convert = converter(method)
+
     @wraps(method)
     def wrapper(pair: "Pair", *args: Any, **kwargs: Any) -> Any:
+        (_, *args), kwargs = convert((pair, *args), kwargs)
         widening = promoting() if any(map(is_half, pair.parameters())) else nullcontext()
-        with torch.no_grad(), single_precision(), widening, eval_mode([pair]):
-            return method(pair, *args, **kwargs)
+        with ONE_THREAD, torch.no_grad(), single_precision(), widening, eval_mode([pair]):
+            try:
+                return method(pair, *args, **kwargs)
+            except ValueError as error:
+                refuse_invalid_parameters(error)
+                raise
 
     return cast(Method, wrapper)
 
@@ -66,6 +76,11 @@ class Pair(nn.Module):
         if not isinstance(part, kind):
             raise PyroVAEError(f"expected {name} to be a {named}, got {part!r}. Pass an instance{PARTS[name]}.")
         parts = {**self._modules, name: part}
+        if name == "prior" and not _takes_nothing(part):
+            raise PyroVAEError(
+                f"expected prior to return the distribution of one z when it is called without arguments, got a "
+                f"{type(part).__name__}, which takes some. Pass one such as pv.StandardNormal(latent_dim)."
+            )
         own, theirs = (getattr(parts.get(key), "event_shape", None) for key in ("likelihood", "posterior"))
         if own is not None and theirs is not None and theirs != own:
             raise PyroVAEError(
@@ -107,6 +122,8 @@ class Pair(nn.Module):
     ) -> Iterator[tuple[Any, ...]]:
         """The data plate. It yields x with missing elements replaced, `given` and the mask, all for one minibatch."""
         x = self._observed(x, mask, subsample_size)
+        if len(x) == 0:
+            raise PyroVAEError("expected x with one datum or more, got none. Drop empty minibatches.")
         dims = len(self.event_shape)
         with pyro.plate("data", len(x), subsample_size=subsample_size):
             mask = None if mask is None else pyro.subsample(mask, event_dim=dims)
@@ -114,7 +131,7 @@ class Pair(nn.Module):
 
     def _observed(self, x: Tensor, mask: Tensor | None, subsample_size: int | None = None) -> Tensor:
         """Check x and the mask, and replace missing elements by the likelihood's `filler`."""
-        if mask is not None:
+        if mask is not None and is_dense(x):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
                 raise PyroVAEError(
                     f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, "
@@ -126,10 +143,10 @@ class Pair(nn.Module):
 
     def _check(self, x: Tensor, subsample_size: int | None = None) -> None:
         """Raise ValueError for x of the wrong shape or type, or outside the support of the likelihood."""
-        if not isinstance(x, Tensor):
+        if not is_dense(x):
             frame = "torch.tensor(x.to_numpy(), dtype=torch.float32)"
             fix = frame if hasattr(x, "to_numpy") else "split.x, or torch.as_tensor(x)"
-            raise PyroVAEError(f"expected x to be a tensor, got {type(x).__name__}. Pass {fix}.")
+            raise PyroVAEError(f"expected x to be a dense tensor, got {shown(x)}. Pass {fix}.")
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
             if tuple(x.shape) == self.event_shape:
@@ -146,11 +163,19 @@ class Pair(nn.Module):
         own = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if x.dtype != own:
             raise PyroVAEError(f"expected x of {own}, the dtype of the networks, got {x.dtype}. Pass x.to({own}).")
-        if subsample_size is not None and not isinstance(subsample_size, int):
-            got = type(subsample_size).__name__
-            raise PyroVAEError(f"expected subsample_size to be an integer or None, got {got}. Pass the minibatch size.")
+        if subsample_size is not None:
+            require_count("subsample_size", subsample_size, "Pass the minibatch size, or None for all data.")
         if is_validation_enabled():
             self.likelihood.check(x)
+
+
+def _takes_nothing(module: nn.Module) -> bool:
+    """Whether it can be called without arguments."""
+    try:
+        inspect.signature(module.forward).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def _same_order(shape: Sequence[int], other: Sequence[int]) -> bool:
@@ -167,6 +192,8 @@ class Labelled(Pair):
     @in_evaluation_mode
     def decode(self, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         """The mean of p(x|z, y): (*batch, N, Z), and y as in :meth:`model`, to (*batch, N, *event)."""
+        if z.dim() < 2:
+            raise PyroVAEError(f"expected z of shape (*batch, N, Z), got {tuple(z.shape)}. For one z, pass z[None].")
         return self.likelihood.decode(z, indicators(y, self.num_classes, z.shape[-2], z.dtype))
 
     @in_evaluation_mode

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from pyro_vae.checks import Count, Shape, Whole, checked
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import Concatenated, conv_decoder, conv_encoder, mlp
@@ -22,11 +23,12 @@ from pyro_vae.priors import StandardNormal
 COLOURS = (1, 3, 4)  # how many channels the images have that come with their channels last
 
 
+@checked
 def mlp_vae(
-    event_shape: Sequence[int],
+    event_shape: Shape,
     *,
-    latent_dim: int,
-    hidden_dims: Sequence[int] = (400,),
+    latent_dim: Count,
+    hidden_dims: Sequence[Count] = (400,),
     likelihood: str | type[Likelihood] = "bernoulli",
     posterior: type[Posterior] = DiagonalNormal,
     posterior_options: Mapping[str, Any] | None = None,
@@ -57,7 +59,6 @@ def mlp_vae(
         >>> vae.generate(3).shape
         torch.Size([3, 1, 28, 28])
     """
-    _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], hidden_dims=hidden_dims)
     chosen = check_posterior(posterior, posterior_options)
     size, shape, family = prod(event_shape), tuple(event_shape), find_likelihood(likelihood, options, posterior)
     encoder = mlp(size, hidden_dims, posterior.features_for(latent_dim, **chosen))
@@ -69,12 +70,13 @@ def mlp_vae(
     )
 
 
+@checked
 def conv_vae(
-    event_shape: Sequence[int],
+    event_shape: Shape,
     *,
-    latent_dim: int,
-    channels: Sequence[int] = (32, 64),
-    residual_blocks: int = 0,
+    latent_dim: Count,
+    channels: Shape = (32, 64),
+    residual_blocks: Whole = 0,
     likelihood: str | type[Likelihood] = "bernoulli",
     posterior: type[Posterior] = DiagonalNormal,
     posterior_options: Mapping[str, Any] | None = None,
@@ -97,12 +99,8 @@ def conv_vae(
         >>> conv_vae((1, 28, 28), latent_dim=20).generate(3).shape
         torch.Size([3, 1, 28, 28])
     """
-    _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], channels=channels)
-    if len(event_shape) != 3 or len(channels) == 0:
-        raise PyroVAEError(
-            "expected an event_shape (C, H, W) and at least one entry in channels, got "
-            f"event_shape={tuple(event_shape)} and channels={tuple(channels)}. For vectors, use mlp_vae."
-        )
+    if len(event_shape) != 3:
+        raise PyroVAEError(f"expected an event_shape (C, H, W), got {event_shape}. For vectors, use mlp_vae.")
     # A square image with its channels last. Channels first, it would be a stack of stripes.
     if event_shape[0] == event_shape[1] > max(COLOURS) and event_shape[2] in COLOURS:
         raise PyroVAEError(
@@ -121,12 +119,13 @@ def conv_vae(
     )
 
 
+@checked
 def mlp_conditional_vae(
-    event_shape: Sequence[int],
+    event_shape: Shape,
     *,
-    latent_dim: int,
-    label_dim: int,
-    hidden_dims: Sequence[int] = (400,),
+    latent_dim: Count,
+    label_dim: Count,
+    hidden_dims: Sequence[Count] = (400,),
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> ConditionalVAE:
@@ -142,7 +141,6 @@ def mlp_conditional_vae(
         >>> vae.generate(torch.arange(10)).shape
         torch.Size([10, 1, 28, 28])
     """
-    _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], label_dim=[label_dim], hidden_dims=hidden_dims)
     family, shape, size = find_likelihood(likelihood, options), tuple(event_shape), prod(event_shape)
     encoder = mlp(size + label_dim, hidden_dims, 2 * latent_dim)
     decoder = mlp(latent_dim + label_dim, list(hidden_dims)[::-1], family.features_for(**options) * size)
@@ -154,12 +152,13 @@ def mlp_conditional_vae(
     )
 
 
+@checked
 def mlp_semi_supervised_vae(
-    event_shape: Sequence[int],
+    event_shape: Shape,
     *,
-    latent_dim: int,
-    num_classes: int,
-    hidden_dims: Sequence[int] = (400,),
+    latent_dim: Count,
+    num_classes: Count,
+    hidden_dims: Sequence[Count] = (400,),
     classifier_weight: float = 0.0,
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
@@ -194,11 +193,12 @@ def mlp_semi_supervised_vae(
     )
 
 
+@checked
 def mlp_hierarchical_vae(
-    event_shape: Sequence[int],
+    event_shape: Shape,
     *,
-    latent_dims: Sequence[int],
-    hidden_dims: Sequence[int] = (400,),
+    latent_dims: Shape,
+    hidden_dims: Sequence[Count] = (400,),
     guide: Literal["ladder", "bottom_up"] = "ladder",
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
@@ -219,12 +219,11 @@ def mlp_hierarchical_vae(
         >>> mlp_hierarchical_vae((1, 28, 28), latent_dims=(32, 16), hidden_dims=(400, 200)).generate(3).shape
         torch.Size([3, 1, 28, 28])
     """
-    _check_sizes(event_shape=event_shape, latent_dims=latent_dims, hidden_dims=hidden_dims)
     widths = list(hidden_dims) * len(latent_dims) if len(hidden_dims) == 1 else list(hidden_dims)
-    if not latent_dims or len(widths) != len(latent_dims):
+    if len(widths) != len(latent_dims):
         raise PyroVAEError(
-            "expected at least one layer, and one hidden width or one for each layer, got "
-            f"latent_dims={tuple(latent_dims)} and hidden_dims={tuple(hidden_dims)}. Pass as many hidden_dims as "
+            f"expected one hidden width or one for each layer, got latent_dims={latent_dims} and "
+            f"hidden_dims={hidden_dims}. Pass as many hidden_dims as "
             "latent_dims."
         )
     family, shape, size = find_likelihood(likelihood, options), tuple(event_shape), prod(event_shape)
@@ -253,11 +252,12 @@ def mlp_hierarchical_vae(
     )
 
 
+@checked
 def mlp_autoencoder(
-    event_shape: Sequence[int],
+    event_shape: Shape,
     *,
-    latent_dim: int,
-    hidden_dims: Sequence[int] = (400,),
+    latent_dim: Count,
+    hidden_dims: Sequence[Count] = (400,),
     likelihood: str | type[Likelihood] = "bernoulli",
     **options: Any,
 ) -> Autoencoder:
@@ -272,18 +272,9 @@ def mlp_autoencoder(
         >>> mlp_autoencoder((1, 28, 28), latent_dim=20).embed(torch.zeros(5, 1, 28, 28)).shape
         torch.Size([5, 20])
     """
-    _check_sizes(event_shape=event_shape, latent_dim=[latent_dim], hidden_dims=hidden_dims)
     family, size = find_likelihood(likelihood, options), prod(event_shape)
     decoder = mlp(latent_dim, list(hidden_dims)[::-1], family.features_for(**options) * size)
     return Autoencoder(
         encoder=mlp(size, hidden_dims, latent_dim),
         likelihood=family(decoder, tuple(event_shape), **options),
     )
-
-
-def _check_sizes(**sizes: Sequence[int]) -> None:
-    for name, values in sizes.items():
-        positive = isinstance(values, Sequence) and all(isinstance(value, int) and value > 0 for value in values)
-        if not positive or (name == "event_shape" and not values):
-            fix = f" Write ({values},)." if isinstance(values, int) else ""
-            raise PyroVAEError(f"expected {name} of positive integers, got {values!r}.{fix}")

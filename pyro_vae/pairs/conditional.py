@@ -3,6 +3,7 @@
 import pyro
 from torch import Tensor, nn
 
+from pyro_vae.checks import Count
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.pairs.base import Labelled, in_evaluation_mode, indicators, mean_of
 from pyro_vae.pairs.imputation import impute
@@ -79,7 +80,7 @@ class ConditionalVAE(Labelled):
         return self.decode(self.embed(x, y, mask), y)
 
     @in_evaluation_mode
-    def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
+    def impute(self, x: Tensor, y: Tensor, mask: Tensor, num_samples: Count = 1000) -> Tensor:
         """Replace missing elements by their mean given y and the observed elements. See :meth:`pyro_vae.VAE.impute`."""
         observed, vectors = self._observed(x, mask), self._vectors(y, x)
         q = self.posterior(observed, vectors)

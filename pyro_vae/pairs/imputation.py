@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.errors import PyroVAEError, require_count
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 
 SAMPLES_AT_ONCE = 4096  # data times samples per call of the decoder, which bounds the memory
@@ -15,7 +15,6 @@ def impute(
     prior: Any, likelihood: Likelihood, q: Any, x: Tensor, mask: Tensor, num_samples: int, *given: Tensor
 ) -> Tensor:
     """Replace missing elements as :meth:`pyro_vae.VAE.impute` says, given q, the guide's distribution of z."""
-    require_count("num_samples", num_samples, "Try 1000.")
     at_once = max(1, SAMPLES_AT_ONCE // max(1, len(x)))
     highest = x.new_full((len(x),), -torch.inf)
     total, statistic = torch.zeros_like(highest), x.new_zeros(())

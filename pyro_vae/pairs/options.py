@@ -38,10 +38,6 @@ def check_posterior(posterior: Any, options: Mapping[str, Any] | None) -> dict[s
         )
     if options is None:
         return {}
-    if not isinstance(options, Mapping):
-        raise PyroVAEError(
-            f"expected posterior_options to be a dict of options, got {options!r}. Pass, for example, {{'rank': 4}}."
-        )
     check_options(posterior, options, POSTERIOR_PARTS, "Drop it, or pass another posterior.")
     return dict(options)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from pyro_vae.checks import checked
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
@@ -57,6 +58,7 @@ class SemiSupervisedVAE(Labelled):
     classifier: nn.Module
     num_classes: int
 
+    @checked
     def __init__(
         self,
         *,

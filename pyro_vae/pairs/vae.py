@@ -3,6 +3,7 @@
 import pyro
 from torch import Tensor, nn
 
+from pyro_vae.checks import Count
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.pairs.base import Pair, in_evaluation_mode, mean_of
 from pyro_vae.pairs.imputation import impute
@@ -88,12 +89,12 @@ class VAE(Pair):
         return self.decode(self.embed(x, mask))
 
     @in_evaluation_mode
-    def generate(self, n: int) -> Tensor:
+    def generate(self, n: Count) -> Tensor:
         """The means of p(x|z) at n samples of z from the prior, of shape (n, *event)."""
         return self.decode(self.prior().sample((n,)))
 
     @in_evaluation_mode
-    def impute(self, x: Tensor, mask: Tensor, num_samples: int = 1000) -> Tensor:
+    def impute(self, x: Tensor, mask: Tensor, num_samples: Count = 1000) -> Tensor:
         r"""Replace missing elements of x by their mean given the observed elements, or by the most probable category.
 
         .. math:: \mathbb E[x_\text{mis} \mid x_\text{obs}] \approx \sum_k \frac{w_k}{\sum_j w_j}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from pyro_vae.checks import checked, shown
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.plots.shared import BLACK, BLUE, SKY, VERMILLION, Array, new_figure, objective_colour, to_numpy
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package dr
     from matplotlib.axes import Axes
 
 
+@checked
 def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = None, ax: Axes | None = None) -> Axes:
     """Plot bounds on log p(x) against the number of particles, one line per objective.
 
@@ -66,6 +68,7 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
     return _finished(ax, "number of particles", "bound on log p(x) (nats per datum)")
 
 
+@checked
 def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Plot the bound on the training and the validation data against the epoch.
 
@@ -113,6 +116,7 @@ def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return _finished(ax, "epoch", f"{history.attrs.get('quantity', 'bound on log p(x)')} (nats per datum)")
 
 
+@checked
 def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
     """Plot a histogram of Pareto k-hat over the data, with its limit of 0.7.
 
@@ -140,12 +144,13 @@ def pareto_k(shapes: Array, *, ax: Axes | None = None) -> Axes:
     ax = ax or new_figure().add_subplot()
     edges = list(np.arange(np.floor(min(finite.min(), 0) / 0.05), np.ceil(max(finite.max(), 1) / 0.05) + 1) * 0.05)
     for part, colour, sign in ((values <= 0.7, BLUE, "at most"), (values > 0.7, VERMILLION, "above")):
-        shown = values[part & np.isfinite(values)]
-        ax.hist(shown, edges, color=colour, label=f"{sign} 0.7: {part.mean():.1%} of {len(values)} data")
+        counted = values[part & np.isfinite(values)]
+        ax.hist(counted, edges, color=colour, label=f"{sign} 0.7: {part.mean():.1%} of {len(values)} data")
     ax.axvline(0.7, color=BLACK, linewidth=0.8, linestyle="--")
     return _finished(ax, "Pareto k-hat of the importance weights", "number of data")
 
 
+@checked
 def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Plot the KL divergence of each latent dimension from the prior, largest first, and mark inactive dimensions.
 
@@ -182,11 +187,18 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:
+    import pandas as pd
+
+    if not isinstance(table, pd.DataFrame):
+        raise PyroVAEError(f"expected a table, got {shown(table)}. Pass the return value of {source}.")
     if table.empty or list(table.index.names) != index or not set(columns) <= set(table.columns):
         raise PyroVAEError(
             f"expected a table of one row or more with index {index} and columns {columns}, got {len(table)} rows with "
             f"index {list(table.index.names)} and columns {list(table.columns)}. Pass the return value of {source}."
         )
+    words = [name for name in columns if not pd.api.types.is_numeric_dtype(table[name])]
+    if words:
+        raise PyroVAEError(f"expected numbers in columns {words}, got {table[words[0]].iloc[0]!r}. Convert them.")
 
 
 def _finished(ax: Axes, xlabel: str, ylabel: str) -> Axes:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.plots.shared import CLASSES, Array, new_figure, to_numpy
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package dr
 _MARKERS = "o^"
 
 
-def images(x: Array, *, columns: int = 10, title: str | None = None, ax: Axes | None = None) -> Axes:
+@checked
+def images(x: Array, *, columns: Count = 10, title: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw images side by side in rows, in reading order.
 
     Arguments:
@@ -42,7 +44,8 @@ def images(x: Array, *, columns: int = 10, title: str | None = None, ax: Axes | 
     return ax
 
 
-def reconstructions(x: Array, x_mean: Array, *, columns: int = 10, figure: Figure | None = None) -> Figure:
+@checked
+def reconstructions(x: Array, x_mean: Array, *, columns: Count = 10, figure: Figure | None = None) -> Figure:
     """Draw originals in rows, and the reconstructions of each row below it.
 
     Arguments:
@@ -61,9 +64,10 @@ def reconstructions(x: Array, x_mean: Array, *, columns: int = 10, figure: Figur
         >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
         ['original', 'reconstruction']
     """
+    x, x_mean = to_numpy(x), to_numpy(x_mean)
     if x.shape != x_mean.shape:
         raise PyroVAEError(
-            f"expected x and x_mean of one shape, got {tuple(x.shape)} and {tuple(x_mean.shape)}. "
+            f"expected x and x_mean of one shape, got {x.shape} and {x_mean.shape}. "
             "Pass the reconstruction of each original, in the same order."
         )
     originals, means = _images(x, "x"), _images(x_mean, "x_mean")
@@ -81,6 +85,7 @@ def reconstructions(x: Array, x_mean: Array, *, columns: int = 10, figure: Figur
     return figure
 
 
+@checked
 def latent_space(z: Array, labels: Array | None = None, *, ax: Axes | None = None) -> Axes:
     """Plot points of a two-dimensional latent space, coloured by class.
 
@@ -121,6 +126,7 @@ def latent_space(z: Array, labels: Array | None = None, *, ax: Axes | None = Non
     return ax
 
 
+@checked
 def latent_grid(x: Array, *, extent: tuple[float, float, float, float], ax: Axes | None = None) -> Axes:
     """Draw images decoded from a regular grid of z, each at its place in the latent plane.
 
@@ -147,10 +153,10 @@ def latent_grid(x: Array, *, extent: tuple[float, float, float, float], ax: Axes
             f"expected x of shape (rows, columns, C, H, W) or (rows, columns, H, W), got {grid.shape}. "
             "Reshape the decoded images with x.reshape(rows, columns, *x.shape[1:])."
         )
-    z1_min, z1_max, z2_min, z2_max = extent
-    if not (z1_min < z1_max and z2_min < z2_max):
+    edges = np.array(extent, float)
+    if edges.shape != (4,) or not np.isfinite(edges).all() or not (edges[0] < edges[1] and edges[2] < edges[3]):
         raise PyroVAEError(
-            f"expected extent to be (z1_min, z1_max, z2_min, z2_max), each min below its max, got {extent}."
+            f"expected extent to be (z1_min, z1_max, z2_min, z2_max), finite, each min below its max, got {extent}."
         )
     rows, columns, *image = grid.shape
     tiles = _images(grid[::-1].reshape(rows * columns, *image), "each row of x")  # imshow starts at the top
@@ -183,7 +189,7 @@ def _images(x: Array, name: str) -> np.ndarray:
     if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
         raise PyroVAEError(
             f"expected {name} to hold one image or more, (N, C, H, W) with C 1 or 3, or (N, H, W), got shape "
-            f"{tuple(x.shape)}. Reshape flat images with x.reshape(-1, 1, 28, 28), and move channels that "
+            f"{tuple(np.shape(x))}. Reshape flat images with x.reshape(-1, 1, 28, 28), and move channels that "
             "come last with x.permute(0, 3, 1, 2)."
         )
     if array.dtype.kind in "iu" and array.max() > 1:
@@ -200,8 +206,6 @@ def _gap(size: int) -> int:
 
 def _mosaic(tiles: np.ndarray, columns: int, gap: int) -> np.ndarray:
     """Lay tiles (N, H, W, C) out in rows on white, in reading order."""
-    if columns < 1:
-        raise PyroVAEError(f"expected columns to be 1 or more, got {columns}.")
     count, height, width, channels = tiles.shape
     columns = min(columns, count)
     rows = -(-count // columns)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 from zlib import crc32
 
 import numpy as np
 import torch
 
+from pyro_vae.checks import checked, is_dense, shown
+from pyro_vae.errors import PyroVAEError
+
 if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
     from matplotlib.figure import Figure
 
-Array: TypeAlias = torch.Tensor | np.ndarray
+Array: TypeAlias = torch.Tensor | np.ndarray | Sequence[Any]
 
 # The Okabe-Ito palette, which colour-blind readers can tell apart.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -34,6 +38,7 @@ FAMILIES = {
 _OTHERS = (BLACK, "#661100", "#999999")  # without yellow, because a thin yellow line is hard to see on white
 
 
+@checked
 def objective_colour(objective: str) -> str:
     """Return the colour, as a hex string, that stands for an objective in every plot; it depends on the name alone.
 
@@ -69,7 +74,13 @@ def new_figure(canvas: np.ndarray | None = None, *, left: float = 0, top: float 
 
 def to_numpy(x: Array) -> np.ndarray:
     """Return a tensor or array as a numpy array, with floating point as float64 if it is a tensor."""
-    if not isinstance(x, torch.Tensor):
-        return np.asarray(x)
-    x = x.detach().cpu()
-    return (x.double() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
+    if is_dense(x) and x.device.type != "meta":
+        x = x.detach().cpu()
+        x = (x.double() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
+    try:
+        array = np.asarray(x) if isinstance(x, np.ndarray | Sequence) else np.array(None)
+    except ValueError:  # rows of several lengths
+        array = np.array(None)
+    if array.ndim == 0 or array.dtype.kind not in "biufU":
+        raise PyroVAEError(f"expected an array or a tensor of real numbers, got {shown(x)}. Convert it.")
+    return array

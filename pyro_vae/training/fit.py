@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
+from pyro_vae.checks import Count, Seed
 from pyro_vae.compiled.function import Compiled, OnCompile
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine.arguments import takes_program
@@ -46,7 +47,7 @@ def fit(
     data: Any,
     objective: Any,
     *,
-    epochs: int,
+    epochs: Count,
     batch_size: int | None = None,
     lr: float = 1e-3,
     lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
@@ -54,7 +55,7 @@ def fit(
     patience: int | None = None,
     compile: bool = False,
     checkpoint: str | Path | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     r"""Maximise an objective over the parameters of a Pyro model and guide, with Adam, by minibatches.
@@ -135,7 +136,6 @@ def fit(
     References:
         Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, ICLR.
     """
-    require_count("epochs", epochs)
     if not 0 < lr < math.inf:
         raise PyroVAEError(f"expected lr to be positive and finite, got {lr!r}. Try 1e-3.")
     lr = float(lr)  # NumPy's numbers could not be read back from a checkpoint

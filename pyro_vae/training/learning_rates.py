@@ -14,7 +14,11 @@ def make(
     function: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer, validates: bool
 ) -> LRScheduler:
     """The scheduler that the function makes; refuse one that can't be stepped after each epoch."""
-    scheduler = function(optimizer) if callable(function) else function
+    try:
+        scheduler = function(optimizer) if callable(function) else function
+    except Exception as error:
+        error.add_note("pyro_vae called lr_scheduler with the optimizer alone: pass a function of it that makes one.")
+        raise
     if not callable(function) or not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
         made = "one that makes " if callable(function) else ""
         another = " of another optimizer" if isinstance(scheduler, LRScheduler) else ""

@@ -314,8 +314,11 @@ def hierarchy(posterior, layers=(1,)):
             lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 1), hidden_dims=(3, 3, 3)),
             r"one hidden width or one for each layer, got latent_dims=\(2, 1\) and hidden_dims=\(3, 3, 3\)",
         ),
-        (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=()), r"at least one layer"),
-        (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 0)), r"latent_dims of positive integers, got \(2, 0\)"),
+        (lambda: pv.mlp_hierarchical_vae((4,), latent_dims=()), r"latent_dims to be a sequence of one or more"),
+        (
+            lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 0)),
+            r"latent_dims to be a sequence of one or more positive integers, got \(2, 0\)",
+        ),
         (
             lambda: pv.mlp_hierarchical_vae((4,), latent_dims=(2, 1), guide="top_down"),
             r"guide to be 'ladder' or 'bottom_up', got 'top_down'",

@@ -159,7 +159,7 @@ def test_a_likelihood_that_takes_any_option():
         ({"posterior": Widened, "posterior_options": {"scale": 3}}, r"Widened \(its options: factor\), got scale=3"),
         (
             {"posterior": pv.LowRankNormal, "posterior_options": 4},
-            r"posterior_options to be a dict of options, got 4. Pass, for example, {'rank': 4}",
+            r"posterior_options to be a dictionary or None, got 4",
         ),
         (
             {"posterior": pv.LowRankNormal, "rank": 4},
@@ -190,8 +190,14 @@ def test_a_likelihood_that_takes_any_option():
             r"context_dim to be an integer of at least 0, got -1",
         ),
         ({"posterior": pv.FlowPosterior, "posterior_options": {"flow": "planar"}}, r"got 'planar'"),
-        ({"posterior": pv.FlowPosterior, "posterior_options": {"length": "2"}}, r"length='2'"),
-        ({"posterior": pv.FlowPosterior, "posterior_options": {"hidden_dims": 64}}, r"got hidden_dims=64"),
+        (
+            {"posterior": pv.FlowPosterior, "posterior_options": {"length": "2"}},
+            r"length to be a positive integer, got '2'",
+        ),
+        (
+            {"posterior": pv.FlowPosterior, "posterior_options": {"hidden_dims": 64}},
+            r"hidden_dims to be a sequence.*got 64",
+        ),
     ],
 )
 def test_wrong_options_are_refused(builder, options, message):

@@ -266,7 +266,7 @@ def test_embed_decode_reconstruct_generate():
         ),
         (Y[:4], r"integer labels of shape \(5,\).*got torch.int64 of shape \(4,\)"),
         (torch.eye(5)[:, :3].long(), r"got torch.int64 of shape \(5, 3\)"),
-        (Y.tolist(), r"got list"),
+        (Y.tolist(), r"got (list|\[-1, 0, 2, -1, 1\])"),
         (Y + 1, r"labels from -1 to 2, got 0 to 3"),
         (Y - 1, r"labels from -1 to 2, got -2 to 1"),
     ],
@@ -286,7 +286,7 @@ def test_wrong_labels(y, message):
 
 def test_other_refusals():
     for weight in (-1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="classifier_weight to be a finite number of at least 0"):
+        with pytest.raises(ValueError, match=r"classifier_weight to be a (finite )?number"):
             build(weight)
     vae, x = build()
     with pytest.raises(ValueError, match=r"guide site 'y' can't be reparameterised.*gradient='score'"):

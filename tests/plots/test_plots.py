@@ -314,7 +314,7 @@ def test_images_refuses_other_shapes(shape):
 def test_image_errors():
     with pytest.raises(ValueError, match=r"expected x in \[0, 1\], got uint8 up to 200\. Divide 8-bit images by 255"):
         plots.images(np.full((1, 4, 4), 200, dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"expected columns to be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"expected columns to be a positive integer, got 0"):
         plots.images(torch.zeros(1, 4, 4), columns=0)
     with pytest.raises(ValueError, match=r"expected x and x_mean of one shape, got \(3, 4, 4\) and \(2, 4, 4\)"):
         plots.reconstructions(torch.zeros(3, 4, 4), torch.zeros(2, 4, 4))

@@ -1,0 +1,311 @@
+"""Arguments that are what their annotations say: one check for every public function and class."""
+
+import contextlib
+import functools
+import inspect
+import math
+import numbers
+import operator
+import os
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeGuard,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.errors import PyroVAEError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Between(NamedTuple):
+    """The range of a number, or of the length of a sequence, as a mark on an annotation."""
+
+    least: float
+    most: float = math.inf
+
+
+Count = Annotated[int, Between(1)]
+Whole = Annotated[int, Between(0)]
+Shape = Annotated[Sequence[Count], Between(1)]
+Image = Annotated[Sequence[Count], Between(3, 3)]  # (C, H, W)
+Seed = Annotated[int, Between(0, 2**32 - 1)]  # NumPy's range, which Pyro seeds too
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an annotation asks for, in words, and a function that returns the value as that, or raises an error."""
+
+    words: str
+    convert: Callable[[Any], Any]
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value is of this kind."""
+        try:
+            self.convert(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            return False
+        return True
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Refuse arguments that are not of their annotated types, before the function runs; for a class, its `__init__`.
+
+    NumPy's integers, and tensors of one number, become Python's numbers. A sequence becomes a tuple.
+    """
+    if isinstance(function, type):
+        function.__init__ = checked(function.__init__)  # type: ignore[misc]
+        return function
+    convert = converter(function)
+
+    @functools.wraps(function)
+    def with_checks(*args: P.args, **kwargs: P.kwargs) -> T:
+        args, kwargs = convert(args, kwargs)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if not re.search("allocate memory|size calculation overflowed", str(error)):  # PyTorch has no class for it
+                raise
+            raise PyroVAEError(
+                f"expected sizes that fit into memory, got more in {function.__qualname__}: {error}. Pass smaller ones."
+            ) from error
+
+    return with_checks
+
+
+def converter(function: Callable[..., Any], without: Sequence[str] = ()) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """A function that checks and converts a function's positional and keyword arguments, but those `without`."""
+    signature = inspect.signature(function)
+    options = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+
+    @functools.cache
+    def found() -> tuple[dict[str, Kind], set[str] | None]:  # not at once: annotations may name what is defined later
+        hints, declared = _hints(function), None
+        if "Unpack" in str(get_origin(hints.get(options))):
+            declared = get_type_hints(get_args(hints.pop(options))[0], include_extras=True)
+        kinds = {name: kind_of(hint) for name, hint in (hints | (declared or {})).items() if name not in without}
+        kept = {name: kind for name, kind in kinds.items() if kind is not None}
+        return kept, None if declared is None else {*declared}
+
+    def convert(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        kinds, declared = found()
+        if not kinds:
+            return args, kwargs
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return args, kwargs  # the call itself says it better
+        given, others = bound.arguments, bound.arguments.get(options, {})
+        unknown = [name for name in others if declared is not None and name not in declared]
+        if unknown:
+            raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {unknown[0]!r}")
+        for each in (given, others):
+            for name in each.keys() & kinds.keys():
+                each[name] = _converted(name, each[name], kinds[name])
+        return bound.args, bound.kwargs
+
+    return convert
+
+
+def _converted(name: str, value: Any, kind: Kind) -> Any:
+    try:
+        return kind.convert(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        message = f"expected {name} to be {kind.words}, got {shown(value)}. {_fix(kind, value)}"
+        raise PyroVAEError(message.rstrip()) from error
+
+
+def refuse_invalid_parameters(error: ValueError) -> None:
+    """Say what to do about a distribution's invalid parameters, if PyTorch's error is of these."""
+    text = str(error)
+    if isinstance(error, PyroVAEError) or "to satisfy the constraint" not in text:
+        return
+    raise PyroVAEError(
+        f"a distribution has invalid parameters. {text.split(', but found')[0]}, got others. NaN comes of data or "
+        "parameters that are NaN or very large: check x.isfinite(), scale the data, or lower the learning rate."
+    ) from error
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: a number or a short text as it is, else its type; of a tensor, its form."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return "a nested tensor"
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f"{value.layout} "
+        return f"a {layout}tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    text = repr(value)
+    name = type(value).__name__
+    a = "an" if name[0] in "aeiouAEIOU" or name == "ndarray" else "a"
+    return text if len(text) <= 60 and "\n" not in text and " at 0x" not in text else f"{a} {name}"
+
+
+def _fix(kind: Kind, value: Any) -> str:
+    if isinstance(value, Tensor) and value.layout is not torch.strided:
+        return "Pass x.to_dense()."
+    if isinstance(value, Tensor) and value.is_nested:
+        return "Pass torch.nested.to_padded_tensor(x, 0.0), and a mask."
+    if "tensor" in kind.words and hasattr(value, "to_numpy"):
+        return "Pass torch.tensor(x.to_numpy(), dtype=torch.float32)."
+    if "tensor" in kind.words and isinstance(value, np.ndarray | list | tuple):
+        return "Pass torch.as_tensor(x)."
+    if isinstance(value, type):
+        return "Pass an instance of it."
+    if "sequence" in kind.words and isinstance(value, int):
+        return f"Write ({value},)."
+    return ""
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function's arguments."""
+    hints: dict[str, Any] = {}
+    for name, hint in function.__annotations__.items():
+        holder = types.SimpleNamespace(__annotations__={name: hint})
+        with contextlib.suppress(NameError):  # of a library that is imported only where it is used, such as matplotlib
+            hints |= get_type_hints(holder, function.__globals__, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return"}
+
+
+def kind_of(hint: Any) -> Kind | None:
+    """What an annotation asks for; None where any value may be right."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _ranged(kind_of(inside[0]), next((each for each in inside[1:] if isinstance(each, Between)), None))
+    if origin in (Union, types.UnionType):
+        kinds = [kind_of(each) for each in inside if each is not str or Path not in inside]
+        found = [kind for kind in kinds if kind is not None]
+        return _either(found) if len(found) == len(kinds) else None
+    if origin is Literal:
+        return kind_of(type(inside[0]))
+    if origin in (Sequence, tuple, list) and inside and (element := kind_of(inside[0])) is not None:
+        return _sequence(element)
+    if hint is Any:
+        return None
+    if hint in _KINDS:
+        return _KINDS[hint]
+    if origin in (Callable, Mapping, dict):
+        return _instance(origin)
+    return _instance(hint) if isinstance(hint, type) and hint is not object and origin is None else None
+
+
+def _instance(cls: Any) -> Kind:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, cls):
+            raise TypeError
+        return value
+
+    words = {
+        nn.Module: "a torch.nn.Module",
+        str: "a string",
+        Callable: "a function",
+        Mapping: "a dictionary",
+        dict: "a dictionary",
+    }
+    return Kind(words.get(cls, f"a {cls.__name__}"), convert)
+
+
+def _either(kinds: list[Kind]) -> Kind:
+    def convert(value: Any) -> Any:
+        for kind in kinds:
+            if kind.accepts(value):
+                return kind.convert(value)
+        raise TypeError
+
+    return Kind(" or ".join(dict.fromkeys(kind.words for kind in kinds)), convert)
+
+
+def _sequence(element: Kind) -> Kind:
+    def convert(value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str | bytes | Set | Mapping) or not isinstance(value, Iterable):
+            raise TypeError
+        return tuple(element.convert(each) for each in value)
+
+    words = element.words.removeprefix("an ").removeprefix("a ")
+    return Kind(f"a sequence of {words}s" if "," not in words else f"a sequence, each of {element.words}", convert)
+
+
+def _ranged(kind: Kind | None, between: Between | None) -> Kind | None:
+    if kind is None or between is None:
+        return kind
+    least, most = between
+
+    def convert(value: Any) -> Any:
+        value = kind.convert(value)
+        if not least <= (len(value) if isinstance(value, tuple) else value) <= most:
+            raise ValueError
+        return value
+
+    if "sequence" in kind.words:
+        number = f"{least} " if least == most else "one or more "
+        return Kind(kind.words.replace("sequence of ", f"sequence of {number}"), convert)
+    if kind.words == "an integer" and between == Between(1):
+        return Kind("a positive integer", convert)
+    limits = f" of at least {least:,}" if most == math.inf else f" from {least:,} to {most:,}"
+    return Kind(f"{kind.words}{limits}", convert)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real | Tensor):
+        raise TypeError
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError
+    return value if type(value) in (int, float) else number  # type: ignore[return-value]
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError
+    return bool(value)
+
+
+def is_dense(value: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor with all its elements in memory, neither sparse nor nested."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def _tensor(value: Any) -> Tensor:
+    if not is_dense(value):
+        raise TypeError
+    return value
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | os.PathLike) or not str(value) or "\0" in str(value):
+        raise TypeError
+    return value
+
+
+_KINDS: dict[Any, Kind] = {
+    int: Kind("an integer", _integer),
+    float: Kind("a number", _number),
+    bool: Kind("True or False", _truth),
+    str: _instance(str),
+    Tensor: Kind("a dense tensor", _tensor),
+    np.ndarray: Kind("an array", _instance(np.ndarray).convert),
+    Path: Kind("a path", _path),
+    type(None): Kind("None", _instance(type(None)).convert),
+}
