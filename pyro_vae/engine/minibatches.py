@@ -156,14 +156,15 @@ class Minibatches:
 
     def generator_states(self) -> list[Tensor]:
         """The states of the DataLoader's random number generators, if it has any."""
-        return [generator.get_state() for generator in self._generators()]
+        return [generator.get_state() for generator in self.generators()]
 
     def set_generator_states(self, states: list[Tensor]) -> None:
         """Restore the DataLoader's random number generators."""
-        for generator, state in zip(self._generators(), states, strict=True):
+        for generator, state in zip(self.generators(), states, strict=True):
             generator.set_state(state)
 
-    def _generators(self) -> list[torch.Generator]:
+    def generators(self) -> list[torch.Generator]:
+        """The DataLoader's random number generators."""
         sampler = getattr(self.loader, "sampler", None)
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         owners = (self.loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))

@@ -1,5 +1,6 @@
 """The parameters of a program, found by running it once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -16,6 +17,19 @@ def find_parameters(program: Program) -> tuple[dict[str, Tensor], dict[str, Tens
     """The parameters that the model uses, and those that the guide uses; one that both use is in both."""
     model_trace, guide_trace = program.trace()
     return parameters_of(model_trace), parameters_of(guide_trace)
+
+
+def store_as_it_is() -> Callable[[], None]:
+    """Remember what Pyro's parameter store holds now; what it returns puts that back, as before a run of a program."""
+    held = [vars(pyro.get_param_store())[name] for name in ("_params", "_param_to_name", "_constraints")]
+    kept = [dict(each) for each in held]
+
+    def put_back() -> None:
+        for each, before in zip(held, kept, strict=True):
+            each.clear()
+            each.update(before)
+
+    return put_back
 
 
 def require_parameters(*traces: Trace) -> dict[str, Tensor]:

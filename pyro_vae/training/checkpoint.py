@@ -2,8 +2,9 @@
 
 import io
 import pickle
+import re
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, buffers, find_modules
 from pyro_vae.engine.ownership import merged
-from pyro_vae.engine.parameters import find_parameters
+from pyro_vae.engine.parameters import find_parameters, store_as_it_is
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import NotWrittenError, PyroVAEError
 from pyro_vae.files import written_whole
+from pyro_vae.training import contents
 
 FORMAT = "pyro_vae checkpoint 1"
 
@@ -38,36 +40,40 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, tensors to the CPU; refuse a file that is truncated, or not a checkpoint of pyro_vae."""
-    path = Path(path)
-    if path.is_dir():
-        raise PyroVAEError(f"expected {path} to be a checkpoint, got a folder. Pass the file in it.")
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Train first, or check the path.")
+    """Read a checkpoint, tensors to the CPU; refuse a file that is damaged, or is not as this package writes it."""
+    state = _read(Path(path))
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if not isinstance(found, str) or found != FORMAT:
+        later = isinstance(found, str) and re.fullmatch(r"pyro_vae checkpoint \d+", found)
+        fix = "A later version of pyro_vae wrote it: update pyro_vae" if later else "Pass the path that pv.fit wrote"
+        raise PyroVAEError(f"expected {path} to be a '{FORMAT}', got {contents.shortened(found)}. {fix}.")
+    contents.check(path, state)
+    return state
+
+
+def _read(path: Path) -> Any:
+    """Read what torch.save wrote, without running code from the file."""
     try:
+        if path.exists() and not path.is_file():
+            found = "a folder. Pass the file in it" if path.is_dir() else "no file. Pass the path of one"
+            raise PyroVAEError(f"expected {path} to be a checkpoint, got {found}.")
+        if not path.is_file():
+            raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Train first, or check the path.")
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # torch does not compare the checksums
                 raise zipfile.BadZipFile("a part of the file has another checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        KeyError,
-        ValueError,
-        NotImplementedError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (PyroVAEError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise PyroVAEError(
+            f"expected {path} to be a checkpoint that can be read, got {error}. Remove the cause, or pass another path."
+        ) from error
+    except Exception as error:  # each library says in its own way that the bytes are not as it wrote them
         raise PyroVAEError(
             f"{path} can't be read as a checkpoint: it is truncated, damaged, or another kind of file. Delete it and "
             "train again, or pass another path."
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise PyroVAEError(f"expected {path} to be a '{FORMAT}', got {found!r}. Pass the path that pv.fit wrote.")
-    return state
 
 
 def check_readable(name: str, value: Any) -> None:
@@ -115,29 +121,44 @@ def load_parameters(path: str | Path, model: PyroFunction, guide: PyroFunction, 
         True
     """
     state = load(path)
-    parameters = merged(*find_parameters(Program(model, guide, args, kwargs)))
-    restore(path, state.get("best") or state, parameters, buffers(find_modules(model, guide)))
+    put_back = store_as_it_is()
+    try:
+        parameters = merged(*find_parameters(Program(model, guide, args, kwargs)))
+        restore(path, state.get("best") or state, parameters, buffers(find_modules(model, guide)))
+    except Exception:
+        put_back()
+        raise
 
 
-def restore(
+def check_tensors(
     path: str | Path, state: dict[str, Any], parameters: dict[str, Tensor], own_buffers: dict[str, Tensor]
 ) -> None:
-    """Copy a checkpoint's tensors into a program's, in place; refuse those of another program before the first copy."""
-    kinds = (("parameter", state["parameters"], parameters), ("buffer", state["buffers"], own_buffers))
-    for what, saved, own in kinds:
+    """Refuse the parameters and buffers of another program."""
+    for what, saved, own in _pairs(state, parameters, own_buffers):
         for name in sorted(saved.keys() | own.keys()):
-            here, there = _describe(own.get(name)), _describe(saved.get(name))
+            here, there = (contents.describe(t[name]) if name in t else "absent" for t in (own, saved))
             if here != there:
                 raise PyroVAEError(
                     f"the checkpoint {path} is of another program: expected {what} '{name}' {here}, as in the "
                     f"program that you pass, got {there} in the file. Build the program that was trained, or pass "
                     "another path."
                 )
+
+
+def restore(
+    path: str | Path, state: dict[str, Any], parameters: dict[str, Tensor], own_buffers: dict[str, Tensor]
+) -> None:
+    """Copy a checkpoint's tensors into a program's, in place; refuse those of another program before the first copy."""
+    check_tensors(path, state, parameters, own_buffers)
     with torch.no_grad():
-        for _, saved, own in kinds:
+        for _, saved, own in _pairs(state, parameters, own_buffers):
             for name, value in own.items():
                 value.copy_(saved[name])
 
 
-def _describe(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else f"of shape {tuple(tensor.shape)} and {tensor.dtype}"
+def _pairs(
+    state: dict[str, Any], parameters: dict[str, Tensor], own_buffers: dict[str, Tensor]
+) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
+    """The saved tensors and the program's own, of each sort."""
+    yield "parameter", state["parameters"], parameters
+    yield "buffer", state["buffers"], own_buffers

@@ -156,6 +156,11 @@ def _as_float64(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1).to(torch.float64)
 
 
+def num_blocks(rows: int) -> int:
+    """The number of blocks into which so many rows fall."""
+    return -(-rows // _block(rows))
+
+
 def _block(rows: int) -> int:
     return max(1, -(-rows // BLOCKS))
 

@@ -127,7 +127,7 @@ class Fingerprint:
                     f"got {found.now}. {PASS_THE_SAME}"
                 )
         self.repeats = saved["repeats"]
-        rows = tuple(saved["rows"]) if self.repeats else self.program.args
+        rows = tuple(saved["rows"]) if self.repeats and "rows" in saved else self.program.args
         if (
             self.latents is not None
             and _length(rows) == _length(self.program.args)

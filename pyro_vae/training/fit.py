@@ -22,7 +22,7 @@ from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.parameters import require_parameters
+from pyro_vae.engine.parameters import require_parameters, store_as_it_is
 from pyro_vae.engine.program import Program, refusal
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Rows, find_rows
@@ -155,6 +155,7 @@ def fit(
 
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
+    put_back = store_as_it_is()
     program = Program(model, guide, batches.example())
     parameters, model_sites, likelihoods, rows_of = _first_run(program, objective, batches)
     support = DataSupport(program, model_sites)
@@ -197,7 +198,11 @@ def fit(
     alone = one_writer(checkpoint, "training into") if checkpoint else nullcontext()
     with taken_for_ctrl_c(then_obeyed=True) as received, alone:
         if checkpoint and Path(checkpoint).exists():
-            loop.resume(checkpoint, epochs)
+            try:
+                loop.resume(checkpoint, epochs)
+            except Exception:
+                put_back()
+                raise
         elif checkpoint and scheduler is not None:
             checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
 

@@ -8,6 +8,10 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.training import contents
+
+# What changes in every scheduler; versions of PyTorch differ in some of it.
+PROGRESS = ("last_epoch", "_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr")
 
 
 def make(
@@ -49,9 +53,23 @@ def make(
 
 def describe(scheduler: LRScheduler) -> str:
     """A scheduler's type and settings before its first step, by which a checkpoint recognises it."""
-    progress = {"last_epoch", "_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr"}
-    settings = [f"{name}={value!r}" for name, value in scheduler.state_dict().items() if name not in progress]
+    settings = [f"{name}={value!r}" for name, value in scheduler.state_dict().items() if name not in PROGRESS]
     return f"{type(scheduler).__name__}({', '.join(settings)})"
+
+
+def state_kind(scheduler: LRScheduler, epochs: int | None) -> Any:
+    """The kind of this scheduler's state after so many epochs; None is not known. Another one's may be anything."""
+    if type(scheduler).__module__ != LRScheduler.__module__:
+        return dict
+    kinds = {name: contents.like(value) for name, value in scheduler.state_dict().items()}
+    if "lr_lambdas" in kinds:  # has the state of objects of the user's
+        kinds["lr_lambdas"] = [object]
+    if "_schedulers" in kinds:
+        kinds["_schedulers"] = contents.Items([state_kind(each, None) for each in scheduler._schedulers])  # type: ignore[attr-defined]
+    if epochs is not None and kinds.get("last_epoch"):
+        kinds["last_epoch"] = contents.equal(epochs)
+    optional = {name: kinds.pop(name) for name in PROGRESS[1:] if name in kinds}
+    return contents.Parts(kinds, optional)
 
 
 def step(scheduler: LRScheduler, validation_bound: float, anew: bool) -> None:

@@ -24,7 +24,7 @@ from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Rows
 from pyro_vae.errors import NotFiniteError, NotWrittenError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
-from pyro_vae.training import learning_rates
+from pyro_vae.training import contents, learning_rates
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import PASS_THE_SAME, Fingerprint
 from pyro_vae.training.scales import Scales
@@ -122,10 +122,13 @@ class Loop:
 
     def history(self) -> pd.DataFrame:
         """The table that `fit` returns."""
-        columns = ["train_bound", "validation_bound", "seconds", *(["lr"] if self.scheduler else [])]
-        table = pd.DataFrame(self.rows, index=pd.RangeIndex(1, len(self.rows) + 1, name="epoch"), columns=columns)
+        index = pd.RangeIndex(1, len(self.rows) + 1, name="epoch")
+        table = pd.DataFrame(self.rows, index=index, columns=self._columns())
         table.attrs["quantity"] = getattr(self.objective, "quantity", "bound on log p(x)")
         return table
+
+    def _columns(self) -> list[str]:
+        return ["train_bound", "validation_bound", "seconds", *(["lr"] if self.scheduler else [])]
 
     def _add(self, found: dict[str, Tensor], batch: Batch) -> None:
         """Train parameters that no earlier minibatch has used, from this step on."""
@@ -204,6 +207,12 @@ class Loop:
         """Restore the state from the checkpoint."""
         state = checkpoints.load(path)
         saved = {"compile": False, "lr_scheduler": None} | state["settings"]
+        for name in saved:
+            if name not in self.settings:
+                raise PyroVAEError(
+                    f"the checkpoint {path} was written with a setting that this version of pyro_vae does not know: "
+                    f"expected none, got {name}={contents.shortened(saved[name])}. Update pyro_vae, or pass a new path."
+                )
         for name, value in self.settings.items():
             if saved[name] != value:
                 raise PyroVAEError(
@@ -222,17 +231,46 @@ class Loop:
                 f"the checkpoint {path} holds {len(state['history'])} epochs: expected at least as many in all, got "
                 f"epochs={epochs}. Pass more epochs, or a new path."
             )
+        # Version 0.1.0 did not count; a stream's epochs have no known number of steps.
+        steps = state.get("steps", len(state["history"]) * (self.batches.steps or 1))
         self._restore_recognised(path, state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_optimizer(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.batches.set_generator_states(state["loader_rng"])
         rng.set_state(state["rng"])
-        if state.get("step") is not None:
+        if state["step"] is not None:
             self.objective.step = state["step"]
-        self.rows, self.best = list(state["history"]), best
-        # Version 0.1.0 did not count; a stream's epochs have no known number of steps.
-        self.steps = state.get("steps", len(self.rows) * (self.batches.steps or 1))
+        self.rows, self.best, self.steps = list(state["history"]), best, steps
+
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        """Restore the optimiser's state, in memory laid out as the parameters': fused kernels take that for granted."""
+        parameters, own = self.optimizer.param_groups[0]["params"], self.optimizer.state_dict()["param_groups"][0]
+        names = contents.MOMENTS.needed
+        moments = {
+            i: {n: torch.empty_like(each["step"] if n == "step" else parameters[i]).copy_(each[n]) for n in names}
+            for i, each in saved["state"].items()
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": [own | saved["param_groups"][0]]})
+
+    def _check_parts(self, path: str | Path, state: dict[str, Any]) -> None:
+        """Refuse a state that is not one of this training, before anything takes a part of it."""
+        tensors = self.parameters, buffers(self.modules)
+        checkpoints.check_tensors(path, state, *tensors)
+        if state.get("best") is not None:
+            checkpoints.check_tensors(path, state["best"], *tensors)
+        epochs, counts = len(state["history"]), isinstance(getattr(self.objective, "step", None), int)
+        taken = epochs * self.batches.steps if self.batches.loader is None and self.batches.steps else None
+        most, scheduler = taken or state.get("steps", math.inf), self.scheduler
+        parts = {
+            "history": [contents.Parts(dict.fromkeys(self._columns(), float))],
+            "optimizer": contents.of_adam(self.optimizer, most, scheduled=scheduler is not None),
+            "loader_rng": contents.of_generators(self.batches.generators()),
+            "step": contents.COUNT if counts else None,
+        }
+        later = {"scheduler": None if scheduler is None else learning_rates.state_kind(scheduler, epochs)}
+        later |= {"steps": contents.equal(taken)} if taken else {}
+        contents.check_parts(path, state, contents.Parts(parts, later))
 
     def _find(self, saved: dict[str, Tensor]) -> None:
         """Find the checkpoint's parameters that the first minibatch does not use, and put all into its order."""
@@ -253,10 +291,12 @@ class Loop:
                 "those that were trained is not known. Pass the same.",
                 stacklevel=5,
             )
+            self._check_parts(path, state)
             checkpoints.restore(path, state, self.parameters, own_buffers)
             return
         self.fingerprint.check_inputs(path, saved)
         self._find(state["parameters"])
+        self._check_parts(path, state)
         own = self._copy(math.nan)
         checkpoints.restore(path, state, self.parameters, own_buffers)
         try:

@@ -211,9 +211,12 @@ def test_checkpoints_of_before_there_were_schedulers_go_on(tmp_path):
     whole = fit(make_vae())
     fit(make_vae(), epochs=2, checkpoint=path)
     state = checkpoints.load(path)
-    del state["settings"]["lr_scheduler"], state["scheduler"], state["best"]
+    del state["settings"]["lr_scheduler"], state["settings"]["compile"]
+    for later in ("scheduler", "best", "steps", "fingerprint"):
+        del state[later]
     torch.save(state, path)
-    assert fit(make_vae(), checkpoint=path).train_bound.equals(whole.train_bound)
+    with pytest.warns(UserWarning, match="written by an earlier version"):
+        assert fit(make_vae(), checkpoint=path).train_bound.equals(whole.train_bound)
 
 
 @pytest.mark.parametrize("name", ["exponential", "plateau"])
