@@ -25,8 +25,8 @@ def set_state(state: State) -> None:
     """Restore the states that :func:`get_state` returned."""
     algorithm, keys, *rest = state["numpy"]
     pyro.util.set_rng_state(state | {"numpy": (algorithm, keys.numpy().astype(np.uint32), *rest)})
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, own in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):  # it may have others
+        torch.cuda.set_rng_state(own, device)
 
 
 @contextmanager
