@@ -5,10 +5,12 @@ epoch, and ``figures/`` the plots. All commands build data and networks from ``c
 """
 
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pandas as pd
 import pyro
@@ -18,6 +20,7 @@ import pyro_vae as pv
 from pyro_vae.data import Dataset
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.files import written_whole
+from pyro_vae.training import contents
 
 RUN_HELP = "Folder that 'pyro-vae train' wrote, such as runs/digits."
 RunArgument = Annotated[Path, Argument(metavar="RUN", help=RUN_HELP, show_default=False)]
@@ -64,18 +67,39 @@ class RunFolder:
                 "train, pass a new or empty folder."
             )
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            config = json.loads(path.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise PyroVAEError(
+                f"expected {path} to be a file that can be read, got {error}. Remove the cause, or pass another folder."
+            ) from error
+        except (ValueError, RecursionError) as error:
             raise PyroVAEError(
                 f"expected {path} to be JSON, got an error in it: {error}. Restore it, or pass another folder."
             ) from error
-        config = OLD_VALUES | config if isinstance(config, dict) else {}
-        if config.keys() != {"pyro_vae", *OPTIONS}:
+        if not isinstance(config, dict) or not config:
             raise PyroVAEError(
-                f"expected {path} to hold the options of 'pyro-vae train' (version {version('pyro_vae')}), got other "
-                "content. Pass another folder."
+                f"expected {path} to hold the options of 'pyro-vae train', got other content: "
+                f"{contents.shortened(config)}. Pass another folder."
             )
+        config = OLD_VALUES | config
+        self._check_config(path, config)
         return config
+
+    def _check_config(self, path: Path, config: dict[str, Any]) -> None:
+        """Refuse other options than those of this version's train, and values that it does not take."""
+        own, kinds = version("pyro_vae"), {"pyro_vae": str} | _kinds()
+        unknown = [name for name in config if name not in kinds]
+        found = contents.difference(config, contents.Parts(kinds))
+        if found is None and unknown:
+            found = f"no other option, got {contents.shortened(unknown[0])}"
+        if found is not None:
+            wrote = config.get("pyro_vae")
+            later = isinstance(wrote, str) and _numbers(wrote) > _numbers(own)
+            fix = f"pyro_vae {wrote} wrote it, a later version: update pyro_vae" if later else "Restore it"
+            raise PyroVAEError(
+                f"expected {path} to hold the options of 'pyro-vae train' (version {own}), got other content: expected "
+                f"{found}. {fix}, or pass another folder."
+            )
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write config.json, and create the folder if it is missing."""
@@ -118,9 +142,43 @@ class RunFolder:
 
     def load(self) -> tuple[Dataset, pv.VAE]:
         """Load the data, and the VAE with the parameters of the checkpoint."""
-        dataset, vae = build(self.read_config())
+        config = self.read_config()
+        try:
+            dataset, vae = build(config)
+        except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # of PyTorch's too, of a layer's size
+            why = str(error).splitlines()[0]
+            raise PyroVAEError(
+                f"the options in {self.path / 'config.json'} can't be taken: {why} Restore the file, or pass another "
+                "folder."
+            ) from error
         pv.load_parameters(self.checkpoint, vae, dataset.test.x[:1])
         return dataset, vae
+
+
+def _kinds() -> dict[str, Any]:
+    """What config.json may hold for each option: the values that the command line takes."""
+    from pyro_vae.cli.train import train  # here, since it imports this file
+
+    hints, kinds = get_type_hints(train, include_extras=True), {}
+    for name in OPTIONS:
+        values, option = get_args(hints[name])
+        choices = get_args(values) if get_origin(values) in (Union, UnionType) else (values,)
+        kinds[name] = tuple(_kind(choice, option.min) for choice in choices)
+    return kinds
+
+
+def _kind(choice: Any, least: float | None) -> Any:
+    if get_origin(choice) is Literal:
+        words = get_args(choice)
+        return contents.Where(str, " or ".join(map(repr, words)), lambda value: value in words)
+    if choice in (int, float) and least is not None:
+        what = "an integer" if choice is int else "a number"
+        return contents.Where(choice, f"{what}, at least {least:g}", lambda value: value >= least)
+    return {type(None): None, Path: str}.get(choice, choice)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def build(config: dict[str, Any]) -> tuple[Dataset, pv.VAE]:

@@ -50,6 +50,40 @@ def test_train_refuses_the_folder_of_something_else(tmp_path):
     assert "--out" in refusal("train", "digits", *TINY, "--out", "thesis/config.json")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_dim": "2"}, "expected ['latent_dim'] to be an integer, at least 1, got '2'"),
+        ({"latent_dim": 0}, "expected ['latent_dim'] to be an integer, at least 1, got 0"),
+        ({"latent_dim": 2**62}, "can't be taken"),
+        ({"network": "rnn"}, "expected ['network'] to be 'mlp' or 'conv', got 'rnn'"),
+        ({"hidden_dims": "wide"}, "can't be taken: expected --hidden-dims to be integers"),
+        ({"scale": None}, "expected ['scale'] to be text, got None"),
+        ({"new": 1}, "expected no other option, got 'new'. Restore it"),
+        ({"new": 1, "pyro_vae": "10.0"}, "pyro_vae 10.0 wrote it, a later version: update pyro_vae"),
+    ],
+)
+def test_a_config_of_other_values_is_refused(run, change, message):
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    said = refusal("sample", run)
+    assert message in said
+    assert str(path) in said
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"text"', "[" * 100_000, "{}", "\0"])
+def test_a_config_of_other_content_is_refused(run, text):
+    (run / "config.json").write_text(text)
+    assert str(run / "config.json") in refusal("sample", run)
+
+
+def test_a_missing_option_is_named(run):
+    config = json.loads((run / "config.json").read_text())
+    for name in config.keys() - OLD_VALUES.keys():
+        (run / "config.json").write_text(json.dumps({key: config[key] for key in config if key != name}))
+        assert f"expected ['{name}'] to be " in refusal("sample", run)
+
+
 @pytest.mark.parametrize("command", ["compare", "sample"])
 def test_commands_refuse_what_is_not_a_run(command, run, tmp_path):
     assert "no such folder" in refusal(command, "nowhere")
