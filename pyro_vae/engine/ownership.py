@@ -4,6 +4,7 @@ Pyro's store keeps the first tensor under a name. With networks made anew under 
 over folds, it would hold the old ones: these would be trained, saved and loaded, and the new ones would run.
 """
 
+import copyreg
 import sys
 import weakref
 from collections.abc import Iterable
@@ -116,6 +117,18 @@ def unconstrained(value: Any) -> Any:
     """A parameter as an optimiser steps it."""
     # Under Pyro's module_local_params, a module's parameters are unconstrained already.
     return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+def _reduced(parameter: nn.Parameter) -> Any:
+    """What a pickle has of a parameter: all but weak references, such as Pyro's to the parameter itself."""
+    bare = nn.Parameter(parameter.data, parameter.requires_grad)
+    vars(bare).update({name: value for name, value in vars(parameter).items() if not isinstance(value, weakref.ref)})
+    return bare.__reduce_ex__(2)
+
+
+# No pickle takes a weak reference, and Pyro puts one on every parameter that a program uses. Any module can hold such a
+# parameter, also a network that is no part of a pair, so that a method of a pair would come too late.
+copyreg.pickle(nn.Parameter, _reduced)
 
 
 def _two_modules(name: str) -> PyroVAEError:

@@ -1,0 +1,186 @@
+"""A trained pair in a pickle and in another process: the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import multiprocessing
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import pyro
+import pytest
+import torch
+from helpers.matrix import N, rows, sampled
+from torch.utils._pytree import tree_leaves
+
+import pyro_vae as pv
+
+ROWS = {f"{row.name}, {row.kind}": row for row in rows() if row.common}
+PAIRS = [name for name in ROWS if name.endswith(" binary") and "prior" not in name and "missing" not in name]
+
+
+def _saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = {"pickle": lambda value: pickle.loads(pickle.dumps(value)), "torch.save": _saved, "deepcopy": copy.deepcopy}
+
+
+def _results(pair, args):
+    return [value.clone() for value in tree_leaves([pair.embed(*args), pair.reconstruct(*args)])]
+
+
+def _same(first, second):
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def _svi(pair, args, objective):
+    pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-2}), loss=objective).step(*args)
+
+
+def _vae():
+    return pv.mlp_vae((6,), latent_dim=3, hidden_dims=(8,)), (torch.rand(N, 6).round(),)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_copy_of_a_trained_pair_gives_the_same(name):
+    pair, args = ROWS[name].build()
+    _svi(pair, args, sampled(ROWS[name]))
+    expected = _results(pair, args)
+    for way, through in WAYS.items():
+        other = through(pair)
+        assert _same(_results(other, args), expected), way
+        assert [key for key, _ in other.named_parameters()] == [key for key, _ in pair.named_parameters()], way
+        memory = {value.data_ptr() for value in pair.parameters()}
+        assert memory.isdisjoint(value.data_ptr() for value in other.parameters()), way
+
+
+TRAINED = {
+    "fit": lambda pair, x: pv.fit(pair, x, pv.ELBO(), epochs=1, batch_size=6, progress=False),
+    "a compiled step": lambda pair, x: pv.compile_step(pair, pv.ELBO(), torch.optim.Adam(pair.parameters()))(x),
+    "an evaluation": lambda pair, x: pv.log_likelihood(pair, x, 100, progress=False),
+    "Pyro's own loss": lambda pair, x: _svi(pair, (x,), pyro.infer.Trace_ELBO()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
+@pytest.mark.parametrize("after", TRAINED)
+def test_pickling_works_after_whatever_ran_and_leaves_the_pair_alone(after, without_inductor):
+    pair, (x,) = _vae()
+    TRAINED[after](pair, x)
+    weight = pair.posterior.encoder[1].weight
+    weight.note = "kept"
+    reference = weight.unconstrained  # Pyro's, by which an optimiser may still look for the parameter
+    assert WAYS["pickle"](pair).posterior.encoder[1].weight.note == "kept"
+    assert weight.unconstrained is reference
+    # Networks that are no pair, a method, and an optimiser.
+    encoder, embed, _ = WAYS["pickle"]([pair.posterior.encoder, pair.embed, torch.optim.Adam(pair.parameters())])
+    assert torch.equal(encoder(x), pair.posterior.encoder(x))
+    assert torch.equal(embed(x), pair.embed(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_beside_the_original_has_parameters_of_its_own(way):
+    pair, (x,) = _vae()
+    pv.fit(pair, x, pv.ELBO(), epochs=1, progress=False)
+    other = WAYS[way](pair)
+
+    def estimate(of):
+        pyro.set_rng_seed(1)
+        return pv.log_likelihood(of, x, 100, progress=False).per_datum
+
+    def train(which, beside):
+        before, still = copy.deepcopy(which.state_dict()), copy.deepcopy(beside.state_dict())
+        pv.fit(which, x, pv.ELBO(), epochs=1, progress=False)
+        assert not any(torch.equal(value, before[key]) for key, value in which.named_parameters())
+        assert all(torch.equal(value, still[key]) for key, value in beside.named_parameters())
+
+    first = estimate(pair)
+    assert torch.equal(estimate(other), first)
+    train(other, beside=pair)
+    assert not torch.equal(estimate(other), first)
+    assert torch.equal(estimate(pair), first)
+    train(pair, beside=other)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_objective_of_a_pair_is_copied_with_its_pair(way):
+    pair, (x,) = _vae()
+    module = pv.IWAE(3)(pair)
+    module(x).backward()
+    other = WAYS[way](module)
+    pair.zero_grad()
+    losses = []
+    for each in (other, module):
+        pyro.set_rng_seed(1)
+        losses.append(each(x))
+    assert torch.equal(*losses)
+    losses[0].backward()
+    assert all(value.grad is not None for value in other.parameters())
+    assert all(value.grad is None for value in pair.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
+def test_results_and_schedules_are_copied_whole():
+    pair, (x,) = _vae()
+    found = [
+        pv.fit(pair, x, pv.ELBO(beta=pv.schedules.warm_up(2)), epochs=1, progress=False),
+        pv.ELBO(beta=pv.schedules.cyclical(4)),
+        pv.Estimate.of(torch.randn(5)),
+        pv.log_likelihood(pair, x, 100, progress=False),
+        pv.inference_gaps(pair, x, num_steps=2, num_samples=10, progress=False),
+        pv.decompose_elbo(pair, x),
+    ]
+    for way, through in WAYS.items():
+        for value in found:
+            assert repr(through(value)) == repr(value), way
+
+
+FRESH = """
+import sys, torch, pyro_vae as pv
+from torch.utils._pytree import tree_leaves
+torch.set_num_threads(1)
+saved = torch.load(sys.argv[1], weights_only=False)
+for pair, args, objective, expected in saved:
+    found = tree_leaves([pair.embed(*args), pair.reconstruct(*args)])
+    assert all(map(torch.equal, found, expected)), type(pair)
+    pv.fit(pair, args, objective, epochs=2, batch_size=6, seed=0, progress=False)
+torch.save([pair for pair, *_ in saved], sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_goes_on_as_this_one_would(tmp_path):
+    built = []
+    for name in PAIRS:
+        pair, args = ROWS[name].build()
+        pv.fit(pair, args, sampled(ROWS[name]), epochs=1, progress=False)
+        built.append((pair, args, sampled(ROWS[name]), _results(pair, args)))
+    torch.save(built, tmp_path / "pairs.pt")
+    done = subprocess.run([sys.executable, "-c", FRESH, tmp_path / "pairs.pt"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (pair, args, objective, _), there in zip(
+        built, torch.load(tmp_path / "pairs.pt", weights_only=False), strict=True
+    ):
+        pv.fit(pair, args, objective, epochs=2, batch_size=6, seed=0, progress=False)
+        assert _same(list(pair.parameters()), list(there.parameters())), type(pair)
+
+
+@pytest.mark.slow
+def test_spawned_processes_and_joblib_run_a_trained_pair():
+    joblib = pytest.importorskip("joblib")
+    pair, (x,) = _vae()
+    pv.fit(pair, x, pv.ELBO(), epochs=1, progress=False)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert torch.equal(pool.submit(pair.reconstruct, x).result(), pair.reconstruct(x))
+    parts = x.split(3)
+    assert len(parts) == 4
+    found = joblib.Parallel(n_jobs=4)(joblib.delayed(pair.embed)(part) for part in parts)
+    assert _same(found, [pair.embed(part) for part in parts])
