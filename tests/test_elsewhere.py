@@ -1,4 +1,4 @@
-"""A trained pair in a pickle and in another process: the same numbers."""
+"""A trained pair in a pickle, in another process, in a graph of torch.export and in ONNX: the same numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pyro
 import pytest
 import torch
 from helpers.matrix import N, rows, sampled
+from helpers.quick import slow_but
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import pyro_vae as pv
@@ -184,3 +186,68 @@ def test_spawned_processes_and_joblib_run_a_trained_pair():
     assert len(parts) == 4
     found = joblib.Parallel(n_jobs=4)(joblib.delayed(pair.embed)(part) for part in parts)
     assert _same(found, [pair.embed(part) for part in parts])
+
+
+def _fewer(args):
+    return tuple(value[:5] for value in args)
+
+
+def _exported(pair, args):
+    program = torch.export.export(pair, args, dynamic_shapes=({0: torch.export.Dim("batch")},) * len(args))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
+@pytest.mark.parametrize("name", slow_but(["ConditionalVAE, binary", "HierarchicalVAE, ladder, binary"], ROWS))
+def test_an_exported_pair_gives_the_same_for_any_number_of_data(name):
+    pair, args = ROWS[name].build()
+    _svi(pair, args, sampled(ROWS[name]))
+    for method in (pair.embed, pair.reconstruct):
+        pair.forward = method
+        exported = _exported(pair, args)
+        for each in (args, _fewer(args)):
+            found = tree_leaves(exported(*each))
+            assert _same(found, tree_leaves(method(*each)))
+            assert not any(value.requires_grad for value in found)
+
+
+def test_an_export_is_in_evaluation_mode_and_leaves_modes_and_checks_on():
+    encoder = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
+    pair = pv.VAE(
+        prior=pv.StandardNormal(2),
+        likelihood=pv.Bernoulli(nn.Linear(2, 6), (6,)),
+        posterior=pv.DiagonalNormal(encoder, (6,)),
+    )
+    x = torch.rand(N, 6).round()
+    pv.fit(pair, x, pv.ELBO(), epochs=1, progress=False)
+    pair.forward = pair.reconstruct
+    exported = _exported(pair, (x,))
+    assert torch.equal(exported(x), pair.reconstruct(x))
+    assert encoder.training
+    with pytest.raises(pv.PyroVAEError, match="zeros and ones"):
+        pair.reconstruct(x + 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*axis name")
+@pytest.mark.parametrize("name", ["VAE, binary", "ConditionalVAE, binary", "VAE, convolutions, binary"])
+def test_onnx_gives_the_same_for_any_number_of_data(name, tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pair, args = ROWS[name].build()
+    _svi(pair, args, sampled(ROWS[name]))
+    pair.eval()
+    for method in (pair.embed, pair.reconstruct):
+        pair.forward = method
+        path = tmp_path / f"{method.__name__}.onnx"
+        torch.onnx.export(pair, args, path, dynamo=True, dynamic_shapes=({0: "batch"},) * len(args), verbose=False)
+        session = onnxruntime.InferenceSession(path)
+        names = [given.name for given in session.get_inputs()]
+        for each in (args, _fewer(args)):
+            found = session.run(None, dict(zip(names, (value.numpy() for value in each), strict=True)))
+            # At most ten layers, each of sums of at most 48 terms of about 1, which rounding moves by 48 eps.
+            atol = 10 * 48 * torch.finfo(torch.float32).eps
+            torch.testing.assert_close(torch.tensor(found[0]), method(*each), rtol=0, atol=atol)

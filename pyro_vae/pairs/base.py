@@ -14,6 +14,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+from torch.utils import _pytree as pytree
 
 from pyro_vae.checks import converter, is_dense, refuse_invalid_parameters, shown
 from pyro_vae.engine.modules import eval_mode
@@ -43,12 +44,16 @@ def in_evaluation_mode(method: Method) -> Method:
     def wrapper(pair: "Pair", *args: Any, **kwargs: Any) -> Any:
         (_, *args), kwargs = convert((pair, *args), kwargs)
         widening = promoting() if any(map(is_half, pair.parameters())) else nullcontext()
-        with ONE_THREAD, torch.no_grad(), single_precision(), widening, eval_mode([pair]):
+        recorded = torch.compiler.is_compiling()  # by torch.export, ONNX or torch.compile
+        # A recorded graph can't hold what validation does with values, and torch.export.load fails on no_grad's.
+        around = pyro.validation_enabled(False) if recorded else torch.no_grad()
+        with ONE_THREAD, around, single_precision(), widening, eval_mode([pair]):
             try:
-                return method(pair, *args, **kwargs)
+                result = method(pair, *args, **kwargs)
             except ValueError as error:
                 refuse_invalid_parameters(error)
                 raise
+        return pytree.tree_map_only(Tensor, Tensor.detach, result) if recorded else result
 
     return cast(Method, wrapper)
 
@@ -204,7 +209,7 @@ class Labelled(Pair):
 
 def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) -> Tensor:
     """The network input for y: vectors (N, Y) unchanged, and integer labels (N,) as indicators of the classes."""
-    if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
+    if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[0] != size:  # len(y) would fix the size in an export
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise PyroVAEError(f"expected y to be a tensor with a row for each of {size} data, got {got}. Pass one.")
     if y.is_floating_point() and y.dim() == 2:

@@ -87,4 +87,4 @@ class ConditionalVAE(Labelled):
         return impute(self.prior(), self.likelihood, q, observed, mask, num_samples, vectors)
 
     def _vectors(self, y: Tensor, x: Tensor) -> Tensor:
-        return indicators(y, self.num_classes, len(x), x.dtype)
+        return indicators(y, self.num_classes, x.shape[0], x.dtype)

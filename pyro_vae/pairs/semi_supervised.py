@@ -148,8 +148,8 @@ class SemiSupervisedVAE(Labelled):
     def _column(self, x: Tensor, y: Tensor | None) -> Tensor:
         """The labels as a column (N, 1), -1 where the label is unobserved."""
         if y is None:
-            return torch.full((len(x), 1), UNOBSERVED, device=x.device)
-        if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (len(x),):
+            return torch.full((x.shape[0], 1), UNOBSERVED, device=x.device)
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != x.shape[:1]:
             expected = f"integer labels of shape ({len(x)},), {UNOBSERVED} where unobserved"
             raise PyroVAEError(f"expected y to be {expected}, got {described(y)}. Pass y.long().")
         check_labels(y, UNOBSERVED, self.num_classes)
