@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints, transform_to, transforms
 
+from pyro_vae.devices import wide
 from pyro_vae.errors import PyroVAEError
 
 LIMITS = torch.finfo(torch.float32)
@@ -28,11 +29,6 @@ class _Normal(constraints.greater_than):
 NORMAL_NUMBERS = _Normal(0.0)
 for registry in (transform_to, biject_to):  # free parameters of a scale are its logarithms, as of any positive number
     registry.register(_Normal, lambda _: transforms.ExpTransform())
-
-
-def wide(value: Tensor) -> Tensor:
-    """The value in float64, on the CPU if its device has no float64."""
-    return value.cpu().double() if value.device.type == "mps" else value.double()
 
 
 def shared(value: Tensor) -> Tensor:

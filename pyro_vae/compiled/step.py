@@ -11,6 +11,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vae.compiled.function import CompiledFunction, OnCompile
+from pyro_vae.devices import of_float64
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.parameters import NewParameters, require_parameters
@@ -89,7 +90,7 @@ class CompiledStep:
                 self.loss_and_gradients = CompiledFunction(
                     self._loss_and_gradients, find_modules(self.model, self.guide), self.on_compile
                 )
-            device = self.parameters[0].device
+            device = of_float64(self.parameters[0].device)
             # A tensor without dimensions leaves the types of others as they are, and rounds as a Python number does.
             settings = {
                 name: torch.tensor(value, dtype=torch.float64, device=device)

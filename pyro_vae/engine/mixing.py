@@ -14,6 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.devices import wide
 from pyro_vae.engine import agreement
 from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.program import Program
@@ -247,7 +248,7 @@ def _same(first: Tensor, second: Tensor, *, of_one_size: bool = False) -> bool:
     half = torch.bfloat16 in (first.dtype, second.dtype) or torch.float16 in (first.dtype, second.dtype)
     rtol, atol = (1e-5, 1e-5) if of_one_size else (1e-1, 1.0) if half else (1e-4, 1e-3)
     try:
-        first, second = torch.broadcast_tensors(first.double(), second.double())
+        first, second = torch.broadcast_tensors(wide(first), wide(second))
     except RuntimeError:
         return False
     return torch.allclose(first, second, rtol=rtol, atol=atol, equal_nan=True)

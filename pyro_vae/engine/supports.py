@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions.utils import lazy_property
 
+from pyro_vae.devices import wide
 from pyro_vae.engine.sites import Sites, equal, family, unwrapped
 from pyro_vae.errors import PyroVAEError
 
@@ -283,18 +284,18 @@ def _reached(ends: Any, limits: Any) -> tuple[Tensor, Tensor]:
     """Whether an interval's ends reach these limits, up to the rounding of the ends' dtype."""
     dtypes = {end.dtype for end in (*ends, *limits) if end.is_floating_point()} or {torch.float64}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    (low, high), (bottom, top) = ((end.detach().double() for end in pair) for pair in (ends, limits))
+    (low, high), (bottom, top) = ((wide(end.detach()) for end in pair) for pair in (ends, limits))
     size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (bottom, top)))
     # An end at zero is exact. Much mass may lie near it, since numbers near it have a finer rounding.
     slack = [torch.where(end == 0, 0.0, ROUNDING * eps * size) for end in (bottom, top)]
     return low <= bottom + slack[0], high >= top - slack[1]
 
 
-def contains(wide: Any, wide_shape: tuple[int, ...], narrow: Any, narrow_shape: tuple[int, ...]) -> bool:
+def contains(outer: Any, outer_shape: tuple[int, ...], inner: Any, inner_shape: tuple[int, ...]) -> bool:
     """Whether the first support contains the second, up to rounding; unless both are intervals, if they are equal."""
-    ends, limits = ends_of(wide, wide_shape), ends_of(narrow, narrow_shape)
+    ends, limits = ends_of(outer, outer_shape), ends_of(inner, inner_shape)
     if ends is None or limits is None:
-        return alike(plain(wide), plain(narrow))
+        return alike(plain(outer), plain(inner))
     return all(bool(reached.all()) for reached in _reached(ends, limits))
 
 

@@ -271,7 +271,8 @@ def _temperatures(schedule: Any, num_steps: int) -> Tensor:
         even = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
         curve = (8 * even - 4).sigmoid()
         return even if schedule == "linear" else (curve - curve[0]) / (curve[-1] - curve[0])
-    temperatures = torch.as_tensor(schedule, dtype=torch.float64).cpu()
+    values = schedule.cpu() if isinstance(schedule, Tensor) else schedule
+    temperatures = torch.as_tensor(values, dtype=torch.float64)
     rising = temperatures.dim() == 1 and bool((temperatures.diff() > 0).all())
     if not rising or len(temperatures) != num_steps + 1 or temperatures[0] != 0 or temperatures[-1] != 1:
         raise PyroVAEError(

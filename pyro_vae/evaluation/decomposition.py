@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import Seed
+from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
@@ -152,7 +153,7 @@ class _Samples:
             dim = site["value"].dim() - site["fn"].event_dim + run.batch_plate.dim
             values[name] = dim, site["value"].movedim(dim, 1).flatten(0, 1)
         log_likelihood, log_prior, log_guide = (
-            log_density(run, terms(sites)).double() for sites in (observed, latent, run.guide)
+            wide(log_density(run, terms(sites))) for sites in (observed, latent, run.guide)
         )
         sites = (*latent.values(), *run.guide.values())
         known = all(univariate(site["fn"]) is not None and same_for_all_particles(site) for site in sites)
@@ -171,7 +172,7 @@ class _Samples:
 def _marginals(run: Run, sites: Sites) -> Tensor:
     """The log-density of each dimension, (K, N, D)."""
     densities = ((site, univariate(site["fn"]).log_prob(site["value"])) for site in sites.values())
-    return torch.cat([by_dimension(run, site, density) for site, density in densities], -1).double()
+    return wide(torch.cat([by_dimension(run, site, density) for site, density in densities], -1))
 
 
 def _mixture(
@@ -182,7 +183,7 @@ def _mixture(
     for column in columns:
         values = drawn.at(rows, len(column[0]))
         run = runs.run_at(guide.on(column), values, len(rows), vectorize)
-        joint.append(log_density(run, terms(run.guide)).double().logsumexp(1))
+        joint.append(wide(log_density(run, terms(run.guide))).logsumexp(1))
         if drawn.prior_by_dimension.numel():
             each.append(_marginals(run, run.guide).logsumexp(1))
         bar.update()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import checked, shown
+from pyro_vae.devices import of_float64, wide
 from pyro_vae.errors import PyroVAEError
 
 HIGH_K = 0.7  # above it, more samples do not make the average of the weights reliable
@@ -47,7 +48,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
             f"expected real log_weights of shape (K, N), got {shown(log_weights)}. For one datum, pass "
             "log_weights[:, None]."
         )
-    rows = log_weights.detach().double().T.cpu().numpy()
+    rows = wide(log_weights.detach()).T.cpu().numpy()
     number = rows.shape[1]
     usable = np.isfinite(rows.max(1)) & ~np.isnan(rows).any(1) & (number >= FEWEST_SAMPLES)
     shapes = np.full(len(rows), np.nan)
@@ -57,7 +58,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
         kept = min(number, int(15 * number**0.5) + 5)
         largest = np.partition(rows[usable], number - kept, axis=1)[:, number - kept :]
         shapes[usable] = _shapes(largest, tail=int(min(number / 5, 3 * number**0.5)), efficiency=kept / number)
-    return torch.from_numpy(shapes).to(log_weights.device)
+    return torch.from_numpy(shapes).to(of_float64(log_weights.device))
 
 
 def _shapes(rows: np.ndarray, tail: int, efficiency: float) -> np.ndarray:
@@ -107,4 +108,4 @@ def warn_of_zero_weights(zero_weights: Tensor, num_samples: int, advice: str) ->
 
 def _warn(affected: Tensor, what: str) -> None:
     if affected.any():
-        warnings.warn(f"{affected.double().mean():.1%} of the data {what}", stacklevel=5)  # the evaluation's caller
+        warnings.warn(f"{wide(affected).mean():.1%} of the data {what}", stacklevel=5)  # the evaluation's caller

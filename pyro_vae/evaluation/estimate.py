@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import checked, shown
+from pyro_vae.devices import wide
 from pyro_vae.errors import PyroVAEError
 
 
@@ -41,7 +42,7 @@ class Estimate:
         """
         if values.dim() != 1 or not len(values) or values.is_complex():
             raise PyroVAEError(f"expected a vector of real values, got {shown(values)}. Pass one value for each datum.")
-        values = values.double()
+        values = wide(values)
         spread = values.std().item() if len(values) > 1 else math.nan
         return cls(values.mean().item(), spread / math.sqrt(len(values)))
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from pyro_vae.devices import of_float64, wide
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k
 from pyro_vae.evaluation.estimate import Estimate
@@ -126,7 +127,7 @@ class LogLikelihood(Evidence):
         # Each part is copied into one preallocated block and dropped. Small tensors kept for each minibatch would pin
         # the memory of the large ones between them.
         names = cls._per_datum_fields()
-        block = torch.full((len(names), num_data), math.nan, dtype=torch.float64, device=device)
+        block = torch.full((len(names), num_data), math.nan, dtype=torch.float64, device=of_float64(device))
         done = num_samples = 0
         for part in parts:
             size, num_samples = len(part.per_datum), part.num_samples
@@ -147,12 +148,12 @@ class LogLikelihood(Evidence):
     @property
     def share_high_k(self) -> float:
         """The share of data whose k-hat is above 0.7."""
-        return (self.pareto_k > HIGH_K).double().mean().item()
+        return wide(self.pareto_k > HIGH_K).mean().item()
 
     @property
     def share_no_k(self) -> float:
         """The share of data without a k-hat."""
-        return self.pareto_k.isnan().double().mean().item()
+        return wide(self.pareto_k.isnan()).mean().item()
 
     @property
     def kl_to_posterior(self) -> Estimate:

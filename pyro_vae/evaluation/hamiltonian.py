@@ -9,6 +9,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae.devices import wide
 from pyro_vae.engine.coverage import is_circular, same_support
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, Sites, family, unwrapped
@@ -86,7 +87,7 @@ class Chains:
         ]
         return State(
             {name: leaf.detach() for name, leaf in leaves.items()},
-            torch.stack([density.detach().double() for density in densities]),
+            torch.stack([wide(density.detach()) for density in densities]),
             {name: torch.stack(pair) for name, *pair in zip(leaves, *slopes, strict=True)},
         )
 
@@ -142,17 +143,17 @@ class Chains:
         return State(position, log_densities, slopes), probability
 
     def _by_site(self, matrix: Tensor) -> dict[str, Tensor]:
-        """A matrix (C, N) in each site's dtype, in a shape that broadcasts to the site's value."""
+        """A matrix (C, N) on each site's device, numbers in its dtype, in a shape that broadcasts to its value."""
         shaped = {}
         for name in self.names:
             site = self.example.guide[name]
             values = matrix.reshape(self.example.shape_beside(site))
-            shaped[name] = values.to(site["value"]) if matrix.is_floating_point() else values
+            shaped[name] = values.to(site["value"] if matrix.is_floating_point() else site["value"].device)
         return shaped
 
     def _kinetic(self, momentum: dict[str, Tensor]) -> Tensor:
         sites = ((self.example.guide[name] | {"mask": None}, p) for name, p in momentum.items())
-        return log_density(self.example, ((site, _sum_of_event(site, 0.5 * p.square())) for site, p in sites))
+        return wide(log_density(self.example, ((site, _sum_of_event(site, 0.5 * p.square())) for site, p in sites)))
 
 
 def trial_length(number: int) -> int:

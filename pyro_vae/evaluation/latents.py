@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import Seed
+from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Run
@@ -93,21 +94,21 @@ def _read(run: Run) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             continue
         guide = run.guide[name]
         q, p = univariate(guide["fn"]), univariate(site["fn"])
-        means = by_dimension(run, guide, _means(guide, q)).double()
+        means = wide(by_dimension(run, guide, _means(guide, q)))
         if not bool(means.isfinite().all()):
             raise PyroVAEError(
                 f"guide site '{name}' ({family(guide['fn'])}) has no finite mean: expected one for each datum, whose "
                 "variance over data tells the active units. Choose another family, or use pv.decompose_elbo, whose KL "
                 "needs no mean."
             )
-        found[name] = means.mean(0), means.var(0) / len(means), _kl(run, name, q, p).double().mean(0)
+        found[name] = means.mean(0), means.var(0) / len(means), wide(_kl(run, name, q, p)).mean(0)
     return found
 
 
 def _means(guide: Any, q: Any) -> Tensor:
     """The means of q(z|x), or samples with that mean where it is not known."""
     if q is None or q.has_enumerate_support:  # PyTorch gives NaN as a categorical's mean
-        return guide["value"].double()
+        return wide(guide["value"])
     try:
         return q.mean.expand(guide["value"].shape)
     except NotImplementedError:

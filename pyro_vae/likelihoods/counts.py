@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from pyro_vae.checks import Count
-from pyro_vae.distributions import wide
+from pyro_vae.devices import wide
 from pyro_vae.likelihoods.base import Likelihood
 
 

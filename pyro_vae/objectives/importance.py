@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import checked
+from pyro_vae.devices import wide
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.objectives.base import Gradient, Objective, Options
 
@@ -319,10 +320,10 @@ class JVI(Objective):
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The jackknife's combination of bounds over subsets."""
         total, count, order = torch.zeros((), dtype=torch.float64), self.num_particles, self.order
-        whole = log_weights.double()  # the factors alternate and are large: float32 loses all digits
+        whole = wide(log_weights)  # the factors alternate and are large: float32 loses all digits
         for left_out in range(order + 1):
             factor = (-1) ** left_out * (count - left_out) ** order
             factor /= math.factorial(order - left_out) * math.factorial(left_out)
-            subsets = torch.tensor(list(combinations(range(count), count - left_out)), device=log_weights.device)
+            subsets = torch.tensor(list(combinations(range(count), count - left_out)), device=whole.device)
             total = total + factor * log_mean_exp(whole[subsets], 1).mean(0)
-        return total.to(log_weights.dtype)
+        return total.to(log_weights)

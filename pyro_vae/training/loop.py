@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.compiled.step import CompiledStep
+from pyro_vae.devices import wide
 from pyro_vae.engine import rng
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.modules import buffers, eval_mode
@@ -94,7 +95,7 @@ class Loop:
                 require_kept(self.parameters)
             self.optimizer.step()
             self.steps += 1
-            total, count = total + loss.double() * data.share, count + data.own
+            total, count = total + wide(loss) * data.share, count + data.own
             if not bar.disable and (step in (1, self.batches.steps) or step % 20 == 0):
                 bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
             bar.update()
