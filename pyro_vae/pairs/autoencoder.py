@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, in_evaluation_mode
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, on_own_device
 
 
 class Autoencoder(Pair):
@@ -37,6 +37,7 @@ class Autoencoder(Pair):
         self.encoder = encoder
         self.likelihood = likelihood
 
+    @on_own_device
     def model(self, x: Tensor, *, subsample_size: int | None = None) -> Tensor:
         """The model p(x | z = f(x)), as a Pyro function with these arguments of :meth:`VAE.model`. It returns x."""
         self._register("encoder", "likelihood")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import Count
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Labelled, in_evaluation_mode, indicators, mean_of
+from pyro_vae.pairs.base import Labelled, in_evaluation_mode, indicators, mean_of, on_own_device
 from pyro_vae.pairs.imputation import impute
 
 
@@ -46,6 +46,7 @@ class ConditionalVAE(Labelled):
         super().__init__(prior=prior, likelihood=likelihood, posterior=posterior)
         self.num_classes = num_classes
 
+    @on_own_device
     def model(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model p(z) p(x|z, y), as a Pyro function. It returns the value at site ``x``.
 
@@ -58,6 +59,7 @@ class ConditionalVAE(Labelled):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(z, y, mask=mask), obs=x)
 
+    @on_own_device
     def guide(self, x: Tensor, y: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The approximate posterior q(z|x, y), as a Pyro function of the model's arguments. It returns z."""
         self._register("posterior")

@@ -11,7 +11,7 @@ from pyro_vae.checks import Count
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Pair, in_evaluation_mode
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, on_own_device
 
 Draw = Callable[[str, Any], Tensor]  # maps the name and distribution of a site to its value
 
@@ -148,6 +148,7 @@ class HierarchicalVAE(Pair):
             raise PyroVAEError(f"expected {expected}, got {given}. Give the guide one layer more than layers.")
         super().__init__(prior=prior, layers=nn.ModuleList(layers), likelihood=likelihood, posterior=posterior)
 
+    @on_own_device
     def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model, as a Pyro function with the arguments of :meth:`VAE.model`."""
         self._register("prior", "layers", "likelihood")
@@ -155,6 +156,7 @@ class HierarchicalVAE(Pair):
             z = self._down(pyro.sample)
             return pyro.sample("x", self.likelihood(z, mask=mask), obs=x)
 
+    @on_own_device
     def guide(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> list[Tensor]:
         """The approximate posterior, as a Pyro function of the model's arguments. It returns the list of latents."""
         self._register("posterior")

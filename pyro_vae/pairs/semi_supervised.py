@@ -10,7 +10,7 @@ from pyro_vae.checks import checked
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
-from pyro_vae.pairs.base import Labelled, check_labels, described, in_evaluation_mode, mean_of
+from pyro_vae.pairs.base import Labelled, check_labels, described, in_evaluation_mode, mean_of, on_own_device
 
 UNOBSERVED = -1
 IMPOSSIBLE = -1e4  # a logit of probability zero in any precision; minus infinity times zero would be NaN
@@ -78,6 +78,7 @@ class SemiSupervisedVAE(Labelled):
         self.num_classes = num_classes
         self.classifier_weight = classifier_weight
 
+    @on_own_device
     def model(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model p(y) p(z) p(x|z, y), as a Pyro function. It returns the value at site ``x``.
 
@@ -100,6 +101,7 @@ class SemiSupervisedVAE(Labelled):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(z, self._indicators(label, x)), obs=x)
 
+    @on_own_device
     def guide(self, x: Tensor, y: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The approximate posterior q(y|x) q(z|x, y), as a Pyro function of the model's arguments. It returns z."""
         self._register("classifier", "posterior")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import Count
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.pairs.base import Pair, in_evaluation_mode, mean_of
+from pyro_vae.pairs.base import Pair, in_evaluation_mode, mean_of, on_own_device
 from pyro_vae.pairs.imputation import impute
 
 
@@ -51,6 +51,7 @@ class VAE(Pair):
     def __init__(self, *, prior: nn.Module, likelihood: Likelihood, posterior: nn.Module) -> None:
         super().__init__(prior=prior, likelihood=likelihood, posterior=posterior)
 
+    @on_own_device
     def model(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The generative model p(z) p(x|z), as a Pyro function. It returns the value at site ``x``.
 
@@ -65,6 +66,7 @@ class VAE(Pair):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.likelihood(z, mask=mask), obs=x)
 
+    @on_own_device
     def guide(self, x: Tensor, mask: Tensor | None = None, *, subsample_size: int | None = None) -> Tensor:
         """The approximate posterior q(z|x), as a Pyro function of the model's arguments. It returns z.
 
