@@ -16,13 +16,14 @@ from pyro_vae.engine.agreement import draws_otherwise
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.drawing import deterministic_shapes
+from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, family, is_deterministic, is_factor, labelled
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
-from pyro_vae.evaluation.pieces import checked_sites, program_on
+from pyro_vae.evaluation.pieces import checked_sites, memory_of, program_on
 from pyro_vae.evaluation.runs import run, simulate
 from pyro_vae.evaluation.simulation import sites_that_read
 
@@ -99,8 +100,9 @@ def to_arviz(
     """
     require_count("num_samples", num_samples, least=2)
     program = program_on(model, guide, x)
-    with eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
-        plate = find_batch_plate(labelled(*checked_sites(program, observing=False)))
+    with memory_of(program), eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
+        program, sites = placed(program, lambda it: checked_sites(it, observing=False))
+        plate = find_batch_plate(labelled(*sites))
         shown = deterministic_shapes(program.trace()[0], plate)
         program = replace(program.with_nesting(), deterministic=shown)
         check_apart(program, together=vectorize_particles)

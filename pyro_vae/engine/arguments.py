@@ -10,7 +10,9 @@ from pyro.contrib.easyguide import EasyGuide
 from torch import nn
 
 from pyro_vae.checks import converter, shown
+from pyro_vae.devices import OtherDeviceError, note_memory
 from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.ownership import forget, names_in_store
 from pyro_vae.engine.precision import single_precision
 from pyro_vae.engine.threads import ONE_THREAD
 from pyro_vae.errors import PyroVAEError
@@ -48,8 +50,16 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
         for name, each in (*zip(names, args[place:], strict=False), *((n, kwargs[n]) for n in names if n in kwargs)):
             _check_function(name, each, function.__name__, name == "guide" and guide_optional)
         args, kwargs = convert(args, kwargs)
-        with ONE_THREAD, single_precision():
-            return function(*args, **kwargs)
+        before = names_in_store()
+        try:
+            with ONE_THREAD, single_precision():
+                return function(*args, **kwargs)
+        except OtherDeviceError:
+            forget(names_in_store() - before)  # some were made from the data, on the data's device
+            raise
+        except RuntimeError as error:
+            note_memory(error, function.__name__, _smaller(args[:place], kwargs))
+            raise
 
     return with_program
 
@@ -69,6 +79,16 @@ def _check_function(name: str, function: Any, caller: str, optional: bool) -> No
             f"{caller} expected a {name} that can be called, got a {type(function).__name__} without forward. Pass its "
             f"{name}, or the pair alone in place of both."
         )
+
+
+def _smaller(objective: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What to make smaller where memory is short: the settings of an objective, or arguments."""
+    found = [kwargs, *map(vars, objective)]
+    settings = {n: each[n] for n in ("chunk_size", "num_particles") for each in found if n in each}
+    if settings.get("num_particles", 1) == 1:
+        return "Pass fewer rows of data."
+    given = " or ".join(f"{name} (now {value})" for name, value in settings.items())
+    return f"Pass a smaller {given}, or fewer rows of data."
 
 
 def _may_be_guide(value: Any) -> bool:

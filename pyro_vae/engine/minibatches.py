@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from pyro_vae.checks import is_dense, shown
+from pyro_vae.devices import moved
 from pyro_vae.engine import rng
 from pyro_vae.errors import PyroVAEError, require_count
 
@@ -21,6 +22,8 @@ Batch = tuple[Any, ...]  # a program's arguments
 
 class Minibatches:
     """The data of :func:`pyro_vae.fit` or of an evaluation as minibatches: tuples of a program's arguments."""
+
+    device: torch.device | None = None  # where minibatches go; None leaves them where the data are
 
     def __init__(self, data: Any, batch_size: int | None, name: str) -> None:
         self.loader = data if isinstance(data, DataLoader) else None
@@ -152,7 +155,7 @@ class Minibatches:
                 "expected a DataLoader of tensors, or of tuples that begin with one, got minibatches of "
                 f"{type(batch).__name__}. Set its collate_fn."
             )
-        return columns
+        return moved(columns, self.device)
 
     def generator_states(self) -> list[Tensor]:
         """The states of the DataLoader's random number generators, if it has any."""
@@ -172,7 +175,7 @@ class Minibatches:
         return list(dict.fromkeys(generator for generator in found if generator is not None))
 
     def _take(self, index: Any) -> Batch:
-        return tuple(at_rows(column, index) for column in self.columns)
+        return moved(tuple(at_rows(column, index) for column in self.columns), self.device)
 
 
 def _is_column(column: Any) -> bool:

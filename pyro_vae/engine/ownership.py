@@ -113,6 +113,18 @@ def parameters_of(trace: Trace) -> dict[str, Tensor]:
     return {name: unconstrained(site["value"]) for name, site in sites.items()}
 
 
+def names_in_store() -> set[str]:
+    """The names of the parameters that Pyro's store has."""
+    return set(pyro.get_param_store()._params)
+
+
+def forget(made: set[str]) -> None:
+    """Free the names of parameters that a failed run has made, so that the next run makes them anew."""
+    store = pyro.get_param_store()
+    for name in made & names_in_store():
+        del store[name]
+
+
 def unconstrained(value: Any) -> Any:
     """A parameter as an optimiser steps it."""
     # Under Pyro's module_local_params, a module's parameters are unconstrained already.

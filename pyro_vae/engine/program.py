@@ -6,7 +6,6 @@ log-densities. :class:`Needs` says through which samples gradients flow. This fi
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.util import check_site_shape
 from torch import Tensor
 
+from pyro_vae.devices import moved
 from pyro_vae.engine import agreement, rng
 from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.coverage import check_periods
@@ -122,6 +122,7 @@ class Program:
     needs: Needs = Needs()
     nesting: int | None = None  # how many dimensions the plates take; None finds it by one more run
     deterministic: Shapes = field(default_factory=dict)  # the pyro.deterministic sites that are sites like others
+    device: torch.device | None = None  # where `on` moves arguments; None leaves them where they are
 
     @property
     def guide_or_prior(self) -> PyroFunction:
@@ -132,8 +133,8 @@ class Program:
         return prior(self.guide) if isinstance(poutine.unwrap(self.guide), Messenger) else self.guide
 
     def on(self, args: tuple[Any, ...]) -> Self:
-        """The same program with other arguments, and no keyword arguments."""
-        return replace(self, args=args, kwargs={})
+        """The same program with other arguments, on its device, and no keyword arguments."""
+        return replace(self, args=moved(args, self.device), kwargs={})
 
     def with_nesting(self) -> Self:
         """The same program, with the number of its plates' dimensions."""
@@ -352,20 +353,6 @@ class Program:
                     "guide that is a function of its samples. Turn dropout off (eval()), or use gradient='pathwise'."
                 )
         return stopped
-
-
-def refusal(function: PyroFunction, args: tuple[Any, ...]) -> TypeError | None:
-    """The error of a model or guide that does not take so many arguments."""
-    try:
-        inspect.signature(function).bind(*args)
-        return None
-    except TypeError as error:
-        found = error
-    try:  # functools.wraps shows the signature of the function inside
-        Program(function, lambda *_: None, args).trace()
-    except TypeError:
-        return found
-    return None
 
 
 def _rows(sites: Sites, start: int, size: int, particle_dim: Any) -> Sites:

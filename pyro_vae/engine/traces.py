@@ -12,12 +12,14 @@ from pyro.contrib.easyguide import EasyGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pyro_vae.checks import refuse_invalid_parameters, shown
+from pyro_vae.devices import OtherDeviceError, elsewhere, is_of_devices, is_out_of_memory
 from pyro_vae.engine import precision
 from pyro_vae.engine.modules import PyroFunction, find_modules, transforms_called
-from pyro_vae.engine.ownership import OwnParameters
+from pyro_vae.engine.ownership import OwnParameters, names_in_store
 from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, family, layers
 from pyro_vae.engine.threads import other_thread
 from pyro_vae.errors import NoDensityError, PyroVAEError
@@ -29,23 +31,27 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
     A program with tensors in half precision runs again, with its arithmetic in float32.
 
     Raises:
-        ValueError: a site is of half precision in the second run too.
+        ValueError: a site is of half precision in the second run too; or arguments are on another device than the
+            parameters, so that the run fails.
     """
-    modules = find_modules(function)
+    modules, kwargs, before = find_modules(function), kwargs or {}, names_in_store()
     for again in (False, True):
         for module in modules:
             if isinstance(module, EasyGuide):
                 module.plates.clear()  # a run that failed has left its plates there, with their sizes
+        handler = poutine.trace(function)
         try:
             with precision.promoting() if again else nullcontext(), OwnParameters(modules), transforms_called():
-                trace: Trace = poutine.trace(function).get_trace(*args, **kwargs or {})
+                trace: Trace = handler.get_trace(*args, **kwargs)
         except Exception as error:
+            _refuse_elsewhere(error, handler.trace, function, before)
             # Such as a product of float32 draws and weights in half precision.
             of_types = isinstance(error, RuntimeError) and any(w in str(error) for w in ("BFloat16", "Half", "dtype"))
             if again or not of_types:
-                _explain(error, function, args, kwargs or {})
+                _explain(error, function, args, kwargs)
                 raise
         else:
+            trace.nodes["_INPUT"]["fn"] = function
             half = _half_sites(trace)
             if not half:
                 return trace
@@ -78,6 +84,32 @@ def _explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kw
             pass
     if not any("pyro_vae ran" in note for note in getattr(error, "__notes__", [])):
         error.add_note(f"pyro_vae ran {name} with ({given}).")
+
+
+def _refuse_elsewhere(
+    error: Exception, trace: Trace, function: PyroFunction, before: set[str] | None = None
+) -> None:
+    """Refuse a run's arguments, if operations on several devices have ended it; a program may move them itself.
+
+    With the names of the parameters before the run, those that it has made beside its arguments do not count.
+    """
+    if not (isinstance(error, OtherDeviceError) or is_of_devices(error)):
+        return
+    given, inside = trace.nodes["_INPUT"], poutine.unwrap(function)
+    model = getattr(inside, "model", None)  # which an autoguide runs
+    modules = find_modules(function, inside, *([model] if callable(model) else []))
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    beside = {v.device for v in pytree.tree_leaves((given["args"], given["kwargs"])) if isinstance(v, Tensor)}
+    for name, site in trace.nodes.items():
+        value = site.get("value")
+        if site["type"] != "param" or value is None:
+            continue
+        of_module = isinstance(value, nn.Parameter)
+        if of_module or before is None or name in before or value.device not in beside:
+            parameters.append(value)
+    refusal = elsewhere(parameters, function, given["args"], given["kwargs"])
+    if refusal is not None:
+        raise refusal from error
 
 
 def _half_sites(trace: Trace) -> list[str]:
@@ -147,6 +179,9 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
             "inverse). Choose another, such as StickBreakingTransform in place of SoftmaxTransform, or "
             f"spline_coupling in place of planar. Its own error is {error!r}."
         ) from error
+    except RuntimeError as error:
+        _refuse_elsewhere(error, trace, trace.nodes["_INPUT"]["fn"])
+        raise
     except ValueError as error:
         if "broadcast" in str(error):
             raise PyroVAEError(_shapes_apart(trace, str(error))) from error
@@ -200,7 +235,8 @@ def at_once(number: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, IndexError) as error:
-        if number > 1 and not any("particles at once" in note for note in getattr(error, "__notes__", [])):
+        noted = any("particles at once" in note for note in getattr(error, "__notes__", []))
+        if number > 1 and not noted and not is_out_of_memory(error):
             error.add_note(
                 f"pyro_vae ran the program for {number} particles at once, so latent values have a leading dimension "
                 f"of {number}. Expand x to it, x.expand(*z.shape[:-1], -1), say. Wrap a network that takes none in "

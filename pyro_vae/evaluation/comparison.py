@@ -19,8 +19,10 @@ from tqdm.auto import tqdm
 from pyro_vae.checks import Seed
 from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.compiled.step import check_compiled
+from pyro_vae.devices import wide
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.parameters import find_parameters
 from pyro_vae.engine.program import Program
@@ -30,7 +32,15 @@ from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, check_same_data
 from pyro_vae.evaluation.likelihood import estimate_evidence
-from pyro_vae.evaluation.pieces import Pieces, checked_sites, is_divisible, program_on, same_supports, warn_of_missed
+from pyro_vae.evaluation.pieces import (
+    Pieces,
+    checked_sites,
+    is_divisible,
+    memory_of,
+    program_on,
+    same_supports,
+    warn_of_missed,
+)
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 from pyro_vae.objectives.base import Options
 
@@ -115,7 +125,7 @@ def compare(
     program = program_on(model, guide, x)
     check_same_data(log_likelihood, program.args)
     with eval_mode(program.modules()):
-        model_sites, guide_sites = checked_sites(program)
+        program, (model_sites, guide_sites) = placed(program, checked_sites)
         data = Pieces(program, is_divisible(program), same_supports(model_sites, guide_sites))
         factors = [name for name, site in guide_sites.items() if is_factor(site)]
         named = _named(program, objectives, compile, vectorize_particles)
@@ -128,7 +138,7 @@ def compare(
                 "expected a program with parameters, whose gradients can be measured, got none: neither model nor "
                 "guide has a pyro.param or pyro.module statement. Add one."
             )
-        with torch.no_grad(), rng.seeded(seed):
+        with memory_of(program), torch.no_grad(), rng.seeded(seed):
             vectorize = vectorize_particles and all(objective.vectorize_particles for _, objective in named)
             whole = data if not factors else replace(data, program=_without(factors, program))
             warn_of_missed(whole.program, model_sites, guide_sites)
@@ -211,7 +221,7 @@ def _measure(
     bounds, seconds, gradients, first = [], [], [], []
     for _ in range(repeats):
         with torch.no_grad():
-            bounds.append(torch.cat([objective.bound(program.model, program.guide, *c) for c in chunks]).double())
+            bounds.append(wide(torch.cat([objective.bound(program.model, program.guide, *c) for c in chunks])))
         started = _now(program.args[0])
         parts = list(map(gradient, *zip(*chunks, strict=True)))
         gradients.append(torch.stack(parts).sum(0))
@@ -257,7 +267,7 @@ def _bias(paths: list[Tensor], objective: Objective, gradient: Callable[[Objecti
     except PyroVAEError:  # there is no score function, such as where a support depends on parameters
         return math.nan
     direction = torch.randn(paths[0].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    along = [torch.stack(each).double().cpu() @ direction for each in (paths, scored)]
+    along = [wide(torch.stack(each)).cpu() @ direction for each in (paths, scored)]
     error = torch.stack([each.var() / len(each) for each in along]).sum().sqrt().item()
     # Both may be zero but for rounding, as at the exact posterior. The pathwise gradient has the terms that cancel.
     whole = gradient(_with_gradient(objective, "pathwise")) if "pathwise" in objective.gradients else paths[0]
@@ -275,7 +285,7 @@ def _signal_to_noise(gradients: Tensor) -> float:
     """The signal-to-noise ratio of gradients (R, P), corrected for the noise in their mean; NaN if P is 0."""
     if gradients.shape[1] == 0:
         return math.nan
-    gradients = gradients.double()
+    gradients = wide(gradients)
     noise = gradients.var(0).sum()
     signal = (gradients.mean(0).square().sum() - noise / len(gradients)).clamp(min=0)
     return (signal / noise).sqrt().item()

@@ -146,7 +146,7 @@ def inference_gaps(
                 local = _FreeSites(program, vectorize_particles)
                 local.fit(num_steps, lr, bar)
                 parts.append(_best_and_own(program, local.guide, num_samples, vectorize_particles))
-    best, own = (LogLikelihood.joined(each, len(args[0]), args[0].device) for each in zip(*parts, strict=True))
+    best, own = (LogLikelihood.joined(each, len(args[0]), data.device) for each in zip(*parts, strict=True))
     if log_likelihood is None:
         warn_of_high_k(best.pareto_k, ADVICE)
     return Gaps((log_likelihood or best).per_datum, best.elbo, own.elbo)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_vae.checks import Seed
 from pyro_vae.compiled.function import CompiledFunction
+from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
@@ -114,7 +115,7 @@ def estimate_evidence(data: Pieces, num_samples: int, vectorize: bool, progress:
                 yield LogLikelihood.from_weights(log_w)
                 bar.update(len(program.args[0]))
 
-        return LogLikelihood.joined(estimates(), len(args[0]), args[0].device)
+        return LogLikelihood.joined(estimates(), len(args[0]), data.device)
 
 
 def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> Tensor:
@@ -125,7 +126,7 @@ def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> 
     pieces, left = [], num_samples
     while left:
         particles = Particles(min(at_once, left), vectorize, chunk_size)
-        pieces.append(torch.cat(particles.read(program, log_weights_of)).double())
+        pieces.append(wide(torch.cat(particles.read(program, log_weights_of))))
         left -= len(pieces[-1])
     return torch.cat(pieces)
 
@@ -140,7 +141,7 @@ def _compiled_draw(program: Program, data: Pieces, num_samples: int) -> Callable
         )
 
     def weigh(number: int, *batch: Tensor) -> Tensor:
-        return log_weights_of(program.on(batch).run(number)).double()
+        return wide(log_weights_of(program.on(batch).run(number)))
 
     compiled = CompiledFunction(weigh, program.modules())
 

@@ -1,8 +1,8 @@
 """The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.devices import OtherDeviceError, memory_for
 from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import check_order, check_rows, find_batch_plate
 from pyro_vae.engine.coverage import check_covers, missed
+from pyro_vae.engine.first_run import placed, refusal
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction, eval_mode
-from pyro_vae.engine.program import Program, refusal
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, labelled
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.engine.weights import log_density, terms
@@ -95,6 +97,15 @@ def rows_at_once(args: Args) -> int:
     return max(1, ELEMENTS_AT_ONCE // max(1, args[0][0].numel()))
 
 
+def memory_of(program: Program) -> AbstractContextManager[None]:
+    """Around an evaluation: says beside an error of memory what to make smaller."""
+    return memory_for(
+        "an evaluation",
+        f"Pass fewer rows of x (now {len(program.args[0])}), or set pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE, the "
+        f"data elements times particles of a run, to less than {ELEMENTS_AT_ONCE}.",
+    )
+
+
 @dataclass(frozen=True)
 class Pieces:
     """A program whose arguments are checked data, that may be split into minibatches."""
@@ -103,18 +114,37 @@ class Pieces:
     divisible: bool  # whether the program gives a datum the same densities in every minibatch
     same_supports: bool = True  # whether model and guide have the same support at every latent site
 
+    @property
+    def device(self) -> torch.device:
+        """Where the results are."""
+        return self.program.device or self.program.args[0].device
+
     def minibatches(self, size: int) -> list[Args]:
         """Minibatches of `size` data; one with all data where the program is not divisible."""
         if not self.divisible:
             return [self.program.args]
         return list(zip(*(column.split(max(1, size)) for column in self.program.args), strict=True))
 
-    def programs(self, num_particles: int, vectorize: bool = True, size: int | None = None) -> list[Program]:
+    def programs(self, num_particles: int, vectorize: bool = True, size: int | None = None) -> "Programs":
         """The program on minibatches of `size` data; by default, of as many as fit in memory with so many particles."""
         batches = self.minibatches(rows_at_once(self.program.args) // num_particles if size is None else size)
         program = self.program.on(batches[0]).with_nesting()
         check_apart(program, together=vectorize)
-        return [program.on(batch) for batch in batches]
+        return Programs(program, batches)
+
+
+@dataclass(frozen=True)
+class Programs(Sequence[Program]):
+    """A program on minibatches, each of which is on the program's device while it is used."""
+
+    program: Program
+    batches: list[Args]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.program.on(self.batches[i])
 
 
 @contextmanager
@@ -130,12 +160,12 @@ def checked(
     # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system
     # and fetches it again page by page, which takes a third of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)
-    with eval_mode(program.modules()), torch.no_grad():
-        pieces = Pieces(program, is_divisible(program))
+    with memory_of(program), eval_mode(program.modules()), torch.no_grad():
+        pieces = Pieces(*placed(program, is_divisible, whole=False))
         with pyro.validation_enabled():
             batches = pieces.minibatches(rows_at_once(program.args))
             same = True
-            for part in map(program.on, batches):
+            for part in map(pieces.program.on, batches):
                 sites = checked_sites(part)
                 same = same_supports(*sites) and same
                 warn_of_missed(part, *sites)
@@ -165,7 +195,7 @@ def is_divisible(program: Program) -> bool:
         )
         # A program that ignores its rows has densities for all data each time.
         return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-3, equal_nan=True) for a, b in pairs)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OtherDeviceError):
         raise
     except (RuntimeError, ValueError, IndexError, KeyError):
         return False  # a program that fails on any data fails again on all data, with its own message

@@ -41,9 +41,9 @@ class DataSupport:
                 self.supports.extend((column, name, support) for column in columns)
 
     def check_at_once(self, batches: Minibatches) -> "DataSupport | None":
-        """Check the data, if they are tensors; for others, the result checks each minibatch."""
+        """Check the data, if they are tensors on one device; for others, the result checks each minibatch."""
         whole = batches.all_at_hand()
-        if whole is None:
+        if whole is None or len({column.device for column in whole}) > 1:
             return self
         self.check(whole)
         return None
@@ -77,10 +77,11 @@ class DataSupport:
             some = tuple(_taken(each, taken, len(batch[0])) for each in batch)
             found = self._outside(some, torch.arange(size), column, name)
             return rows[found[found < len(rows)].to(rows.device)]
-        model, _ = self.program.on(batch).trace()
+        program = self.program.on(batch)
+        model, _ = program.trace()
         if name not in model:  # the program observes it on other rows alone
             return torch.arange(0)
-        return _rows_outside(plain(support_of(model.nodes[name]["fn"])), batch[column])
+        return _rows_outside(plain(support_of(model.nodes[name]["fn"])), program.args[column])
 
 
 def _taken(column: Any, rows: Tensor, number: int) -> Any:

@@ -4,7 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 from pyro_vae.checks import Count, Seed
 from pyro_vae.compiled.function import Compiled, OnCompile
 from pyro_vae.compiled.step import CompiledStep
+from pyro_vae.devices import memory_for
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.first_run import placed, refusal
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import require_parameters, store_as_it_is
-from pyro_vae.engine.program import Program, refusal
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Rows, find_rows
 from pyro_vae.engine.sites import Sites, particle_dim_of, plates, size_of
@@ -156,10 +158,13 @@ def fit(
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     put_back = store_as_it_is()
-    program = Program(model, guide, batches.example())
-    parameters, model_sites, likelihoods, rows_of = _first_run(program, objective, batches)
+    with _memory(objective, batches):
+        program, found = placed(Program(model, guide, batches.example()), lambda it: _first_run(it, objective, batches))
+    parameters, model_sites, likelihoods, rows_of = found
+    batches.device = program.device
     support = DataSupport(program, model_sites)
     if held_out is not None:
+        held_out.device = program.device
         _check_columns(model, held_out)
     optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
     scheduler = None if lr_scheduler is None else learning_rates.make(lr_scheduler, optimizer, held_out is not None)
@@ -213,7 +218,7 @@ def fit(
                 model, guide, objective, optimizer, own=parameters, rows=rows_of, on_compile=_teller(bar, batches)
             )
         try:
-            with _flushing_denormals():
+            with _flushing_denormals(), _memory(objective, batches):
                 while len(loop.rows) < epochs and not checkpoints.stalled(len(loop.rows), loop.best, patience):
                     bar.set_description(f"epoch {len(loop.rows) + 1}/{epochs}")
                     loop.train_epoch(bar)
@@ -233,6 +238,14 @@ def fit(
         finally:
             bar.close()
     return loop.history()
+
+
+def _memory(objective: Any, batches: Minibatches) -> AbstractContextManager[None]:
+    """Says beside an error of memory what to make smaller."""
+    names = [name for name in ("chunk_size", "num_particles") if getattr(objective, "num_particles", 1) > 1]
+    settings = {"batch_size": batches.batch_size} | {n: getattr(objective, n) for n in names if hasattr(objective, n)}
+    given = ", ".join(f"{name} (now {value})" for name, value in settings.items())
+    return memory_for("training", f"Pass a smaller {given}.")
 
 
 def _first_run(

@@ -1,0 +1,45 @@
+"""What the first run of a program shows: the device of its parameters, and whether it takes its arguments."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from pyro_vae.devices import OtherDeviceError, moved
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.ownership import forget, names_in_store
+from pyro_vae.engine.program import Program
+
+T = TypeVar("T")
+
+
+def placed(program: Program, first: Callable[[Program], T], *, whole: bool = True) -> tuple[Program, T]:
+    """The program on its parameters' device, if its first run needs that, and the result of that run.
+
+    It runs as it is first, since it may move data itself, or look them up on another device. Unless `whole`, its own
+    arguments stay where they are: they are more than one run takes, and :meth:`Program.on` moves those that each gets.
+    """
+    before = names_in_store()
+    try:
+        return program, first(program)
+    except OtherDeviceError as error:
+        forget(names_in_store() - before)  # made from the data, some may be on the data's device
+        args = moved(program.args, error.device) if whole else program.args
+        program = replace(program, args=args, device=error.device)
+    return program, first(program)
+
+
+def refusal(function: PyroFunction, args: tuple[Any, ...]) -> TypeError | None:
+    """The error of a model or guide that does not take so many arguments."""
+    try:
+        inspect.signature(function).bind(*args)
+        return None
+    except TypeError as error:
+        found = error
+    try:  # functools.wraps shows the signature of the function inside
+        Program(function, lambda *_: None, args).trace()
+    except TypeError:
+        return found
+    except OtherDeviceError:
+        return None  # it has taken them
+    return None
