@@ -57,7 +57,8 @@ def elsewhere(
     for name, value in _named(function, args, kwargs):
         for tensor in pytree.tree_leaves(value):
             if isinstance(tensor, Tensor) and tensor.device != own:
-                fix = f"{name}.to('{own}')" if tensor is value else f"the tensors of {name} on '{own}'"
+                called = name if name.isidentifier() else "it"
+                fix = f"{called}.to('{own}')" if tensor is value else f"the tensors of {name} on '{own}'"
                 error = OtherDeviceError(
                     f"expected {name} on {own}, the device of the parameters, got {tensor.device}. Pass {fix}."
                 )

@@ -107,7 +107,7 @@ def _refuse_elsewhere(
         of_module = isinstance(value, nn.Parameter)
         if of_module or before is None or name in before or value.device not in beside:
             parameters.append(value)
-    refusal = elsewhere(parameters, function, given["args"], given["kwargs"])
+    refusal = elsewhere(parameters, inside, given["args"], given["kwargs"])
     if refusal is not None:
         raise refusal from error
 

@@ -51,7 +51,8 @@ def log_likelihood(
         model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
         guide: its guide.
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-            The program's modules are in evaluation mode.
+            The program's modules are in evaluation mode. Minibatches are moved to the device of the parameters, where
+            the results are too; on Apple's MPS, which has no float64, these are on the CPU.
         num_samples: K, at least 2.
         seed: the seed of the random numbers; None continues from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.

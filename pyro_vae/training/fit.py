@@ -68,7 +68,8 @@ def fit(
         model: a Pyro model, called with each minibatch; or a pair, or a tuple ``(model, guide)``, in place of both.
         guide: its guide, called with the same arguments.
         data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one length, whose minibatches
-            are passed as several arguments, or a ``DataLoader``.
+            are passed as several arguments, or a ``DataLoader``. Minibatches are moved to the device of the parameters,
+            if all are on one.
         objective: the bound, such as :class:`pyro_vae.ELBO`, or any ``pyro.infer.ELBO`` with a differentiable loss.
         epochs: the total number of passes over the data, those in the checkpoint included.
         batch_size: data in a minibatch, by default 128. A ``DataLoader`` has its own.
