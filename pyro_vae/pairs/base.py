@@ -44,6 +44,9 @@ def on_own_device(method: Method) -> Method:
         _refuse_elsewhere(pair, method, args, kwargs)
         return method(pair, *args, **kwargs)
 
+    # What unwraps a bound method would find the function inside, which has lost its pair.
+    vars(wrapper).update(__signature__=inspect.signature(method))
+    del vars(wrapper)["__wrapped__"]
     return cast(Method, wrapper)
 
 
