@@ -1,7 +1,13 @@
 """What this package raises when it refuses: each message says what was expected, what came, and the fix."""
 
 import operator
+import re
 from typing import Any
+
+
+def without_shapes(text: str) -> str:
+    """A message without the table of shapes that Pyro adds to each ValueError of a program that it traces."""
+    return re.sub(r"\n *Trace Shapes:.*", "", text, flags=re.DOTALL)
 
 
 class PyroVAEError(ValueError):
@@ -15,6 +21,9 @@ class PyroVAEError(ValueError):
         ...     print(error)
         expected num_particles to be a positive integer, got 0.
     """
+
+    def __str__(self) -> str:
+        return without_shapes(super().__str__())
 
 
 def require_count(name: str, value: object, fix: str = "", *, least: int = 1, why: str = "") -> None:

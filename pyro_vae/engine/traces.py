@@ -22,7 +22,7 @@ from pyro_vae.engine.modules import PyroFunction, find_modules, transforms_calle
 from pyro_vae.engine.ownership import OwnParameters, names_in_store
 from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, family, layers
 from pyro_vae.engine.threads import other_thread
-from pyro_vae.errors import NoDensityError, PyroVAEError
+from pyro_vae.errors import NoDensityError, PyroVAEError, without_shapes
 
 
 def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Trace:
@@ -93,7 +93,7 @@ def _refuse_elsewhere(
 
     With the names of the parameters before the run, those that it has made beside its arguments do not count.
     """
-    if not (isinstance(error, OtherDeviceError) or is_of_devices(error)):
+    if not isinstance(error, OtherDeviceError) and not (isinstance(error, RuntimeError) and is_of_devices(error)):
         return
     given, inside = trace.nodes["_INPUT"], poutine.unwrap(function)
     model = getattr(inside, "model", None)  # which an autoguide runs
@@ -183,13 +183,16 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
         _refuse_elsewhere(error, trace, trace.nodes["_INPUT"]["fn"])
         raise
     except ValueError as error:
+        own = error.__cause__  # Pyro raises it as a ValueError, with a table of shapes
+        if isinstance(own, PyroVAEError):
+            raise own from own.__cause__
         if "broadcast" in str(error):
             raise PyroVAEError(_shapes_apart(trace, str(error))) from error
         if "support" not in str(error):
             raise
         raise PyroVAEError(
-            f"{error}\nexpected values in the support of the distribution at that site. Convert those data, drop them, "
-            "or choose another distribution."
+            f"{without_shapes(str(error))}\nexpected values in the support of the distribution at that site. Convert "
+            "those data, drop them, or choose another distribution."
         ) from error
     sites: Sites = dict(trace.nodes)
     return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}

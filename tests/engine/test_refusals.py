@@ -364,3 +364,29 @@ def test_unknown_kl():
 def test_a_program_without_terms():
     with pytest.raises(ValueError, match=r"no sample sites: expected a program whose log-density has terms.*data"):
         pv.IWAE(3).bound(empty_guide, empty_guide, X)
+
+
+def test_pyros_table_of_shapes_does_not_follow_our_messages():
+    class Refusing(dist.Normal):
+        def log_prob(self, value):
+            raise pv.PyroVAEError("expected ours.")
+
+    def model(x, refuse=True):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if refuse:
+                raise pv.PyroVAEError("expected ours.")
+            pyro.sample("x", Refusing(z, 1.0), obs=x)
+
+    def guide(x, refuse=True):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    x = torch.zeros(4)
+    for arguments in ((x,), (x, False)):
+        with pytest.raises(pv.PyroVAEError) as raised:
+            pv.ELBO().loss(model, guide, *arguments)
+        assert str(raised.value) == "expected ours."
+    with pytest.raises(pv.PyroVAEError) as raised:
+        pyro.poutine.trace(model).get_trace(x)
+    assert str(raised.value) == "expected ours."
