@@ -25,7 +25,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     A process that is killed meanwhile leaves the old file. The next one to write there removes what it left.
     """
-    path = Path(path).resolve()  # a link stays a link
+    path = Path(os.path.realpath(path))  # a link stays a link; Path.resolve has an error of its own for a loop
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear(path)
     # The end of the name stays, since some writers choose a format by it.
@@ -69,13 +69,14 @@ _HOLDING = threading.Lock()
 
 
 @contextmanager
-def one_writer(path: str | Path, doing: str) -> Iterator[None]:
+def one_writer(path: str | Path, doing: str, *, inside: bool = False) -> Iterator[None]:
     """Keep `path` for this writer alone: another one is refused, in this process or any other on the file system.
 
-    The lock is a file beside it, and ends with its process, however that ends: a process that was forked meanwhile does
-    not keep it.
+    The lock is a file beside it, or `inside` this folder, and ends with its process, however that ends: a process that
+    was forked meanwhile does not keep it.
     """
-    place = Path(path).resolve()
+    place = Path(os.path.realpath(path))
+    lock = place / ".lock" if inside else place.with_name(f".{place.name}.lock")
     with _HOLDING:
         if place in _HELD:
             raise PyroVAEError(_busy(path, doing, "this process"))
@@ -83,8 +84,8 @@ def one_writer(path: str | Path, doing: str) -> Iterator[None]:
     try:
         with ExitStack() as held:
             try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(_locked(place.with_name(f".{place.name}.lock"), path, doing))
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_locked(lock, path, doing))
             except OSError as error:
                 raise NotWrittenError(
                     f"{path} can't be written ({error}): expected a folder to write to. Pass another path, or change "

@@ -97,6 +97,24 @@ def test_a_second_writer_of_this_process_is_refused(tmp_path):
     assert (len(refused), names(tmp_path)) == (4, [])
 
 
+def test_a_folder_is_kept_by_a_lock_inside(tmp_path):
+    with one_writer(tmp_path / "run", "writing to", inside=True):
+        assert names(tmp_path) == ["run"]
+        assert names(tmp_path / "run") == [".lock"]
+        refusing = pytest.raises(pv.PyroVAEError, match=r"this process is writing to .*run: expected one writer at")
+        with refusing, one_writer(tmp_path / "run", "writing to", inside=True):
+            pass
+    assert names(tmp_path / "run") == []
+
+
+def test_a_loop_of_links_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"), written_whole(tmp_path / "loop" / "file") as unfinished:
+        unfinished.write_text("")
+    with pytest.raises(pv.NotWrittenError, match="loop"), one_writer(tmp_path / "loop" / "file", "writing to"):
+        pass
+
+
 HOLDER = """
 import multiprocessing, os, sys, time
 from pathlib import Path
