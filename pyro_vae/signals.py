@@ -11,11 +11,12 @@ ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sig
 
 
 @contextmanager
-def taken_for_ctrl_c(*, then_obeyed: bool) -> Iterator[list[signal.Signals]]:
+def taken_for_ctrl_c(*, then_obeyed: bool, with_ctrl_c: bool = False) -> Iterator[list[signal.Signals]]:
     """Inside, the first SIGTERM or SIGHUP raises ``KeyboardInterrupt``, and is in the list; the second one is obeyed.
 
     With `then_obeyed`, the first one ends the program when the block has ended, however it ends. Ignored signals
     (``nohup``) stay ignored, and other handlers stay. Handlers are the main thread's: in another one nothing changes.
+    With `with_ctrl_c`, for a whole program, SIGINT is one of them, so that a second Ctrl-C ends the process at once.
     """
     received: list[signal.Signals] = []
 
@@ -28,14 +29,16 @@ def taken_for_ctrl_c(*, then_obeyed: bool) -> Iterator[list[signal.Signals]]:
         raise KeyboardInterrupt
 
     def put_back() -> None:
-        for each in own:
+        for each, earlier in own.items():
             if signal.getsignal(each) is interrupt:
-                signal.signal(each, signal.SIG_DFL)
+                signal.signal(each, signal.SIG_DFL if received else earlier)
 
     process = os.getpid()
     in_main = threading.current_thread() is threading.main_thread()
-    own = [each for each in ENDING if in_main and signal.getsignal(each) is signal.SIG_DFL]
-    for each in own:
+    own: dict[int, Any] = {each: signal.SIG_DFL for each in ENDING if signal.getsignal(each) is signal.SIG_DFL}
+    if with_ctrl_c and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        own[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+    for each in own if in_main else ():
         signal.signal(each, interrupt)
     try:
         yield received
@@ -47,4 +50,4 @@ def taken_for_ctrl_c(*, then_obeyed: bool) -> Iterator[list[signal.Signals]]:
 
 def name_of(received: list[signal.Signals]) -> str:
     """What a message calls the signal."""
-    return received[0].name if received else "Ctrl-C"
+    return received[0].name if received and received[0] != signal.SIGINT else "Ctrl-C"

@@ -1,7 +1,10 @@
 """The Typer application with its four commands, and ``main``, which turns errors into exit statuses."""
 
-import functools
+import contextlib
+import os
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -20,45 +23,60 @@ UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and m
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
 
-class _StoppedError(Exception):
-    """A command was stopped by Ctrl-C, which Typer would answer itself."""
-
-
-def _stoppable(command: Any) -> Any:
-    @functools.wraps(command)
-    def stopping(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            raise _StoppedError from None
-
-    return stopping
-
-
 for command in (train, compare, evaluate, sample):
-    app.command()(_stoppable(command))
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command in `arguments`, by default the words after ``pyro-vae``, and exit; no words print the help.
 
-    A usage error, a refusal of this package and an error of the operating system each print one line on stderr. Any
-    other exception is a bug and keeps its traceback.
+    A usage error, a refusal of this package, an error of the operating system and a lack of memory each print one line
+    on stderr. Any other exception is a bug and keeps its traceback.
 
     Raises:
         SystemExit: always; the status is 0, 2 after an error, or 128 + n after a signal: 130 after Ctrl-C.
     """
-    with taken_for_ctrl_c(then_obeyed=False) as received:
+    with taken_for_ctrl_c(then_obeyed=False, with_ctrl_c=True) as received:
         try:
-            status = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False, obj=received)
-        except (UsageError, PyroVAEError, OSError) as error:
-            message = error.format_message() if isinstance(error, UsageError) else str(error)
-            print("error:", " ".join(message.split()), file=sys.stderr)
-            status = 2
-        except _StoppedError:
-            print(f"stopped by {name_of(received)}.", file=sys.stderr)
+            status = _run(arguments or sys.argv[1:] or ["--help"], received)
+            sys.stdout.flush()  # a full disk is noticed here
+        except KeyboardInterrupt:
             status = 130
+            _say(f"stopped by {name_of(received)}.")
+        except (UsageError, PyroVAEError, OSError) as error:
+            status = 2
+            _say("error:", error.format_message() if isinstance(error, UsageError) else str(error))
+        except (MemoryError, RuntimeError) as error:  # PyTorch's lack of memory has no class of its own on a CPU
+            if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            status = 2
+            _say(
+                "error: expected sizes that fit in memory, got too little memory. Pass smaller ones, or a smaller run."
+            )
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # Python tries again when it exits, and would print that
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(128 + received[0] if received else status)
+
+
+def _run(arguments: Sequence[str], received: list[signal.Signals]) -> int:
+    """Run a command and return its status. Typer's own ``main`` would answer Ctrl-C and a closed pipe itself."""
+    group = typer.main.get_command(app)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")  # it is about programs that use ArviZ
+        try:
+            with group.make_context("pyro-vae", list(arguments), obj=received) as context:
+                group.invoke(context)
+        except typer.Exit as end:
+            return end.exit_code
+    return 0
+
+
+def _say(*words: str) -> None:
+    with contextlib.suppress(OSError):  # with a full or closed stderr, the status says it
+        print(*" ".join(words).split(), file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:
@@ -74,6 +92,7 @@ def _pyro_vae(
     ] = False,
 ) -> None:
     """Train a variational autoencoder in Pyro, evaluate it and draw samples."""
+    os.environ["MPLBACKEND"] = "agg"  # it writes files and needs no screen; importing matplotlib refuses unknown ones
     import matplotlib  # only here, so that --help and --version do not wait for it
 
-    matplotlib.use("Agg")  # this backend writes files and needs no screen
+    matplotlib.use("agg")  # where it was imported before

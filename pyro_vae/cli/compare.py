@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from rich.console import Console
 from typer import Option
 
 import pyro_vae as pv
 from pyro_vae.cli import figures
-from pyro_vae.cli.run_folder import RunArgument, RunFolder
-from pyro_vae.cli.tables import format_comparison
+from pyro_vae.cli.memory import check_memory
+from pyro_vae.cli.run_folder import MAX_SEED, RunArgument, RunFolder
+from pyro_vae.cli.tables import format_comparison, print_table
 
 
 def compare(
@@ -16,14 +16,15 @@ def compare(
     num_images: Annotated[int, Option(min=2, help="Number of test images, or all if there are fewer.")] = 500,
     repeats: Annotated[int, Option(min=2, help="Number of times that each bound is estimated.")] = 10,
     compile: Annotated[bool, Option("--compile", help="Compile the estimators first. This takes minutes.")] = False,
-    seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 0,
 ) -> None:
     """Compare bounds on log p(x) on test images. The table has their values, noise, gradients and cost."""
     folder = RunFolder(path)
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]
+    check_memory("--repeats", repeats * sum(each.numel() for each in vae.parameters()))  # a gradient each
     table = pv.compare(vae, x, repeats=repeats, compile=compile, seed=seed)
     written = folder.write_csv("compare.csv", table)
     figures.save(folder, "bounds", pv.plots.bounds(table))
-    Console().print(format_comparison(table, len(x), repeats))
+    print_table(format_comparison(table, len(x), repeats))
     print(written, *sorted(folder.figures.glob("*.png")), sep="\n")

@@ -3,14 +3,14 @@
 import warnings
 from typing import Annotated
 
-from rich.console import Console
 from typer import Option
 
 import pyro_vae as pv
 from pyro_vae.cli import figures
+from pyro_vae.cli.memory import check_memory
 from pyro_vae.cli.report import NUM_ANNEALED, make_report
-from pyro_vae.cli.run_folder import RunArgument, RunFolder
-from pyro_vae.cli.tables import format_report
+from pyro_vae.cli.run_folder import MAX_SEED, RunArgument, RunFolder
+from pyro_vae.cli.tables import format_report, print_table
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
 from pyro_vae.files import written_whole
 
@@ -27,16 +27,20 @@ def evaluate(
     ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = NUM_STEPS,
     ais_chains: Annotated[int, Option(min=2, help="Number of AIS chains for each image.")] = NUM_CHAINS,
     compile: Annotated[bool, Option("--compile", help="Compile importance sampling: faster for many images.")] = False,
-    seed: Annotated[int, Option(min=0, help="Seed of all samples.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 0,
 ) -> None:
     """Estimate log p(x) of test images, with error bars. The report also has the gaps and the parts of the ELBO."""
     folder = RunFolder(path)
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]
+    pixels = x[0].numel()
+    sizes = {"--num-samples": num_samples, "--ais-steps": ais_steps, "--ais-chains": ais_chains * pixels}
+    for option, numbers in sizes.items():
+        check_memory(option, numbers)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the table's caption has this number
         report = make_report(vae, x, num_samples, ais_images, ais_steps, ais_chains, compile=compile, seed=seed)
-    Console().print(format_report(report))
+    print_table(format_report(report))
     written = folder.write_json("evaluation.json", report.to_dict())
     with written_whole(path / "evaluation.nc") as unfinished:  # an open netCDF file can be replaced, not overwritten
         pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(unfinished)

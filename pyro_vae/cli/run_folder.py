@@ -17,6 +17,7 @@ import pyro
 from typer import Argument
 
 import pyro_vae as pv
+from pyro_vae.cli.memory import check_memory, fewest_weights
 from pyro_vae.data import Dataset
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.files import written_whole
@@ -32,6 +33,7 @@ FIT = ("epochs", "batch_size", "lr", "patience", "compile", "seed")  # keyword a
 OPTIONS = ("data", *READ, *NETWORKS, *BOUND, *FIT)  # those that config.json holds
 MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # a run may continue with other values, since no epoch depends on them
 # Older runs lack these options; they were trained with these values.
+MAX_SEED = 2**32 - 1  # of NumPy's generator
 OLD_VALUES = {"compile": False, "warm_up": 0, "free_bits": 0.0, "patience": None}
 # Files of compare and evaluate, which further training makes out of date.
 EVALUATED_FIGURES = ("bounds", "bounds_and_log_likelihood", "pareto_k", "active_units")
@@ -163,17 +165,18 @@ def _kinds() -> dict[str, Any]:
     for name in OPTIONS:
         values, option = get_args(hints[name])
         choices = get_args(values) if get_origin(values) in (Union, UnionType) else (values,)
-        kinds[name] = tuple(_kind(choice, option.min) for choice in choices)
+        kinds[name] = tuple(_kind(choice, option.min, option.max) for choice in choices)
     return kinds
 
 
-def _kind(choice: Any, least: float | None) -> Any:
+def _kind(choice: Any, least: float | None, most: float | None) -> Any:
     if get_origin(choice) is Literal:
         words = get_args(choice)
         return contents.Where(str, " or ".join(map(repr, words)), lambda value: value in words)
     if choice in (int, float) and least is not None:
         what = "an integer" if choice is int else "a number"
-        return contents.Where(choice, f"{what}, at least {least:g}", lambda value: value >= least)
+        limits = f"at least {least:g}" if most is None else f"from {least:g} to {most:.0f}"
+        return contents.Where(choice, f"{what}, {limits}", lambda value: least <= value <= (most or math.inf))
     return {type(None): None, Path: str}.get(choice, choice)
 
 
@@ -189,6 +192,9 @@ def build(config: dict[str, Any]) -> tuple[Dataset, pv.VAE]:
     if config["likelihood"] == "gaussian":
         settings["scale"] = _parsed("scale", config["scale"], "a number, learned, per_column or per_pixel", "0.1")
     dataset = pv.data.load(config["data"], **{name: config[name] for name in READ})
+    first = math.prod(dataset.event_shape) if option == "hidden_dims" else dataset.event_shape[0]
+    weights = fewest_weights(first, settings[option], config["latent_dim"])
+    check_memory(f"--latent-dim and --{option.replace('_', '-')}", weights)
     pyro.set_rng_seed(config["seed"])
     vae = make(dataset.event_shape, **settings)
     vae.likelihood.check(dataset.test.x)

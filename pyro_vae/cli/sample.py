@@ -1,19 +1,22 @@
 """The command ``pyro-vae sample``: a figure of images from the model."""
 
+import math
 from typing import Annotated
 
 from typer import Option
 
 from pyro_vae.cli import figures
-from pyro_vae.cli.run_folder import RunArgument, RunFolder
+from pyro_vae.cli.memory import check_memory
+from pyro_vae.cli.run_folder import MAX_SEED, RunArgument, RunFolder
 
 
 def sample(
     path: RunArgument,
     num_samples: Annotated[int, Option(min=1, help="Number of images.")] = 64,
-    seed: Annotated[int, Option(min=0, help="Seed of the draws of z.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of the draws of z.")] = 0,
 ) -> None:
     """Draw images from the trained model. Each is the mean of p(x|z) for a z drawn from the prior."""
     folder = RunFolder(path)
-    _, vae = folder.load()
+    dataset, vae = folder.load()
+    check_memory("--num-samples", num_samples * math.prod(dataset.event_shape))
     print(figures.draw_samples(folder, vae, num_samples, seed))

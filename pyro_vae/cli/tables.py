@@ -4,9 +4,18 @@ import math
 
 import pandas as pd
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from pyro_vae.cli.report import Report
+
+
+def print_table(table: Table) -> None:
+    """Print a table by Python's own print, whose errors are those of all output: Rich ends the program at some."""
+    console = Console()
+    with console.capture() as captured:
+        console.print(table)
+    print(captured.get(), end="")
 
 
 def format_comparison(table: pd.DataFrame, num_images: int, repeats: int) -> Table:

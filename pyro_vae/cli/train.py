@@ -1,6 +1,7 @@
 """The command ``pyro-vae train``: its options, the training, and the result that it prints."""
 
 import math
+import os
 import signal
 import sys
 import warnings
@@ -9,18 +10,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
+import torch
 import typer
 from typer import Argument, Option
 
 import pyro_vae as pv
 from pyro_vae.cli import figures
-from pyro_vae.cli.run_folder import FIT, OPTIONS, RunFolder, build
+from pyro_vae.cli.memory import check_memory
+from pyro_vae.cli.run_folder import FIT, MAX_SEED, OPTIONS, RunFolder, build
 from pyro_vae.data import Dataset
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.files import one_writer
 from pyro_vae.signals import name_of
 from pyro_vae.training import checkpoint as checkpoints
 
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 DATA_HELP = "The data set: digits (no download), mnist, fashion_mnist, kmnist, emnist, omniglot or binarized_mnist."
 
 
@@ -85,17 +89,20 @@ def train(
         bool,
         Option("--compile", help="Compile the training step. This takes up to half a minute; steps are then faster."),
     ] = False,
-    seed: Annotated[int, Option(min=0, help="Seed of initial weights, minibatches and samples.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of initial weights, minibatches and samples.")] = 0,
     out: Annotated[Path | None, Option(file_okay=False, help="Folder of the run.", show_default="runs/DATA")] = None,
 ) -> None:
     """Train a VAE and write its run folder. The same command continues a run that was stopped."""
     _check_unused(context)
     if not 0 < lr < math.inf:
         raise PyroVAEError(f"expected --lr to be a positive, finite number, got {lr:g}. Try 1e-3.")
+    for option, value in (("--warm-up", warm_up), ("--free-bits", free_bits)):
+        if MAX_FLOAT32 < value < math.inf:
+            raise PyroVAEError(f"expected {option} to be at most {MAX_FLOAT32:.1e}, got a larger number. Pass less.")
     if binarize is None:
         binarize = "dynamic" if likelihood == "bernoulli" and data != "binarized_mnist" else "none"
     config = {"pyro_vae": version("pyro_vae")} | {name: context.params[name] for name in OPTIONS}
-    config |= {"root": str(root.resolve()), "binarize": binarize}
+    config |= {"root": os.path.realpath(root), "binarize": binarize}
     folder = RunFolder(out or Path("runs", data))
     folder.check_available(config)
     dataset, vae = build(config)
@@ -103,8 +110,11 @@ def train(
         raise PyroVAEError(
             "expected validation images with --patience, got none. Drop --patience, or pass, say, --validation 100."
         )
+    rows = min(batch_size, len(dataset.train))
+    check_memory("--particles and --batch-size", particles * rows * math.prod(dataset.event_shape))
+    check_memory("--latent-dim and the layers", 4 * sum(each.numel() for each in vae.parameters()))  # with Adam's state
     bound = _objective(config, len(dataset.train))
-    with one_writer(folder.path / "run", "training into"):  # inside, since another folder may be read-only
+    with one_writer(folder.path, "training into", inside=True):  # the folder above may be read-only
         _train(folder, config, dataset, vae, bound, context.obj)
 
 

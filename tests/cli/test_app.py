@@ -1,8 +1,11 @@
 """Exit statuses, errors in one line, tracebacks of bugs, help and version."""
 
+import pkgutil
 import re
 import sys
-from importlib.metadata import entry_points, version
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -10,6 +13,7 @@ import typer
 from helpers.command_line import QUICK, TINY, pyro_vae, refusal
 
 import pyro_vae as pv
+import pyro_vae_command
 from pyro_vae import cli
 from pyro_vae.cli import report
 
@@ -55,6 +59,15 @@ def test_a_refusal_is_one_line(run, monkeypatch, owner, name, error):
     monkeypatch.setattr(owner, name, refusing)
     status, out, err = pyro_vae("compare", run, "--num-images", 5, "--repeats", 2)
     assert (status, out, err) == (2, "", "error: expected one line, got two. Join them.\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_one_line(run, monkeypatch, error):
+    def greedy(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(pv, "compare", greedy)
+    assert "sizes that fit in memory" in refusal("compare", run)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
@@ -104,8 +117,8 @@ def test_help_lists_every_option_with_its_default(command):
 
 def test_version_and_entry_point():
     assert pyro_vae("--version")[:2] == (0, f"pyro-vae {version('pyro_vae')}\n")
-    (script,) = entry_points(group="console_scripts", name="pyro-vae")
-    assert script.load() is cli.main
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert pkgutil.resolve_name(scripts["pyro-vae"]) is pyro_vae_command.main
 
 
 def test_without_a_command_it_helps(monkeypatch):

@@ -217,6 +217,7 @@ def test_stopped_by_a_signal(tmp_path, number):
     status, out, err = pyro_vae("train", "digits", "--epochs", 100000, "--hidden-dims", 4, "--out", tmp_path / "run")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert f"process {process.pid} on " in err
+    assert f"is training into {tmp_path / 'run'}: expected one writer" in err
     process.send_signal(number)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number, err

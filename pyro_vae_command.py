@@ -1,0 +1,26 @@
+"""The entry point of ``pyro-vae``, outside of the package: importing that takes seconds, in which Ctrl-C may come."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Run :func:`pyro_vae.cli.main`, with standard streams to write to, and with an answer to Ctrl-C at any time."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _stop)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it is closed, and the next file to be opened would take its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    if sys.stdout.errors in ("strict", "surrogateescape"):  # an ASCII terminal shows a question mark for ±
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    from pyro_vae.cli import main as run
+
+    run()
+
+
+def _stop(number: int, _: Any) -> None:
+    # Nothing has begun, or all is done. KeyboardInterrupt in an import is lost, or ends as another exception.
+    os.write(2, b"stopped by Ctrl-C.\n")
+    os._exit(128 + number)
