@@ -5,6 +5,7 @@ epoch, and ``figures/`` the plots. All commands build data and networks from ``c
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
