@@ -152,9 +152,13 @@ def shown(value: Any) -> str:
         layout = "" if value.layout is torch.strided else f"{value.layout} "
         return f"a {layout}tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
     text = repr(value)
-    name = type(value).__name__
-    a = "an" if name[0] in "aeiouAEIOU" or name == "ndarray" else "a"
-    return text if len(text) <= 60 and "\n" not in text and " at 0x" not in text else f"{a} {name}"
+    short = len(text) <= 60 and "\n" not in text and " at 0x" not in text
+    return text if short else with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """The name of a type, after "a" or "an"."""
+    return f"an {name}" if name[0] in "aeiouAEIOU" or name == "ndarray" else f"a {name}"
 
 
 def _fix(kind: Kind, value: Any) -> str:
@@ -195,7 +199,7 @@ def kind_of(hint: Any) -> Kind | None:
     if origin is Literal:
         return kind_of(type(inside[0]))
     if origin in (Sequence, tuple, list) and inside and (element := kind_of(inside[0])) is not None:
-        return _sequence(element)
+        return _sequence(element) if "integer" in element.words or "number" in element.words else None
     if hint is Any:
         return None
     if hint in _KINDS:
@@ -218,7 +222,7 @@ def _instance(cls: Any) -> Kind:
         Mapping: "a dictionary",
         dict: "a dictionary",
     }
-    return Kind(words.get(cls, f"a {cls.__name__}"), convert)
+    return Kind(words.get(cls, with_article(cls.__name__)), convert)
 
 
 def _either(kinds: list[Kind]) -> Kind:

@@ -20,10 +20,12 @@ UNFINISHED = ".unfinished"
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def written_whole(path: str | Path, room: int = 0) -> Iterator[Path]:
     """A path beside `path` to write to: at the end it takes the place of `path`, and on failure it is removed.
 
     A process that is killed meanwhile leaves the old file. The next one to write there removes what it left.
+
+    With `room`, a number of bytes, a disk without so much room is noticed before, for a library that crashes on it.
     """
     path = Path(os.path.realpath(path))  # a link stays a link; Path.resolve has an error of its own for a loop
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +33,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     # The end of the name stays, since some writers choose a format by it.
     unfinished = path.with_name(f".{path.stem}.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}{UNFINISHED}{path.suffix}")
     try:
+        if room:
+            _require_room(unfinished, room, path)
         yield unfinished
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
@@ -40,6 +44,18 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the error that came first says more
             unfinished.unlink(missing_ok=True)
+
+
+def _require_room(unfinished: Path, room: int, path: Path) -> None:
+    try:
+        with unfinished.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, room)
+            elif shutil.disk_usage(path.parent).free < room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, of {room / 1e6:.1f} MB that it needs", str(path)) from error
+    unfinished.unlink()
 
 
 def _host() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -252,3 +253,20 @@ def test_a_signal_while_a_checkpoint_is_written_ends_the_program_too(tmp_path):
     assert (process.returncode, out) == (-signal.SIGTERM, "")
     assert names(tmp_path) == ["check[0.1].pt"]
     assert len(torch.load(path, weights_only=True)["history"]) == 2
+
+
+def test_a_disk_without_room_is_noticed_before_a_library_writes(tmp_path):
+    path = tmp_path / "results.nc"
+    path.write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"of 2.0 MB that it needs.*results.nc"), written_whole(path, room=2_000_000):
+            pytest.fail("the library has begun to write")
+        with written_whole(path, room=1_000) as unfinished:
+            assert not unfinished.exists()
+            unfinished.write_text("new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [each.name for each in tmp_path.iterdir()] == ["results.nc"]
+    assert path.read_text() == "new"

@@ -1,7 +1,7 @@
 """The command ``pyro-vae evaluate``: a report with log p(x), its error bars, the gaps and the parts of the ELBO."""
 
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -15,6 +15,13 @@ from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
 from pyro_vae.files import written_whole
 
 ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # evaluation.nc has all draws of x for each image: 25 MB for MNIST
+
+
+def _size(results: Any) -> int:
+    """The bytes of results for ArviZ in a file, and one megabyte for what stands between them."""
+    groups = results.groups
+    arrays = sum(results[name].nbytes for name in groups()) if callable(groups) else results.nbytes
+    return int(arrays) + 2**20
 
 
 def evaluate(
@@ -42,6 +49,8 @@ def evaluate(
         report = make_report(vae, x, num_samples, ais_images, ais_steps, ais_chains, compile=compile, seed=seed)
     print_table(format_report(report))
     written = folder.write_json("evaluation.json", report.to_dict())
-    with written_whole(path / "evaluation.nc") as unfinished:  # an open netCDF file can be replaced, not overwritten
-        pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed).to_netcdf(unfinished)
+    results = pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed)
+    # An open netCDF file can be replaced, not overwritten. HDF5 crashes on a full disk, so its room is taken before.
+    with written_whole(path / "evaluation.nc", room=_size(results)) as unfinished:
+        results.to_netcdf(unfinished)
     print(written, path / "evaluation.nc", *figures.draw_report(folder, report), sep="\n")

@@ -9,6 +9,7 @@ from pyro_vae.devices import OtherDeviceError, moved
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.ownership import forget, names_in_store
 from pyro_vae.engine.program import Program
+from pyro_vae.errors import PyroVAEError
 
 T = TypeVar("T")
 
@@ -38,8 +39,8 @@ def refusal(function: PyroFunction, args: tuple[Any, ...]) -> TypeError | None:
         found = error
     try:  # functools.wraps shows the signature of the function inside
         Program(function, lambda *_: None, args).trace()
-    except TypeError:
-        return found
     except OtherDeviceError:
         return None  # it has taken them
+    except (TypeError, PyroVAEError):
+        return found
     return None

@@ -1,6 +1,5 @@
 """Pyro's traces: how one is made, in float32 at least, and the sample sites that it has."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,16 +11,14 @@ from pyro.contrib.easyguide import EasyGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from pyro_vae.checks import refuse_invalid_parameters, shown
-from pyro_vae.devices import OtherDeviceError, elsewhere, is_of_devices, is_out_of_memory
+from pyro_vae.devices import is_out_of_memory
 from pyro_vae.engine import precision
+from pyro_vae.engine.failures import explain, refuse_elsewhere, shapes_apart
 from pyro_vae.engine.modules import PyroFunction, find_modules, transforms_called
 from pyro_vae.engine.ownership import OwnParameters, names_in_store
 from pyro_vae.engine.sites import PARTICLE_PLATE, Sites, being_recorded, family, layers
-from pyro_vae.engine.threads import other_thread
 from pyro_vae.errors import NoDensityError, PyroVAEError, without_shapes
 
 
@@ -44,11 +41,11 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
             with precision.promoting() if again else nullcontext(), OwnParameters(modules), transforms_called():
                 trace: Trace = handler.get_trace(*args, **kwargs)
         except Exception as error:
-            _refuse_elsewhere(error, handler.trace, function, before)
+            refuse_elsewhere(error, handler.trace, function, before)
             # Such as a product of float32 draws and weights in half precision.
             of_types = isinstance(error, RuntimeError) and any(w in str(error) for w in ("BFloat16", "Half", "dtype"))
             if again or not of_types:
-                _explain(error, function, args, kwargs)
+                explain(error, function, args, kwargs)
                 raise
         else:
             trace.nodes["_INPUT"]["fn"] = function
@@ -59,57 +56,6 @@ def traced(function: PyroFunction, args: tuple[Any, ...] = (), kwargs: dict[str,
         f"site '{half[0]}' is of half precision: expected draws and densities of float32 at least, got "
         f"{trace.nodes[half[0]]['fn']}. Call .float() on the parameters of its distribution."
     )
-
-
-def _explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what a program's error shows to be wrong with its arguments or parameters; else say how it was called."""
-    if isinstance(error, PyroVAEError):
-        return
-    if isinstance(error, ValueError) and "bottom of the stack" in str(error):  # Pyro's own words for what was entered
-        raise other_thread() from error
-    if isinstance(error, ValueError):
-        refuse_invalid_parameters(error)
-    function = poutine.unwrap(function)
-    name = getattr(function, "__name__", type(function).__name__)
-    given = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
-    if isinstance(error, TypeError):
-        try:
-            inspect.signature(function).bind(*args, **kwargs)
-        except TypeError as reason:
-            raise PyroVAEError(
-                f"expected the arguments that model and guide take, got ({given}), of which {name} says: {reason}. "
-                "Pass one for each argument that has no default."
-            ) from error
-        except ValueError:  # a builtin has no signature
-            pass
-    if not any("pyro_vae ran" in note for note in getattr(error, "__notes__", [])):
-        error.add_note(f"pyro_vae ran {name} with ({given}).")
-
-
-def _refuse_elsewhere(
-    error: Exception, trace: Trace, function: PyroFunction, before: set[str] | None = None
-) -> None:
-    """Refuse a run's arguments, if operations on several devices have ended it; a program may move them itself.
-
-    With the names of the parameters before the run, those that it has made beside its arguments do not count.
-    """
-    if not isinstance(error, OtherDeviceError) and not (isinstance(error, RuntimeError) and is_of_devices(error)):
-        return
-    given, inside = trace.nodes["_INPUT"], poutine.unwrap(function)
-    model = getattr(inside, "model", None)  # which an autoguide runs
-    modules = find_modules(function, inside, *([model] if callable(model) else []))
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    beside = {v.device for v in pytree.tree_leaves((given["args"], given["kwargs"])) if isinstance(v, Tensor)}
-    for name, site in trace.nodes.items():
-        value = site.get("value")
-        if site["type"] != "param" or value is None:
-            continue
-        of_module = isinstance(value, nn.Parameter)
-        if of_module or before is None or name in before or value.device not in beside:
-            parameters.append(value)
-    refusal = elsewhere(parameters, inside, given["args"], given["kwargs"])
-    if refusal is not None:
-        raise refusal from error
 
 
 def _half_sites(trace: Trace) -> list[str]:
@@ -180,14 +126,14 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
             f"spline_coupling in place of planar. Its own error is {error!r}."
         ) from error
     except RuntimeError as error:
-        _refuse_elsewhere(error, trace, trace.nodes["_INPUT"]["fn"])
+        refuse_elsewhere(error, trace, trace.nodes["_INPUT"]["fn"])
         raise
     except ValueError as error:
         own = error.__cause__  # Pyro raises it as a ValueError, with a table of shapes
         if isinstance(own, PyroVAEError):
             raise own from own.__cause__
         if "broadcast" in str(error):
-            raise PyroVAEError(_shapes_apart(trace, str(error))) from error
+            raise PyroVAEError(shapes_apart(trace, str(error))) from error
         if "support" not in str(error):
             raise
         raise PyroVAEError(
@@ -196,20 +142,6 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
         ) from error
     sites: Sites = dict(trace.nodes)
     return {n: s for n, s in sites.items() if s["type"] == "sample" and not s["infer"].get("_deterministic")}
-
-
-def _shapes_apart(trace: Trace, error: str) -> str:
-    """What to say of a value that does not fit the shape of its distribution."""
-    name = next((name for name in trace.nodes if f"'{name}'" in error), None)
-    if name is None:
-        return error
-    site: Any = trace.nodes[name]
-    fn, value = site["fn"], site["value"]
-    return (
-        f"expected a value at site '{name}' that fits its {family(fn)} of batch shape {tuple(fn.batch_shape)} and "
-        f"event shape {tuple(fn.event_shape)}, got one of shape {tuple(value.shape)}. Give model and guide the same "
-        "number of latent dimensions, and the likelihood the shape of the data."
-    )
 
 
 def given(values: dict[str, Tensor]) -> Trace:

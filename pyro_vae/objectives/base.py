@@ -11,7 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.checks import Whole, checked
+from pyro_vae.checks import Count, Whole, checked
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.mixing import check_apart
 from pyro_vae.engine.modules import PyroFunction
@@ -35,7 +35,7 @@ class Options(TypedDict, total=False):
 
     vectorize_particles: bool
     max_plate_nesting: Whole | None
-    chunk_size: int | None
+    chunk_size: Count | None
 
 
 _REDUCTIONS = ("reduce", "reduce_for_guide")
@@ -124,12 +124,12 @@ class Objective(pyro.infer.ELBO):
     @checked
     def __init__(
         self,
-        num_particles: int = 1,
+        num_particles: Count = 1,
         gradient: str = "pathwise",
         *,
         vectorize_particles: bool = True,
         max_plate_nesting: Whole | None = None,
-        chunk_size: int | None = None,
+        chunk_size: Count | None = None,
     ) -> None:
         Particles(num_particles, vectorize_particles, chunk_size)  # refuses invalid arguments
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)

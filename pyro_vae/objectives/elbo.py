@@ -12,7 +12,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_vae.checks import checked
+from pyro_vae.checks import Count, checked
 from pyro_vae.engine.program import Needs, Program, Run
 from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks, unwrapped
 from pyro_vae.engine.weights import Terms
@@ -87,7 +87,7 @@ class ELBO(Objective):
     @checked
     def __init__(
         self,
-        num_particles: int = 1,
+        num_particles: Count = 1,
         kl: Literal["analytic", "monte_carlo"] | None = None,
         gradient: Gradient | Literal["disarm"] = "pathwise",
         beta: float | Callable[[int], float] = 1.0,

@@ -7,9 +7,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from pyro_vae.checks import checked
+from pyro_vae.checks import Count, checked
 from pyro_vae.devices import wide
-from pyro_vae.errors import PyroVAEError, require_count
+from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options
 
 
@@ -99,7 +99,7 @@ class Renyi(Objective):
 
     @checked
     def __init__(
-        self, alpha: float, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
+        self, alpha: float, num_particles: Count, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
         if alpha == 1 or not math.isfinite(alpha):
             raise PyroVAEError(
@@ -155,9 +155,8 @@ class MIWAE(Objective):
 
     @checked
     def __init__(
-        self, num_outer: int, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
+        self, num_outer: Count, num_particles: Count, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
-        require_count("num_outer", num_outer)
         self.num_outer = num_outer
         super().__init__(num_particles, gradient, **options)
 
@@ -241,7 +240,7 @@ class CIWAE(Objective):
 
     @checked
     def __init__(
-        self, beta: float, num_particles: int, gradient: Gradient = "pathwise", **options: Unpack[Options]
+        self, beta: float, num_particles: Count, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
         if not 0 <= beta <= 1:
             raise PyroVAEError(f"expected beta to be a number from 0 (IWAE) to 1 (ELBO), got {beta!r}.")
@@ -298,7 +297,7 @@ class JVI(Objective):
 
     @checked
     def __init__(
-        self, num_particles: int, order: int = 1, gradient: Gradient = "pathwise", **options: Unpack[Options]
+        self, num_particles: Count, order: int = 1, gradient: Gradient = "pathwise", **options: Unpack[Options]
     ) -> None:
         self.order = order
         super().__init__(num_particles, gradient, **options)

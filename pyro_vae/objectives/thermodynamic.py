@@ -7,7 +7,7 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
-from pyro_vae.checks import checked
+from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options
 from pyro_vae.objectives.gradients import Estimator
@@ -53,7 +53,7 @@ class TVO(Objective):
     @checked
     def __init__(
         self,
-        num_particles: int,
+        num_particles: Count,
         partitions: int | Sequence[float] = 5,
         gradient: Gradient | Literal["covariance"] = "pathwise",
         **options: Unpack[Options],

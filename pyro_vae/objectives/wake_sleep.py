@@ -8,7 +8,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.checks import checked
+from pyro_vae.checks import Count, checked
 from pyro_vae.engine.agreement import check_draws
 from pyro_vae.engine.drawing import drawing
 from pyro_vae.engine.program import Program
@@ -64,7 +64,7 @@ class RWS(Objective):
 
     @checked
     def __init__(
-        self, num_particles: int, sleep: float = 0.0, gradient: str = "pathwise", **options: Unpack[Options]
+        self, num_particles: Count, sleep: float = 0.0, gradient: str = "pathwise", **options: Unpack[Options]
     ) -> None:
         if not 0 <= sleep <= 1:
             raise PyroVAEError(f"expected sleep to be a share from 0 to 1, got {sleep!r}.")

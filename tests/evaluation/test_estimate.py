@@ -20,7 +20,7 @@ def test_estimate():
     )
     assert str(pv.Estimate(-104.9649, 0.2731)) == "-104.96 ± 0.27"
     assert str(pv.Estimate(0.00123, 0.0004)) == "0.0012 ± 0.0004"
-    with pytest.raises(ValueError, match="expected a vector of values"):
+    with pytest.raises(ValueError, match="expected a vector of real values"):
         pv.Estimate.of(torch.zeros(0))
     single = pv.Estimate.of(torch.tensor([1.5]))
     assert (single.value, math.isnan(single.standard_error)) == (1.5, True)

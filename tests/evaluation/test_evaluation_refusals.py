@@ -44,7 +44,7 @@ def binary():
         (lambda x: torch.where(x > 0, math.inf, math.nan), "got NaN and infinity. Drop those rows, or correct them"),
         (lambda x: x[:, 0], r"x of shape \(N, 1, 4, 4\), got \(6, 4, 4\). Reshape it"),
         (lambda x: x.long(), "x of floating point, got torch.int64"),
-        (lambda x: x.numpy(), "x to be a tensor, .* got ndarray"),
+        (lambda x: x.numpy(), "x to be a dense tensor.* got an ndarray"),
         (lambda x: x[:0], "a datum|datum or more|at least 2 data"),
     ],
     ids=["support", "nan", "infinity", "both", "shape", "integers", "numpy", "none"],
@@ -322,7 +322,7 @@ def test_log_likelihood_of_one_datum_is_exact():
 def test_too_few_samples(number):
     vae = pv.mlp_vae((1, 4, 4), latent_dim=2, hidden_dims=(8,))
     for evaluation in (pv.log_likelihood, pv.inference_gaps, pv.decompose_elbo, pv.active_units):
-        with pytest.raises(ValueError, match="num_samples to be an integer, at least 2"):
+        with pytest.raises(ValueError, match="num_samples to be an integer"):
             evaluation(vae.model, vae.guide, binary(), number)
-    with pytest.raises(ValueError, match="num_samples to be an integer, at least 2"):
+    with pytest.raises(ValueError, match="num_samples to be an integer"):
         pv.to_arviz(vae, binary(), number)

@@ -70,7 +70,9 @@ def test_a_shape_that_does_not_fit_is_not_called_a_value_outside_the_support():
             z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
-    with pytest.raises(ValueError, match="not broadcastable") as caught:
+    with pytest.raises(
+        ValueError, match=r"fits its Normal of batch shape \(5,\) and event shape \(3,\), got one of shape \(5, 4\)"
+    ) as caught:
         pv.log_weights(model, poutine.block(model, hide=["x"]), torch.zeros(5, 4), num_particles=2)
     assert "support" not in str(caught.value)
 

@@ -1,0 +1,79 @@
+"""What the error of a failed run shows to be wrong: its arguments, their devices and shapes, or its parameters."""
+
+import inspect
+from typing import Any
+
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_vae.checks import refuse_invalid_parameters, shown
+from pyro_vae.devices import OtherDeviceError, elsewhere, is_of_devices
+from pyro_vae.engine.modules import PyroFunction, find_modules
+from pyro_vae.engine.sites import family
+from pyro_vae.engine.threads import other_thread
+from pyro_vae.errors import PyroVAEError
+
+
+def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what a program's error shows to be wrong with its arguments or parameters; else say how it was called."""
+    if isinstance(error, PyroVAEError):
+        return
+    if isinstance(error, ValueError) and "bottom of the stack" in str(error):  # Pyro's own words for what was entered
+        raise other_thread() from error
+    if isinstance(error, ValueError):
+        refuse_invalid_parameters(error)
+    function = poutine.unwrap(function)
+    name = getattr(function, "__name__", type(function).__name__)
+    given = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
+    if isinstance(error, TypeError):
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as reason:
+            raise PyroVAEError(
+                f"expected the arguments that model and guide take, got ({given}), of which {name} says: {reason}. "
+                "Pass one for each argument that has no default."
+            ) from error
+        except ValueError:  # a builtin has no signature
+            pass
+    if not any("pyro_vae ran" in note for note in getattr(error, "__notes__", [])):
+        error.add_note(f"pyro_vae ran {name} with ({given}).")
+
+
+def refuse_elsewhere(error: Exception, trace: Trace, function: PyroFunction, before: set[str] | None = None) -> None:
+    """Refuse a run's arguments, if operations on several devices have ended it; a program may move them itself.
+
+    With the names of the parameters before the run, those that it has made beside its arguments do not count.
+    """
+    if not isinstance(error, OtherDeviceError) and not (isinstance(error, RuntimeError) and is_of_devices(error)):
+        return
+    given, inside = trace.nodes["_INPUT"], poutine.unwrap(function)
+    model = getattr(inside, "model", None)  # which an autoguide runs
+    modules = find_modules(function, inside, *([model] if callable(model) else []))
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    beside = {v.device for v in pytree.tree_leaves((given["args"], given["kwargs"])) if isinstance(v, Tensor)}
+    for name, site in trace.nodes.items():
+        value = site.get("value")
+        if site["type"] != "param" or value is None:
+            continue
+        of_module = isinstance(value, nn.Parameter)
+        if of_module or before is None or name in before or value.device not in beside:
+            parameters.append(value)
+    refusal = elsewhere(parameters, inside, given["args"], given["kwargs"])
+    if refusal is not None:
+        raise refusal from error
+
+
+def shapes_apart(trace: Trace, error: str) -> str:
+    """What to say of a value that does not fit the shape of its distribution."""
+    name = next((name for name in trace.nodes if f"'{name}'" in error), None)
+    if name is None:
+        return error
+    site: Any = trace.nodes[name]
+    fn, value = site["fn"], site["value"]
+    return (
+        f"expected a value at site '{name}' that fits its {family(fn)} of batch shape {tuple(fn.batch_shape)} and "
+        f"event shape {tuple(fn.event_shape)}, got one of shape {tuple(value.shape)}. Give model and guide the same "
+        "number of latent dimensions, and the likelihood the shape of the data."
+    )
