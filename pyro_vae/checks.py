@@ -200,29 +200,18 @@ def kind_of(hint: Any) -> Kind | None:
         return kind_of(type(inside[0]))
     if origin in (Sequence, tuple, list) and inside and (element := kind_of(inside[0])) is not None:
         return _sequence(element) if "integer" in element.words or "number" in element.words else None
-    if hint is Any:
-        return None
-    if hint in _KINDS:
-        return _KINDS[hint]
-    if origin in (Callable, Mapping, dict):
-        return _instance(origin)
-    return _instance(hint) if isinstance(hint, type) and hint is not object and origin is None else None
+    if origin in (Mapping, dict):
+        return _instance(origin, "a dictionary")
+    return _KINDS.get(hint)  # functions say themselves which other classes they take
 
 
-def _instance(cls: Any) -> Kind:
+def _instance(cls: type, words: str) -> Kind:
     def convert(value: Any) -> Any:
         if not isinstance(value, cls):
             raise TypeError
         return value
 
-    words = {
-        nn.Module: "a torch.nn.Module",
-        str: "a string",
-        Callable: "a function",
-        Mapping: "a dictionary",
-        dict: "a dictionary",
-    }
-    return Kind(words.get(cls, with_article(cls.__name__)), convert)
+    return Kind(words, convert)
 
 
 def _either(kinds: list[Kind]) -> Kind:
@@ -307,9 +296,10 @@ _KINDS: dict[Any, Kind] = {
     int: Kind("an integer", _integer),
     float: Kind("a number", _number),
     bool: Kind("True or False", _truth),
-    str: _instance(str),
+    str: _instance(str, "a string"),
     Tensor: Kind("a dense tensor", _tensor),
-    np.ndarray: Kind("an array", _instance(np.ndarray).convert),
+    np.ndarray: _instance(np.ndarray, "an array"),
+    nn.Module: _instance(nn.Module, "a torch.nn.Module"),
     Path: Kind("a path", _path),
-    type(None): Kind("None", _instance(type(None)).convert),
+    type(None): _instance(type(None), "None"),
 }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_vae.checks import refuse_invalid_parameters, shown
-from pyro_vae.devices import OtherDeviceError, elsewhere, is_of_devices
+from pyro_vae.devices import OtherDeviceError, elsewhere, is_of_devices, is_out_of_memory
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.sites import family
 from pyro_vae.engine.threads import other_thread
@@ -18,7 +18,7 @@ from pyro_vae.errors import PyroVAEError
 
 def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what a program's error shows to be wrong with its arguments or parameters; else say how it was called."""
-    if isinstance(error, PyroVAEError):
+    if isinstance(error, PyroVAEError) or is_out_of_memory(error):
         return
     if isinstance(error, ValueError) and "bottom of the stack" in str(error):  # Pyro's own words for what was entered
         raise other_thread() from error

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import shown
 from pyro_vae.devices import of_float64, wide
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k
@@ -171,6 +172,11 @@ class LogLikelihood(Evidence):
 
 def check_same_data(evidence: Evidence | None, args: Args) -> None:
     """Raise an error if there are estimates, and they are not as many as the data."""
+    if evidence is not None and not isinstance(evidence, Evidence):
+        raise PyroVAEError(
+            f"expected log_likelihood to be the result of pv.log_likelihood, pv.ais or pv.bdmc, got {shown(evidence)}. "
+            "Pass one."
+        )
     if evidence is not None and len(evidence.per_datum) != len(args[0]):
         raise PyroVAEError(
             f"expected log_likelihood to be of the same data, got {len(evidence.per_datum)} of them for {len(args[0])} "

@@ -313,7 +313,7 @@ REFUSED = {
         lambda: pv.IWAE(8, chunk_size=2, vectorize_particles=False),
         r"expected vectorize_particles=True with it, got False",
     ),
-    "no chunk": (lambda: pv.IWAE(8, chunk_size=0), "expected chunk_size to be a positive integer, got 0"),
+    "no chunk": (lambda: pv.IWAE(8, chunk_size=0), "expected chunk_size to be a positive integer or None, got 0"),
     "negative beta": (lambda: pv.ELBO(beta=-1.0), r"expected beta to be a finite number, at least 0.*got -1.0"),
     "negative free bits": (lambda: pv.ELBO(free_bits=-1.0), "expected free_bits to be a number of nats, at least 0"),
     "free bits of stl": (lambda: pv.ELBO(free_bits=1.0, gradient="stl"), "expected gradient='pathwise' with free_bits"),
