@@ -29,6 +29,7 @@ from typing import (
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from pyro_vae.errors import PyroVAEError
 
@@ -161,15 +162,24 @@ def with_article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiouAEIOU" or name == "ndarray" else f"a {name}"
 
 
-def _fix(kind: Kind, value: Any) -> str:
-    if isinstance(value, Tensor) and value.layout is not torch.strided:
-        return "Pass x.to_dense()."
+def how_to_make_dense(value: Any) -> str:
+    """How a value can be made a dense tensor: the end of a message."""
     if isinstance(value, Tensor) and value.is_nested:
         return "Pass torch.nested.to_padded_tensor(x, 0.0), and a mask."
-    if "tensor" in kind.words and hasattr(value, "to_numpy"):
+    if isinstance(value, Tensor):
+        return "Pass x.dequantize()." if value.is_quantized else "Pass x.to_dense()."
+    if hasattr(value, "to_numpy"):
         return "Pass torch.tensor(x.to_numpy(), dtype=torch.float32)."
-    if "tensor" in kind.words and isinstance(value, np.ndarray | list | tuple):
-        return "Pass torch.as_tensor(x)."
+    if hasattr(value, "toarray"):
+        return "Pass torch.tensor(x.toarray(), dtype=torch.float32)."
+    if isinstance(value, Dataset):
+        return "Pass a DataLoader of it to pv.fit, or its tensors."
+    return "Pass torch.as_tensor(x)." if isinstance(value, np.ndarray | list | tuple) else "Pass one."
+
+
+def _fix(kind: Kind, value: Any) -> str:
+    if "tensor" in kind.words:
+        return how_to_make_dense(value)
     if isinstance(value, type):
         return "Pass an instance of it."
     if "sequence" in kind.words and isinstance(value, int):
@@ -276,8 +286,8 @@ def _truth(value: Any) -> bool:
 
 
 def is_dense(value: Any) -> TypeGuard[Tensor]:
-    """Whether it is a tensor with all its elements in memory, neither sparse nor nested."""
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+    """Whether it is a tensor with all its elements in memory: neither sparse nor nested nor quantized."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_nested or value.is_quantized)
 
 
 def _tensor(value: Any) -> Tensor:

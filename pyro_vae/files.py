@@ -92,6 +92,8 @@ def one_writer(path: str | Path, doing: str, *, inside: bool = False) -> Iterato
     was forked meanwhile does not keep it.
     """
     place = Path(os.path.realpath(path))
+    if place.is_dir() and not inside:
+        raise PyroVAEError(f"expected {path} to be a file, or a new one, got a folder. Pass a file in it.")
     lock = place / ".lock" if inside else place.with_name(f".{place.name}.lock")
     with _HOLDING:
         if place in _HELD:

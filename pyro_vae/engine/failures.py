@@ -22,6 +22,11 @@ def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwa
         return
     if isinstance(error, ValueError) and "bottom of the stack" in str(error):  # Pyro's own words for what was entered
         raise other_thread() from error
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        raise PyroVAEError(
+            "expected minibatches of two rows or more, since batch norm trains on their spread, got one of one row. "
+            "Pass another batch_size, or drop_last=True to the DataLoader, or drop a row."
+        ) from error
     if isinstance(error, ValueError):
         refuse_invalid_parameters(error)
     function = poutine.unwrap(function)

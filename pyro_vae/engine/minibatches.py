@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from pyro_vae.checks import is_dense, shown
+from pyro_vae.checks import how_to_make_dense, is_dense, shown
 from pyro_vae.devices import moved
 from pyro_vae.engine import rng
 from pyro_vae.errors import PyroVAEError, require_count
@@ -40,14 +40,15 @@ class Minibatches:
         self.batch_size = 128 if batch_size is None else batch_size
         require_count("batch_size", self.batch_size)
         self.columns: Sequence[Any] = data if isinstance(data, tuple | list) else (data,)
-        if not self.columns or not all(map(_is_column, self.columns)):
-            described = ", ".join(map(shown, self.columns)) or "none"
+        wrong = next((column for column in self.columns or [None] if not _is_column(column)), self)
+        if wrong is not self:
             raise PyroVAEError(
                 f"expected {name} to be a dense tensor of one row or more, a split of pv.data, a tuple of tensors or a "
-                f"DataLoader, got {described}. Use torch.as_tensor(x) for an array, torch.tensor(x.to_numpy(), "
-                "dtype=torch.float32) for a DataFrame, x.to_dense() for a sparse tensor, and a DataLoader for another "
-                "data set."
+                f"DataLoader, got {shown(wrong)}. {how_to_make_dense(wrong)}"
             )
+        # A tensor that was made in inference mode can't be used where gradients are recorded; its copy can.
+        inference = (isinstance(column, Tensor) and column.is_inference() for column in self.columns)
+        self.columns = tuple(c.clone() if copied else c for c, copied in zip(self.columns, inference, strict=True))
         sizes = {len(column) for column in self.columns}
         if len(sizes) > 1:
             raise PyroVAEError(
@@ -93,6 +94,16 @@ class Minibatches:
             if not _same(first, again):  # a stream that can't begin again: no minibatch may be lost
                 self.begun = chain([first] if again is None else [first, again], rest)
         return self._checked(first)
+
+    @property
+    def ends_in_one_row(self) -> bool:
+        """Whether the last of several minibatches, or the only one, has a single row."""
+        size = self.size
+        if self.loader is not None:  # one with a batch_sampler, or a stream, does not say
+            says = self.steps is not None and self.batch_size is not None and not self.loader.drop_last
+            sampler: Any = self.loader.sampler
+            size = len(sampler) if says else None
+        return bool(size) and (size or 0) % (self.batch_size or 1) == 1 % (self.batch_size or 1)
 
     @property
     def cuts_rows(self) -> bool:
@@ -183,7 +194,8 @@ def _is_column(column: Any) -> bool:
     if isinstance(column, Tensor):
         return is_dense(column) and column.dim() > 0
     others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str, Mapping, type)
-    return hasattr(column, "__getitem__") and hasattr(column, "__len__") and not isinstance(column, others)
+    sized = hasattr(column, "__len__") and not hasattr(column, "toarray")  # SciPy's sparse matrices refuse len
+    return sized and hasattr(column, "__getitem__") and not isinstance(column, others)
 
 
 def at_rows(column: Any, index: Any) -> Any:

@@ -50,4 +50,4 @@ def same_density(first: Site, second: Site | None) -> bool:
     if second is None or first["unscaled_log_prob"].shape != second["unscaled_log_prob"].shape:
         return False
     a, b = (scale_and_mask(site["unscaled_log_prob"], mask=first["mask"]) for site in (first, second))
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-2, equal_nan=True)
+    return torch.allclose(a, b.to(a.dtype), rtol=1e-3, atol=1e-2, equal_nan=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.utils import _pytree as pytree
 
-from pyro_vae.checks import converter, is_dense, refuse_invalid_parameters, shown
+from pyro_vae.checks import converter, how_to_make_dense, is_dense, refuse_invalid_parameters, shown
 from pyro_vae.devices import elsewhere
 from pyro_vae.engine.modules import eval_mode
 from pyro_vae.engine.precision import is_half, promoting, single_precision
@@ -177,7 +177,8 @@ class Pair(nn.Module):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
                 raise PyroVAEError(
                     f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, "
-                    f"got {described(mask)}. If these are a DataLoader's labels, drop them, or use pv.ConditionalVAE."
+                    f"got {described(mask)}. If these are a DataLoader's labels, drop them, or use pv.ConditionalVAE. "
+                    "If these are minibatches, join them with torch.cat."
                 )
             x = torch.where(mask, x, self.likelihood.filler)
         self._check(x, subsample_size)
@@ -186,9 +187,7 @@ class Pair(nn.Module):
     def _check(self, x: Tensor, subsample_size: int | None = None) -> None:
         """Raise ValueError for x of the wrong shape or type, or outside the support of the likelihood."""
         if not is_dense(x):
-            frame = "torch.tensor(x.to_numpy(), dtype=torch.float32)"
-            fix = frame if hasattr(x, "to_numpy") else "split.x, or torch.as_tensor(x)"
-            raise PyroVAEError(f"expected x to be a dense tensor, got {shown(x)}. Pass {fix}.")
+            raise PyroVAEError(f"expected x to be a dense tensor, got {shown(x)}. {how_to_make_dense(x)}")
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
             if tuple(x.shape) == self.event_shape:

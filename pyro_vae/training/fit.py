@@ -123,7 +123,8 @@ def fit(
             to train; a parameter has a value for each row of a minibatch, where rows are shuffled; `patience` or
             ``ReduceLROnPlateau`` has no validation data; the scheduler belongs to another optimiser; the checkpoint
             can't be read, or belongs to another program, other data or other settings; data are outside the support of
-            the site that observes them. With `compile`: the program can't be compiled.
+            the site that observes them; another thread runs a program meanwhile. With `compile`: the program can't be
+            compiled.
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
     Example:
@@ -142,6 +143,11 @@ def fit(
     if not 0 < lr < math.inf:
         raise PyroVAEError(f"expected lr to be positive and finite, got {lr!r}. Try 1e-3.")
     lr = float(lr)  # NumPy's numbers could not be read back from a checkpoint
+    if not torch.is_grad_enabled():
+        raise PyroVAEError(
+            "training needs gradients: expected a call outside of torch.no_grad() and torch.inference_mode(), got one "
+            "inside. Call pv.fit before."
+        )
     batches = Minibatches(data, batch_size, "data")
     held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
     if held_out is not None and held_out.steps == 0:
@@ -163,6 +169,8 @@ def fit(
         program, found = placed(Program(model, guide, batches.example()), lambda it: _first_run(it, objective, batches))
     parameters, model_sites, likelihoods, rows_of = found
     batches.device = program.device
+    if batches.ends_in_one_row:  # batch norm fails on it, after an epoch's work
+        program.on(batches.of_one(batches.example())).trace(training=True)
     support = DataSupport(program, model_sites)
     if held_out is not None:
         held_out.device = program.device

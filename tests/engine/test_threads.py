@@ -53,7 +53,8 @@ def test_a_second_thread_is_refused_while_the_first_one_trains():
     assert train(other) == train(pair())
 
 
-def test_trainings_in_two_threads_are_right_or_refused():
+@pytest.mark.parametrize("number", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_trainings_in_two_threads_are_right_or_refused(number):
     expected = train(pair())
 
     def attempt(vae: pv.VAE) -> list[float] | str:
@@ -63,7 +64,7 @@ def test_trainings_in_two_threads_are_right_or_refused():
             return str(error)
 
     with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(attempt, [pair() for _ in range(40)]))
+        outcomes = list(pool.map(attempt, [pair() for _ in range(number)]))
     numbers = [outcome for outcome in outcomes if not isinstance(outcome, str)]
     assert numbers
     assert all(outcome == expected for outcome in numbers)
