@@ -4,10 +4,10 @@ import contextlib
 import functools
 import inspect
 import math
-import numbers
 import operator
 import os
 import re
+import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from pyro_vae.devices import is_out_of_memory
 from pyro_vae.errors import PyroVAEError
 
 P = ParamSpec("P")
@@ -51,20 +52,15 @@ Image = Annotated[Sequence[Count], Between(3, 3)]  # (C, H, W)
 Seed = Annotated[int, Between(0, 2**32 - 1)]  # NumPy's range, which Pyro seeds too
 
 
+NOT_OF_A_KIND = (TypeError, ValueError, OverflowError, RuntimeError)  # what converting such a value raises
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an annotation asks for, in words, and a function that returns the value as that, or raises an error."""
 
     words: str
     convert: Callable[[Any], Any]
-
-    def accepts(self, value: Any) -> bool:
-        """Whether the value is of this kind."""
-        try:
-            self.convert(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            return False
-        return True
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -83,7 +79,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            if not re.search("allocate memory|size calculation overflowed", str(error)):  # PyTorch has no class for it
+            if not is_out_of_memory(error):
                 raise
             raise PyroVAEError(
                 f"expected sizes that fit into memory, got more in {function.__qualname__}: {error}. Pass smaller ones."
@@ -119,7 +115,7 @@ def converter(function: Callable[..., Any], without: Sequence[str] = ()) -> Call
         if unknown:
             raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {unknown[0]!r}")
         for each in (given, others):
-            for name in each.keys() & kinds.keys():
+            for name in [name for name in each if name in kinds]:
                 each[name] = _converted(name, each[name], kinds[name])
         return bound.args, bound.kwargs
 
@@ -129,20 +125,28 @@ def converter(function: Callable[..., Any], without: Sequence[str] = ()) -> Call
 def _converted(name: str, value: Any, kind: Kind) -> Any:
     try:
         return kind.convert(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+    except NOT_OF_A_KIND as error:
         message = f"expected {name} to be {kind.words}, got {shown(value)}. {_fix(kind, value)}"
         raise PyroVAEError(message.rstrip()) from error
 
 
 def refuse_invalid_parameters(error: ValueError) -> None:
     """Say what to do about a distribution's invalid parameters, if PyTorch's error is of these."""
-    text = str(error)
-    if isinstance(error, PyroVAEError) or "to satisfy the constraint" not in text:
+    found = re.search(
+        r"(Expected parameter .* to satisfy the constraint .*), but found invalid values:\s*(.*)", str(error)
+    )
+    if isinstance(error, PyroVAEError) or found is None:
         return
-    raise PyroVAEError(
-        f"a distribution has invalid parameters. {text.split(', but found')[0]}, got others. NaN comes of data or "
-        "parameters that are NaN or very large: check x.isfinite(), scale the data, or lower the learning rate."
-    ) from error
+    fix = "Such values are outside its domain: check the distribution's arguments."
+    if "nan" in str(error):
+        fix = (
+            "NaN comes of data or parameters that are NaN or very large: check x.isfinite(), scale the data, or lower "
+            "the learning rate."
+        )
+    raise PyroVAEError(f"a distribution has invalid parameters. {found[1]}, got {found[2][:80]} ... {fix}") from error
+
+
+PLAIN = (int, float, complex, str, bytes, list, tuple, set, dict, range, type, np.generic, type(None))
 
 
 def shown(value: Any) -> str:
@@ -152,9 +156,8 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor):
         layout = "" if value.layout is torch.strided else f"{value.layout} "
         return f"a {layout}tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    text = repr(value)
-    short = len(text) <= 60 and "\n" not in text and " at 0x" not in text
-    return text if short else with_article(type(value).__name__)
+    text = reprlib.repr(value) if isinstance(value, PLAIN) else ""  # another repr may take long, or fail
+    return text if 0 < len(text) <= 80 and "\n" not in text else with_article(type(value).__name__)
 
 
 def with_article(name: str) -> str:
@@ -166,8 +169,16 @@ def how_to_make_dense(value: Any) -> str:
     """How a value can be made a dense tensor: the end of a message."""
     if isinstance(value, Tensor) and value.is_nested:
         return "Pass torch.nested.to_padded_tensor(x, 0.0), and a mask."
+    if isinstance(value, Tensor) and value.is_meta:
+        return "Pass data with values: a tensor on 'meta' has none."
     if isinstance(value, Tensor):
         return "Pass x.dequantize()." if value.is_quantized else "Pass x.to_dense()."
+    if hasattr(value, "train") and hasattr(value, "test"):
+        return "Pass one of its splits, such as x.train."
+    if isinstance(value, np.ma.MaskedArray):
+        return "Pass torch.as_tensor(x.filled(0)), and a mask, torch.as_tensor(~x.mask)."
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
+        return "Convert its values to numbers."
     if hasattr(value, "to_numpy"):
         return "Pass torch.tensor(x.to_numpy(), dtype=torch.float32)."
     if hasattr(value, "toarray"):
@@ -211,7 +222,7 @@ def kind_of(hint: Any) -> Kind | None:
     if origin in (Sequence, tuple, list) and inside and (element := kind_of(inside[0])) is not None:
         return _sequence(element) if "integer" in element.words or "number" in element.words else None
     if origin in (Mapping, dict):
-        return _instance(origin, "a dictionary")
+        return _instance(Mapping, "a dictionary")
     return _KINDS.get(hint)  # functions say themselves which other classes they take
 
 
@@ -227,7 +238,7 @@ def _instance(cls: type, words: str) -> Kind:
 def _either(kinds: list[Kind]) -> Kind:
     def convert(value: Any) -> Any:
         for kind in kinds:
-            if kind.accepts(value):
+            with contextlib.suppress(*NOT_OF_A_KIND):
                 return kind.convert(value)
         raise TypeError
 
@@ -236,7 +247,8 @@ def _either(kinds: list[Kind]) -> Kind:
 
 def _sequence(element: Kind) -> Kind:
     def convert(value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str | bytes | Set | Mapping) or not isinstance(value, Iterable):
+        unordered = isinstance(value, str | bytes | Set | Mapping)
+        if unordered or not isinstance(value, Iterable):
             raise TypeError
         return tuple(element.convert(each) for each in value)
 
@@ -271,16 +283,16 @@ def _integer(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real | Tensor):
+    single = hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
+    if not single or isinstance(value, bool | np.bool_):
         raise TypeError
-    number = float(value)
-    if math.isnan(number):
-        raise ValueError
-    return value if type(value) in (int, float) else number  # type: ignore[return-value]
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    kept = type(value) in (int, float) or (isinstance(value, Tensor) and value.requires_grad)
+    return value if kept else number
 
 
 def _truth(value: Any) -> bool:
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, bool | np.bool_) and value not in (0, 1):  # as configuration files have them
         raise TypeError
     return bool(value)
 
@@ -296,10 +308,16 @@ def _tensor(value: Any) -> Tensor:
     return value
 
 
+def _network(value: Any) -> Any:
+    if isinstance(value, type) or not callable(value):  # any function of tensors serves
+        raise TypeError
+    return value
+
+
 def _path(value: Any) -> Any:
     if not isinstance(value, str | os.PathLike) or not str(value) or "\0" in str(value):
         raise TypeError
-    return value
+    return Path(value).expanduser() if str(value).startswith("~") else value
 
 
 _KINDS: dict[Any, Kind] = {
@@ -309,7 +327,7 @@ _KINDS: dict[Any, Kind] = {
     str: _instance(str, "a string"),
     Tensor: Kind("a dense tensor", _tensor),
     np.ndarray: _instance(np.ndarray, "an array"),
-    nn.Module: _instance(nn.Module, "a torch.nn.Module"),
+    nn.Module: Kind("a torch.nn.Module", _network),
     Path: Kind("a path", _path),
     type(None): _instance(type(None), "None"),
 }

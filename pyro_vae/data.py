@@ -4,13 +4,13 @@ import difflib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.checks import Seed, Whole, checked, shown
+from pyro_vae.checks import Between, Whole, checked, shown
 from pyro_vae.errors import PyroVAEError
 
 _TORCHVISION = {
@@ -97,7 +97,7 @@ def load(
     root: str | Path | None = None,
     binarize: str = "none",
     validation: Whole | None = None,
-    seed: Seed = 0,
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0,
 ) -> Dataset:
     """Load a data set as shuffled, disjoint train, validation and test splits.
 

@@ -86,7 +86,8 @@ def is_of_devices(error: RuntimeError) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device has no memory left; MPS and the CPU have no exception of their own for that."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("out of memory", "allocate memory", "size calculation overflowed"))
     )
 
 

@@ -51,7 +51,6 @@ class warm_up:
 
     def __call__(self, step: int) -> float:
         """Beta at a step, counted from 0."""
-        require_count("step", step, least=0)
         if step >= self.steps:
             return self.stop
         return self.start + (self.stop - self.start) * step / self.steps
@@ -103,7 +102,6 @@ class cyclical:
 
     def __call__(self, step: int) -> float:
         """Beta at a step, counted from 0."""
-        require_count("step", step, least=0)
         if step >= self.period * self.cycles:
             return self.stop
         return self.stop * min(step % self.period / (self.ramp * self.period), 1.0)

@@ -45,7 +45,7 @@ def takes_program(function: Callable[..., T]) -> Callable[..., T]:
             given = args[place : place + 2]
             if "model" in kwargs:
                 kwargs["model"], kwargs["guide"] = _both(kwargs["model"])
-            elif given and (isinstance(given[0], tuple) or len(given) == 1 or not _may_be_guide(given[1])):
+            elif given and (isinstance(given[0], tuple) or len(given) == 1 or not _may_be_guide(*given)):
                 args = (*args[:place], *_both(given[0]), *args[place + 1 :])
         for name, each in (*zip(names, args[place:], strict=False), *((n, kwargs[n]) for n in names if n in kwargs)):
             _check_function(name, each, function.__name__, name == "guide" and guide_optional)
@@ -76,8 +76,8 @@ def _check_function(name: str, function: Any, caller: str, optional: bool) -> No
         if getattr(function.forward, "__func__", None) is not nn.Module.forward:
             return
         raise PyroVAEError(
-            f"{caller} expected a {name} that can be called, got a {type(function).__name__} without forward. Pass its "
-            f"{name}, or the pair alone in place of both."
+            f"{caller} expected a {name} that can be called, got a {type(function).__name__} without forward. Pass a "
+            "pair's vae.model and vae.guide; functions of this package take the pair alone too."
         )
 
 
@@ -91,9 +91,11 @@ def _smaller(objective: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return f"Pass a smaller {given}, or fewer rows of data."
 
 
-def _may_be_guide(value: Any) -> bool:
-    """Whether an argument is a guide, or None in its place; an objective is callable too, and never a guide."""
-    return value is None or (callable(value) and not isinstance(value, pyro.infer.ELBO | type))
+def _may_be_guide(model: Any, value: Any) -> bool:
+    """Whether the argument after a model is a guide, or None in its place; an objective is callable too."""
+    if value is None:  # after a pair, it stands for data
+        return isinstance(model, EasyGuide) or not (hasattr(model, "model") and hasattr(model, "guide"))
+    return callable(value) and not isinstance(value, pyro.infer.ELBO | type)
 
 
 def _both(program: Any) -> tuple[PyroFunction, PyroFunction]:

@@ -1,6 +1,7 @@
 """What the error of a failed run shows to be wrong: its arguments, their devices and shapes, or its parameters."""
 
 import inspect
+import threading
 from typing import Any
 
 from pyro import poutine
@@ -20,7 +21,8 @@ def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwa
     """Refuse what a program's error shows to be wrong with its arguments or parameters; else say how it was called."""
     if isinstance(error, PyroVAEError) or is_out_of_memory(error):
         return
-    if isinstance(error, ValueError) and "bottom of the stack" in str(error):  # Pyro's own words for what was entered
+    # Pyro's own words, for a handler that another one has entered over and not left.
+    if str(error).startswith("This Messenger is not on the bottom of the stack") and threading.active_count() > 1:
         raise other_thread() from error
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         raise PyroVAEError(
@@ -31,8 +33,9 @@ def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwa
         refuse_invalid_parameters(error)
     function = poutine.unwrap(function)
     name = getattr(function, "__name__", type(function).__name__)
-    given = ", ".join([*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())])
-    if isinstance(error, TypeError):
+    each = [*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())]
+    given = ", ".join(each if len(each) <= 4 else [*each[:3], f"and so on, {len(each)} in all"])
+    if isinstance(error, TypeError) and _is_of_the_call(error):
         try:
             inspect.signature(function).bind(*args, **kwargs)
         except TypeError as reason:
@@ -44,6 +47,15 @@ def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwa
             pass
     if not any("pyro_vae ran" in note for note in getattr(error, "__notes__", [])):
         error.add_note(f"pyro_vae ran {name} with ({given}).")
+
+
+def _is_of_the_call(error: TypeError) -> bool:
+    """Whether the call of a program has failed, and nothing inside of it."""
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    module = "" if innermost is None else innermost.tb_frame.f_globals.get("__name__", "")
+    return module.split(".")[0] in ("pyro", "pyro_vae", "contextlib", "functools")
 
 
 def refuse_elsewhere(error: Exception, trace: Trace, function: PyroFunction, before: set[str] | None = None) -> None:

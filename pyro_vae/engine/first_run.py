@@ -41,6 +41,8 @@ def refusal(function: PyroFunction, args: tuple[Any, ...]) -> TypeError | None:
         Program(function, lambda *_: None, args).trace()
     except OtherDeviceError:
         return None  # it has taken them
-    except (TypeError, PyroVAEError):
+    except TypeError:
         return found
+    except PyroVAEError as error:
+        return found if isinstance(error.__cause__, TypeError) else None
     return None

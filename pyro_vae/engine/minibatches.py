@@ -1,7 +1,7 @@
 """Training and evaluation data (tensors, splits, tuples, a DataLoader) as one stream of minibatches."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -192,8 +192,8 @@ class Minibatches:
 def _is_column(column: Any) -> bool:
     """Whether it has rows that can be taken out by their numbers."""
     if isinstance(column, Tensor):
-        return is_dense(column) and column.dim() > 0
-    others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str, Mapping, type)
+        return is_dense(column) and column.dim() > 0 and not column.is_meta
+    others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str, dict, type)
     sized = hasattr(column, "__len__") and not hasattr(column, "toarray")  # SciPy's sparse matrices refuse len
     return sized and hasattr(column, "__getitem__") and not isinstance(column, others)
 

@@ -38,7 +38,8 @@ def require_parameters(*traces: Trace) -> dict[str, Tensor]:
     if not found:
         raise PyroVAEError(
             "expected a program with parameters to train, got none: neither model nor guide has a pyro.param or "
-            "pyro.module statement. Register the networks with pyro.module."
+            "pyro.module statement, or all parameters are frozen. Register the networks with pyro.module, or unfreeze "
+            "some with requires_grad_(True)."
         )
     return found
 

@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.checks import Seed
+from pyro_vae.checks import Seed, shown
 from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.compiled.step import check_compiled
 from pyro_vae.devices import wide
@@ -168,6 +168,8 @@ def _named(program: Program, objectives: Any, compile: bool, vectorize: bool) ->
         objectives = _defaults(program, vectorize)
     elif isinstance(objectives, Objective):
         objectives = [objectives]
+    if isinstance(objectives, str) or not isinstance(objectives, Sequence | Mapping) or not objectives:
+        raise PyroVAEError(f"expected a list of objectives, got {shown(objectives)}. Pass [pv.ELBO(), pv.IWAE(16)].")
     for objective in objectives.values() if isinstance(objectives, Mapping) else objectives:
         if not isinstance(objective, Objective):
             raise PyroVAEError(

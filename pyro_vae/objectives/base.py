@@ -107,8 +107,6 @@ class Objective(pyro.infer.ELBO):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in {*_OF_A_BOUND} & {*vars(cls)}:
-            setattr(cls, name, of_log_weights(vars(cls)[name]))
         first = {name: next(i for i, base in enumerate(cls.__mro__) if name in vars(base)) for name in _OF_A_BOUND}
         parents = [base for base in cls.__mro__[1:] if issubclass(base, Objective)]
         rows, names = parents[0].gradients, cls.gradients

@@ -18,7 +18,7 @@ from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks,
 from pyro_vae.engine.weights import Terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options
-from pyro_vae.objectives.densities import densities, with_gradient
+from pyro_vae.objectives.densities import densities, of_log_weights, with_gradient
 from pyro_vae.objectives.gradients import DISARM, STL
 
 
@@ -109,6 +109,8 @@ class ELBO(Objective):
                 "a KL in closed form needs the whole run: expected kl='monte_carlo' with chunk_size, got 'analytic'. "
                 "Pass kl='monte_carlo', or drop chunk_size."
             )
+        if isinstance(beta, type):
+            raise PyroVAEError(f"expected beta to be a number or a function, got the class {beta.__name__}. Call it.")
         if not callable(beta):
             _check_beta(beta)
         if not 0 <= free_bits < math.inf:
@@ -146,6 +148,7 @@ class ELBO(Objective):
         """Beta, from its schedule if it has one."""
         return {"beta": self._beta()}
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean over particles."""
         return log_weights.mean(0)

@@ -11,6 +11,7 @@ from pyro_vae.checks import Count, checked
 from pyro_vae.devices import wide
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options
+from pyro_vae.objectives.densities import of_log_weights
 
 
 def log_mean_exp(log_weights: Tensor, dim: int = 0) -> Tensor:
@@ -55,10 +56,12 @@ class IWAE(Objective):
 
     family = "IWAE"
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the mean of the weights over particles."""
         return log_mean_exp(log_weights)
 
+    @of_log_weights
     def curvature(self, log_weights: Tensor) -> Tensor:
         """w (1 - w), of the normalised weights w."""
         return log_mean_exp_curvature(log_weights)
@@ -116,10 +119,12 @@ class Renyi(Objective):
     def _settings(self) -> list[str]:
         return [f"alpha {self.alpha:g}"]
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the weights' power mean with exponent 1 - alpha."""
         return log_mean_exp((1 - self.alpha) * log_weights) / (1 - self.alpha)
 
+    @of_log_weights
     def curvature(self, log_weights: Tensor) -> Tensor:
         """(1 - alpha) v (1 - v), of the normalised powers v."""
         return (1 - self.alpha) * log_mean_exp_curvature((1 - self.alpha) * log_weights)
@@ -168,10 +173,12 @@ class MIWAE(Objective):
     def _settings(self) -> list[str]:
         return [f"{self.num_outer} outer"]
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean over groups of K of the log-mean-weight of each."""
         return log_mean_exp(self._groups(log_weights), 1).mean(0)
 
+    @of_log_weights
     def curvature(self, log_weights: Tensor) -> Tensor:
         """The curvature of each group's bound, over M."""
         return (log_mean_exp_curvature(self._groups(log_weights), 1) / self.num_outer).flatten(0, 1)
@@ -203,6 +210,7 @@ class PIWAE(MIWAE):
 
     family = "PIWAE"
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the mean of all weights."""
         return log_mean_exp(log_weights)
@@ -250,6 +258,7 @@ class CIWAE(Objective):
     def _settings(self) -> list[str]:
         return [f"beta {self.beta:g}"]
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The mean of the log-weights and the log of the mean weight, combined."""
         elbo, iwae = log_weights.mean(0), log_mean_exp(log_weights)
@@ -257,6 +266,7 @@ class CIWAE(Objective):
             return elbo if self.beta else iwae
         return self.beta * elbo + (1 - self.beta) * iwae
 
+    @of_log_weights
     def curvature(self, log_weights: Tensor) -> Tensor:
         """The share of the importance-weighted bound; the ELBO has no curvature."""
         return (1 - self.beta) * log_mean_exp_curvature(log_weights)
@@ -316,6 +326,7 @@ class JVI(Objective):
     def _settings(self) -> list[str]:
         return [f"order {self.order}"]
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The jackknife's combination of bounds over subsets."""
         total, count, order = torch.zeros((), dtype=torch.float64), self.num_particles, self.order

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options
+from pyro_vae.objectives.densities import of_log_weights
 from pyro_vae.objectives.gradients import Estimator
 
 
@@ -72,6 +73,7 @@ class TVO(Objective):
     def _settings(self) -> list[str]:
         return [f"T = {len(self.partitions) - 1}"]
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The sum over intervals of width times mean log-weight; the mean is weighted by powers of the weights."""
         weights = self._weights(log_weights)

@@ -17,7 +17,7 @@ from pyro_vae.engine.sites import Site, labelled, same_masks
 from pyro_vae.engine.traces import sample_sites, traced
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Objective, Options
-from pyro_vae.objectives.densities import densities, with_gradient
+from pyro_vae.objectives.densities import densities, of_log_weights, with_gradient
 from pyro_vae.objectives.gradients import Estimator
 from pyro_vae.objectives.importance import log_mean_exp
 
@@ -74,6 +74,7 @@ class RWS(Objective):
     def _settings(self) -> list[str]:
         return [f"sleep {self.sleep:g}"] if self.sleep else []
 
+    @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The log of the mean of the weights over particles."""
         return log_mean_exp(log_weights)

@@ -84,7 +84,7 @@ def in_evaluation_mode(method: Method) -> Method:
         recorded = torch.compiler.is_compiling()  # by torch.export, ONNX or torch.compile
         # A recorded graph can't hold what validation does with values, and torch.export.load fails on no_grad's.
         around = pyro.validation_enabled(False) if recorded else torch.no_grad()
-        with ONE_THREAD, around, single_precision(), widening, eval_mode([pair]):
+        with ONE_THREAD.for_a_moment(), around, single_precision(), widening, eval_mode([pair]):
             try:
                 result = method(pair, *args, **kwargs)
             except ValueError as error:
@@ -118,7 +118,8 @@ class Pair(nn.Module):
         if not isinstance(part, kind):
             raise PyroVAEError(f"expected {name} to be a {named}, got {part!r}. Pass an instance{PARTS[name]}.")
         parts = {**self._modules, name: part}
-        if name == "prior" and not _takes_nothing(part):
+        own_model = getattr(type(self), "model", self).__module__.startswith("pyro_vae.")  # calls it without arguments
+        if name == "prior" and own_model and not _takes_nothing(part):
             raise PyroVAEError(
                 f"expected prior to return the distribution of one z when it is called without arguments, got a "
                 f"{type(part).__name__}, which takes some. Pass one such as pv.StandardNormal(latent_dim)."
@@ -175,10 +176,12 @@ class Pair(nn.Module):
         """Check x and the mask, and replace missing elements by the likelihood's `filler`."""
         if mask is not None and is_dense(x):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
+                like = isinstance(mask, Tensor) and mask.shape == x.shape
                 raise PyroVAEError(
                     f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, "
-                    f"got {described(mask)}. If these are a DataLoader's labels, drop them, or use pv.ConditionalVAE. "
-                    "If these are minibatches, join them with torch.cat."
+                    f"got {described(mask)}. {'Pass mask.bool(), if it is one.' if like else ''} If these are a "
+                    "DataLoader's labels, drop them, or use pv.ConditionalVAE. If these are minibatches, join them "
+                    "with torch.cat."
                 )
             x = torch.where(mask, x, self.likelihood.filler)
         self._check(x, subsample_size)
@@ -191,7 +194,7 @@ class Pair(nn.Module):
         if x.dim() == 0 or tuple(x.shape[1:]) != self.event_shape:
             shape = ", ".join(map(str, self.event_shape))
             if tuple(x.shape) == self.event_shape:
-                fix = "For one datum, pass x[None]."
+                fix = "For one datum, pass x[None]. If these are all data, build the pair with event_shape=x.shape[1:]."
             elif len(self.event_shape) == 3 and tuple(x.shape[1:]) == (*self.event_shape[1:], self.event_shape[0]):
                 fix = "The channels come first: x.permute(0, 3, 1, 2)."
             elif x.dim() > 1 and _same_order(x.shape[1:], self.event_shape):

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_vae.checks import Count
+from pyro_vae.checks import Whole
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
@@ -180,7 +180,7 @@ class HierarchicalVAE(Pair):
         return self.decode(self.embed(x, mask)[0])
 
     @in_evaluation_mode
-    def generate(self, n: Count) -> Tensor:
+    def generate(self, n: Whole) -> Tensor:
         """The means of p(x|z1) at n samples of ``z1`` from the model, of shape (n, *event)."""
         return self.decode(self._down(lambda _, distribution: distribution.sample(), (n,)))
 

@@ -152,7 +152,8 @@ class SemiSupervisedVAE(Labelled):
         if y is None:
             return torch.full((x.shape[0], 1), UNOBSERVED, device=x.device)
         if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != x.shape[:1]:
+            fix = "Pass y.argmax(1)." if isinstance(y, Tensor) and y.dim() == 2 else "Pass y.long()."
             expected = f"integer labels of shape ({len(x)},), {UNOBSERVED} where unobserved"
-            raise PyroVAEError(f"expected y to be {expected}, got {described(y)}. Pass y.long().")
+            raise PyroVAEError(f"expected y to be {expected}, got {described(y)}. {fix}")
         check_labels(y, UNOBSERVED, self.num_classes)
         return y.long().unsqueeze(-1)

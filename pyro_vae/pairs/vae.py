@@ -3,7 +3,7 @@
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.checks import Count
+from pyro_vae.checks import Count, Whole
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.pairs.base import Pair, in_evaluation_mode, mean_of, on_own_device
 from pyro_vae.pairs.imputation import impute
@@ -91,7 +91,7 @@ class VAE(Pair):
         return self.decode(self.embed(x, mask))
 
     @in_evaluation_mode
-    def generate(self, n: Count) -> Tensor:
+    def generate(self, n: Whole) -> Tensor:
         """The means of p(x|z) at n samples of z from the prior, of shape (n, *event)."""
         return self.decode(self.prior().sample((n,)))
 

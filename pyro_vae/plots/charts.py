@@ -187,8 +187,6 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:
-    import pandas as pd
-
     if not isinstance(table, pd.DataFrame):
         raise PyroVAEError(f"expected a table, got {shown(table)}. Pass the return value of {source}.")
     if table.empty or list(table.index.names) != index or not set(columns) <= set(table.columns):
@@ -196,9 +194,10 @@ def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], sour
             f"expected a table of one row or more with index {index} and columns {columns}, got {len(table)} rows with "
             f"index {list(table.index.names)} and columns {list(table.columns)}. Pass the return value of {source}."
         )
-    words = [name for name in columns if not pd.api.types.is_numeric_dtype(table[name])]
-    if words:
-        raise PyroVAEError(f"expected numbers in columns {words}, got {table[words[0]].iloc[0]!r}. Convert them.")
+    try:
+        table[columns].astype(float)
+    except (TypeError, ValueError) as error:
+        raise PyroVAEError(f"expected numbers in columns {columns}, got others: {error}. Convert them.") from error
 
 
 def _finished(ax: Axes, xlabel: str, ylabel: str) -> Axes:

@@ -168,7 +168,7 @@ def latent_grid(x: Array, *, extent: tuple[float, float, float, float], ax: Axes
 
 def _classes(labels: Array | None, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sorted classes, and the number of each point's class among them."""
-    array = np.zeros(count) if labels is None else to_numpy(labels)
+    array = np.zeros(count) if labels is None else to_numpy(labels, numbers=False)
     if array.shape != (count,):
         raise PyroVAEError(f"expected labels of shape ({count},), one for each row of z, got {array.shape}.")
     names, codes = np.unique(array, return_inverse=True)

@@ -72,15 +72,20 @@ def new_figure(canvas: np.ndarray | None = None, *, left: float = 0, top: float 
     return plt.figure(figsize=(7 + left, 7 * height / width + 0.1 + top), layout="constrained")
 
 
-def to_numpy(x: Array) -> np.ndarray:
+def to_numpy(x: Array, *, numbers: bool = True) -> np.ndarray:
     """Return a tensor or array as a numpy array, with floating point as float64 if it is a tensor."""
+    array: Any = x
     if is_dense(x) and x.device.type != "meta":
-        x = x.detach().cpu()
-        x = (x.double() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
+        array = x.detach().cpu()
+        array = (array.double() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
     try:
-        array = np.asarray(x) if isinstance(x, np.ndarray | Sequence) else np.array(None)
-    except ValueError:  # rows of several lengths
+        array = np.array(None) if isinstance(array, torch.Tensor) else np.asarray(array)
+        if numbers and array.dtype.kind not in "biuf":
+            array = array.astype(float)
+    except (TypeError, ValueError):  # rows of several lengths, or words
         array = np.array(None)
-    if array.ndim == 0 or array.dtype.kind not in "biufU":
-        raise PyroVAEError(f"expected an array or a tensor of real numbers, got {shown(x)}. Convert it.")
+    if array.ndim == 0:
+        raise PyroVAEError(
+            f"expected an array or a tensor of {'real numbers' if numbers else 'labels'}, got {shown(x)}."
+        )
     return array

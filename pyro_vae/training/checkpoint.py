@@ -71,8 +71,8 @@ def _read(path: Path) -> Any:
         ) from error
     except Exception as error:  # each library says in its own way that the bytes are not as it wrote them
         raise PyroVAEError(
-            f"{path} can't be read as a checkpoint: it is truncated, damaged, or another kind of file. Delete it and "
-            "train again, or pass another path."
+            f"{path} can't be read as a checkpoint: it is truncated, damaged, or another kind of file. If pv.fit wrote "
+            "it, delete it and train again. A pickled pair is read by torch.load(path, weights_only=False)."
         ) from error
 
 

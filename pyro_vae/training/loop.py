@@ -100,6 +100,11 @@ class Loop:
                 bar.set_postfix(bound=f"{-total / count:.2f}", refresh=False)
             bar.update()
         self.unchecked = None
+        if not settings:
+            raise PyroVAEError(
+                f"expected minibatches in epoch {self.epoch}, got none: the DataLoader can be read only once. Give it "
+                "a data set, or a sampler, that begins again at each epoch."
+            )
         if not math.isfinite(total):
             raise self._not_finite("the epoch's loss is not finite")
         for name, parameter in self.parameters.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,6 +52,34 @@ def test_a_second_thread_is_refused_while_the_first_one_trains():
         training.result(60)
     assert _PYRO_STACK == []
     assert train(other) == train(pair())
+
+
+def test_a_pair_serves_several_threads():
+    vae = pair().eval()
+    expected = vae.embed(X)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(vae.embed, [X] * 50))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_process_that_another_thread_forks_has_a_lock_of_its_own():
+    entered, leave = threading.Event(), threading.Event()
+    vae, other = pair(), pair()
+
+    def model(x):
+        entered.set()
+        assert leave.wait(60)
+        return vae.model(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(pv.ELBO().bound, model, vae.guide, X)
+        assert entered.wait(60)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if other.embed(X).shape == (64, 2) else 1)
+        leave.set()
+        training.result(60)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("number", [40, pytest.param(500, marks=pytest.mark.slow)])

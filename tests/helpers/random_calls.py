@@ -345,10 +345,12 @@ def _is_said(error: Exception) -> bool:
         return True
     if "to satisfy the constraint" in str(error):  # PyTorch's own refusal, of a part that is used by itself
         return True
-    if isinstance(error, TypeError) and re.search(r"\(\) (got|missing|takes)", str(error)):
+    if isinstance(error, TypeError) and re.search(r"\(\) (got|missing|takes)", str(error)) and len(frames) <= 6:
         return True
-    return isinstance(error, OSError | IndexError) or any(
-        "pyro_vae" in note for note in getattr(error, "__notes__", [])
+    return (
+        isinstance(error, OSError)
+        or (isinstance(error, IndexError) and "expected" in str(error))
+        or any("pyro_vae" in note for note in getattr(error, "__notes__", []))
     )
 
 

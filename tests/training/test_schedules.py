@@ -99,7 +99,7 @@ def test_cycles_rise_from_zero_and_end_at_stop():
         (lambda: pv.schedules.cyclical(9, cycles=0), r"cycles to be a positive integer, got 0\.$"),
         (lambda: pv.schedules.cyclical(9, ramp=0), "ramp to be a fraction of the cycle.*got 0. Divide steps by period"),
         (lambda: pv.schedules.cyclical(9, ramp=3), "above 0 and at most 1, got 3"),
-        (lambda: pv.schedules.cyclical(9, stop=math.nan), "stop to be a number, got nan"),
+        (lambda: pv.schedules.cyclical(9, stop=math.nan), "stop to be a finite number.*got nan"),
     ],
 )
 def test_schedules_refuse(make, message):
