@@ -78,8 +78,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         args, kwargs = convert(args, kwargs)
         try:
             return function(*args, **kwargs)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, TypeError) as error:
+            if not is_out_of_memory(error) and "Overflow when unpacking" not in str(error):
                 raise
             raise PyroVAEError(
                 f"expected sizes that fit into memory, got more in {function.__qualname__}: {error}. Pass smaller ones."
@@ -108,12 +108,12 @@ def converter(function: Callable[..., Any], without: Sequence[str] = ()) -> Call
             return args, kwargs
         try:
             bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            return args, kwargs  # the call itself says it better
+        except TypeError as error:
+            raise TypeError(f"{_called(function, args)}() {error}") from None
         given, others = bound.arguments, bound.arguments.get(options, {})
         unknown = [name for name in others if declared is not None and name not in declared]
         if unknown:
-            raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {unknown[0]!r}")
+            raise TypeError(f"{_called(function, args)}() got an unexpected keyword argument {unknown[0]!r}")
         for each in (given, others):
             for name in [name for name in each if name in kinds]:
                 each[name] = _converted(name, each[name], kinds[name])
@@ -122,12 +122,28 @@ def converter(function: Callable[..., Any], without: Sequence[str] = ()) -> Call
     return convert
 
 
+def _called(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """What a person has called: of a constructor, the class of the object."""
+    return type(args[0]).__name__ if function.__name__ == "__init__" and args else function.__qualname__
+
+
 def _converted(name: str, value: Any, kind: Kind) -> Any:
     try:
         return kind.convert(value)
     except NOT_OF_A_KIND as error:
         message = f"expected {name} to be {kind.words}, got {shown(value)}. {_fix(kind, value)}"
         raise PyroVAEError(message.rstrip()) from error
+
+
+def refuse_call(function: Any, args: Sequence[Any], name: str, error: TypeError) -> None:
+    """Say of a function that failed that it does not take its arguments, if it does not."""
+    try:
+        inspect.signature(function).bind(*args)
+    except ValueError:  # a builtin has no signature
+        return
+    except TypeError as reason:
+        given = ", ".join(map(shown, args))
+        raise PyroVAEError(f"expected {name} to be a function of ({given}), got one that says: {reason}.") from error
 
 
 def refuse_invalid_parameters(error: ValueError) -> None:
@@ -220,7 +236,10 @@ def kind_of(hint: Any) -> Kind | None:
     if origin is Literal:
         return kind_of(type(inside[0]))
     if origin in (Sequence, tuple, list) and inside and (element := kind_of(inside[0])) is not None:
-        return _sequence(element) if "integer" in element.words or "number" in element.words else None
+        if "integer" not in element.words and "number" not in element.words:
+            return None
+        fixed = origin is tuple and Ellipsis not in inside
+        return _ranged(_sequence(element), Between(len(inside), len(inside)) if fixed else None)
     if origin in (Mapping, dict):
         return _instance(Mapping, "a dictionary")
     return _KINDS.get(hint)  # functions say themselves which other classes they take

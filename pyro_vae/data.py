@@ -50,6 +50,10 @@ class Split:
     labels: Tensor | None
     dynamic: bool = False
 
+    def __post_init__(self) -> None:
+        if self.dynamic and not self.images.is_floating_point():
+            raise PyroVAEError(f"expected grey values to draw from, of floating point, got {shown(self.images)}.")
+
     def __len__(self) -> int:
         return len(self.images)
 

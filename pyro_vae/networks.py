@@ -32,9 +32,12 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
             return network(x)
         return _of_one_batch(network, x, split, given)
     except (RuntimeError, TypeError) as error:
-        inputs = ", ".join(map(shown, (x, *given)))
-        error.add_note(f"pyro_vae called the network {type(network).__name__} with {inputs}.")
+        _note(error, network, x, *given)
         raise
+
+
+def _note(error: Exception, network: nn.Module, *inputs: Tensor) -> None:
+    error.add_note(f"pyro_vae called the network {type(network).__name__} with {', '.join(map(shown, inputs))}.")
 
 
 def _of_one_batch(network: nn.Module, x: Tensor, split: int, given: tuple[Tensor, ...]) -> Tensor:
@@ -62,7 +65,14 @@ class Concatenated(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """The output of the network for the concatenated tensors."""
-        return self.network(torch.cat([tensor.flatten(1) for tensor in tensors], 1))
+        if not all(is_dense(tensor) and tensor.dim() > 0 for tensor in tensors):
+            given = ", ".join(map(shown, tensors))
+            raise PyroVAEError(f"expected dense tensors with a row for each datum, got {given}.")
+        try:
+            return self.network(torch.cat([tensor.flatten(1) for tensor in tensors], 1))
+        except (RuntimeError, TypeError) as error:
+            _note(error, self.network, *tensors)
+            raise
 
 
 @checked
@@ -108,6 +118,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The image plus the output of the convolutions, (N, C, H, W)."""
+        channels = self.change[1].in_channels
+        if not is_dense(x) or x.dim() != 4 or x.shape[1] != channels:
+            raise PyroVAEError(f"expected images of shape (N, {channels}, H, W), got {shown(x)}.")
         return x + self.change(x)
 
 

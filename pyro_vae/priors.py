@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.checks import Count, Shape, checked
+from pyro_vae.checks import Count, Shape, checked, shown
 from pyro_vae.distributions import Mixture, Normal
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.flows import Flow, Kind
@@ -107,7 +107,13 @@ class VampPrior(nn.Module):
     def forward(self) -> dist.TorchDistribution:
         """The distribution of one z, with event shape (Z,)."""
         uniform = dist.Categorical(logits=self.pseudo_inputs.new_zeros(len(self.pseudo_inputs)))
-        return Mixture(uniform, self.posterior(self.pseudo_inputs))
+        q = self.posterior(self.pseudo_inputs)
+        if not isinstance(q, torch.distributions.Distribution):
+            raise PyroVAEError(
+                f"expected a posterior that returns a distribution, got one that returns {shown(q)}. Pass one such as "
+                "pv.DiagonalNormal."
+            )
+        return Mixture(uniform, q)
 
 
 class FlowPrior(nn.Module):

@@ -134,7 +134,7 @@ def test_a_network_may_be_a_function_and_a_prior_of_ones_own_model_may_take_argu
 def test_pythons_own_errors_stay():
     with pytest.raises(TypeError, match=r"function\(\) got an unexpected keyword argument 'wdith'"):
         function(wdith=3)
-    with pytest.raises(TypeError, match=r"takes from 0 to 8 positional arguments but 9 were given"):
+    with pytest.raises(TypeError, match=r"function\(\) too many positional arguments"):
         function(*range(9))
 
 

@@ -184,6 +184,11 @@ def _objective(config: dict[str, Any], num_data: int) -> pv.Objective:
     """Build the objective from the options."""
     if config["objective"] == "iwae":
         return pv.IWAE(config["particles"], config["gradient"])
+    if config["objective"] == "elbo" and config["gradient"] != "pathwise":
+        raise PyroVAEError(
+            f"--gradient {config['gradient']} needs a sampled KL: expected --objective elbo-monte-carlo or iwae, "
+            "got elbo. Pass one of these, or drop --gradient."
+        )
     steps = config["warm_up"] * math.ceil(num_data / config["batch_size"])
     beta = pv.schedules.warm_up(steps) if steps else 1.0
     kl: Literal["analytic", "monte_carlo"] = "analytic" if config["objective"] == "elbo" else "monte_carlo"

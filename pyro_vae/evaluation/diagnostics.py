@@ -43,7 +43,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
     """
-    if log_weights.dim() != 2 or log_weights.is_complex():
+    if log_weights.dim() != 2 or log_weights.is_complex() or log_weights.is_meta or not len(log_weights):
         raise PyroVAEError(
             f"expected real log_weights of shape (K, N), got {shown(log_weights)}. For one datum, pass "
             "log_weights[:, None]."

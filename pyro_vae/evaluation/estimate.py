@@ -13,6 +13,7 @@ from pyro_vae.devices import wide
 from pyro_vae.errors import PyroVAEError
 
 
+@checked
 @dataclass(frozen=True)
 class Estimate:
     r"""An estimate with its standard error.

@@ -49,7 +49,7 @@ def of_log_weights(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             not is_dense(log_weights)
             or not log_weights.is_floating_point()
             or log_weights.dim() == 0
-            or not len(log_weights)
+            or not log_weights.numel()
         ):
             raise PyroVAEError(
                 f"expected log_weights to be a dense tensor (K, N) of floating point, got {shown(log_weights)}. Pass "

@@ -12,7 +12,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_vae.checks import Count, checked
+from pyro_vae.checks import Count, checked, refuse_call
 from pyro_vae.engine.program import Needs, Program, Run
 from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks, unwrapped
 from pyro_vae.engine.weights import Terms
@@ -205,7 +205,7 @@ class ELBO(Objective):
         try:
             beta = self.beta(self.step)
         except TypeError as error:
-            error.add_note("pyro_vae called beta with the training step alone: pass a function of it.")
+            refuse_call(self.beta, (self.step,), "beta", error)
             raise
         return _check_beta(beta)
 

@@ -51,6 +51,10 @@ def on_own_device(method: Method) -> Method:
 
 
 def _refuse_elsewhere(pair: "Pair", method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not isinstance(pair, Pair):
+        raise PyroVAEError(
+            f"expected a pair, got {shown(pair)}. Call the method of an instance: vae.{method.__name__}."
+        )
     first = first_parameter(pair)
     for value in (*args, *kwargs.values()):
         # Only then, since to look at every parameter takes time.
@@ -167,6 +171,10 @@ class Pair(nn.Module):
         x = self._observed(x, mask, subsample_size)
         if len(x) == 0:
             raise PyroVAEError("expected x with one datum or more, got none. Drop empty minibatches.")
+        if subsample_size is not None and subsample_size > len(x):
+            raise PyroVAEError(
+                f"expected a subsample_size of at most {len(x)}, the number of data, got {subsample_size}."
+            )
         dims = len(self.event_shape)
         with pyro.plate("data", len(x), subsample_size=subsample_size):
             mask = None if mask is None else pyro.subsample(mask, event_dim=dims)
@@ -244,7 +252,7 @@ class Labelled(Pair):
     @in_evaluation_mode
     def generate(self, y: Tensor) -> Tensor:
         """The means of p(x|z, y) at one sample of z from the prior for each of n values of y, of shape (n, *event)."""
-        return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) else 0,)), y)
+        return self.decode(self.prior().sample((len(y) if isinstance(y, Tensor) and y.dim() else 0,)), y)
 
 
 def indicators(y: Tensor, classes: int | None, size: int, dtype: torch.dtype) -> Tensor:

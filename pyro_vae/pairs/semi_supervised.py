@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_vae.checks import checked
+from pyro_vae.checks import checked, is_dense
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.networks import apply_batched
@@ -149,6 +149,8 @@ class SemiSupervisedVAE(Labelled):
 
     def _column(self, x: Tensor, y: Tensor | None) -> Tensor:
         """The labels as a column (N, 1), -1 where the label is unobserved."""
+        if not is_dense(x):
+            self._check(x)  # refuses it
         if y is None:
             return torch.full((x.shape[0], 1), UNOBSERVED, device=x.device)
         if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != x.shape[:1]:

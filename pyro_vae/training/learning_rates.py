@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_vae.checks import refuse_call
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.training import contents
 
@@ -20,8 +21,8 @@ def make(
     """The scheduler that the function makes; refuse one that can't be stepped after each epoch."""
     try:
         scheduler = function(optimizer) if callable(function) else function
-    except Exception as error:
-        error.add_note("pyro_vae called lr_scheduler with the optimizer alone: pass a function of it that makes one.")
+    except TypeError as error:
+        refuse_call(function, (optimizer,), "lr_scheduler", error)
         raise
     if not callable(function) or not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
         made = "one that makes " if callable(function) else ""
