@@ -109,7 +109,7 @@ class ELBO(Objective):
                 "a KL in closed form needs the whole run: expected kl='monte_carlo' with chunk_size, got 'analytic'. "
                 "Pass kl='monte_carlo', or drop chunk_size."
             )
-        if isinstance(beta, type):
+        if isinstance(beta, type) and beta.__module__ == "pyro_vae.schedules":
             raise PyroVAEError(f"expected beta to be a number or a function, got the class {beta.__name__}. Call it.")
         if not callable(beta):
             _check_beta(beta)
