@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
-from pyro_vae.checks import checked
+from torch import Tensor
+
+from pyro_vae.checks import checked, shown
 from pyro_vae.errors import PyroVAEError, require_count
 
 IN_EPOCHS = "For a number of epochs, multiply it by the minibatches of an epoch."
@@ -51,6 +54,7 @@ class warm_up:
 
     def __call__(self, step: int) -> float:
         """Beta at a step, counted from 0."""
+        _check_step(step)
         if step >= self.steps:
             return self.stop
         return self.start + (self.stop - self.start) * step / self.steps
@@ -102,9 +106,15 @@ class cyclical:
 
     def __call__(self, step: int) -> float:
         """Beta at a step, counted from 0."""
+        _check_step(step)
         if step >= self.period * self.cycles:
             return self.stop
         return self.stop * min(step % self.period / (self.ramp * self.period), 1.0)
+
+
+def _check_step(step: object) -> None:
+    if not isinstance(step, Real | Tensor):
+        raise PyroVAEError(f"expected the number of a training step, got {shown(step)}.")
 
 
 def _check_values(**values: float) -> None:

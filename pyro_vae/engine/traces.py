@@ -134,6 +134,8 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
             raise own from own.__cause__
         if "broadcast" in str(error):
             raise PyroVAEError(shapes_apart(trace, str(error))) from error
+        if "must be a Tensor" in str(error):
+            raise PyroVAEError(f"expected tensors as the values of sites, got others: {error} Pass tensors.") from error
         if "support" not in str(error):
             raise
         raise PyroVAEError(

@@ -232,7 +232,11 @@ def _sum(terms: Terms) -> Tensor:
 
 
 def _check_beta(beta: Any) -> Any:
-    if not isinstance(beta, Real | Tensor) or not 0 <= float(beta) < math.inf:
+    try:
+        number = float(beta) if isinstance(beta, Real | Tensor) else math.nan
+    except OverflowError:  # an integer beyond floating point
+        number = math.inf
+    if not 0 <= number < math.inf:
         raise PyroVAEError(
             f"expected beta to be a finite number, at least 0, or a function that gives one, got {beta!r}."
         )

@@ -329,6 +329,10 @@ class JVI(Objective):
     @of_log_weights
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The jackknife's combination of bounds over subsets."""
+        if len(log_weights) <= self.order:
+            raise PyroVAEError(
+                f"expected log_weights with more than {self.order} rows, the order, got {len(log_weights)}."
+            )
         total, count, order = torch.zeros((), dtype=torch.float64), self.num_particles, self.order
         whole = wide(log_weights)  # the factors alternate and are large: float32 loses all digits
         for left_out in range(order + 1):

@@ -3,7 +3,7 @@
 import pyro
 from torch import Tensor, nn
 
-from pyro_vae.checks import Count
+from pyro_vae.checks import Count, is_dense
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.pairs.base import Labelled, in_evaluation_mode, indicators, mean_of, on_own_device
 from pyro_vae.pairs.imputation import impute
@@ -89,4 +89,6 @@ class ConditionalVAE(Labelled):
         return impute(self.prior(), self.likelihood, q, observed, mask, num_samples, vectors)
 
     def _vectors(self, y: Tensor, x: Tensor) -> Tensor:
+        if not is_dense(x) or x.dim() == 0:
+            self._check(x)  # refuses it
         return indicators(y, self.num_classes, x.shape[0], x.dtype)

@@ -149,7 +149,7 @@ class SemiSupervisedVAE(Labelled):
 
     def _column(self, x: Tensor, y: Tensor | None) -> Tensor:
         """The labels as a column (N, 1), -1 where the label is unobserved."""
-        if not is_dense(x):
+        if not is_dense(x) or x.dim() == 0:
             self._check(x)  # refuses it
         if y is None:
             return torch.full((x.shape[0], 1), UNOBSERVED, device=x.device)

@@ -171,7 +171,10 @@ def _classes(labels: Array | None, count: int) -> tuple[np.ndarray, np.ndarray]:
     array = np.zeros(count) if labels is None else to_numpy(labels, numbers=False)
     if array.shape != (count,):
         raise PyroVAEError(f"expected labels of shape ({count},), one for each row of z, got {array.shape}.")
-    names, codes = np.unique(array, return_inverse=True)
+    try:
+        names, codes = np.unique(array, return_inverse=True)
+    except TypeError as error:
+        raise PyroVAEError(f"expected labels that can be sorted, got some of several types: {error}.") from error
     most = len(CLASSES) * len(_MARKERS)
     if len(names) > most:
         raise PyroVAEError(
