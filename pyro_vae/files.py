@@ -41,6 +41,11 @@ def written_whole(path: str | Path, room: int = 0) -> Iterator[Path]:
         if path.is_file():
             shutil.copymode(path, unfinished)
         unfinished.replace(path)
+    except OSError as error:
+        own = error.filename is None or UNFINISHED in str(error.filename)
+        if isinstance(error, PyroVAEError) or not own:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a writer may not name it
     finally:
         with contextlib.suppress(OSError):  # the error that came first says more
             unfinished.unlink(missing_ok=True)

@@ -32,9 +32,10 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
             except RuntimeError as error:  # PyTorch says that a position is unexpected; the context is a full disk, say
                 raise (error.__context__ or error) from None
     except OSError as error:
+        why = OSError(error.errno, error.strerror) if error.errno else error  # the message has the path already
         kept = "The file there is as it was" if Path(path).is_file() else "There is no file"
         raise NotWrittenError(
-            f"the checkpoint {path} can't be written ({error}): expected a file that can be. {kept}. Remove the cause, "
+            f"the checkpoint {path} can't be written ({why}): expected a file that can be. {kept}. Remove the cause, "
             "or pass another path, and train again."
         ) from error
 
