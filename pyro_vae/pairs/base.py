@@ -94,9 +94,21 @@ def in_evaluation_mode(method: Method) -> Method:
             except ValueError as error:
                 refuse_invalid_parameters(error)
                 raise
-        return pytree.tree_map_only(Tensor, Tensor.detach, result) if recorded else result
+        if recorded:
+            return pytree.tree_map_only(Tensor, Tensor.detach, result)
+        if any(map(_has_nan, pytree.tree_leaves(result))):
+            raise PyroVAEError(
+                f"{method.__name__} gives NaN: expected finite data and parameters, got others. Check x.isfinite(), and "
+                "the parameters."
+            )
+        return result
 
     return cast(Method, wrapper)
+
+
+def _has_nan(value: Any) -> bool:
+    number = isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
+    return number and bool(value.isnan().any())
 
 
 class Pair(nn.Module):

@@ -116,6 +116,13 @@ def test_training_without_gradients_is_refused(mode):
         train(X, vae)
 
 
+def test_a_result_of_nan_is_refused():
+    vae = pv.mlp_semi_supervised_vae((4,), latent_dim=2, num_classes=3, hidden_dims=(5,), likelihood="gaussian")
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(pv.PyroVAEError, match="classify gives NaN: expected finite data and parameters"):
+            vae.classify(torch.full((6, 4), value))
+
+
 def test_empty_minibatches():
     with pytest.raises(pv.PyroVAEError, match="expected x with one datum or more, got none"):
         pv.ELBO().differentiable_loss(pair(), X[:0])
