@@ -98,8 +98,8 @@ def in_evaluation_mode(method: Method) -> Method:
             return pytree.tree_map_only(Tensor, Tensor.detach, result)
         if any(map(_has_nan, pytree.tree_leaves(result))):
             raise PyroVAEError(
-                f"{method.__name__} gives NaN: expected finite data and parameters, got others. Check x.isfinite(), and "
-                "the parameters."
+                f"{method.__name__} gives NaN: expected finite data and parameters, got others. Check x.isfinite() "
+                "and the parameters."
             )
         return result
 
