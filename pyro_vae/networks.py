@@ -65,7 +65,7 @@ class Concatenated(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """The output of the network for the concatenated tensors."""
-        if not all(is_dense(tensor) and tensor.dim() > 0 for tensor in tensors):
+        if not all(is_dense(tensor) and tensor.dim() > 1 for tensor in tensors):
             given = ", ".join(map(shown, tensors))
             raise PyroVAEError(f"expected dense tensors with a row for each datum, got {given}.")
         try:

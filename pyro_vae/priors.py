@@ -95,6 +95,10 @@ class VampPrior(nn.Module):
     @checked
     def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor) -> None:
         super().__init__()
+        if getattr(getattr(posterior, "forward", None), "__func__", None) is nn.Module.forward:  # a pair has none
+            raise PyroVAEError(
+                f"expected the posterior of a pair, got a {type(posterior).__name__}. Pass vae.posterior."
+            )
         dtype, shape = pseudo_inputs.dtype, tuple(pseudo_inputs.shape)
         event_shape = getattr(posterior, "event_shape", shape[1:])
         if not dtype.is_floating_point:

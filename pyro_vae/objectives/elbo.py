@@ -234,7 +234,7 @@ def _sum(terms: Terms) -> Tensor:
 def _check_beta(beta: Any) -> Any:
     try:
         number = float(beta) if isinstance(beta, Real | Tensor) else math.nan
-    except OverflowError:  # an integer beyond floating point
+    except (OverflowError, RuntimeError, ValueError):  # an integer beyond floating point, a tensor of several numbers
         number = math.inf
     if not 0 <= number < math.inf:
         raise PyroVAEError(
