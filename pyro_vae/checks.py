@@ -49,7 +49,8 @@ Count = Annotated[int, Between(1)]
 Whole = Annotated[int, Between(0)]
 Shape = Annotated[Sequence[Count], Between(1)]
 Image = Annotated[Sequence[Count], Between(3, 3)]  # (C, H, W)
-Seed = Annotated[int, Between(0, 2**32 - 1)]  # NumPy's range, which Pyro seeds too
+MAX_SEED = 2**32 - 1  # of NumPy's generator, which Pyro seeds too
+Seed = Annotated[int, Between(0, MAX_SEED)]
 
 
 NOT_OF_A_KIND = (TypeError, ValueError, OverflowError, RuntimeError)  # what converting such a value raises
@@ -135,13 +136,23 @@ def _converted(name: str, value: Any, kind: Kind) -> Any:
         raise PyroVAEError(message.rstrip()) from error
 
 
+def misfit(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any] = types.MappingProxyType({})
+) -> TypeError | None:
+    """The error of a function that does not take these arguments; None if it does, or if it has no signature."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs or {})
+    except ValueError:  # a builtin has none
+        return None
+    except TypeError as error:
+        return error
+    return None
+
+
 def refuse_call(function: Any, args: Sequence[Any], name: str, error: TypeError) -> None:
     """Say of a function that failed that it does not take its arguments, if it does not."""
-    try:
-        inspect.signature(function).bind(*args)
-    except ValueError:  # a builtin has no signature
-        return
-    except TypeError as reason:
+    reason = misfit(function, args)
+    if reason is not None:
         given = ", ".join(map(shown, args))
         raise PyroVAEError(f"expected {name} to be a function of ({given}), got one that says: {reason}.") from error
 

@@ -5,9 +5,10 @@ from typing import Annotated
 from typer import Option
 
 import pyro_vae as pv
+from pyro_vae.checks import MAX_SEED
 from pyro_vae.cli import figures
 from pyro_vae.cli.memory import check_memory
-from pyro_vae.cli.run_folder import MAX_SEED, RunArgument, RunFolder
+from pyro_vae.cli.run_folder import RunArgument, RunFolder
 from pyro_vae.cli.tables import format_comparison, print_table
 
 

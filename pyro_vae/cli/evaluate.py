@@ -6,10 +6,11 @@ from typing import Annotated, Any
 from typer import Option
 
 import pyro_vae as pv
+from pyro_vae.checks import MAX_SEED
 from pyro_vae.cli import figures
 from pyro_vae.cli.memory import check_memory
 from pyro_vae.cli.report import NUM_ANNEALED, make_report
-from pyro_vae.cli.run_folder import MAX_SEED, RunArgument, RunFolder
+from pyro_vae.cli.run_folder import RunArgument, RunFolder
 from pyro_vae.cli.tables import format_report, print_table
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
 from pyro_vae.files import written_whole

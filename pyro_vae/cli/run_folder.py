@@ -34,7 +34,6 @@ FIT = ("epochs", "batch_size", "lr", "patience", "compile", "seed")  # keyword a
 OPTIONS = ("data", *READ, *NETWORKS, *BOUND, *FIT)  # those that config.json holds
 MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # a run may continue with other values, since no epoch depends on them
 # Older runs lack these options; they were trained with these values.
-MAX_SEED = 2**32 - 1  # of NumPy's generator
 OLD_VALUES = {"compile": False, "warm_up": 0, "free_bits": 0.0, "patience": None}
 # Files of compare and evaluate, which further training makes out of date.
 EVALUATED_FIGURES = ("bounds", "bounds_and_log_likelihood", "pareto_k", "active_units")

@@ -15,9 +15,10 @@ import typer
 from typer import Argument, Option
 
 import pyro_vae as pv
+from pyro_vae.checks import MAX_SEED
 from pyro_vae.cli import figures
 from pyro_vae.cli.memory import check_memory
-from pyro_vae.cli.run_folder import FIT, MAX_SEED, OPTIONS, RunFolder, build
+from pyro_vae.cli.run_folder import FIT, OPTIONS, RunFolder, build
 from pyro_vae.data import Dataset
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.files import one_writer

@@ -1,6 +1,5 @@
 """What the error of a failed run shows to be wrong: its arguments, their devices and shapes, or its parameters."""
 
-import inspect
 import threading
 from typing import Any
 
@@ -9,7 +8,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pyro_vae.checks import refuse_invalid_parameters, shown
+from pyro_vae.checks import misfit, refuse_invalid_parameters, shown
 from pyro_vae.devices import OtherDeviceError, elsewhere, is_of_devices, is_out_of_memory
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.sites import family
@@ -35,16 +34,12 @@ def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwa
     name = getattr(function, "__name__", type(function).__name__)
     each = [*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())]
     given = ", ".join(each if len(each) <= 4 else [*each[:3], f"and so on, {len(each)} in all"])
-    if isinstance(error, TypeError) and _is_of_the_call(error):
-        try:
-            inspect.signature(function).bind(*args, **kwargs)
-        except TypeError as reason:
-            raise PyroVAEError(
-                f"expected the arguments that model and guide take, got ({given}), of which {name} says: {reason}. "
-                "Pass one for each argument that has no default."
-            ) from error
-        except ValueError:  # a builtin has no signature
-            pass
+    reason = misfit(function, args, kwargs) if isinstance(error, TypeError) and _is_of_the_call(error) else None
+    if reason is not None:
+        raise PyroVAEError(
+            f"expected the arguments that model and guide take, got ({given}), of which {name} says: {reason}. "
+            "Pass one for each argument that has no default."
+        ) from error
     if not any("pyro_vae ran" in note for note in getattr(error, "__notes__", [])):
         error.add_note(f"pyro_vae ran {name} with ({given}).")
 

@@ -1,10 +1,10 @@
 """What the first run of a program shows: the device of its parameters, and whether it takes its arguments."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from pyro_vae.checks import misfit
 from pyro_vae.devices import OtherDeviceError, moved
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.ownership import forget, names_in_store
@@ -32,11 +32,9 @@ def placed(program: Program, first: Callable[[Program], T], *, whole: bool = Tru
 
 def refusal(function: PyroFunction, args: tuple[Any, ...]) -> TypeError | None:
     """The error of a model or guide that does not take so many arguments."""
-    try:
-        inspect.signature(function).bind(*args)
+    found = misfit(function, args)
+    if found is None:
         return None
-    except TypeError as error:
-        found = error
     try:  # functools.wraps shows the signature of the function inside
         Program(function, lambda *_: None, args).trace()
     except OtherDeviceError:

@@ -66,7 +66,8 @@ def state_kind(scheduler: LRScheduler, epochs: int | None) -> Any:
     if "lr_lambdas" in kinds:  # has the state of objects of the user's
         kinds["lr_lambdas"] = [object]
     if "_schedulers" in kinds:
-        kinds["_schedulers"] = contents.Items([state_kind(each, None) for each in scheduler._schedulers])  # type: ignore[attr-defined]
+        inside: Any = scheduler  # of no type of PyTorch's that has them
+        kinds["_schedulers"] = contents.Items([state_kind(each, None) for each in inside._schedulers])
     if epochs is not None and kinds.get("last_epoch"):
         kinds["last_epoch"] = contents.equal(epochs)
     optional = {name: kinds.pop(name) for name in PROGRESS[1:] if name in kinds}
