@@ -230,14 +230,18 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for name, hint in function.__annotations__.items():
         holder = types.SimpleNamespace(__annotations__={name: hint})
-        with contextlib.suppress(NameError):  # of a library that is imported only where it is used, such as matplotlib
+        try:
             hints |= get_type_hints(holder, function.__globals__, include_extras=True)
+        except NameError:  # of a library that is imported only where it is used, such as matplotlib
+            hints[name] = hint
     return {name: hint for name, hint in hints.items() if name != "return"}
 
 
 def kind_of(hint: Any) -> Kind | None:
     """What an annotation asks for; None where any value may be right."""
     origin, inside = get_origin(hint), get_args(hint)
+    if isinstance(hint, str):
+        return _by_names(hint.split(" | ")) if re.fullmatch(r"\w+( \| \w+)*", hint) else None
     if origin is Annotated:
         return _ranged(kind_of(inside[0]), next((each for each in inside[1:] if isinstance(each, Between)), None))
     if origin in (Union, types.UnionType):
@@ -263,6 +267,17 @@ def _instance(cls: type, words: str) -> Kind:
         return value
 
     return Kind(words, convert)
+
+
+def _by_names(names: list[str]) -> Kind:
+    """What is of a class with one of these names, or None, if that is one of them."""
+
+    def convert(value: Any) -> Any:
+        if not any(each.__name__ in names for each in type(value).__mro__) and not (value is None and "None" in names):
+            raise TypeError
+        return value
+
+    return Kind(" or ".join(name if name == "None" else with_article(name) for name in names), convert)
 
 
 def _either(kinds: list[Kind]) -> Kind:

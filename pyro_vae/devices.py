@@ -91,6 +91,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def refuse_without_values(error: Exception) -> None:
+    """Say of a run that failed on tensors of PyTorch's device `meta` that they have no values."""
+    if isinstance(error, RuntimeError) and "meta tensor" in str(error):
+        raise PyroVAEError(
+            "expected data and parameters with values, got a tensor on 'meta', which has a shape alone. Pass tensors "
+            "on another device, and call to_empty(device=...) on a network before its parameters are loaded."
+        ) from error
+
+
 def note_memory(error: RuntimeError, what: str, fix: str, *, instead: bool = False) -> None:
     """Say beside an error of memory what ran, and what to make smaller: once, or `instead` of what was said before."""
     notes = getattr(error, "__notes__", [])

@@ -22,6 +22,8 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
         event_dim: the number of event dimensions of x.
         given: conditions such as labels, vectors of shape (..., Y). Their batch dimensions and those of x broadcast.
     """
+    if not isinstance(event_dim, int) or event_dim < 0:
+        raise PyroVAEError(f"expected event_dim to be an integer of at least 0, got {shown(event_dim)}.")
     if not is_dense(x) or x.dim() < event_dim:
         raise PyroVAEError(
             f"expected a dense tensor of shape (*batch, *event), with {event_dim} in event, got {shown(x)}."

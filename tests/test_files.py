@@ -245,6 +245,7 @@ print('not reached')
 """
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_checkpoint_is_written_ends_the_program_too(tmp_path):
     """PyTorch's writer answers any exception with a RuntimeError."""
     path = tmp_path / "check[0.1].pt"

@@ -214,6 +214,7 @@ def test_an_objective_by_the_compiler():
     pv.testing.check_objective(Bound(2), compiled=True)
 
 
+@pytest.mark.slow
 def test_an_objective_that_a_function_makes():
     class Renamed(Bound):
         def __init__(self, count, **options):

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_vae.checks import misfit, refuse_invalid_parameters, shown
-from pyro_vae.devices import OtherDeviceError, elsewhere, is_of_devices, is_out_of_memory
+from pyro_vae.devices import (
+    OtherDeviceError,
+    elsewhere,
+    is_of_devices,
+    is_out_of_memory,
+    refuse_without_values,
+)
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.sites import family
 from pyro_vae.engine.threads import other_thread
@@ -30,6 +36,13 @@ def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwa
         ) from error
     if isinstance(error, ValueError):
         refuse_invalid_parameters(error)
+    refuse_without_values(error)
+    leaves = pytree.tree_leaves((args, kwargs))
+    if any(isinstance(value, Tensor) and value.is_complex() for value in leaves):
+        raise PyroVAEError(
+            f"expected data of real numbers, got complex ones, of which the program says: {error}. Pass "
+            "torch.view_as_real(x), or x.abs()."
+        ) from error
     function = poutine.unwrap(function)
     name = getattr(function, "__name__", type(function).__name__)
     each = [*map(shown, args), *(f"{name}={shown(value)}" for name, value in kwargs.items())]

@@ -109,7 +109,15 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
     Where `latent` is False, sites that are not observed get no log-density.
     """
     trace = prune_subsample_sites(trace)
-    half = any(precision.is_half(node["value"]) for node in trace.nodes.values() if node["type"] == "sample")
+    half = False
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and isinstance(value := node["value"], Tensor):
+            half = half or precision.is_half(value)
+            if value.is_complex():
+                raise PyroVAEError(
+                    f"expected real numbers at site '{name}', got complex ones. Observe torch.view_as_real(x), or "
+                    "x.abs()."
+                )
     try:
         with precision.promoting() if half else nullcontext():
             trace.compute_log_prob(lambda _, site: latent or site["is_observed"])
@@ -126,7 +134,9 @@ def sample_sites(trace: Trace, *, latent: bool = True) -> Sites:
             f"spline_coupling in place of planar. Its own error is {error!r}."
         ) from error
     except RuntimeError as error:
-        refuse_elsewhere(error, trace, trace.nodes["_INPUT"]["fn"])
+        given = trace.nodes["_INPUT"]
+        refuse_elsewhere(error, trace, given["fn"])
+        explain(error, given["fn"], given["args"], given["kwargs"])
         raise
     except ValueError as error:
         own = error.__cause__  # Pyro raises it as a ValueError, with a table of shapes

@@ -1,6 +1,5 @@
 """Inference gaps: how much of log p(x) - ELBO is due to the guide's family, and how much to its encoder."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,7 +133,7 @@ def inference_gaps(
     """
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
     require_count("num_steps", num_steps)
-    if not 0 < lr < math.inf:
+    if not 0 < lr <= torch.finfo(torch.float32).max:
         raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {GAPS_LR}.")
     parts: list[tuple[LogLikelihood, LogLikelihood]] = []
     with checked(model, guide, x, seed) as data:

@@ -66,7 +66,9 @@ def kind_of(program: Program) -> Kind:
         for value, changing in zip(values, changes, strict=True)
     ]
     # A single datum can't show whether data are apart.
-    several = [tuple(size > 1 for size in value.shape) for value in values if isinstance(value, Tensor)]
+    several = [
+        tuple(size > 1 for size in value.shape) for value in values if isinstance(value, Tensor) and not value.is_nested
+    ]
     # A bound method compares equal to itself, so vae.model, which is made anew at each use, is found again.
     of_program = (program.model, program.guide, program.needs.per_datum, structure, fixed, several)
     return Kind(of_program, tuple(value for value, changing in zip(values, changes, strict=True) if changing))

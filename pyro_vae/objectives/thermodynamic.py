@@ -82,7 +82,7 @@ class TVO(Objective):
 
     def _weights(self, log_weights: Tensor) -> Tensor:
         """Each interval's width times its normalised weights, (T, K, N)."""
-        points = log_weights.new_tensor(self.partitions)[:, None, None]
+        points = log_weights.new_tensor(self.partitions).reshape(-1, *(1 for _ in log_weights.shape))
         some = (log_weights > -torch.inf).any(0)  # else all weights are zero, and no mean but the plain one exists
         powers = [torch.zeros_like(log_weights[None]), points[1:-1] * torch.where(some, log_weights, 0.0)]
         return points.diff(dim=0) * torch.cat(powers).softmax(1)

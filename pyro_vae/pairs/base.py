@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 from torch.utils import _pytree as pytree
 
 from pyro_vae.checks import converter, how_to_make_dense, is_dense, refuse_invalid_parameters, shown
-from pyro_vae.devices import elsewhere
+from pyro_vae.devices import elsewhere, note_memory, refuse_without_values
 from pyro_vae.engine.modules import eval_mode
 from pyro_vae.engine.precision import is_half, promoting, single_precision
 from pyro_vae.engine.threads import ONE_THREAD
@@ -91,8 +91,12 @@ def in_evaluation_mode(method: Method) -> Method:
         with ONE_THREAD.for_a_moment(), around, single_precision(), widening, eval_mode([pair]):
             try:
                 result = method(pair, *args, **kwargs)
-            except ValueError as error:
-                refuse_invalid_parameters(error)
+            except (ValueError, RuntimeError) as error:
+                refuse_without_values(error)
+                if isinstance(error, ValueError):
+                    refuse_invalid_parameters(error)
+                else:
+                    note_memory(error, method.__name__, "Ask for fewer, or pass fewer rows of data.")
                 raise
         if recorded:
             return pytree.tree_map_only(Tensor, Tensor.detach, result)

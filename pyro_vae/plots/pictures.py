@@ -12,7 +12,7 @@ from pyro_vae.plots.shared import CLASSES, Array, new_figure, to_numpy
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 _MARKERS = "o^"
 
@@ -45,7 +45,9 @@ def images(x: Array, *, columns: Count = 10, title: str | None = None, ax: Axes 
 
 
 @checked
-def reconstructions(x: Array, x_mean: Array, *, columns: Count = 10, figure: Figure | None = None) -> Figure:
+def reconstructions(
+    x: Array, x_mean: Array, *, columns: Count = 10, figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
     """Draw originals in rows, and the reconstructions of each row below it.
 
     Arguments:

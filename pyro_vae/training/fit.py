@@ -140,7 +140,7 @@ def fit(
     References:
         Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, ICLR.
     """
-    if not 0 < lr < math.inf:
+    if not 0 < lr <= torch.finfo(torch.float32).max:
         raise PyroVAEError(f"expected lr to be positive and finite, got {lr!r}. Try 1e-3.")
     lr = float(lr)  # NumPy's numbers could not be read back from a checkpoint
     if not torch.is_grad_enabled():

@@ -202,7 +202,8 @@ def test_ctrl_c_in_the_first_epoch_keeps_nothing(tmp_path, ctrl_c):
     assert [path.name for path in run.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(tmp_path, number):
     # SIGINT is ignored in what a shell runs in the background, as a test suite may be.
     program = (

@@ -64,6 +64,13 @@ def test_direct_calls_refuse_data_on_another_device(kind, call, own, other):
         DIRECT[call](program(kind, own), torch.ones(4, 5, device=other))
 
 
+@pytest.mark.parametrize("method", ["generate", "embed", "reconstruct"])
+def test_networks_without_values_are_refused(method):
+    vae = program("pair", "meta")
+    with pytest.raises(pv.PyroVAEError, match=r"^expected data and parameters with values, got a tensor on 'meta'"):
+        getattr(vae, method)(3 if method == "generate" else torch.ones(4, 5, device="meta"))
+
+
 def conditional():
     return pv.mlp_conditional_vae((5,), latent_dim=2, label_dim=3, hidden_dims=(4,), likelihood="gaussian")
 

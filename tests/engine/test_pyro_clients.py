@@ -127,7 +127,7 @@ MEANS = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(("scANVI, no labels", "AIR"), MEANS))
+@pytest.mark.parametrize("case", slow_but(("scANVI, no labels",), MEANS))
 def test_the_mean_of_score_functions_is_that_of_pyros(case):
     """Each parameter's gradient along one fixed direction."""
     model, guide, args = seeded(PROGRAMS[case])

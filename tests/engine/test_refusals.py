@@ -390,3 +390,18 @@ def test_pyros_table_of_shapes_does_not_follow_our_messages():
     with pytest.raises(pv.PyroVAEError) as raised:
         pyro.poutine.trace(model).get_trace(x)
     assert str(raised.value) == "expected ours."
+
+
+def test_data_without_values_and_complex_data():
+    with pytest.raises(pv.PyroVAEError, match=r"^expected data and parameters with values, got a tensor on 'meta'"):
+        pv.log_weights(model, guide, X.to("meta"), num_particles=2)
+    for call in (pv.IWAE(2).bound, lambda *program: pv.ais(*program, 3, 2, progress=False)):
+        with pytest.raises(pv.PyroVAEError, match=r"^expected real numbers at site 'x', got complex ones"):
+            call(model, guide, X.to(torch.cfloat))
+
+    def fails(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.sum(-1) @ torch.ones(6), 1.0))
+
+    with pytest.raises(pv.PyroVAEError, match=r"^expected data of real numbers, got complex ones, of which the program"):
+        pv.IWAE(2).bound(model, fails, X.to(torch.cfloat))

@@ -41,6 +41,7 @@ def test_minibatch_losses_average_to_the_full_loss(objective, size):
     assert _mean_over_minibatches(objective, program, size) == pytest.approx(full, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_pyros_renyi_elbo_fails_the_same_test():
     """It puts the scale N / b inside the log-mean-exp, where N / b log w is no log-weight.
 
@@ -96,6 +97,7 @@ def test_a_common_scale_multiplies_the_finished_bound(objective):
         assert losses[0] == pytest.approx(-bound.sum().item(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_elbo_loss_takes_a_scale_for_each_site():
     """KL annealing with poutine.scale, as in Pyro's examples: beta times the KL, in both forms."""
     program = LinearGaussian(3, 2, 6, wrong=True)

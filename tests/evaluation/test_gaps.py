@@ -91,6 +91,7 @@ def test_a_better_log_likelihood_takes_its_place():
     assert torch.equal(gaps.log_likelihood, better.per_datum)
 
 
+@pytest.mark.slow
 def test_families_other_than_normal():
     """A log-normal guide of a positive latent and a multivariate normal guide both reach the posterior."""
 

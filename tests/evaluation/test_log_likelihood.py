@@ -70,6 +70,7 @@ def test_pieces_change_nothing_but_the_noise(monkeypatch, elements, vectorize):
     assert abs(result.mean - program.log_evidence().mean().item()) < 4 * result.monte_carlo_error
 
 
+@pytest.mark.slow
 def test_delta_method_error_is_the_deviation_of_repeats():
     program = wide((2, 2, 3))
     results = [pv.log_likelihood(program.model, program.guide, program.x, 200) for _ in range(150)]

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.quick import slow_but
 from torch.nn.functional import softmax
 
 import pyro_vae as pv
@@ -62,7 +63,7 @@ EVALUATIONS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("name", slow_but([n for n in EVALUATIONS if n not in ("compare", "bdmc")], EVALUATIONS))
 def test_one_by_one_is_as_all_at_once(name):
     evaluation = EVALUATIONS[name]
     with pytest.raises(pv.PyroVAEError, match="vectorize_particles=False"):

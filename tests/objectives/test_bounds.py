@@ -75,10 +75,11 @@ def test_reduction_is_numpys(objective, spread):
     expected = REDUCTIONS[objective](log_w.numpy())
     np.testing.assert_allclose(objective.reduce(log_w).numpy(), expected, rtol=1e-11)
     np.testing.assert_allclose(objective.reduce(log_w.float()).numpy(), expected, rtol=2e-5, atol=1e-4)
+    np.testing.assert_allclose(objective.reduce(log_w[:, 0]).numpy(), expected[0], rtol=1e-11)
 
 
 LINEAR = [pv.ELBO(2, "analytic"), pv.ELBO(2, "analytic", beta=3.0), pv.ELBO(2, "monte_carlo", beta=3.0)]
-QUICK = ("ELBO", "IWAE", "RWS", "CIWAE")  # the rest differs in the reduction alone, which is NumPy's
+QUICK = ("ELBO", "IWAE")  # the rest differs in the reduction alone, which is NumPy's
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,7 @@ def test_the_score_function_is_noisier_and_a_baseline_of_other_particles_helps()
     assert math.isfinite(spread["score"])
 
 
+@pytest.mark.slow
 def test_a_site_that_draws_by_rejection_has_no_path_in_a_mixed_guide():
     """Its rsample has half a gradient: the score function takes all of such a guide."""
     values = torch.tensor([0.4, 1.7, 0.9], dtype=torch.float64, requires_grad=True)

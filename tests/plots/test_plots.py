@@ -87,6 +87,13 @@ def test_figure_is_made_or_used():
     assert plt.get_fignums() == [made.number]
 
 
+def test_what_is_no_axes_is_refused():
+    with pytest.raises(pv.PyroVAEError, match=r"^expected ax to be an Axes or None, got 3\."):
+        pv.plots.pareto_k(np.zeros(3), ax=3)
+    figure = plt.figure()
+    assert pv.plots.reconstructions(*[np.zeros((2, 6, 6))] * 2, figure=figure.subfigures()) in figure.subfigs
+
+
 def test_importing_is_cheap_and_drawing_needs_no_display(tmp_path):
     script = """if True:
         import sys

@@ -222,6 +222,7 @@ def test_a_checkpoint_loads_without_running_code_and_gives_back_the_parameters(t
 KILLED = ["first epoch", "third epoch", "validation", "half-written", "before the move", "after the move"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_started_again_ends_bit_for_bit_where_an_unbroken_run_ends(tmp_path):
     folder = tmp_path
     command = [sys.executable, Path(__file__).parents[1] / "helpers" / "killed_runs.py", folder, *KILLED]
