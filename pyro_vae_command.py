@@ -17,10 +17,15 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     from pyro_vae.cli import main as run
 
-    run()
+    try:
+        run()
+    finally:
+        if signal.getsignal(signal.SIGINT) is _stop:
+            # All is done. Python gives the signal its default while it exits, which would end it without a word.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stop(number: int, _: Any) -> None:
-    # Nothing has begun, or all is done. KeyboardInterrupt in an import is lost, or ends as another exception.
+    # Nothing has begun. KeyboardInterrupt in an import is lost, or ends as another exception.
     os.write(2, b"stopped by Ctrl-C.\n")
     os._exit(128 + number)

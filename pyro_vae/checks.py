@@ -184,7 +184,8 @@ def shown(value: Any) -> str:
         layout = "" if value.layout is torch.strided else f"{value.layout} "
         return f"a {layout}tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
     text = reprlib.repr(value) if isinstance(value, PLAIN) else ""  # another repr may take long, or fail
-    return text if 0 < len(text) <= 80 and "\n" not in text else with_article(type(value).__name__)
+    short = 0 < len(text) <= 80 and "\n" not in text and "tensor(" not in text
+    return text if short else with_article(type(value).__name__)
 
 
 def with_article(name: str) -> str:

@@ -33,7 +33,7 @@ def apply_batched(network: nn.Module, x: Tensor, event_dim: int, *given: Tensor)
         if split == 1 and not given:
             return network(x)
         return _of_one_batch(network, x, split, given)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, IndexError) as error:
         _note(error, network, x, *given)
         raise
 

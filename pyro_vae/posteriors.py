@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform
 
 from pyro_vae import distributions
-from pyro_vae.checks import Count, Shape, Whole, checked, is_dense, shown
+from pyro_vae.checks import Count, Shape, Whole, checked, is_dense, refuse_invalid_parameters, shown
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.flows import Flow, Kind
 from pyro_vae.networks import apply_batched
@@ -59,7 +59,12 @@ class Posterior(nn.Module, ABC):
 
     def forward(self, x: Tensor, *given: Tensor) -> dist.TorchDistribution:
         """The distribution of z for x of shape (*batch, *event), with batch shape `batch` and event shape (Z,)."""
-        return self.latent_distribution(apply_batched(self.encoder, x, len(self.event_shape), *given))
+        features = apply_batched(self.encoder, x, len(self.event_shape), *given)
+        try:
+            return self.latent_distribution(features)
+        except ValueError as error:
+            refuse_invalid_parameters(error)
+            raise
 
     @abstractmethod
     def latent_distribution(self, features: Tensor) -> dist.TorchDistribution:

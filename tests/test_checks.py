@@ -97,6 +97,28 @@ def test_values_of_another_kind_are_refused(arguments, message):
         function(**arguments)
 
 
+NAN = torch.full((6, 4), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda vae: vae.likelihood.check(3.0), r"expected x to be a dense tensor, got 3\.0"),
+        (lambda vae: vae.likelihood.check((NAN, NAN)), "expected x to be a dense tensor, got a tuple"),
+        (lambda vae: vae.likelihood(NAN[:, :2]), "a distribution has invalid parameters"),
+        (lambda vae: vae.posterior(NAN), "a distribution has invalid parameters"),
+        (lambda vae: pv.VampPrior(vae.posterior, NAN)(), "a distribution has invalid parameters"),
+        (
+            lambda vae: pv.log_likelihood(vae, ([[0.0] * 4] * 6,)),
+            "x to be a dense tensor, or a tuple of them, got a list",
+        ),
+    ],
+)
+def test_parts_and_evaluations_refuse_what_is_no_tensor_and_nan(call, message):
+    with pytest.raises(pv.PyroVAEError, match=message):
+        call(pv.mlp_vae((4,), latent_dim=2, hidden_dims=(5,)))
+
+
 def test_a_number_that_is_trained_stays_a_tensor():
     beta = torch.tensor(0.5, requires_grad=True)
     assert function(number=beta)[1] is beta

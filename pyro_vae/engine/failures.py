@@ -3,6 +3,7 @@
 import threading
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -42,6 +43,13 @@ def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwa
         raise PyroVAEError(
             f"expected data of real numbers, got complex ones, of which the program says: {error}. Pass "
             "torch.view_as_real(x), or x.abs()."
+        ) from error
+    usual = torch.get_default_dtype()
+    others = {v.dtype for v in leaves if isinstance(v, Tensor) and v.is_floating_point() and v.dtype is not usual}
+    if "same dtype" in str(error) and others:
+        raise PyroVAEError(
+            f"expected data of {usual}, as the parameters are, got {', '.join(map(str, others))}, of which the program "
+            f"says: {str(error).splitlines()[0]}. Pass x.to({usual}), or convert the parameters."
         ) from error
     function = poutine.unwrap(function)
     name = getattr(function, "__name__", type(function).__name__)

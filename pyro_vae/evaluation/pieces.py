@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.checks import how_to_make_dense, is_dense, shown
 from pyro_vae.devices import OtherDeviceError, memory_for
 from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import check_order, check_rows, find_batch_plate
@@ -41,6 +42,11 @@ def arguments(x: Any, least: int = 2) -> Args:
         wanted = "a datum" if least == 1 else f"at least {least} data, since their spread is the error bar"
         raise PyroVAEError(f"expected {wanted}, got {data.size}. Pass more rows.")
     (args,) = Minibatches(x, data.size, "x").in_order()
+    for each in args:
+        if not is_dense(each):
+            raise PyroVAEError(
+                f"expected x to be a dense tensor, or a tuple of them, got {shown(each)}. {how_to_make_dense(each)}"
+            )
     return args
 
 

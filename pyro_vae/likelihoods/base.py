@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.checks import Count, checked
+from pyro_vae.checks import Count, checked, refuse_invalid_parameters
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.networks import apply_batched
 
@@ -46,6 +46,11 @@ class Likelihood(nn.Module):
     #: The smallest scale that the decoder or a parameter can give; None if there is no such bound.
     floor: float | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "check" in vars(cls):
+            cls.check = checked(cls.check)  # type: ignore[method-assign]
+
     @checked
     def __init__(self, decoder: nn.Module, event_shape: Sequence[Count]) -> None:
         super().__init__()
@@ -79,7 +84,11 @@ class Likelihood(nn.Module):
                 "Change its last layer."
             )
         features = features.reshape(*batch, self.num_features, *self.event_shape)
-        return self.event_distribution(*features.unbind(len(batch)), mask=mask)
+        try:
+            return self.event_distribution(*features.unbind(len(batch)), mask=mask)
+        except ValueError as error:
+            refuse_invalid_parameters(error)
+            raise
 
     def event_distribution(self, *features: Tensor, mask: Tensor | None) -> dist.TorchDistribution:
         """The distribution of one datum, given `num_features` tensors of shape (*batch, *event).

@@ -405,3 +405,14 @@ def test_data_without_values_and_complex_data():
 
     with pytest.raises(pv.PyroVAEError, match=r"^expected data of real numbers, got complex ones, of which"):
         pv.IWAE(2).bound(model, fails, X.to(torch.cfloat))
+
+
+def test_data_of_another_dtype_than_the_parameters():
+    def multiplies(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ torch.ones(2), 1.0))
+
+    with pytest.raises(
+        pv.PyroVAEError, match=r"^expected data of torch.float32, as the parameters are, got torch.float64"
+    ):
+        pv.IWAE(2).bound(model, multiplies, X.double())
