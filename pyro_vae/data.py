@@ -51,8 +51,13 @@ class Split:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
-        if self.dynamic and not self.images.is_floating_point():
+        if not self.dynamic:
+            return
+        if not self.images.is_floating_point():
             raise PyroVAEError(f"expected grey values to draw from, of floating point, got {shown(self.images)}.")
+        if not bool(((self.images >= 0) & (self.images <= 1)).all()):
+            low, high = self.images.min().item(), self.images.max().item()
+            raise PyroVAEError(f"expected grey values from 0 to 1 to draw from, got {low:g} to {high:g}. Rescale them.")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,5 +1,6 @@
 """Data sets: the digits, small fakes in the file layout of each data set, and the real files where present."""
 
+import math
 import os
 import random
 import struct
@@ -467,3 +468,9 @@ def test_real_binarized_mnist():
     # The file is sorted by class: without a shuffle, its first 1000 test images are one digit, far from the mean image.
     mean, first = dataset.test.x.mean(0), dataset.test.x[:1000].mean(0)
     assert (mean - first).abs().max() < 5 * 0.5 / 1000**0.5
+
+
+def test_a_dynamic_split_needs_probabilities():
+    for images in (torch.full((2, 1, 3, 3), 1.5), torch.full((2, 1, 3, 3), math.inf), torch.full((2, 1, 3, 3), -0.1)):
+        with pytest.raises(ValueError, match=r"^expected grey values from 0 to 1 to draw from"):
+            data.Split(images, None, dynamic=True)

@@ -46,7 +46,7 @@ def explain(error: Exception, function: PyroFunction, args: tuple[Any, ...], kwa
         ) from error
     usual = torch.get_default_dtype()
     others = {v.dtype for v in leaves if isinstance(v, Tensor) and v.is_floating_point() and v.dtype is not usual}
-    if "same dtype" in str(error) and others:
+    if others and any(words in str(error) for words in ("same dtype", "expected scalar type")):
         raise PyroVAEError(
             f"expected data of {usual}, as the parameters are, got {', '.join(map(str, others))}, of which the program "
             f"says: {str(error).splitlines()[0]}. Pass x.to({usual}), or convert the parameters."
