@@ -9,6 +9,8 @@ from pyro_vae.evaluation.evidence import Evidence, LogLikelihood
 from pyro_vae.evaluation.gaps import Gaps, inference_gaps
 from pyro_vae.evaluation.latents import active_units
 from pyro_vae.evaluation.likelihood import log_likelihood
+from pyro_vae.evaluation.proposals.guide import RefinedGuide
+from pyro_vae.evaluation.proposals.refine import refine
 
 __all__ = [
     "AnnealedLikelihood",
@@ -17,6 +19,7 @@ __all__ = [
     "Evidence",
     "Gaps",
     "LogLikelihood",
+    "RefinedGuide",
     "Sandwich",
     "active_units",
     "ais",
@@ -26,4 +29,5 @@ __all__ = [
     "inference_gaps",
     "log_likelihood",
     "pareto_k",
+    "refine",
 ]

@@ -21,6 +21,7 @@ from pyro_vae.evaluation.diagnostics import warn_of_high_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
 from pyro_vae.evaluation.families import constructor_arguments, require_latents, same_for_all_particles, suffices
+from pyro_vae.evaluation.fitting import minimise
 from pyro_vae.evaluation.likelihood import draw_weights
 from pyro_vae.evaluation.pieces import checked, progress_bar
 from pyro_vae.evaluation.runs import run
@@ -31,7 +32,6 @@ ADVICE = (
     "These weights are from the best member of the guide's family, so the approximation gap is probably too small. "
     "Pass log_likelihood=pv.ais(...)."
 )
-AVERAGED = 0.5  # share of the iterates, at the end, whose average reduces the gradient's noise
 
 
 @dataclass(frozen=True)
@@ -205,29 +205,13 @@ class _FreeSites(Messenger):
         if isinstance(fn, MaskedDistribution):
             msg["fn"] = msg["fn"].mask(fn._mask[0] if isinstance(fn._mask, Tensor) else fn._mask)
 
-    @torch.enable_grad()
     def fit(self, num_steps: int, lr: float, bar: Any) -> None:
         """Maximise the ELBO of all data at once; no two data share a parameter."""
-        leaves = [value.requires_grad_() for site in self.free.values() for value in site.values()]
+        leaves = [value for site in self.free.values() for value in site.values()]
         options: Any = {"max_plate_nesting": self.program.nesting, "vectorize_particles": self.vectorize}
         objective = ELBO(PARTICLES, "monte_carlo", "stl", **options)
-        adam = torch.optim.Adam(leaves, lr=lr)
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_steps)
-        total = [torch.zeros_like(leaf) for leaf in leaves]
         model, guide = (_Unscaled()(function) for function in (self.program.model, self.guide))
-        first = int((1 - AVERAGED) * num_steps)
-        for step in range(num_steps):
-            loss = objective.differentiable_loss(model, guide, *self.program.args)
-            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-                leaf.grad = gradient
-            adam.step()
-            falling.step()
-            if step >= first:
-                for mean, leaf in zip(total, leaves, strict=True):
-                    mean += leaf.detach() / (num_steps - first)
-            bar.update()
-        for leaf, mean in zip(leaves, total, strict=True):
-            leaf.requires_grad_(False).copy_(mean)
+        minimise(lambda: objective.differentiable_loss(model, guide, *self.program.args), leaves, num_steps, lr, bar)
 
 
 def _has_family(fn: Any) -> bool:

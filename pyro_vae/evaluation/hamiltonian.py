@@ -54,7 +54,7 @@ class Chains:
         self.vectorize = vectorize
         self.example = first = self._run()  # for the shapes of the sites
         require_latents(first)
-        _check_latents(first.model, first.guide, self._run().model)
+        check_latents(first.model, first.guide, self._run().model)
         self.names = [name for name, site in first.model.items() if not site["is_observed"]]
         self.transforms = {name: biject_to(support_of(first.model[name]["fn"])) for name in self.names}
 
@@ -167,7 +167,7 @@ def _sum_of_event(site: Site, value: Tensor) -> Tensor:
     return value.flatten(dim).sum(-1) if value.dim() > dim else value
 
 
-def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
+def check_latents(model: Sites, guide: Sites, again: Sites) -> None:
     """Raise an error unless each latent has one continuous, flat space in model, guide and a second run."""
     for name, site in guide.items():
         if name not in model or isinstance(unwrapped(site["fn"]), Delta):
@@ -178,8 +178,8 @@ def _check_latents(model: Sites, guide: Sites, again: Sites) -> None:
         own, base, kind = support_of(model[name]["fn"]), support_of(site["fn"]), family(model[name]["fn"])
         if own.is_discrete:
             raise PyroVAEError(
-                f"model site '{name}' is discrete ({kind}): expected continuous latents, which Hamiltonian transitions "
-                "can move. Sum it out of the model, or use pv.log_likelihood."
+                f"model site '{name}' is discrete ({kind}): expected continuous latents, whose density has a "
+                "gradient. Sum it out of the model, or use pv.log_likelihood."
             )
         if isinstance(plain(own), Unknown | MixedInterval):
             raise PyroVAEError(

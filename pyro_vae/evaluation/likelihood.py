@@ -1,6 +1,7 @@
 r"""The marginal likelihood log p(x) by importance sampling from the guide, over minibatches of the data."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.pieces import Args, Pieces, checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.proposals.search import Search, Settings
 
-ADVICE = "Train a more flexible guide, take more samples, or check the number with pv.ais, which needs no guide."
+ADVICE = (
+    "Pass refine=True, which fits a proposal to each datum, take more samples, or check the number with pv.ais, which "
+    "needs no guide."
+)
+REFINED_ADVICE = "Anneal from the refined guide: pv.ais(model, pv.refine(model, guide, x), x, start='guide')."
 RUNS_AT_ONCE = 16  # runs of the model on the samples of one run of the guide
 WEIGHTS_AT_ONCE = 2**22  # log-weights of a minibatch in memory where particles run one at a time
 
@@ -32,6 +38,7 @@ def log_likelihood(
     x: Any,
     num_samples: int = NUM_SAMPLES,
     *,
+    refine: bool = False,
     seed: Seed | None = None,
     vectorize_particles: bool = True,
     compile: bool = False,
@@ -54,6 +61,8 @@ def log_likelihood(
             The program's modules are in evaluation mode. Minibatches are moved to the device of the parameters, where
             the results are too; on Apple's MPS, which has no float64, these are on the CPU.
         num_samples: K, at least 2.
+        refine: whether to fit a proposal to each datum first, as :func:`pyro_vae.refine` does with its defaults, and to
+            sample from it in place of the guide. It takes two to three times as long, and most k-hats become low.
         seed: the seed of the random numbers; None continues from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
         compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
@@ -95,10 +104,19 @@ def log_likelihood(
             "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got "
             "False. Drop one of the two."
         )
+    if compile and refine:
+        raise PyroVAEError(
+            "refined proposals are drawn by uncompiled code: expected compile=False with refine=True, got True. Drop "
+            "one of the two."
+        )
     with checked(model, guide, x, seed) as data:
-        result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
-    warn_of_zero_weights(result.zero_weights, num_samples, ADVICE)
-    warn_of_high_k(result.pareto_k, ADVICE)
+        if refine:
+            result = _refined(data, num_samples, vectorize_particles, progress)
+        else:
+            result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
+    advice = REFINED_ADVICE if refine else ADVICE
+    warn_of_zero_weights(result.zero_weights, num_samples, advice)
+    warn_of_high_k(result.pareto_k, advice)
     return result
 
 
@@ -117,6 +135,20 @@ def estimate_evidence(data: Pieces, num_samples: int, vectorize: bool, progress:
                 bar.update(len(program.args[0]))
 
         return LogLikelihood.joined(estimates(), len(args[0]), data.device)
+
+
+def _refined(data: Pieces, num_samples: int, vectorize: bool, progress: bool) -> LogLikelihood:
+    """The same from a proposal that is fitted to each datum, whose fit is dropped after its minibatch."""
+    settings = Settings(vectorize=vectorize)
+    search = Search(data, settings)
+    with progress_bar(len(search.programs) * settings.num_steps, "step", "log p(x)", progress) as bar:
+
+        def estimates() -> Iterator[LogLikelihood]:
+            for program in search.programs:
+                fitted = replace(program, guide=search.proposals(program, bar).guide)
+                yield LogLikelihood.from_weights(draw_weights(fitted, num_samples, vectorize))
+
+        return LogLikelihood.joined(estimates(), len(data.program.args[0]), data.device)
 
 
 def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> Tensor:

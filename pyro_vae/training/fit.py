@@ -303,7 +303,10 @@ def _check_minibatches(model: Sites, size: int) -> None:
 
 def _check_outermost(sites: list[Sites], rows: Rows) -> None:
     """Refuse a program whose minibatches are cut from another plate than the outermost, whose rows are bounded."""
-    first, *others = (plates(site) for group in sites for site in group.values())
+    stacks = [plates(site) for group in sites for site in group.values()]
+    if not stacks:  # the first step refuses a program without sites
+        return
+    first, *others = stacks
     outermost = next((plate for plate in first if all(plate in stack for stack in others)), None)
     if outermost and rows.plate and outermost.name != rows.plate.name:
         raise PyroVAEError(

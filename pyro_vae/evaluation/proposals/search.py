@@ -1,0 +1,217 @@
+r"""Proposals fitted to each datum, so that its estimate of log p(x) can be trusted.
+
+A datum's latents, unconstrained, are one vector y. Three steps give its proposal:
+
+1. Adam fits a normal to the posterior of y, by the sticking-the-landing gradient of its ELBO. It starts at the moments
+   of the guide's draws.
+2. Its tails become those of a Student t, and the guide itself keeps a small share.
+3. Pilot draws show k-hat. Data whose k-hat is high get more components, fitted to their weighted pilot draws.
+
+All decisions are taken on pilot draws. What is reported comes from fresh ones, so the weights stay unbiased for p(x).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_vae.devices import wide
+from pyro_vae.engine.coverage import same_support
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.particles import Particles
+from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.sites import unwrapped
+from pyro_vae.engine.supports import support_of
+from pyro_vae.engine.traces import prior
+from pyro_vae.engine.weights import log_density, log_weights_of, terms
+from pyro_vae.errors import NoDensityError
+from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
+from pyro_vae.evaluation.families import refuse_masks, require_latents
+from pyro_vae.evaluation.fitting import minimise
+from pyro_vae.evaluation.hamiltonian import check_latents
+from pyro_vae.evaluation.pieces import ELEMENTS_AT_ONCE, Pieces, rows_at_once
+from pyro_vae.evaluation.proposals.adaptation import Pilot, adapted
+from pyro_vae.evaluation.proposals.guide import Mixture, Replacing
+from pyro_vae.evaluation.proposals.layout import Layout
+from pyro_vae.evaluation.proposals.student import Diagonal, Full, LowRank, Scale, Student
+from pyro_vae.evaluation.runs import run, run_at
+
+MOMENTS = 64  # draws of the guide, whose moments are the start
+LEAST_SD = 1e-3  # of the start
+FULL_UP_TO = 200  # latents of a datum; more get a covariance of low rank
+LOW_RANK_UP_TO = 4000  # more get a diagonal one
+RANK = 16
+WIDER = 1.1  # how much wider the fitted normal is made
+FEWEST_DF, MOST_DF = 3.0, 20.0  # of its tails, for few and for many latents, where heavy ones cost most of the draws
+SHARE = 0.05  # of the guide itself: no weight is more than 20 times its weight under the guide
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of :func:`pyro_vae.refine`."""
+
+    num_steps: int = REFINE_STEPS
+    num_particles: int = REFINE_PARTICLES
+    lr: float = REFINE_LR
+    num_pilot: int = REFINE_PILOT
+    rounds: int = REFINE_ROUNDS
+    vectorize: bool = True
+
+
+class Proposals(NamedTuple):
+    """The proposals of the data of a minibatch: as a mixture, as a program's guide, and k-hat of their pilot draws."""
+
+    mixture: Mixture
+    guide: PyroFunction
+    pareto_k: Tensor
+
+
+class Search:
+    """A search for the proposals of data, in minibatches.
+
+    Attributes:
+        base: the function whose sites the proposals replace.
+        layout: the place of its sites in the vector y.
+        programs: the program on each minibatch.
+    """
+
+    def __init__(self, data: Pieces, settings: Settings) -> None:
+        self.settings, self.divisible = settings, data.divisible
+        first = data.programs(MOMENTS, settings.vectorize)[0]
+        self.base, self.has_guide, drawn, names = _base(first, settings.vectorize)
+        self.layout = Layout.of(drawn, names)
+        rows = rows_at_once(first.args) // settings.num_particles
+        in_memory = ELEMENTS_AT_ONCE // self.layout.size ** (2 if self.layout.size <= FULL_UP_TO else 1)
+        self.programs = data.programs(1, settings.vectorize, max(1, min(rows, in_memory)))
+
+    def proposals(self, program: Program, bar: Any) -> Proposals:
+        """Those of the data of a minibatch."""
+        found = _Minibatch(self, program)
+        mixture, shapes = found.refined(bar)
+        return Proposals(mixture, Replacing(self.layout, mixture)(self.base), shapes)
+
+
+class _Minibatch:
+    def __init__(self, search: Search, program: Program) -> None:
+        self.search, self.program, self.settings = search, program, search.settings
+        self.layout, self.base = search.layout, search.base
+        number = max(2, self.settings.num_particles)  # no more at once than the fit has
+        drawn = [run(program, number, self.settings.vectorize) for _ in range(-(-MOMENTS // number))]
+        self.transforms = self._transforms(drawn[0])
+        self.start = torch.cat([self._vectors(each) for each in drawn])
+
+    def _transforms(self, drawn: Run) -> dict[str, Any]:
+        return {part.name: biject_to(support_of(drawn.model[part.name]["fn"])) for part in self.layout.parts}
+
+    def _vectors(self, drawn: Run) -> Tensor:
+        """The latents (K, N, D) of a run."""
+        values = {part.name: drawn.model[part.name]["value"] for part in self.layout.parts}
+        return self.layout.vector(self._transforms(drawn), values)
+
+    def refined(self, bar: Any) -> tuple[Mixture, Tensor]:
+        """The mixtures, and k-hat of their pilot draws (N,)."""
+        share = SHARE if self.search.has_guide else 0.0
+        log_shares = torch.tensor([share, 1 - share]).log().to(self.start)[:, None].expand(2, self.start.shape[1])
+        mixture = Mixture([self._fitted(bar)], log_shares)
+        pilot = self._pilot(self.program, mixture)
+        rows = (~pilot.is_good).nonzero()[:, 0]
+        if not len(rows) or not self.settings.rounds:
+            return mixture, pilot.pareto_k
+        if not self.search.divisible:
+            rows = torch.arange(len(pilot.ess), device=rows.device)
+        there = rows.to(self.start.device)
+        trial, shapes = self._adapted(mixture.of(there), pilot.of(there), there)
+        return mixture.with_rows(there, trial), pilot.pareto_k.index_put((rows,), shapes)
+
+    def _adapted(self, mixture: Mixture, pilot: Pilot, rows: Tensor) -> tuple[Mixture, Tensor]:
+        """Mixtures of more components for these rows, and k-hat of their pilot draws."""
+        program = self.program.on(tuple(argument[rows.to(argument.device)] for argument in self.program.args))
+        best, shares = pilot, mixture.log_shares
+        for _ in range(self.settings.rounds):
+            mixture = adapted(mixture, pilot)
+            pilot = self._pilot(program, mixture)
+            better = pilot.is_better(best)
+            lacking = shares.new_full((len(mixture.log_shares) - len(shares), len(rows)), -torch.inf)
+            shares = torch.where(better.to(shares.device), mixture.log_shares, torch.cat([shares, lacking]))
+            best = best.where(better, pilot)
+            if bool(best.is_good.all()):
+                break
+        return Mixture(mixture.students, shares, mixture.has_guide), best.pareto_k
+
+    def _fitted(self, bar: Any) -> Student:
+        """The normal that Adam fits to each datum's posterior, with the tails of a Student t."""
+        loc0, sd0 = self.start.mean(0), self.start.std(0).clamp(min=LEAST_SD)
+        number, d = loc0.shape
+        moved, log_sd = torch.zeros_like(loc0), torch.zeros_like(loc0)
+        leaves = [moved, log_sd]
+        if d <= LOW_RANK_UP_TO:
+            leaves.append(loc0.new_zeros(number, d, d if d <= FULL_UP_TO else RANK))
+        if d > FULL_UP_TO and len(leaves) == 3:
+            leaves[2].normal_(std=0.01)  # at zero, its columns would stay equal
+
+        def scale() -> Scale:
+            sd = sd0 * log_sd.exp()
+            if len(leaves) == 2:
+                return Diagonal(sd)
+            if d > FULL_UP_TO:
+                return LowRank(sd, sd0[..., None] * leaves[2])
+            return Full(sd0[..., None] * leaves[2].tril(-1) + torch.diag_embed(sd))
+
+        def loss() -> Tensor:
+            factor = scale()
+            offset = factor.times_noise(self.settings.num_particles)
+            y = loc0 + sd0 * moved + offset
+            # The gradient of -log q at the draws, with the parameters fixed: sticking the landing.
+            with torch.no_grad():
+                slope = factor.solved(offset)
+            return -(self._log_joint(y) + (slope * y).sum(-1)).mean(0).sum()
+
+        minimise(loss, leaves, self.settings.num_steps, self.settings.lr, bar)
+        df = loc0.new_full((number,), max(FEWEST_DF, min(MOST_DF, d)))
+        return Student(loc0 + sd0 * moved, scale().wider(WIDER), df)
+
+    def _log_joint(self, y: Tensor) -> Tensor:
+        """log p(x, z) |dz / dy| at vectors (K, N, D)."""
+        values, volume = self.layout.values(self.transforms, y)
+        there = run_at(replace(self.program, guide=None), values, len(y), self.settings.vectorize)
+        return log_density(there, terms(there.model)) + volume
+
+    def _pilot(self, program: Program, mixture: Mixture) -> Pilot:
+        guide = Replacing(self.layout, mixture)(self.base)
+
+        def read(run: Run) -> tuple[Tensor, Tensor]:
+            return self._vectors(run), wide(log_weights_of(run))
+
+        left, parts = self.settings.num_pilot, []
+        while left:
+            number = min(left, max(2, rows_at_once(program.args) // len(program.args[0])))
+            parts += Particles(number, self.settings.vectorize).read(replace(program, guide=guide), read)
+            left -= number
+        y, log_w = (torch.cat(each) for each in zip(*parts, strict=True))
+        return Pilot.of_draws(y, log_w)
+
+
+def _base(program: Program, vectorize: bool) -> tuple[PyroFunction, bool, Run, list[str]]:
+    """The function whose sites a proposal replaces, whether it is the guide, a run, and the names of its latent sites.
+
+    It is the guide, if that has a density at any value of the latents, or else the prior.
+    """
+    drawn = run(program, MOMENTS, vectorize)
+    require_latents(drawn)
+    refuse_masks(drawn)
+    model = {name: site for name, site in drawn.model.items() if not site["is_observed"]}
+    own = all(
+        name in model and not isinstance(unwrapped(s["fn"]), Delta) and same_support(model[name]["fn"], s["fn"])
+        for name, s in drawn.guide.items()
+    )
+    if own:
+        try:  # at the values of other particles
+            run_at(program, {n: s["value"].flip(0) for n, s in drawn.guide.items()}, MOMENTS, vectorize)
+        except NoDensityError:
+            own = False
+    sites = drawn.guide if own else model
+    check_latents(drawn.model, sites, run(program, MOMENTS, vectorize).model)
+    return program.guide_or_prior if own else prior(program.model), own, drawn, list(sites)
