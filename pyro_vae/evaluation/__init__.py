@@ -1,6 +1,7 @@
 """Evaluations of a model: log p(x), inference gaps, the parts of the ELBO, active units, comparison of objectives."""
 
 from pyro_vae.evaluation.annealing import AnnealedLikelihood, Sandwich, ais, bdmc
+from pyro_vae.evaluation.calibration import Calibration, calibrate
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.decomposition import Decomposition, decompose_elbo
 from pyro_vae.evaluation.diagnostics import pareto_k
@@ -14,6 +15,7 @@ from pyro_vae.evaluation.proposals.refine import refine
 
 __all__ = [
     "AnnealedLikelihood",
+    "Calibration",
     "Decomposition",
     "Estimate",
     "Evidence",
@@ -24,6 +26,7 @@ __all__ = [
     "active_units",
     "ais",
     "bdmc",
+    "calibrate",
     "compare",
     "decompose_elbo",
     "inference_gaps",

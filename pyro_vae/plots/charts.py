@@ -1,4 +1,4 @@
-"""Charts of bounds, training curves, Pareto k-hat and active units."""
+"""Charts of bounds, training curves, Pareto k-hat, active units and calibration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from pyro_vae.checks import checked, shown
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.plots.shared import BLACK, BLUE, SKY, VERMILLION, Array, new_figure, objective_colour, to_numpy
+from pyro_vae.plots.shared import BLACK, BLUE, CLASSES, SKY, VERMILLION, Array, new_figure, objective_colour, to_numpy
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
     from matplotlib.axes import Axes
@@ -184,6 +184,52 @@ def active_units(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     size, rotation = "small" if len(places) <= 30 else 5, 0 if len(sites) == 1 else 90
     ax.set_xticks(places, labels=labels, fontsize=size, rotation=rotation)
     return _finished(ax, f"dimension of {', '.join(map(str, sites))}", "KL to the prior (nats per datum)")
+
+
+@checked
+def calibration(ranks: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Plot how far the ranks of the true latents are from uniform, by dimension.
+
+    A line is the share of data whose rank is at most u, less u. All lines of an exact guide stay in the grey band, with
+    95% probability for each. A guide that is too narrow rises first and falls below zero later. One that is too wide
+    does the reverse. A guide whose draws are too low is below zero everywhere, and one whose draws are too high above.
+
+    Arguments:
+        ranks: `ranks` or `weighted_ranks` of :func:`pyro_vae.calibrate`, one row for each datum.
+
+    Raises:
+        ValueError: `ranks` is no table of numbers from 0 to 1 with the column levels "site" and "dimension".
+
+    Example:
+        >>> import numpy as np, pandas as pd, pyro_vae as pv
+        >>> columns = pd.MultiIndex.from_tuples([("z", 0)], names=["site", "dimension"])
+        >>> ranks = pd.DataFrame(np.linspace(0.01, 0.99, 50)[:, None], columns=columns)
+        >>> pv.plots.calibration(ranks).get_xlabel()
+        'rank u of the true latent among the draws'
+
+    References:
+        Säilynoja, Bürkner and Vehtari (2022), *Graphical Test for Discrete Uniformity and Its Applications in
+        Goodness-of-Fit Evaluation and Multiple Sample Comparison*, Statistics and Computing.
+    """
+    named = isinstance(ranks, pd.DataFrame) and list(ranks.columns.names) == ["site", "dimension"]
+    if not named or ranks.empty or not ((ranks >= 0) & (ranks <= 1)).to_numpy().all():
+        raise PyroVAEError(
+            f"expected a table of ranks from 0 to 1 by site and dimension, got {shown(ranks)}. Pass the attribute "
+            "ranks, or weighted_ranks, of the result of pv.calibrate."
+        )
+    ax = ax or new_figure().add_subplot()
+    number = len(ranks)
+    band = 1.358 / np.sqrt(number)  # the 95% point of Kolmogorov's distribution
+    ax.axhspan(-band, band, color="0.9", label="95% band of an exact guide")
+    places = np.linspace(0, 1, 201)
+    sites = ranks.columns.get_level_values("site").unique()
+    for site, colour in zip(sites, cycle(CLASSES), strict=False):
+        for i, values in enumerate(ranks[site].to_numpy().T):
+            share = np.searchsorted(np.sort(values), places, side="right") / number
+            ax.plot(places, share - places, color=colour, linewidth=0.9, label=site if i == 0 else None)
+    ax.axhline(0, color=BLACK, linewidth=0.8, linestyle="--")
+    ax.set_xlim(0, 1)
+    return _finished(ax, "rank u of the true latent among the draws", "share of data of at most u, less u")
 
 
 def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:

@@ -429,6 +429,22 @@ def test_pareto_k_counts_every_datum():
         plots.pareto_k(torch.full((3,), math.nan))
 
 
+def test_calibration_draws_a_line_for_each_dimension_and_the_band_of_uniform_ranks():
+    columns = pd.MultiIndex.from_tuples([("a", 0), ("b", 0), ("b", 1)], names=["site", "dimension"])
+    even = np.linspace(0, 1, 100)
+    ranks = pd.DataFrame({0: even, 1: even**2, 2: 0.5 + 0 * even}).set_axis(columns, axis=1)
+    ax = plots.calibration(ranks)
+    uniform, low, middle = (each.get_ydata() for each in ax.lines[:3])
+    assert abs(uniform).max() < 0.02
+    assert low.max() == pytest.approx(0.25, abs=0.02)  # of sqrt(u) - u
+    assert (middle[:100] <= 0).all()
+    assert (middle[100:] >= 0).all()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["95% band of an exact guide", "a", "b"]
+    for wrong in (3, ranks.iloc[:0], ranks + 1, ranks.droplevel(0, axis=1)):
+        with pytest.raises(ValueError, match="expected a table of ranks from 0 to 1 by site and dimension"):
+            plots.calibration(wrong)
+
+
 def test_active_units_are_in_the_order_of_their_kl():
     rows = pd.MultiIndex.from_tuples([("z", 0), ("z", 1), ("z", 2)], names=["site", "dimension"])
     table = pd.DataFrame({"kl": [0.001, 2.0, 1.0], "kl_se": 0.1, "active": [False, True, True]}, index=rows)

@@ -1,0 +1,322 @@
+r"""Calibration of a guide on data that the model simulates, whose true latents are known.
+
+The latents of a simulated datum are an exact draw from its posterior. So their log-weight, as one more row of the
+log-weights, turns the IWAE bound into an upper bound,
+
+    E log 1/K (w_true + w_1 + ... + w_{K-1}) >= log p(x) >= E log 1/K (w_1 + ... + w_K),
+
+and their rank among the guide's draws is uniform if the guide is the posterior.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+
+from pyro_vae.checks import Seed
+from pyro_vae.devices import wide
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.simulation import prior_that_draws
+from pyro_vae.engine.sites import unwrapped
+from pyro_vae.engine.weights import log_weights_of
+from pyro_vae.errors import PyroVAEError, require_count
+from pyro_vae.evaluation.defaults import CALIBRATION_SAMPLES
+from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.evaluation.evidence import LogLikelihood
+from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_latents
+from pyro_vae.evaluation.pieces import Args, checked, progress_bar
+from pyro_vae.evaluation.proposals.search import Search, Settings
+from pyro_vae.evaluation.runs import run, run_at
+from pyro_vae.evaluation.simulation import simulate_data
+
+LEVELS = (0.5, 0.9, 0.95)
+SEEN = 3.5  # standard errors from which a difference counts: of 1,000 exact dimensions, two have one
+
+
+@dataclass(frozen=True)
+class Calibration:
+    r"""The result of :func:`pyro_vae.calibrate`, on N simulated data with K draws of the guide for each.
+
+    Attributes:
+        log_weights: log-weights of the guide's draws, in nats, (K, N).
+        true_log_weights: those of the true latents, (N,).
+        ranks: the rank of each true latent among the guide's draws, from 0 to 1: a table with one row for each datum
+            and one column for each site and dimension. It is uniform if the guide is the posterior. Ties, as discrete
+            latents have them, are broken at random.
+        weighted_ranks: the same among the draws with their weights.
+        distance_ranks: the share of draws that are nearer to a random point than the true latents are, (N,), all
+            dimensions together (TARP).
+        x: the simulated data, as the program's argument, or a tuple of its arguments.
+    """
+
+    log_weights: Tensor = field(repr=False)
+    true_log_weights: Tensor = field(repr=False)
+    ranks: pd.DataFrame = field(repr=False)
+    weighted_ranks: pd.DataFrame = field(repr=False)
+    distance_ranks: Tensor = field(repr=False)
+    x: Any = field(repr=False)
+
+    @property
+    def lower(self) -> LogLikelihood:
+        """The estimates of log p(x) from the K draws, whose mean is at most log p(x)."""
+        return LogLikelihood.from_weights(self.log_weights)
+
+    @property
+    def upper_per_datum(self) -> Tensor:
+        """The estimates with the true latents in place of the last draw, whose mean is at least log p(x), in nats."""
+        return _mean_weight(torch.cat([self.true_log_weights[None], self.log_weights[:-1]]))
+
+    @property
+    def upper(self) -> Estimate:
+        """The mean of the upper bound over data."""
+        return Estimate.of(self.upper_per_datum)
+
+    @property
+    def gap(self) -> Estimate:
+        """The upper minus the lower bound: on average, what K draws of the guide lose is at most this."""
+        return Estimate.of(self.upper_per_datum - self.lower.per_datum)
+
+    @property
+    def kl(self) -> Estimate:
+        """KL(p(z|x) || q(z|x)) + KL(q(z|x) || p(z|x)), averaged over data, in nats: the gap of one draw."""
+        return Estimate.of(self.true_log_weights - self.log_weights.mean(0))
+
+    @property
+    def bounds(self) -> pd.DataFrame:
+        """Both bounds and their gap for 1, 2, 4, ... draws, with standard errors over data, in nats."""
+        number = len(self.log_weights)
+        rows = {}
+        for k in sorted({*(2**i for i in range(number.bit_length())), number}):
+            if k > number:
+                continue
+            lower = _mean_weight(self.log_weights[:k])
+            upper = _mean_weight(torch.cat([self.true_log_weights[None], self.log_weights[: k - 1]]))
+            each = [Estimate.of(v) for v in (lower, upper, upper - lower)]
+            rows[k] = [number for one in each for number in (one.value, one.standard_error)]
+        columns = ["lower", "lower_se", "upper", "upper_se", "gap", "gap_se"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("particles")
+
+    @property
+    def dimensions(self) -> pd.DataFrame:
+        """What the ranks of each dimension show, one row for each site and dimension.
+
+        The ranks are turned into normal quantiles. If posterior and guide are normal, these have the posterior's mean and
+        standard deviation, in those of the guide.
+
+        - ``bias``: their mean; above 0, the guide's draws are too low. ``bias_z``: in standard errors.
+        - ``spread``: their standard deviation; above 1, the guide is too narrow. ``spread_z``: the distance of its
+          logarithm from 0 in standard errors.
+        - ``verdict``: what is more than 3.5 standard errors away.
+        """
+        quantiles = torch.special.ndtri(torch.from_numpy(self.ranks.to_numpy().copy()).clamp(1e-12, 1 - 1e-12))
+        count, bias, spread = len(quantiles), quantiles.mean(0), quantiles.std(0)
+        bias_z, spread_z = math.sqrt(count) * bias / spread, math.sqrt(2 * count) * spread.log()
+        verdict = [
+            ", ".join(
+                word
+                for word, seen in (
+                    ("too narrow", s > SEEN),
+                    ("too wide", s < -SEEN),
+                    ("too low", b > SEEN),
+                    ("too high", b < -SEEN),
+                )
+                if seen
+            )
+            or "right as far as seen"
+            for b, s in zip(bias_z.tolist(), spread_z.tolist(), strict=True)
+        ]
+        numbers = {"bias": bias, "bias_z": bias_z, "spread": spread, "spread_z": spread_z}
+        columns = {name: value.numpy() for name, value in numbers.items()} | {"verdict": verdict}
+        return pd.DataFrame(columns, self.ranks.columns)
+
+    def coverage(self, levels: Sequence[float] = LEVELS) -> pd.DataFrame:
+        """How often central intervals hold the true latents, over all data and dimensions, for each level.
+
+        The columns are the share under the guide's draws, its standard error over data, and the same under the
+        weighted draws.
+        """
+        rows = {}
+        for level in levels:
+            if not 0 < level < 1:
+                raise PyroVAEError(f"expected levels between 0 and 1, got {level!r}. For 95%, pass 0.95.")
+            row = []
+            for table in (self.ranks, self.weighted_ranks):
+                held = (table - 0.5).abs() <= level / 2
+                share = Estimate.of(torch.from_numpy(held.mean(axis=1).to_numpy().copy()))
+                row += [share.value, share.standard_error]
+            rows[level] = row
+        columns = ["guide", "guide_se", "weighted", "weighted_se"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("level")
+
+    def __str__(self) -> str:
+        low, high, number = self.lower.estimate, self.upper, len(self.log_weights)
+        bounds = f"{low} <= log p(x) <= {high} nats per datum, a gap of {self.gap}"
+        if self.gap.value < -1e-4:  # by noise, since the means are in order
+            middle = (low.value + high.value) / 2
+            bounds = f"log p(x) is near {middle:.2f} nats per datum: the bounds cross, with a gap of {self.gap}"
+        counts = self.dimensions.verdict.value_counts()
+        verdicts = "; ".join(f"{word} at {count}" for word, count in counts.items())
+        share = self.coverage((0.95,)).guide.iloc[0]
+        return (
+            f"{bounds} (K = {number}, N = {self.log_weights.shape[1]} data simulated from the model)\n"
+            f"KL(p || q) + KL(q || p) = {self.kl} nats; 95% intervals of the guide hold {share:.1%} of true latents\n"
+            f"by dimension of the latents, the guide is {verdicts}"
+        )
+
+
+@takes_program
+def calibrate(
+    model: PyroFunction,
+    guide: PyroFunction,
+    like: Any,
+    num_samples: int = CALIBRATION_SAMPLES,
+    *,
+    refine: bool = False,
+    vectorize_particles: bool = True,
+    seed: Seed | None = None,
+    progress: bool = True,
+) -> Calibration:
+    r"""Compare a guide with exact posterior draws, on data that the model simulates.
+
+    .. math:: x, z_0 \sim p(x, z), \qquad z_k \sim q(z \mid x), \qquad
+        \mathbb E \log \tfrac1K \sum_{k=1}^{K} w_k \;\le\; \mathbb E \log p(x) \;\le\;
+        \mathbb E \log \tfrac1K \sum_{k=0}^{K-1} w_k
+
+    The sandwich holds for any latents, discrete ones too, and for every K, without a Markov chain. At K = 1 its width
+    is KL(p || q) + KL(q || p). The rank of each true latent among the guide's draws is uniform for an exact guide
+    (simulation-based calibration). Ranks near both ends show a guide that is too narrow, ranks near the middle one that
+    is too wide, and ranks near one end a biased one.
+
+    All this is about the model's own data. If real data differ from them, so may the guide's errors.
+
+    Arguments:
+        model, guide, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
+        like: data of the number and shapes to simulate; see `x` of :func:`pyro_vae.bdmc`.
+        num_samples: K, the number of the guide's draws for each datum, at least 2.
+        refine: whether to fit a proposal to each simulated datum first, and to calibrate it in place of the guide; see
+            :func:`pyro_vae.refine`.
+
+    Returns:
+        The bounds, ranks, coverage and their tables; ``pv.plots.calibration`` draws them.
+
+    Raises:
+        ValueError: the guide has auxiliary sites, so that its density at the true latents is not known; or an error of
+            :func:`pyro_vae.bdmc` or :func:`pyro_vae.log_likelihood`.
+
+    Example:
+        The guide's standard deviation is 0.5. The posterior's is 0.71.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5))
+        >>> found = pv.calibrate(model, guide, like=torch.zeros(2000), seed=0, progress=False)
+        >>> found.dimensions.verdict.tolist()
+        ['too narrow']
+        >>> q, p = dist.Normal(0.0, 0.5), dist.Normal(0.0, 0.5**0.5)
+        >>> kl = torch.distributions.kl_divergence
+        >>> bool(abs(found.kl.value - kl(p, q) - kl(q, p)) < 4 * found.kl.standard_error)
+        True
+
+    References:
+        Grosse, Ghahramani and Adams (2015), *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo*.
+        Talts, Betancourt, Simpson, Vehtari and Gelman (2018), *Validating Bayesian Inference Algorithms with
+        Simulation-Based Calibration*.
+        Lemos, Coogan, Hezaveh and Perreault-Levasseur (2023), *Sampling-Based Accuracy Testing of Posterior Estimators
+        for General Inference*, ICML.
+    """
+    require_count("num_samples", num_samples, least=2)
+    parts: list[_Part] = []
+    instead = "pv.log_likelihood, on data"
+    with prior_that_draws(instead), checked(model, guide, like, seed, least=2) as data:
+        search = Search(data, Settings(vectorize=vectorize_particles)) if refine else None
+        programs = data.programs(num_samples, vectorize_particles)
+        steps = len(programs) * (search.settings.num_steps if search else 1)
+        with progress_bar(steps, "step", "calibrating", progress) as bar:
+            for program in programs:
+                args, latents = simulate_data(program.model, program.args)
+                simulated = program.on(args)
+                if search is not None:
+                    simulated = replace(simulated, guide=search.proposals(simulated, bar).guide)
+                parts.append(_calibrated(simulated, latents, num_samples, vectorize_particles))
+                if search is None:
+                    bar.update()
+    columns = tuple(torch.cat(column) for column in zip(*(part.args for part in parts), strict=True))
+    index = pd.MultiIndex.from_tuples(parts[0].names, names=["site", "dimension"])
+
+    def table(ranks: Iterable[Tensor]) -> pd.DataFrame:
+        return pd.DataFrame(torch.cat([*ranks]).cpu().numpy(), columns=index)
+
+    return Calibration(
+        log_weights=torch.cat([part.log_w for part in parts], 1),
+        true_log_weights=torch.cat([part.true for part in parts]),
+        ranks=table(part.ranks for part in parts),
+        weighted_ranks=table(part.weighted for part in parts),
+        distance_ranks=torch.cat([part.distances for part in parts]),
+        x=columns[0] if len(columns) == 1 else columns,
+    )
+
+
+class _Part(NamedTuple):
+    """The same of a minibatch."""
+
+    log_w: Tensor  # (K, N)
+    true: Tensor  # (N,)
+    ranks: Tensor  # (N, D)
+    weighted: Tensor  # (N, D)
+    distances: Tensor  # (N,)
+    names: list[tuple[str, int]]
+    args: Args
+
+
+def _calibrated(program: Program, latents: dict[str, Tensor], number: int, vectorize: bool) -> _Part:
+    drawn = run(program, number, vectorize)
+    require_latents(drawn)
+    refuse_masks(drawn)
+    for name, site in drawn.guide.items():
+        if name not in drawn.model or isinstance(unwrapped(site["fn"]), Delta):
+            raise PyroVAEError(
+                f"guide site '{name}' is auxiliary, or a point: expected a guide with a density at each latent site of "
+                "the model alone, since its density at the true latents is needed. Pass refine=True."
+            )
+    # The true latents, as the values of one particle.
+    values = {name: latents[name].expand(site["value"][:1].shape) for name, site in drawn.guide.items()}
+    there = run_at(program, values, 1, vectorize)
+    log_w, true = wide(log_weights_of(drawn)), wide(log_weights_of(there))[0]
+    draws, truth = _vectors(drawn), _vectors(there)[0]
+    ranks, w = _ranks(draws, truth), log_w.softmax(0)[..., None]
+    weighted = (w * (draws < truth)).sum(0) + torch.rand_like(truth) * (w * (draws == truth)).sum(0)
+    # The true latents of another datum are a random point; each dimension counts in its standard deviations.
+    point, scale = truth.roll(1, 0), truth.std(0).clamp(min=1e-12)
+    far = ((truth - point) / scale).square().sum(-1)
+    distances = _ranks(((draws - point) / scale).square().sum(-1), far)
+    sizes = {name: by_dimension(drawn, site, site["value"]).shape[-1] for name, site in drawn.guide.items()}
+    names = [(name, i) for name, size in sizes.items() for i in range(size)]
+    return _Part(log_w, true, ranks, weighted, distances, names, program.args)
+
+
+def _ranks(draws: Tensor, truth: Tensor) -> Tensor:
+    """The rank of each true value among K draws, uniform from 0 to 1 where it is one of them, with ties at random."""
+    below, same = (draws < truth).sum(0), (draws == truth).sum(0)
+    return (below + torch.rand_like(truth) * (same + 1)) / (len(draws) + 1)
+
+
+def _vectors(drawn: Run) -> Tensor:
+    """The latents of all sites, (K, N, D)."""
+    return torch.cat([wide(by_dimension(drawn, site, site["value"])) for site in drawn.guide.values()], -1)
+
+
+def _mean_weight(log_w: Tensor) -> Tensor:
+    """The logarithm of the mean weight of each datum, (N,)."""
+    return log_w.logsumexp(0) - math.log(len(log_w))
