@@ -107,8 +107,8 @@ class Calibration:
     def dimensions(self) -> pd.DataFrame:
         """What the ranks of each dimension show, one row for each site and dimension.
 
-        The ranks are turned into normal quantiles. If posterior and guide are normal, these have the posterior's mean and
-        standard deviation, in those of the guide.
+        The ranks are turned into normal quantiles. If posterior and guide are normal, these have the posterior's mean
+        and standard deviation, in those of the guide.
 
         - ``bias``: their mean; above 0, the guide's draws are too low. ``bias_z``: in standard errors.
         - ``spread``: their standard deviation; above 1, the guide is too narrow. ``spread_z``: the distance of its
