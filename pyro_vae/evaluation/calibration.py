@@ -248,7 +248,8 @@ def calibrate(
                 args, latents = simulate_data(program.model, program.args)
                 simulated = program.on(args)
                 if search is not None:
-                    simulated = replace(simulated, guide=search.proposals(simulated, bar).guide)
+                    mixture = search.proposals(simulated, bar).mixture
+                    simulated = replace(simulated, guide=search.guide(mixture))
                 parts.append(_calibrated(simulated, latents, num_samples, vectorize_particles))
                 if search is None:
                     bar.update()

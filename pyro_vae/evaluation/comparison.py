@@ -274,7 +274,8 @@ def _bias(paths: list[Tensor], objective: Objective, gradient: Callable[[Objecti
     # Both may be zero but for rounding, as at the exact posterior. The pathwise gradient has the terms that cancel.
     whole = gradient(_with_gradient(objective, "pathwise")) if "pathwise" in objective.gradients else paths[0]
     rounding = 100 * torch.finfo(whole.dtype).eps * whole.norm().item()
-    return (along[0].mean() - along[1].mean()).item() / math.hypot(error, rounding)
+    size = math.hypot(error, rounding)
+    return (along[0].mean() - along[1].mean()).item() / size if size else math.nan  # a fixed guide has no gradient
 
 
 def _with_gradient(objective: Objective, gradient: str) -> Objective:

@@ -100,7 +100,7 @@ def warn_of_high_k(shapes: Tensor, advice: str) -> None:
     _warn(shapes > HIGH_K, f"have a Pareto k-hat above {HIGH_K}: {text}. {advice}")
 
 
-def warn_of_zero_weights(zero_weights: Tensor, num_samples: int, advice: str) -> None:
+def warn_of_zero_weights(zero_weights: Tensor, num_samples: int | Tensor, advice: str) -> None:
     """Warn if some data have no weight above zero."""
     text = "their estimate of log p(x) is minus infinity: p(x, z) is zero at all samples of the guide"
     _warn(zero_weights == num_samples, f"have only weights of zero, so that {text}. {advice}")

@@ -100,7 +100,7 @@ class Evidence:
 
     def _zeros(self) -> str:
         some = int((self.zero_weights > 0).sum())
-        lost = int((self.zero_weights == self.num_samples).sum())
+        lost = int((self.per_datum == -math.inf).sum())
         all_lost = f", all of them at {lost}" if lost else ""
         return f"; weights of zero at {some} data{all_lost}" if some else ""
 
@@ -112,15 +112,20 @@ class LogLikelihood(Evidence):
     Attributes:
         elbo: the mean log-weight :math:`\frac1K \sum_k \log w_{kn}`, which estimates the ELBO, in nats, (N,).
         pareto_k: :func:`pyro_vae.pareto_k` of each datum's weights, (N,); NaN where no fit is possible.
+        drawn: the number of each datum's samples, (N,), which is K unless they were drawn to a stated error;
+            `num_samples` is the largest.
     """
 
     elbo: Tensor = field(repr=False)
     pareto_k: Tensor = field(repr=False)
+    drawn: Tensor = field(repr=False)
 
     @classmethod
     def from_weights(cls, log_w: Tensor, /, **other_fields: Any) -> Self:
         """The record of log-weights (K, N); see :meth:`pyro_vae.Evidence.from_weights`."""
-        return super().from_weights(log_w, elbo=log_w.mean(0), pareto_k=pareto_k(log_w), **other_fields)
+        drawn = torch.full_like(log_w[0], len(log_w), dtype=torch.long)
+        fields = {"elbo": log_w.mean(0), "pareto_k": pareto_k(log_w), "drawn": drawn}
+        return super().from_weights(log_w, **fields, **other_fields)
 
     @classmethod
     def joined(cls, parts: Iterable[Self], num_data: int, device: torch.device) -> Self:
@@ -131,14 +136,24 @@ class LogLikelihood(Evidence):
         block = torch.full((len(names), num_data), math.nan, dtype=torch.float64, device=of_float64(device))
         done = num_samples = 0
         for part in parts:
-            size, num_samples = len(part.per_datum), part.num_samples
+            size, num_samples = len(part.per_datum), max(num_samples, part.num_samples)
             for row, name in zip(block, names, strict=True):
                 row[done : done + size] = getattr(part, name)
             done += size
             del part
         columns = dict(zip(names, block, strict=True))
-        columns["zero_weights"] = columns["zero_weights"].long()
+        columns |= {name: columns[name].long() for name in ("zero_weights", "drawn")}
         return cls(**columns, num_samples=num_samples)
+
+    def into(self, whole: Self | None, rows: Tensor, num_data: int) -> Self:
+        """A record of so many data, with these values at some rows, and those of `whole`, if any, elsewhere."""
+        found: dict[str, Any] = {}
+        for name in self._per_datum_fields():
+            own: Tensor = getattr(self, name)
+            empty = own.new_zeros(num_data)
+            found[name] = (empty if whole is None else getattr(whole, name)).index_put((rows.to(own.device),), own)
+        most = max(self.num_samples, 0 if whole is None else whole.num_samples)
+        return replace(self, **found, num_samples=most)
 
     def where(self, condition: Tensor, other: Self) -> Self:
         """The record with these values for data where `condition` (N,) holds, and those of `other` elsewhere."""
@@ -162,9 +177,12 @@ class LogLikelihood(Evidence):
         return Estimate.of(self.per_datum - self.elbo)
 
     def __str__(self) -> str:
+        number = f"{self.num_samples}"
+        if int(self.drawn.min()) < self.num_samples:
+            number = f"{self.drawn.min()} to {self.num_samples}, {wide(self.drawn).mean():.0f} on average"
         without = f", {self.share_no_k:.1%} without" if self.share_no_k else ""
         return (
-            f"log p(x) = {self.estimate} nats per datum (importance sampling, K = {self.num_samples}, "
+            f"log p(x) = {self.estimate} nats per datum (importance sampling, K = {number}, "
             f"N = {len(self.per_datum)}; Monte Carlo error {self.monte_carlo_error:.2g}, median ESS "
             f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self.share_high_k:.1%}{without}{self._zeros()})"
         )

@@ -20,7 +20,7 @@ def minimise(loss: Callable[[], Tensor], leaves: list[Tensor], num_steps: int, l
     first = int((1 - AVERAGED) * num_steps)
     for step in range(num_steps):
         for leaf, gradient in zip(leaves, torch.autograd.grad(loss(), leaves), strict=True):
-            leaf.grad = gradient
+            leaf.grad = gradient.nan_to_num(0.0, 0.0, 0.0)  # a density that overflows at a draw has no gradient
         adam.step()
         falling.step()
         if step >= first:

@@ -18,11 +18,11 @@ from pyro_vae.engine.sites import family, layers, not_reparameterised, unwrapped
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k
+from pyro_vae.evaluation.draws import draw_weights
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
 from pyro_vae.evaluation.families import constructor_arguments, require_latents, same_for_all_particles, suffices
 from pyro_vae.evaluation.fitting import minimise
-from pyro_vae.evaluation.likelihood import draw_weights
 from pyro_vae.evaluation.pieces import checked, progress_bar
 from pyro_vae.evaluation.runs import run
 from pyro_vae.objectives import ELBO

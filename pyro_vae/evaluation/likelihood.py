@@ -1,7 +1,7 @@
 r"""The marginal likelihood log p(x) by importance sampling from the guide, over minibatches of the data."""
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,22 +12,21 @@ from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import PyroVAEError, require_count
+from pyro_vae.evaluation.allocation import sample_as_needed, warn_of_larger_errors
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
+from pyro_vae.evaluation.draws import draw_weights, even_chunks
 from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.pieces import Args, Pieces, checked, progress_bar, rows_at_once
-from pyro_vae.evaluation.proposals.search import Search, Settings
 
 ADVICE = (
     "Pass refine=True, which fits a proposal to each datum, take more samples, or check the number with pv.ais, which "
     "needs no guide."
 )
 REFINED_ADVICE = "Anneal from the refined guide: pv.ais(model, pv.refine(model, guide, x), x, start='guide')."
-RUNS_AT_ONCE = 16  # runs of the model on the samples of one run of the guide
 WEIGHTS_AT_ONCE = 2**22  # log-weights of a minibatch in memory where particles run one at a time
 
 
@@ -39,6 +38,7 @@ def log_likelihood(
     num_samples: int = NUM_SAMPLES,
     *,
     refine: bool = False,
+    error: float | None = None,
     seed: Seed | None = None,
     vectorize_particles: bool = True,
     compile: bool = False,
@@ -63,6 +63,9 @@ def log_likelihood(
         num_samples: K, at least 2.
         refine: whether to fit a proposal to each datum first, as :func:`pyro_vae.refine` does with its defaults, and to
             sample from it in place of the guide. It takes two to three times as long, and most k-hats become low.
+        error: a standard error in nats, such as 0.02, to reach for each datum with as many samples as it needs, from
+            100 to 20 `num_samples`. A pilot of 1,000 samples says how many. It does not count, or samples would decide
+            their own number. The result's `drawn` has the numbers.
         seed: the seed of the random numbers; None continues from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
         compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
@@ -77,7 +80,7 @@ def log_likelihood(
         FloatingPointError: a log-weight is NaN or plus infinity.
 
     Warns:
-        UserWarning: some data have a k-hat above 0.7, or only weights of zero.
+        UserWarning: some data have a k-hat above 0.7, or only weights of zero, or do not reach `error`.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
@@ -104,19 +107,23 @@ def log_likelihood(
             "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got "
             "False. Drop one of the two."
         )
-    if compile and refine:
+    if compile and (refine or error is not None):
         raise PyroVAEError(
-            "refined proposals are drawn by uncompiled code: expected compile=False with refine=True, got True. Drop "
-            "one of the two."
+            "refined proposals, and samples to a stated error, are drawn by uncompiled code: expected compile=False "
+            "with refine=True or error=..., got True. Drop it."
         )
+    if error is not None and not 0 < error < math.inf:
+        raise PyroVAEError(f"expected error to be a positive number of nats, got {error!r}. Try 0.02.")
     with checked(model, guide, x, seed) as data:
-        if refine:
-            result = _refined(data, num_samples, vectorize_particles, progress)
+        if refine or error is not None:
+            result = sample_as_needed(data, num_samples, error, refine, vectorize_particles, progress)
         else:
             result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
     advice = REFINED_ADVICE if refine else ADVICE
-    warn_of_zero_weights(result.zero_weights, num_samples, advice)
+    warn_of_zero_weights(result.zero_weights, result.drawn, advice)
     warn_of_high_k(result.pareto_k, advice)
+    if error is not None:
+        warn_of_larger_errors(result, error)
     return result
 
 
@@ -137,33 +144,6 @@ def estimate_evidence(data: Pieces, num_samples: int, vectorize: bool, progress:
         return LogLikelihood.joined(estimates(), len(args[0]), data.device)
 
 
-def _refined(data: Pieces, num_samples: int, vectorize: bool, progress: bool) -> LogLikelihood:
-    """The same from a proposal that is fitted to each datum, whose fit is dropped after its minibatch."""
-    settings = Settings(vectorize=vectorize)
-    search = Search(data, settings)
-    with progress_bar(len(search.programs) * settings.num_steps, "step", "log p(x)", progress) as bar:
-
-        def estimates() -> Iterator[LogLikelihood]:
-            for program in search.programs:
-                fitted = replace(program, guide=search.proposals(program, bar).guide)
-                yield LogLikelihood.from_weights(draw_weights(fitted, num_samples, vectorize))
-
-        return LogLikelihood.joined(estimates(), len(data.program.args[0]), data.device)
-
-
-def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> Tensor:
-    """Log-weights (K, N) of a minibatch, in float64, from runs with as many particles as fit in memory."""
-    rows = max(1, rows_at_once(program.args) // len(program.args[0]))
-    chunk_size = _even_chunks(num_samples, rows) if vectorize else None
-    at_once = RUNS_AT_ONCE * chunk_size if chunk_size else num_samples
-    pieces, left = [], num_samples
-    while left:
-        particles = Particles(min(at_once, left), vectorize, chunk_size)
-        pieces.append(wide(torch.cat(particles.read(program, log_weights_of))))
-        left -= len(pieces[-1])
-    return torch.cat(pieces)
-
-
 def _compiled_draw(program: Program, data: Pieces, num_samples: int) -> Callable[[Args], Tensor]:
     """A function that draws log-weights (K, N) of a minibatch by compiled code."""
     if not data.same_supports:
@@ -181,13 +161,8 @@ def _compiled_draw(program: Program, data: Pieces, num_samples: int) -> Callable
     def draw(batch: Args) -> Tensor:
         # Half the rows of an uncompiled run: compiled code has little overhead to spread, and fewer rows fit the cache.
         # All portions have one size, so that the code is compiled once; surplus samples of the last one are dropped.
-        portion = _even_chunks(num_samples, max(1, rows_at_once(batch) // (2 * len(batch[0]))))
+        portion = even_chunks(num_samples, max(1, rows_at_once(batch) // (2 * len(batch[0]))))
         portions = [compiled(portion, *batch) for _ in range(-(-num_samples // portion))]
         return torch.cat(portions)[:num_samples]
 
     return draw
-
-
-def _even_chunks(number: int, most: int) -> int:
-    """The size of equal chunks of at most `most`. Tensors of one size can use the same memory again."""
-    return -(-number // -(-number // most))

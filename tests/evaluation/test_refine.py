@@ -201,6 +201,50 @@ def test_plain_samples_of_these_guides_are_not_enough():
     assert pv.log_likelihood(model, guide, x, 4_000, refine=True, **QUIET).share_high_k == 0
 
 
+@pytest.mark.parametrize("refine", [True, False])
+def test_a_stated_error_is_reached_with_the_samples_that_each_datum_needs(refine):
+    model, guide, x, exact = positive()
+    if not refine:  # wide enough, so that its weights have a small variance
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("rate", dist.Gamma(1.5 + 0.9 * x, 1.7))
+
+    found = pv.log_likelihood(model, guide, x, 2_000, refine=refine, error=0.02, **QUIET)
+    assert (found.per_datum_error < 0.02).all()
+    assert (found.per_datum_error > 0.02 / 4).all()  # a power of two, and the pilot's own error, above what it takes
+    assert ((found.per_datum - exact).abs() < 4.5 * found.per_datum_error).all()
+    assert found.drawn.min() < found.num_samples == found.drawn.max()
+    assert (found.ess <= found.drawn).all()
+    assert f"K = {found.drawn.min()} to {found.num_samples}, " in str(found)
+
+
+def test_data_that_do_not_reach_the_error_are_named():
+    model, guide, x, _ = linear()
+    with pytest.warns(UserWarning) as caught:
+        found = pv.log_likelihood(model, guide, x, 50, error=0.001, **QUIET)
+    assert (found.drawn == 1_000).all()  # twenty times num_samples
+    (said,) = (str(each.message) for each in caught if "did not reach" in str(each.message))
+    assert said.startswith("12 of 12 data did not reach an error of 0.001 nats")
+    assert "rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ..." in said
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(pv.PyroVAEError, match="expected error to be a positive number of nats"):
+            pv.log_likelihood(model, guide, x, 50, error=wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*did not reach")
+@pytest.mark.parametrize("options", [{"refine": True}, {"refine": True, "error": 0.05}], ids=str)
+def test_intervals_of_95_percent_cover_95_percent(options):
+    """Of 2,000 repeats, rows of one datum each: within three binomial errors."""
+    model, guide, x, exact = two_sites()
+    rows, number = x[:4], 500
+    found = pv.log_likelihood(model, guide, rows.repeat(number, 1), 400, **options, **QUIET)
+    assert (found.pareto_k <= 0.7).all()
+    covered = ((found.per_datum - exact[:4].repeat(number)).abs() < 1.96 * found.per_datum_error).double().mean()
+    assert abs(covered - 0.95) < 3 * (0.95 * 0.05 / (4 * number)) ** 0.5
+
+
 def test_the_guides_share_bounds_the_loss():
     """At the guide's own draws, the density of the refined one is at least a share of 0.05 of the guide's."""
     model, guide, x, _ = two_sites()
@@ -308,7 +352,7 @@ def test_compiled_and_one_by_one(pair, without_inductor):
     for found, rows in ((compiled, slice(None)), (one_by_one, slice(5))):
         error = (found.per_datum_error**2 + whole.per_datum_error[rows] ** 2).sqrt()
         assert ((found.per_datum - whole.per_datum[rows]).abs() < 5 * error).all()
-    with pytest.raises(pv.PyroVAEError, match="refined proposals are drawn by uncompiled code"):
+    with pytest.raises(pv.PyroVAEError, match="refined proposals, and samples to a stated error, are drawn"):
         pv.log_likelihood(vae, x, 500, refine=True, compile=True)
 
 

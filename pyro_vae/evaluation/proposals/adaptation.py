@@ -15,7 +15,7 @@ from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.evaluation.proposals.guide import Mixture
 from pyro_vae.evaluation.proposals.student import Full, Scale, Student
 
-GOOD_K, GOOD_ESS = 0.5, 0.05  # k-hat, and the share of effective draws, that need no more components
+GOOD_K, GOOD_ESS = 0.6, 0.05  # k-hat, and the share of effective draws, that need no more components
 DF = 3.0  # of the components that are added
 WIDER = 1.3  # how much wider than their draws they are
 NEAR = 0.1  # share of the draws that are near the one of the largest weight
@@ -33,9 +33,13 @@ class Pilot(NamedTuple):
     ess: Tensor
 
     @classmethod
-    def of_draws(cls, y: Tensor, log_w: Tensor) -> Self:
-        """With what the weights show."""
-        return cls(y, log_w, pareto_k(log_w), 1 / log_w.softmax(0).square().sum(0))
+    def of_draws(cls, y: Tensor, log_w: Tensor, unsound: Tensor) -> Self:
+        """With what the weights show; draws without a weight, or of `unsound` data (N,), leave k-hat infinite."""
+        kept = ~log_w.isnan() & y.isfinite().all(-1).to(log_w.device)
+        log_w = torch.where(kept, log_w, -torch.inf)
+        y = torch.where(kept.to(y.device)[..., None], y, 0.0)
+        shapes = torch.where(unsound.to(log_w.device) | ~kept.all(0), torch.inf, pareto_k(log_w).to(log_w.device))
+        return cls(y, log_w, shapes, 1 / _normalised(log_w).square().sum(0))
 
     def where(self, condition: Tensor, other: Self) -> Self:
         """Of the other draws where the condition (N,) holds."""
@@ -63,7 +67,7 @@ def adapted(mixture: Mixture, pilot: Pilot) -> Mixture:
     """The mixture with two more components, and other shares, by its own draws."""
     # A few weights would speak for a few draws alone: truncated (Ionides 2008), all have a say.
     limit = pilot.log_w.logsumexp(0) - 0.5 * math.log(len(pilot.log_w))
-    weights = torch.minimum(pilot.log_w, limit).softmax(0)
+    weights = _normalised(torch.minimum(pilot.log_w, limit))
     first = mixture.students[0]
     students = [*mixture.students, _of_moments(pilot.y, weights, first), _of_the_largest(pilot, first)]
     terms = torch.stack([wide(student.log_prob(pilot.y)) for student in students])  # (M, S, N)
@@ -89,7 +93,7 @@ def _of_the_largest(pilot: Pilot, first: Student) -> Student:
     distance = first.scale.whitened(pilot.y - loc)[0]
     near = distance.topk(max(1, round(NEAR * number)), dim=0, largest=False).indices
     # Raftery and Bao (2010): the mean of their normalised weights and of equal ones.
-    own = pilot.log_w.gather(0, near.to(pilot.log_w.device)).softmax(0)
+    own = _normalised(pilot.log_w.gather(0, near.to(pilot.log_w.device)))
     weights = 0.5 * (own + 1 / len(near))
     offset = wide(pilot.y.gather(0, near[..., None].expand(-1, -1, pilot.y.shape[-1])) - loc)
     return _student(wide(loc), _covariance(offset, weights, first.scale.wider(NARROWER)), first)
@@ -102,7 +106,15 @@ def _covariance(offset: Tensor, weights: Tensor, prior: Scale) -> Scale:
     trust = 1 / (1 + (1 + offset.shape[-1]) * weights.square().sum(0))[:, None, None]
     scaled = (weights.sqrt()[..., None] * offset).movedim(0, -1)
     old = wide(prior.tril)
-    return Full(torch.linalg.cholesky(trust * (scaled @ scaled.mT) + (1 - trust) * (old @ old.mT)).to(prior.tril))
+    found, failed = torch.linalg.cholesky_ex(trust * (scaled @ scaled.mT) + (1 - trust) * (old @ old.mT))
+    sound = (failed == 0) & found.isfinite().all(-1).all(-1)
+    return Full(torch.where(sound[:, None, None], found, old).to(prior.tril))
+
+
+def _normalised(log_w: Tensor) -> Tensor:
+    """Weights that sum to one over the draws; equal ones where all are zero."""
+    some = (log_w > -torch.inf).any(0)
+    return torch.where(some, log_w, 0.0).softmax(0)
 
 
 def _student(loc: Tensor, scale: Scale, like: Student) -> Student:

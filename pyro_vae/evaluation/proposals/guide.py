@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +87,7 @@ class Replacing(Messenger):
         self.of_guide: Tensor | None = None  # the guide's own density of these, (K, N)
         self.before: Tensor | None = None  # the mixture's
         self.drawn: tuple[Tensor, Tensor] | None = None  # what Mixture.sample gave at the first site
+        self.lost: Tensor | None = None  # which of these no value stands for, (K, N)
 
     def __enter__(self) -> Any:
         self._begin()
@@ -97,11 +99,20 @@ class Replacing(Messenger):
         msg["fn"] = FittedSite(self, len(self.done), msg["name"], msg["fn"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if isinstance(site := _inside(msg["fn"]), FittedSite):
+        site = self._own_site(msg["fn"])
+        if site is not None:
             self.done = [*self.done, site.free(msg["value"])[0]]
             if len(self.done) < len(self.layout.parts):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and any(y.requires_grad for y in self.done)):
                     self.before, self.of_guide = site.joint(msg["value"])
+
+    def _own_site(self, fn: Any) -> "FittedSite | None":
+        """The site that this handler has made, inside of what plates, and a second refinement, put around it."""
+        while not (isinstance(fn, FittedSite) and fn.replacing is self):
+            fn = fn.own if isinstance(fn, FittedSite) else getattr(fn, "base_dist", None)
+            if fn is None:
+                return None
+        return fn
 
 
 def within(transform: Any, y: Tensor) -> Tensor:
@@ -109,12 +120,6 @@ def within(transform: Any, y: Tensor) -> Tensor:
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     return y if transform == identity_transform else y.clamp(-FARTHEST, FARTHEST)
-
-
-def _inside(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 class FittedSite(TorchDistribution):
@@ -180,6 +185,8 @@ class FittedSite(TorchDistribution):
             found = self.joint(value)[0] + self.free(value)[1]
             if self.before is not None:
                 found = found - self.before
+            if self.replacing.lost is not None and self.part is self.replacing.layout.parts[-1]:
+                found = torch.where(self.replacing.lost, torch.inf, found)  # its weight is zero
         outer = value.shape[: value.dim() - self.event_dim]
         return self._beside(found * (found.numel() / max(1, outer.numel())), len(outer)).expand(outer)
 
@@ -187,23 +194,44 @@ class FittedSite(TorchDistribution):
         """This site's part of the vector that is drawn at the first site."""
         layout, replacing, outer = self.replacing.layout, self.replacing, len(self.batch_shape)
         with torch.no_grad():
+            if outer > -layout.particle_dim:
+                raise PyroVAEError(
+                    f"expected at most one dimension of particles left of the plates of site '{self.part.name}', which "
+                    f"is refined, got the batch shape {tuple(self.batch_shape)}. Pass max_plate_nesting="
+                    f"{-layout.particle_dim - 1}."
+                )
             if replacing.drawn is None:
                 number = self.batch_shape[layout.particle_dim] if outer >= -layout.particle_dim else 1
                 replacing.drawn = replacing.mixture.sample(number)
+                replacing.lost = torch.zeros_like(replacing.drawn[1], dtype=torch.bool)
             y, chosen = replacing.drawn
-            there = layout.unflattened(y[..., self.part.start : self.part.stop], self.part)
-            value: Tensor = self.transform(within(self.transform, there)).reshape(self.batch_shape + self.event_shape)
+            value = self._value(y[..., self.part.start : self.part.stop])
+            # Where a value is so near to an end of its support that it has none of its own, the density is not known.
+            back = self.replacing.layout.columns(self.transform.inv(value), self.part.event_dim)
+            lost = ~back.isfinite().all(-1) & (chosen != 0)
+            if bool(lost.any()) if not being_recorded() else True:
+                middle = replacing.mixture.students[0].loc[:, self.part.start : self.part.stop]
+                value = torch.where(
+                    self._beside(lost, value.dim() - self.event_dim, self.event_dim), self._value(middle[None]), value
+                )
+                replacing.lost = lost if replacing.lost is None else replacing.lost | lost
+            value = value.reshape(self.batch_shape + self.event_shape)
             if not replacing.mixture.has_guide:
                 return value
-            of_guide = self._beside(chosen == 0, outer)
-            return torch.where(of_guide.reshape(*of_guide.shape, *[1] * self.event_dim), self.own.sample(), value)
+            return torch.where(self._beside(chosen == 0, outer, self.event_dim), self.own.sample(), value)
 
-    def _beside(self, matrix: Tensor, dims: int) -> Tensor:
-        """A matrix (K, N) in the shape that broadcasts to the last `dims` dimensions of plates."""
+    def _value(self, y: Tensor) -> Tensor:
+        """The value at unconstrained latents (K, N, d), with all dimensions of plates."""
+        there = self.replacing.layout.unflattened(y, self.part)
+        value: Tensor = self.transform(within(self.transform, there))
+        return value
+
+    def _beside(self, matrix: Tensor, dims: int, event_dim: int = 0) -> Tensor:
+        """A matrix (K, N) in the shape that broadcasts to the last `dims` dimensions of plates, and to an event."""
         layout = self.replacing.layout
         shape = [1] * -layout.particle_dim
         shape[layout.particle_dim], shape[layout.batch_dim] = matrix.shape
-        return matrix.reshape(shape[len(shape) - dims :] if dims < len(shape) else shape)
+        return matrix.reshape([*(shape[len(shape) - dims :] if dims < len(shape) else shape), *[1] * event_dim])
 
 
 class RefinedGuide(nn.Module):
@@ -235,7 +263,7 @@ class RefinedGuide(nn.Module):
         self.kinds = [type(student.scale) for student in mixture.students]
         self.register_buffer("log_shares", mixture.log_shares)
         self.register_buffer("pareto_k", pareto_k)
-        fingerprints, order = fingerprint(args).sort()
+        fingerprints, order = fingerprint(columns_of(args)).sort()
         self.register_buffer("fingerprints", fingerprints)
         self.register_buffer("order", order)
 
@@ -254,16 +282,23 @@ class RefinedGuide(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Sample the latents of these rows."""
-        mixture = self.mixture.of(self.rows(args))
+        mixture = self.mixture.of(self.rows(args, kwargs))
         return Replacing(self.layout, mixture)(self.__wrapped__)(*args, **kwargs)
 
-    def rows(self, args: tuple[Any, ...]) -> Tensor:
-        """The numbers of rows of data among those that were refined, (B,).
+    def rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
+        """The numbers of rows of data among those that were refined, (B,); all of them for a call without data.
 
         Raises:
             ValueError: a row is not among them.
         """
-        own = fingerprint(args)
+        try:
+            args = tuple(inspect.signature(self.__wrapped__).bind(*args, **kwargs).arguments.values())
+        except (TypeError, ValueError):  # the guide says what is wrong with them, or has no signature
+            args = (*args, *kwargs.values())
+        columns = columns_of(args)
+        if not columns:
+            return torch.arange(len(self.order), device=self.order.device)
+        own = fingerprint(columns)
         place = torch.searchsorted(self.fingerprints, own).clamp(max=len(self.fingerprints) - 1)
         if not being_recorded():
             missing = (self.fingerprints[place] != own).nonzero()[:, 0]
@@ -276,10 +311,19 @@ class RefinedGuide(nn.Module):
         return self.order[place]
 
 
-def fingerprint(args: tuple[Any, ...]) -> Tensor:
-    """A number for each row of a program's arguments, from all of its values, (N,)."""
+def columns_of(args: tuple[Any, ...]) -> list[Tensor]:
+    """The arguments that have rows."""
+    return [each for arg in args for each in (arg if isinstance(arg, tuple) else (arg,)) if _has_rows(each)]
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def fingerprint(columns: Sequence[Tensor]) -> Tensor:
+    """A number for each row of tensors, from all of its values, (N,)."""
     total: Any = 0
-    for place, column in enumerate(each for each in args if isinstance(each, Tensor) and each.dim()):
+    for place, column in enumerate(columns):
         bits = _bits(column.detach()).flatten(1) if column.dim() > 1 else _bits(column.detach())[:, None]
         salt = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B9 + (place + 1) * 0x632BE5AB
         total = total + _mixed(bits ^ _mixed(salt)).sum(1)

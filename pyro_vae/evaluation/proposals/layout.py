@@ -21,6 +21,7 @@ class Part:
     start: int
     rest: tuple[int, ...]  # the dimensions of the unconstrained latents besides particles and data
     event_dim: int
+    dtype: torch.dtype
 
     @property
     def stop(self) -> int:
@@ -47,7 +48,7 @@ class Layout:
             outer = free.dim() - fn.event_dim
             columns = free.movedim((outer + run.particle_dim, outer + run.batch_plate.dim), (0, 1))
             start = parts[-1].stop if parts else 0
-            parts.append(Part(name, start, tuple(columns.shape[2:]), fn.event_dim))
+            parts.append(Part(name, start, tuple(columns.shape[2:]), fn.event_dim, free.dtype))
         return cls(tuple(parts), run.particle_dim, run.batch_plate.dim)
 
     @property
@@ -66,7 +67,7 @@ class Layout:
     def unflattened(self, columns: Tensor, part: Part) -> Tensor:
         """The inverse of :meth:`columns`, for a site's unconstrained latents."""
         outer = 2 + len(part.rest) - part.event_dim
-        shaped = columns.reshape(*columns.shape[:2], *part.rest)
+        shaped = columns.to(part.dtype).reshape(*columns.shape[:2], *part.rest)
         return shaped.movedim((0, 1), (outer + self.particle_dim, outer + self.batch_dim))
 
     def free(self, part: Part, transform: Any, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,15 @@
 """A guide whose proposals are fitted to each row of data."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from pyro_vae.checks import Count, Seed, Whole
+from pyro_vae.checks import Between, Count, Seed, Whole
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
-from pyro_vae.evaluation.diagnostics import warn_of_high_k
+from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, warn_of_high_k
 from pyro_vae.evaluation.pieces import checked, progress_bar
 from pyro_vae.evaluation.proposals.guide import Mixture, RefinedGuide
 from pyro_vae.evaluation.proposals.search import Search, Settings
@@ -27,9 +27,9 @@ def refine(
     x: Any,
     *,
     num_steps: Count = REFINE_STEPS,
-    num_particles: Count = REFINE_PARTICLES,
+    num_particles: Annotated[int, Between(2)] = REFINE_PARTICLES,
     lr: float = REFINE_LR,
-    num_pilot: Count = REFINE_PILOT,
+    num_pilot: Annotated[int, Between(FEWEST_SAMPLES)] = REFINE_PILOT,
     rounds: Whole = REFINE_ROUNDS,
     vectorize_particles: bool = True,
     seed: Seed | None = None,
@@ -57,9 +57,9 @@ def refine(
         model, guide, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`. All latent sites must
             be continuous, on a space with as many unconstrained numbers: positive numbers or a simplex, not a circle.
         num_steps: the number of steps of Adam.
-        num_particles: the number of samples for each gradient of a datum.
+        num_particles: the number of samples for each gradient of a datum, at least 2.
         lr: Adam's first step size, in standard deviations of the guide.
-        num_pilot: the number of draws that show k-hat.
+        num_pilot: the number of draws that show k-hat, at least 30.
         rounds: the largest number of components that are added for a datum.
 
     Returns:

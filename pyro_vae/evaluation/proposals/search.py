@@ -10,6 +10,7 @@ A datum's latents, unconstrained, are one vector y. Three steps give its proposa
 All decisions are taken on pilot draws. What is reported comes from fresh ones, so the weights stay unbiased for p(x).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -44,8 +45,11 @@ LEAST_SD = 1e-3  # of the start
 FULL_UP_TO = 200  # latents of a datum; more get a covariance of low rank
 LOW_RANK_UP_TO = 4000  # more get a diagonal one
 RANK = 16
+OFF_DIAGONAL = 0.25  # the power of D by which elements off the diagonal move slower
 WIDER = 1.1  # how much wider the fitted normal is made
 FEWEST_DF, MOST_DF = 3.0, 20.0  # of its tails, for few and for many latents, where heavy ones cost most of the draws
+MOVED, MOST_BEYOND = 0.1, 1e-3  # how far a draw may be from its value's own, and the share of weight that may be
+PILOT_AT_ONCE = 2**24  # numbers of pilot draws in memory
 SHARE = 0.05  # of the guide itself: no weight is more than 20 times its weight under the guide
 
 
@@ -62,11 +66,11 @@ class Settings:
 
 
 class Proposals(NamedTuple):
-    """The proposals of the data of a minibatch: as a mixture, as a program's guide, and k-hat of their pilot draws."""
+    """The proposals of the data of a minibatch, and what their pilot draws show."""
 
     mixture: Mixture
-    guide: PyroFunction
-    pareto_k: Tensor
+    pareto_k: Tensor  # (N,)
+    variance: Tensor  # of one weight, relative to the squared mean, (N,)
 
 
 class Search:
@@ -83,22 +87,27 @@ class Search:
         first = data.programs(MOMENTS, settings.vectorize)[0]
         self.base, self.has_guide, drawn, names = _base(first, settings.vectorize)
         self.layout = Layout.of(drawn, names)
-        rows = rows_at_once(first.args) // settings.num_particles
-        in_memory = ELEMENTS_AT_ONCE // self.layout.size ** (2 if self.layout.size <= FULL_UP_TO else 1)
+        rows, size = rows_at_once(first.args) // settings.num_particles, self.layout.size
+        in_memory = ELEMENTS_AT_ONCE // size ** (2 if size <= FULL_UP_TO else 1)
+        in_memory = min(in_memory, PILOT_AT_ONCE // (settings.num_pilot * size))
         self.programs = data.programs(1, settings.vectorize, max(1, min(rows, in_memory)))
 
     def proposals(self, program: Program, bar: Any) -> Proposals:
         """Those of the data of a minibatch."""
-        found = _Minibatch(self, program)
-        mixture, shapes = found.refined(bar)
-        return Proposals(mixture, Replacing(self.layout, mixture)(self.base), shapes)
+        mixture, shapes, sizes = _Minibatch(self, program).refined(bar)
+        return Proposals(mixture, shapes, self.settings.num_pilot / sizes - 1)
+
+    def guide(self, mixture: Mixture) -> PyroFunction:
+        """The proposals as the guide of a program on their data."""
+        guide: PyroFunction = Replacing(self.layout, mixture)(self.base)
+        return guide
 
 
 class _Minibatch:
     def __init__(self, search: Search, program: Program) -> None:
         self.search, self.program, self.settings = search, program, search.settings
         self.layout, self.base = search.layout, search.base
-        number = max(2, self.settings.num_particles)  # no more at once than the fit has
+        number = self.settings.num_particles  # no more at once than the fit has
         drawn = [run(program, number, self.settings.vectorize) for _ in range(-(-MOMENTS // number))]
         self.transforms = self._transforms(drawn[0])
         self.start = torch.cat([self._vectors(each) for each in drawn])
@@ -111,35 +120,38 @@ class _Minibatch:
         values = {part.name: drawn.model[part.name]["value"] for part in self.layout.parts}
         return self.layout.vector(self._transforms(drawn), values)
 
-    def refined(self, bar: Any) -> tuple[Mixture, Tensor]:
-        """The mixtures, and k-hat of their pilot draws (N,)."""
+    def refined(self, bar: Any) -> tuple[Mixture, Tensor, Tensor]:
+        """The mixtures, k-hat of their pilot draws, and the effective numbers of these, (N,)."""
         share = SHARE if self.search.has_guide else 0.0
         log_shares = torch.tensor([share, 1 - share]).log().to(self.start)[:, None].expand(2, self.start.shape[1])
         mixture = Mixture([self._fitted(bar)], log_shares)
         pilot = self._pilot(self.program, mixture)
         rows = (~pilot.is_good).nonzero()[:, 0]
         if not len(rows) or not self.settings.rounds:
-            return mixture, pilot.pareto_k
+            return mixture, pilot.pareto_k, pilot.ess
         if not self.search.divisible:
             rows = torch.arange(len(pilot.ess), device=rows.device)
         there = rows.to(self.start.device)
-        trial, shapes = self._adapted(mixture.of(there), pilot.of(there), there)
-        return mixture.with_rows(there, trial), pilot.pareto_k.index_put((rows,), shapes)
+        trial, best = self._adapted(mixture.of(there), pilot.of(there), there)
+        shapes, sizes = pilot.pareto_k.index_put((rows,), best.pareto_k), pilot.ess.index_put((rows,), best.ess)
+        return mixture.with_rows(there, trial), shapes, sizes
 
-    def _adapted(self, mixture: Mixture, pilot: Pilot, rows: Tensor) -> tuple[Mixture, Tensor]:
-        """Mixtures of more components for these rows, and k-hat of their pilot draws."""
+    def _adapted(self, mixture: Mixture, pilot: Pilot, rows: Tensor) -> tuple[Mixture, Pilot]:
+        """Mixtures of more components for these rows, or the guide alone, and the best one's pilot draws."""
         program = self.program.on(tuple(argument[rows.to(argument.device)] for argument in self.program.args))
         best, shares = pilot, mixture.log_shares
         for _ in range(self.settings.rounds):
             mixture = adapted(mixture, pilot)
             pilot = self._pilot(program, mixture)
-            better = pilot.is_better(best)
-            lacking = shares.new_full((len(mixture.log_shares) - len(shares), len(rows)), -torch.inf)
-            shares = torch.where(better.to(shares.device), mixture.log_shares, torch.cat([shares, lacking]))
-            best = best.where(better, pilot)
+            best, shares = _better(best, shares, pilot, mixture.log_shares)
             if bool(best.is_good.all()):
                 break
-        return Mixture(mixture.students, shares, mixture.has_guide), best.pareto_k
+        if mixture.has_guide and not bool(best.is_good.all()):
+            alone = torch.full_like(mixture.log_shares, -torch.inf)
+            alone[0] = 0.0
+            found = self._pilot(program, Mixture(mixture.students, alone, has_guide=True))
+            best, shares = _better(best, shares, found, alone)
+        return Mixture(mixture.students, shares, mixture.has_guide), best
 
     def _fitted(self, bar: Any) -> Student:
         """The normal that Adam fits to each datum's posterior, with the tails of a Student t."""
@@ -158,7 +170,8 @@ class _Minibatch:
                 return Diagonal(sd)
             if d > FULL_UP_TO:
                 return LowRank(sd, sd0[..., None] * leaves[2])
-            return Full(sd0[..., None] * leaves[2].tril(-1) + torch.diag_embed(sd))
+            # A row has up to D elements, each with the noise of its gradient.
+            return Full(sd0[..., None] * leaves[2].tril(-1) / d**OFF_DIAGONAL + torch.diag_embed(sd))
 
         def loss() -> Tensor:
             factor = scale()
@@ -180,18 +193,34 @@ class _Minibatch:
         return log_density(there, terms(there.model)) + volume
 
     def _pilot(self, program: Program, mixture: Mixture) -> Pilot:
-        guide = Replacing(self.layout, mixture)(self.base)
+        replacing = Replacing(self.layout, mixture)
+        guide = replacing(self.base)
 
-        def read(run: Run) -> tuple[Tensor, Tensor]:
-            return self._vectors(run), wide(log_weights_of(run))
+        def read(run: Run) -> tuple[Tensor, Tensor, Tensor]:
+            y, log_w = self._vectors(run), wide(log_weights_of(run))
+            drawn = replacing.drawn
+            if drawn is None or drawn[0].shape != y.shape:
+                return y, log_w, torch.zeros_like(log_w, dtype=torch.bool)
+            # Beyond the last value that a float can tell from an end of the support, all draws have one value.
+            moved = ~((y - drawn[0]).abs().amax(-1) < MOVED) & (drawn[1] != 0)
+            return y, log_w, moved.to(log_w.device)
 
+        at_once = ELEMENTS_AT_ONCE // (len(program.args[0]) * max(self.layout.size, program.args[0][0].numel()))
         left, parts = self.settings.num_pilot, []
         while left:
-            number = min(left, max(2, rows_at_once(program.args) // len(program.args[0])))
+            number = min(left, max(2, at_once))
             parts += Particles(number, self.settings.vectorize).read(replace(program, guide=guide), read)
             left -= number
-        y, log_w = (torch.cat(each) for each in zip(*parts, strict=True))
-        return Pilot.of_draws(y, log_w)
+        y, log_w, moved = (torch.cat(each) for each in zip(*parts, strict=True))
+        beyond = torch.where(moved, log_w, -torch.inf).logsumexp(0) - log_w.logsumexp(0)
+        return Pilot.of_draws(y, log_w, beyond > math.log(MOST_BEYOND))
+
+
+def _better(best: Pilot, shares: Tensor, other: Pilot, its_shares: Tensor) -> tuple[Pilot, Tensor]:
+    """For each datum the better of two mixtures, of which the second may have more components: draws and shares."""
+    better = other.is_better(best)
+    lacking = shares.new_full((len(its_shares) - len(shares), shares.shape[1]), -torch.inf)
+    return best.where(better, other), torch.where(better.to(shares.device), its_shares, torch.cat([shares, lacking]))
 
 
 def _base(program: Program, vectorize: bool) -> tuple[PyroFunction, bool, Run, list[str]]:

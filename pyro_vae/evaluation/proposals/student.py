@@ -15,6 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pyro_vae.devices import wide
+
 
 class Scale(ABC):
     """A factor S of the matrix S S^T for each datum."""
@@ -75,19 +77,21 @@ class LowRank(Scale):
         return self.sd * _noise(self.sd, number, *self.sd.shape) + shared.movedim(-1, 0)
 
     def whitened(self, y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        sd = self.sd[:, : y.shape[-1]]
-        scaled, v, inner = self._parts(y)
+        # Two large numbers cancel in the square: float32 would lose whole nats.
+        scaled, v, inner = self._parts(wide(y), wide(self.sd), wide(self.u))
         shared = torch.linalg.solve_triangular(inner, v.mT @ scaled, upper=False)
         square = scaled.square().sum(1) - shared.square().sum(1)
-        return square.T, sd.log().sum(-1) + inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_det = inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return square.T.to(y), self.sd[:, : y.shape[-1]].log().sum(-1) + log_det.to(y)
 
     def solved(self, y: Tensor) -> Tensor:  # noqa: D102
-        scaled, v, inner = self._parts(y)
+        scaled, v, inner = self._parts(y, self.sd, self.u)
         return (scaled - v @ torch.cholesky_solve(v.mT @ scaled, inner)).movedim(-1, 0) / self.sd
 
-    def _parts(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @staticmethod
+    def _parts(y: Tensor, sd: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Y / sd, (N, d, K); U / sd; and the Cholesky factor of 1 + (U / sd)^T U / sd, by which Woodbury inverts."""
-        sd, u = self.sd[:, : y.shape[-1]], self.u[:, : y.shape[-1]]
+        sd, u = sd[:, : y.shape[-1]], u[:, : y.shape[-1]]
         v = u / sd[..., None]
         one = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
         return (y / sd).movedim(0, -1), v, torch.linalg.cholesky(one + v.mT @ v)

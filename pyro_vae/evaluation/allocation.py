@@ -1,0 +1,114 @@
+"""As many samples of each datum as its estimate needs, from the guide or from a proposal that is fitted to the datum.
+
+A pilot shows the variance of a datum's weights, which says how many samples a stated error takes. The pilot's draws are
+not counted: samples that decide their own number would bias the estimate.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae.engine.program import Program
+from pyro_vae.evaluation.diagnostics import HIGH_K
+from pyro_vae.evaluation.draws import draw_weights
+from pyro_vae.evaluation.evidence import LogLikelihood
+from pyro_vae.evaluation.pieces import Pieces, progress_bar, rows_at_once
+from pyro_vae.evaluation.proposals.guide import Mixture
+from pyro_vae.evaluation.proposals.search import Search, Settings
+
+PILOT = 1000  # samples that show the variance of a datum's weights
+FEWEST = 100  # samples of a datum
+MOST = 20  # how many times `num_samples` a datum may have
+SAFETY = 1.3  # how many more samples than the pilot says, whose own variance is uncertain
+WEIGHTS_AT_ONCE = 2**22  # log-weights in memory
+ROWS_AT_ONCE = 64  # data of a pilot of the guide
+NAMED = 10  # rows that a warning names
+
+
+class _Piloted(NamedTuple):
+    program: Program
+    mixture: Mixture | None  # the proposals; None are the guide's own
+    variance: Tensor  # of one weight, relative to the squared mean, (N,)
+
+
+def sample_as_needed(
+    data: Pieces, num_samples: int, error: float | None, refine: bool, vectorize: bool, progress: bool
+) -> LogLikelihood:
+    """The estimates of log p(x), with `num_samples` for each datum, or as many as a stated error takes."""
+    search = Search(data, Settings(vectorize=vectorize)) if refine else None
+    rows = min(ROWS_AT_ONCE, rows_at_once(data.program.args))
+    programs = data.programs(1, vectorize, rows) if search is None else search.programs
+    steps = search.settings.num_steps if search else 1
+
+    def piloted(program: Program) -> _Piloted:
+        if search is not None:
+            found = search.proposals(program, bar)
+            return _Piloted(program, found.mixture, found.variance)
+        bar.update()
+        weights = draw_weights(program, PILOT, vectorize).softmax(0)
+        return _Piloted(program, None, PILOT * weights.square().sum(0) - 1)
+
+    def estimates() -> Iterator[LogLikelihood]:
+        for pilot in map(piloted, programs):
+            numbers = torch.full_like(pilot.variance, num_samples, dtype=torch.long)
+            if error is not None:
+                numbers = _numbers(SAFETY * pilot.variance / error**2, MOST * num_samples)
+            if not data.divisible:
+                numbers = torch.full_like(numbers, int(numbers.max()))
+            found: LogLikelihood | None = None
+            for number in numbers.unique().tolist():
+                chosen = (numbers == number).nonzero()[:, 0]
+                for part in chosen.split(max(1, WEIGHTS_AT_ONCE // number)) if data.divisible else (chosen,):
+                    program = _of(pilot, part, search)
+                    log_w = draw_weights(program, number, vectorize)
+                    if search is not None and search.has_guide:
+                        log_w = _or_of_the_guide(log_w, program, pilot, number, vectorize)
+                    found = LogLikelihood.from_weights(log_w).into(found, part, len(numbers))
+            if found is not None:
+                yield found
+
+    with progress_bar(len(programs) * steps, "step", "log p(x)", progress) as bar:
+        return LogLikelihood.joined(estimates(), len(data.program.args[0]), data.device)
+
+
+def _of(pilot: _Piloted, rows: Tensor, search: Search | None) -> Program:
+    """The program on some of the data, with their proposals as its guide."""
+    program = pilot.program
+    if len(rows) < len(program.args[0]):
+        program = program.on(tuple(argument[rows.to(argument.device)] for argument in program.args))
+    if pilot.mixture is None or search is None:
+        return program
+    return replace(program, guide=search.guide(pilot.mixture.of(rows.to(pilot.mixture.log_shares.device))))
+
+
+def _or_of_the_guide(log_w: Tensor, program: Program, pilot: _Piloted, number: int, vectorize: bool) -> Tensor:
+    """The weights; those of the guide alone for data of which a draw in the proposal's heavy tails has none."""
+    without = log_w.isnan().any(0)
+    if not bool(without.any()):
+        return log_w
+    own = replace(program, guide=pilot.program.guide)
+    return torch.where(without, draw_weights(own, number, vectorize), log_w)
+
+
+def _numbers(needed: Tensor, most: int) -> Tensor:
+    """Powers of two times the fewest, at most `most`, so that few different numbers are drawn; `most` for NaN."""
+    doublings = (needed / FEWEST).nan_to_num(nan=math.inf).clamp(min=1, max=most).log2().ceil()
+    return (FEWEST * 2.0**doublings).clamp(max=max(most, FEWEST)).long()
+
+
+def warn_of_larger_errors(result: LogLikelihood, error: float) -> None:
+    """Name the data that did not reach a stated error."""
+    missed = (result.per_datum_error > error) | ~(result.pareto_k <= HIGH_K)
+    rows = missed.nonzero()[:, 0].tolist()
+    if rows:
+        some = ", ".join(map(str, rows[:NAMED])) + (" ..." if len(rows) > NAMED else "")
+        warnings.warn(
+            f"{len(rows)} of {len(missed)} data did not reach an error of {error:g} nats, by their own error or by a "
+            f"k-hat above {HIGH_K}: rows {some}. Pass refine=True, more num_samples, or a larger error.",
+            stacklevel=4,
+        )
