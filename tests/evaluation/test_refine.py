@@ -502,3 +502,158 @@ def test_rows_that_stay_bad_are_named():
     with pytest.warns(UserWarning, match=r"have a Pareto k-hat above 0.7.*start='guide'"):
         refined = pv.refine(model, guide, x, num_steps=1, rounds=0, **QUIET)
     assert (refined.pareto_k > 0.7).any()
+
+
+def narrow_chain():
+    """z2 -> z1 -> x, where p(z1 | z2) is a narrow valley, and the guide is off in z2 alone."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(z2.sin() + z2, 0.005))
+            pyro.sample("x", dist.Normal(z1, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(0.3 * x, 0.3))
+            pyro.sample("z1", dist.Normal(z2.sin() + z2, 0.005))
+
+    def log_density(z2, each):
+        scale = (0.5**2 + 0.005**2) ** 0.5
+        return dist.Normal(0.0, 1.0).log_prob(z2) + dist.Normal(z2.sin() + z2, scale).log_prob(each)
+
+    x = torch.linspace(-2.5, 2.5, 8)
+    return model, guide, x, log_of_integral(log_density, x, -9, 9)
+
+
+def ordered():
+    """A support of which draws come so near to an end that float32 has no other number there."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+            z = pyro.sample("z", dist.TransformedDistribution(base, [dist.transforms.OrderedTransform()]))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [dist.transforms.OrderedTransform()]))
+
+    def log_density(first, each):  # of z = (first, first + exp(second)), summed over second
+        second = torch.linspace(-12, 6, 4_001, dtype=torch.float64)[:, None]
+        normal = dist.Normal(0.0, 1.0)
+        found = normal.log_prob(second) + normal.log_prob(each[1] - first - second.exp())
+        return found.logsumexp(0) + math.log(18 / 4_000) + normal.log_prob(first) + normal.log_prob(each[0] - first)
+
+    x = torch.tensor([[-1.0, 1.0], [0.0, 0.1], [0.5, 3.0], [1.0, -1.0]])
+    return model, guide, x, log_of_integral(log_density, x, -8, 8, number=2_001)
+
+
+def sparse_simplex():
+    prior = torch.full((6,), 0.3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            p = pyro.sample("p", dist.Dirichlet(prior))
+            pyro.sample("x", dist.Multinomial(5, p, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("p", dist.Dirichlet(0.3 + 0.7 * x))
+
+    x = torch.tensor([[5.0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0], [0, 2, 0, 3, 0, 0], [0, 0, 0, 0, 0, 5]])
+    return model, guide, x, dist.DirichletMultinomial(prior, 5).log_prob(x)
+
+
+def overflowing():
+    """A rate that overflows in tails that the guide itself does not reach."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 10.0))
+            pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0 * x, 10.0))
+
+    def log_density(z, each):
+        return dist.Normal(0.0, 10.0).log_prob(z) + dist.Poisson(z.exp()).log_prob(each)
+
+    x = torch.tensor([0.0, 2.0, 5.0])
+    return model, guide, x, log_of_integral(log_density, x, -80, 20)
+
+
+def of_two_dtypes():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(len(x), dtype=torch.float64), 1.0))
+            b = pyro.sample("b", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(a.float() + (b[..., None] @ torch.ones(1)), 1.0), obs=x)
+
+    x = torch.tensor([-2.0, 0.0, 1.0])
+    return model, pyro.poutine.block(model, hide=["x"]), x, dist.Normal(0.0, 3**0.5).log_prob(x)
+
+
+def refined_before():
+    """A second refinement of a poor one, of two sites."""
+    model, guide, x, exact = two_sites()
+    return model, pv.refine(model, guide, x, num_steps=1, rounds=0, **QUIET), x, exact
+
+
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
+@pytest.mark.parametrize(
+    "program",
+    [narrow_chain, ordered, sparse_simplex, overflowing, of_two_dtypes, refined_before],
+    ids=lambda each: each.__name__,
+)
+def test_programs_on_which_it_failed_once(program):
+    model, guide, x, exact = program()
+    found = pv.log_likelihood(model, guide, x, 4_000, refine=True, **QUIET)
+    assert ((found.per_datum - exact).abs() < 4.5 * found.per_datum_error).all()
+    assert found.ess.min() > 200
+    if program is narrow_chain:
+        assert found.share_high_k == 0
+        assert found.ess.min() > 1_000
+
+
+def test_data_that_no_pilot_draw_reaches_stay_data():
+    """All weights of a pilot are zero, and the numbers of other data are right."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(z - 0.5, z + 0.5, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + torch.tensor([0.0, 90.0]), 0.3))
+
+    with pytest.warns(UserWarning, match="have only weights of zero"):
+        found = pv.log_likelihood(model, guide, torch.tensor([0.2, 0.2]), 4_000, refine=True, **QUIET)
+    normal = dist.Normal(0.0, 1.0)
+    exact = (normal.cdf(torch.tensor(0.7)) - normal.cdf(torch.tensor(-0.3))).log()
+    assert abs(found.per_datum[0] - exact) < 4.5 * found.per_datum_error[0]
+    assert found.per_datum[1] == -math.inf
+
+
+def test_calls_without_rows_and_by_keyword():
+    model, guide, x, exact = two_sites()
+    conditioned, own = pyro.condition(lambda n: model(x), {"x": x}), lambda n: guide(x)
+    refined = pv.refine(conditioned, own, len(x), **QUIET)
+    found = pv.log_likelihood(conditioned, refined, len(x), 2_000, **QUIET)
+    assert ((found.per_datum - exact).abs() < 4.5 * found.per_datum_error).all()
+    by_rows = pv.refine(model, guide, x, num_steps=5, **QUIET)
+    assert pv.log_weights(model, by_rows, x=x.flip(0), num_particles=2).shape == (2, len(x))
+
+
+def test_low_rank_densities_in_float32():
+    """Of columns a hundred times the standard deviations, the square is a difference of large numbers."""
+    generator = torch.Generator().manual_seed(0)
+    sd, u = torch.ones(1, 300), 100 * torch.randn(1, 300, 16, generator=generator)
+    student = Student(torch.zeros(1, 300), LowRank(sd, u), torch.tensor([20.0]))
+    exact = Student(torch.zeros(1, 300).double(), LowRank(sd.double(), u.double()), torch.tensor([20.0]).double())
+    y = student.sample(50)
+    # The draws are rounded to 24 bits: an offset of 1e-5 of standard deviations, times the 300 of them.
+    torch.testing.assert_close(student.log_prob(y).double(), exact.log_prob(y.double()), atol=0.01, rtol=1e-5)

@@ -10,17 +10,14 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import IndependentTransform, biject_to, constraints, identity_transform
+from torch.distributions import constraints
 
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.sites import being_recorded
-from pyro_vae.engine.supports import support_of
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.families import OF_ONE_PARTICLE
-from pyro_vae.evaluation.proposals.layout import Layout
+from pyro_vae.evaluation.proposals.layout import Coordinates, Layout
 from pyro_vae.evaluation.proposals.student import Student
-
-FARTHEST = 80.0  # e^-80 is a normal number of float32
 
 
 class Mixture:
@@ -115,13 +112,6 @@ class Replacing(Messenger):
         return fn
 
 
-def within(transform: Any, y: Tensor) -> Tensor:
-    """Unconstrained latents as far from zero as float32 can tell their exponentials from 0 and infinity."""
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return y if transform == identity_transform else y.clamp(-FARTHEST, FARTHEST)
-
-
 class FittedSite(TorchDistribution):
     """A site's conditional distribution, given the sites before it, under a mixture over all latents."""
 
@@ -158,14 +148,9 @@ class FittedSite(TorchDistribution):
         found._batch_shape = found.own.batch_shape
         return found
 
-    @property
-    def transform(self) -> Any:
-        """From unconstrained latents to the site's."""
-        return biject_to(support_of(self.own))
-
     def free(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The unconstrained latents (K, N, d) of a value, and log |dy / dz|, (K, N)."""
-        return self.replacing.layout.free(self.part, self.transform, value)
+        """The unconstrained latents (K, N, d) of a value, and log |dz / dy|, (K, N)."""
+        return self.replacing.layout.free(self.part, self.own, value)
 
     def joint(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """The log-density (K, N) of this site and those before it: the mixture's, and the guide's own."""
@@ -173,7 +158,7 @@ class FittedSite(TorchDistribution):
         of_guide = None
         layout, mixture = self.replacing.layout, self.replacing.mixture
         if mixture.has_guide:
-            own = layout.columns(self.own.log_prob(value), 0).sum(-1) - slope
+            own = layout.columns(self.own.log_prob(value), 0).sum(-1) + slope
             of_guide = own if self.of_guide is None else self.of_guide + own
         return mixture.log_prob(torch.cat([*self.done, y], -1), of_guide), of_guide
 
@@ -182,7 +167,7 @@ class FittedSite(TorchDistribution):
         # A gradient may flow through values that are given, and not to the guide, which has a share of fixed numbers.
         through = torch.is_grad_enabled() and any(each.requires_grad for each in (value, *self.done))
         with torch.set_grad_enabled(through):
-            found = self.joint(value)[0] + self.free(value)[1]
+            found = self.joint(value)[0] - self.free(value)[1]
             if self.before is not None:
                 found = found - self.before
             if self.replacing.lost is not None and self.part is self.replacing.layout.parts[-1]:
@@ -207,7 +192,7 @@ class FittedSite(TorchDistribution):
             y, chosen = replacing.drawn
             value = self._value(y[..., self.part.start : self.part.stop])
             # Where a value is so near to an end of its support that it has none of its own, the density is not known.
-            back = self.replacing.layout.columns(self.transform.inv(value), self.part.event_dim)
+            back = self.replacing.layout.columns(Coordinates(self.own).inverse(value), self.part.event_dim)
             lost = ~back.isfinite().all(-1) & (chosen != 0)
             if bool(lost.any()) if not being_recorded() else True:
                 middle = replacing.mixture.students[0].loc[:, self.part.start : self.part.stop]
@@ -222,9 +207,7 @@ class FittedSite(TorchDistribution):
 
     def _value(self, y: Tensor) -> Tensor:
         """The value at unconstrained latents (K, N, d), with all dimensions of plates."""
-        there = self.replacing.layout.unflattened(y, self.part)
-        value: Tensor = self.transform(within(self.transform, there))
-        return value
+        return Coordinates(self.own).value(self.replacing.layout.unflattened(y, self.part))
 
     def _beside(self, matrix: Tensor, dims: int, event_dim: int = 0) -> Tensor:
         """A matrix (K, N) in the shape that broadcasts to the last `dims` dimensions of plates, and to an event."""

@@ -1,4 +1,8 @@
-"""All latents of a datum as one vector of unconstrained numbers."""
+"""All latents of a datum as one vector of unconstrained numbers, in units of their distributions if these are normal.
+
+A site's normal, given the sites before it, takes its mean and its scale off the latents. So a guide of normals is the
+standard normal of these vectors, and a chain of narrow conditionals, z2 -> z1 -> x, is no narrow valley.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,11 +10,53 @@ from math import prod
 from typing import Any, Self
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    IndependentTransform,
+    LogNormal,
+    Normal,
+    biject_to,
+    identity_transform,
+)
 
 from pyro_vae.engine.program import Run
+from pyro_vae.engine.sites import unwrapped
 from pyro_vae.engine.supports import support_of
+
+FARTHEST = 80.0  # e^-80 is a normal number of float32
+
+
+class Coordinates:
+    """The way from the vector's numbers to a site's values, given its distribution."""
+
+    def __init__(self, fn: Any) -> None:
+        self.bijection, own = biject_to(support_of(fn)), unwrapped(fn)
+        self.units: Any = identity_transform
+        if isinstance(own, Normal | LogNormal):
+            shape = fn.batch_shape + fn.event_shape
+            self.units = AffineTransform(own.loc.expand(shape), own.scale.expand(shape))
+        self.both = ComposeTransform([self.units, self.bijection])
+
+    def value(self, y: Tensor) -> Tensor:
+        """The value at these numbers, as far from zero as float32 tells their exponentials from 0 and infinity."""
+        free, bijection = self.units(y), self.bijection
+        while isinstance(bijection, IndependentTransform):
+            bijection = bijection.base_transform
+        value: Tensor = self.bijection(free if bijection == identity_transform else free.clamp(-FARTHEST, FARTHEST))
+        return value
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """The numbers at a value."""
+        y: Tensor = self.units.inv(self.bijection.inv(value))
+        return y
+
+    def log_slope(self, y: Tensor, value: Tensor) -> Tensor:
+        """The logarithm of |dz / dy|, for each element or for each event."""
+        slope: Tensor = self.both.log_abs_det_jacobian(y, value)
+        return slope
 
 
 @dataclass(frozen=True)
@@ -70,24 +116,34 @@ class Layout:
         shaped = columns.to(part.dtype).reshape(*columns.shape[:2], *part.rest)
         return shaped.movedim((0, 1), (outer + self.particle_dim, outer + self.batch_dim))
 
-    def free(self, part: Part, transform: Any, value: Tensor) -> tuple[Tensor, Tensor]:
-        """A site's unconstrained latents (K, N, d), and log |dy / dz| there, (K, N)."""
-        y = transform.inv(value)
-        slope = transform.log_abs_det_jacobian(y, value)
+    def free(self, part: Part, fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A site's unconstrained latents (K, N, d), given its distribution, and log |dz / dy| there, (K, N)."""
+        coordinates = Coordinates(fn)
+        y = coordinates.inverse(value)
+        return self.columns(y, part.event_dim), self.log_slope(part, coordinates.log_slope(y, value), value)
+
+    def log_slope(self, part: Part, slope: Tensor, value: Tensor) -> Tensor:
+        """The sum over a datum of log |dz / dy|, (K, N)."""
         left = slope.dim() - (value.dim() - part.event_dim)  # dimensions of the event that the slope still has
-        return self.columns(y, part.event_dim), -self.columns(slope, left).sum(-1)
+        return self.columns(slope, left).sum(-1)
 
-    def vector(self, transforms: dict[str, Any], values: dict[str, Tensor]) -> Tensor:
-        """The vectors (K, N, D) of the sites' values."""
-        return torch.cat([self.free(part, transforms[part.name], values[part.name])[0] for part in self.parts], -1)
 
-    def values(self, transforms: dict[str, Any], y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The sites' values at vectors (K, N, D), and log |dz / dy|, (K, N)."""
-        found, volume = {}, y.new_zeros(y.shape[:2])
-        for part in self.parts:
-            there = self.unflattened(y[..., part.start : part.stop], part)
-            found[part.name] = value = transforms[part.name](there)
-            slope = transforms[part.name].log_abs_det_jacobian(there, value)
-            left = slope.dim() - (value.dim() - part.event_dim)
-            volume = volume + self.columns(slope, left).sum(-1)
-        return found, volume
+class Placing(Messenger):
+    """A handler that gives a program's latent sites the values at vectors (K, N, D), and adds up log |dz / dy|."""
+
+    def __init__(self, layout: Layout, y: Tensor) -> None:
+        super().__init__()
+        self.layout, self.y = layout, y
+
+    def __enter__(self) -> Any:
+        self.volume = self.y.new_zeros(self.y.shape[:2])
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        part = next((part for part in self.layout.parts if part.name == msg["name"]), None)
+        if part is None or msg["is_observed"]:
+            return
+        coordinates, y = Coordinates(msg["fn"]), self.layout.unflattened(self.y[..., part.start : part.stop], part)
+        value = coordinates.value(y)
+        self.volume = self.volume + self.layout.log_slope(part, coordinates.log_slope(y, value), value)
+        msg["value"], msg["done"] = value, True

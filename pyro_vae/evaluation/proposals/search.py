@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_vae.devices import wide
 from pyro_vae.engine.coverage import same_support
@@ -25,7 +24,6 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import unwrapped
-from pyro_vae.engine.supports import support_of
 from pyro_vae.engine.traces import prior
 from pyro_vae.engine.weights import log_density, log_weights_of, terms
 from pyro_vae.errors import NoDensityError
@@ -35,8 +33,8 @@ from pyro_vae.evaluation.fitting import minimise
 from pyro_vae.evaluation.hamiltonian import check_latents
 from pyro_vae.evaluation.pieces import ELEMENTS_AT_ONCE, Pieces, rows_at_once
 from pyro_vae.evaluation.proposals.adaptation import Pilot, adapted
-from pyro_vae.evaluation.proposals.guide import Mixture, Replacing
-from pyro_vae.evaluation.proposals.layout import Layout
+from pyro_vae.evaluation.proposals.guide import FittedSite, Mixture, Replacing
+from pyro_vae.evaluation.proposals.layout import Layout, Placing
 from pyro_vae.evaluation.proposals.student import Diagonal, Full, LowRank, Scale, Student
 from pyro_vae.evaluation.runs import run, run_at
 
@@ -109,16 +107,21 @@ class _Minibatch:
         self.layout, self.base = search.layout, search.base
         number = self.settings.num_particles  # no more at once than the fit has
         drawn = [run(program, number, self.settings.vectorize) for _ in range(-(-MOMENTS // number))]
-        self.transforms = self._transforms(drawn[0])
-        self.start = torch.cat([self._vectors(each) for each in drawn])
+        self.start = torch.cat([self._vectors(self._in_base(each)) for each in drawn])
 
-    def _transforms(self, drawn: Run) -> dict[str, Any]:
-        return {part.name: biject_to(support_of(drawn.model[part.name]["fn"])) for part in self.layout.parts}
+    def _in_base(self, drawn: Run) -> Run:
+        """A run of the guide as one of the function whose sites the proposals replace, at the same latents."""
+        if self.base is self.program.guide_or_prior:
+            return drawn
+        values = {part.name: drawn.model[part.name]["value"] for part in self.layout.parts}
+        return run_at(replace(self.program, guide=self.base), values, drawn.num_particles, self.settings.vectorize)
 
     def _vectors(self, drawn: Run) -> Tensor:
-        """The latents (K, N, D) of a run."""
-        values = {part.name: drawn.model[part.name]["value"] for part in self.layout.parts}
-        return self.layout.vector(self._transforms(drawn), values)
+        """The latents (K, N, D) of a run of the base, or of proposals."""
+        parts = self.layout.parts
+        return torch.cat(
+            [self.layout.free(p, _own(drawn.guide[p.name]["fn"]), drawn.guide[p.name]["value"])[0] for p in parts], -1
+        )
 
     def refined(self, bar: Any) -> tuple[Mixture, Tensor, Tensor]:
         """The mixtures, k-hat of their pilot draws, and the effective numbers of these, (N,)."""
@@ -188,9 +191,19 @@ class _Minibatch:
 
     def _log_joint(self, y: Tensor) -> Tensor:
         """log p(x, z) |dz / dy| at vectors (K, N, D)."""
-        values, volume = self.layout.values(self.transforms, y)
+        values, volume = self._values(y)
         there = run_at(replace(self.program, guide=None), values, len(y), self.settings.vectorize)
         return log_density(there, terms(there.model)) + volume
+
+    def _values(self, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The sites' values at vectors, by the base, since a site's coordinates depend on the sites before it."""
+        if not self.settings.vectorize and len(y) > 1:
+            each = [self._values(one[None]) for one in y]
+            values = {name: torch.cat([found[name] for found, _ in each]) for name in each[0][0]}
+            return values, torch.cat([volume for _, volume in each])
+        placing = Placing(self.layout, y)
+        sites = replace(self.program, guide=placing(self.base)).run_guide(len(y)).sites
+        return {part.name: sites[part.name]["value"] for part in self.layout.parts}, placing.volume
 
     def _pilot(self, program: Program, mixture: Mixture) -> Pilot:
         replacing = Replacing(self.layout, mixture)
@@ -214,6 +227,14 @@ class _Minibatch:
         y, log_w, moved = (torch.cat(each) for each in zip(*parts, strict=True))
         beyond = torch.where(moved, log_w, -torch.inf).logsumexp(0) - log_w.logsumexp(0)
         return Pilot.of_draws(y, log_w, beyond > math.log(MOST_BEYOND))
+
+
+def _own(fn: Any) -> Any:
+    """The distribution that a proposal replaces at a site."""
+    inside = fn
+    while inside is not None and not isinstance(inside, FittedSite):
+        inside = getattr(inside, "base_dist", None)
+    return fn if inside is None else inside.own
 
 
 def _better(best: Pilot, shares: Tensor, other: Pilot, its_shares: Tensor) -> tuple[Pilot, Tensor]:
