@@ -386,3 +386,16 @@ def test_a_deterministic_site_that_counts_from_the_left_is_refused():
         pv.to_arviz(model, guide, torch.randn(3), 10)
     posterior = datasets(pv.to_arviz(model, guide, torch.randn(3), 10, vectorize_particles=False))["posterior"]
     np.testing.assert_allclose(posterior["double"].values, 2 * posterior["z"].values[..., 0])
+
+
+def test_data_of_another_shape_than_their_distribution():
+    """Four rows of one number, which a distribution of four numbers broadcasts to four rows each."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 4), 1.0).to_event(1), obs=x)
+
+    guide = pyro.poutine.block(model, hide=["x"])
+    with pytest.raises(pv.PyroVAEError, match=r"observes data of shape \(4,\) where it draws some of shape \(4, 4\)"):
+        pv.to_arviz(model, guide, torch.zeros(4), 3)

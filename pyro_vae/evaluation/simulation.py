@@ -92,7 +92,14 @@ def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) ->
         value = site["value"]
         positions = _of_views(value, args) or _of_copies(model, args, name) or _of_equals(value, args)
         for i, taken in positions.items():
-            replaced[i].view(-1)[taken] = drawn[name]["value"].flatten().to(replaced[i])
+            new = drawn[name]["value"]
+            if new.numel() != len(taken):
+                raise PyroVAEError(
+                    f"model site '{name}' observes data of shape {tuple(value.shape)} where it draws some of shape "
+                    f"{tuple(new.shape)}: expected data of the shape of its distribution, a row for each datum. Pass x "
+                    "of that shape."
+                )
+            replaced[i].view(-1)[taken] = new.flatten().to(replaced[i])
         if not positions:
             missing.append(name)
     return tuple(replaced), missing

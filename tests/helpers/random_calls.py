@@ -197,6 +197,10 @@ POOLS: dict[str, tuple[str, str]] = {
         "fitted",
         "None; {}; 'a'; pd.DataFrame(); fitted.iloc[:0]; fitted.astype(str); np.zeros(3)",
     ),
+    "ranks": (
+        "pv.calibrate(vae(), torch.zeros(6, 4), 3, progress=False).ranks",
+        "fitted; None; 3; pd.DataFrame(); torch.rand(6, 2)",
+    ),
     "path": (
         "path('a.pt')",
         "3; None; ''; b'x'; '/'; '/nowhere/a.pt'; 'a\\0b'; path('.'); path('text')",
@@ -237,6 +241,10 @@ CALLS: list[tuple[int, str]] = [
     (5, "pv.fit({program}, {data}, {objective}, epochs=1, seed={seed}, checkpoint={path}, progress=False)"),
     (3, "pv.fit({program}, {data}, {objective}, epochs=2, validation={data}, patience={count}, progress=False)"),
     (3, "pv.compare({program}, {x}, {objective}, repeats={count}, seed={seed})"),
+    (2, "pv.refine({program}, {x}, num_steps={count}, num_pilot={many}, rounds={count}).pareto_k.isnan().sum()"),
+    (2, "pv.log_likelihood({program}, {x}, {many}, refine={flag}, error={number}, seed={seed})"),
+    (2, "pv.calibrate({program}, {x}, {count}, seed={seed}).gap"),
+    (1, "pv.plots.calibration({ranks})"),
     (3, "pv.ais({program}, {x}, {count}, {count}, seed={seed}, progress=False)"),
     (2, "pv.bdmc({program}, {x}, {count}, {count}, seed={seed}, progress=False)"),
     (3, "pv.inference_gaps({program}, {x}, {many}, num_steps={count}, lr={number})"),
@@ -335,7 +343,7 @@ def outcome(source: str, known: dict[str, Any]) -> tuple[str, Any]:
         return ("refused" if said else "fault", error)
     except Exception as error:
         return ("noted" if _is_said(error) else "fault"), error
-    return ("result" if _is_finite(result) else "fault"), result
+    return ("result" if _is_finite(result) or "NAN" in source else "fault"), result  # NaN in, NaN out
 
 
 def _is_said(error: Exception) -> bool:
