@@ -29,6 +29,7 @@ class Compiled:
     captured: list[Tensor]  # it updates those that the program updates, such as batch norm's statistics
     read: list[tuple[Tensor, int]]  # tensors of integers whose values are constants of the code, with their versions
     bound: "Bound"  # the parts of the modules: all must stay
+    modes: list[tuple[nn.Module, bool]]  # the modules that ran, and whether each was in training mode
     seconds: float  # the time to record and compile
     eager_seconds: float | None  # the time of an uncompiled call; None without `on_compile`
     compiled_seconds: float | None  # the time of a compiled call; None without `on_compile`
@@ -49,7 +50,7 @@ class CompiledFunction:
     function: Callable[..., Any]  # it returns tensors, or None among them
     modules: list[nn.Module]  # of the program that it runs
     on_compile: OnCompile | None = None
-    compiled: dict[Any, Compiled] = field(default_factory=dict, init=False)
+    compiled: dict[Any, list[Compiled]] = field(default_factory=dict, init=False)  # by kind; each of other modes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's results, without gradients."""
@@ -59,7 +60,7 @@ class CompiledFunction:
     @property
     def outdated(self) -> bool:
         """Whether the modules have other parameters, buffers or parts than when some code was compiled."""
-        return any(map(_has_lost_parts, self.compiled.values()))
+        return any(_has_lost_parts(each) for same_kind in self.compiled.values() for each in same_kind)
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         if am_i_wrapped():
@@ -69,13 +70,13 @@ class CompiledFunction:
             )
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        kind = (repr(structure), *map(_kind, leaves))
-        key = (*kind, *_modes(self.modules))
-        compiled = self.compiled.get(key)
-        if compiled is None or _has_lost_parts(compiled):
-            self.compiled.pop(key, None)
+        kind = (repr(structure), *map(_kind, leaves), torch.get_default_dtype(), *autocast_of_layers())
+        same_kind = self.compiled.get(kind, [])
+        compiled = next((each for each in same_kind if _serves(each)), None)
+        if compiled is None:
+            self.compiled[kind] = [each for each in same_kind if not _has_lost_parts(each)]
             compiled = self._compile(leaves, structure, tensors)
-            self.compiled[(*kind, *_modes(self.modules))] = compiled  # it may have found more modules
+            self.compiled[kind].append(compiled)
         if any(tensor._version != version for tensor, version in compiled.read):
             raise PyroVAEError(
                 "a tensor of integers that the program read when it was compiled has changed since: expected a "
@@ -89,7 +90,7 @@ class CompiledFunction:
             return pytree.tree_map_only(Tensor, torch.clone, results)
 
     def _compile(self, leaves: list[Any], structure: Any, tensors: list[Tensor]) -> Compiled:
-        if len(self.compiled) == MAX_KINDS:
+        if sum(map(len, self.compiled.values())) == MAX_KINDS:
             raise PyroVAEError(
                 f"compiled for {MAX_KINDS} kinds of arguments, got one more: expected arguments of few shapes, and a "
                 "tensor for each argument that changes from call to call, since any other argument is a constant of "
@@ -108,14 +109,15 @@ class CompiledFunction:
             with unchanged([]) as save, SavesBeforeWriting(save):
                 with eval_mode(self.modules) as found:  # so that batch norm does not notice
                     function(*tensors)
-                parts = [part for module in (*self.modules, *found) for part in module.modules()]
-                self.modules = list(dict.fromkeys(parts))
+                # Among those that were found, some may be made anew in each run, as a conditioned flow is.
+                parts = (part for module in (*self.modules, *found) for part in module.modules())
+                modules = list(dict.fromkeys(parts))
                 # Batch norm does not say that it writes to its statistics.
-                save(buffer for module in self.modules for buffer in module.buffers(recurse=False))
+                save(buffer for module in modules for buffer in module.buffers(recurse=False))
                 with pyro.validation_enabled(True):
                     function(*tensors)
                 reordered = [tensor.flip(0) if tensor.dim() else tensor for tensor in tensors]  # in their support too
-                before = _bound(self.modules)
+                before = _bound(modules)
                 function(*reordered)
                 _require_kept(before)
                 started = time.perf_counter()
@@ -128,8 +130,10 @@ class CompiledFunction:
                 compiled_seconds = _seconds(code, inputs) if self.on_compile else None
                 with pyro.validation_enabled(False):
                     eager_seconds = _seconds(function, tensors) if self.on_compile else None
-        bound = _bound(self.modules)
-        compiled = Compiled(code, recorded.captured, recorded.read, bound, seconds, eager_seconds, compiled_seconds)
+        bound, modes = _bound(modules), [(module, module.training) for module in modules]
+        compiled = Compiled(
+            code, recorded.captured, recorded.read, bound, modes, seconds, eager_seconds, compiled_seconds
+        )
         if self.on_compile is not None:
             self.on_compile(compiled)
         return compiled
@@ -157,6 +161,12 @@ def _require_kept(bound: Bound) -> None:
         )
 
 
+def _serves(compiled: Compiled) -> bool:
+    """Whether the modules have the parts, and are in the modes, for which the code was compiled."""
+    same = all(module.training is mode for module, mode in compiled.modes)
+    return same and not _has_lost_parts(compiled)
+
+
 def _has_lost_parts(compiled: Compiled) -> bool:
     return any(owner.get(name) is not part for owner, name, part in compiled.bound)
 
@@ -173,11 +183,6 @@ def _kind(leaf: Any) -> Any:
             f"dictionaries, got {type(leaf).__name__}. Pass torch.as_tensor(...)."
         ) from None
     return type(leaf), leaf  # 1 and True are equal
-
-
-def _modes(modules: list[nn.Module]) -> list[Any]:
-    """The settings that compiled code depends on: the default type, autocast, and the modules' modes."""
-    return [torch.get_default_dtype(), *autocast_of_layers(), *[module.training for module in modules]]
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -936,3 +936,16 @@ def test_the_line_named_is_the_users_own_also_below_a_function_of_the_package():
         my_model()
     assert "test_compiled.py" in users_line(error.value)
     assert "in my_model" in users_line(error.value)
+
+
+def test_modules_that_a_run_makes_anew_do_not_compile_it_anew(without_inductor):
+    """A conditioned flow is a module of each run; minibatches of two sizes take turns."""
+    torch.manual_seed(0)
+    vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(4,), posterior=pv.FlowPosterior)
+    function = pv.compile_step(vae, pv.ELBO(kl="monte_carlo"), torch.optim.SGD(vae.parameters(), lr=0.0))
+    x = (torch.rand(7, 5) > 0.5).float()
+    for _ in range(6):
+        for rows in (x[:4], x[4:]):
+            function(rows)
+    compiled = function.loss_and_gradients.compiled
+    assert [len(same_kind) for same_kind in compiled.values()] == [1, 1]
