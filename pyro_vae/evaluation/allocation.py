@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.engine.program import Program
-from pyro_vae.evaluation.diagnostics import HIGH_K
+from pyro_vae.evaluation.diagnostics import HIGH_K, relative_variance
 from pyro_vae.evaluation.draws import draw_weights
 from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.pieces import Pieces, progress_bar, rows_at_once
@@ -24,7 +24,7 @@ from pyro_vae.evaluation.proposals.search import Search, Settings
 PILOT = 1000  # samples that show the variance of a datum's weights
 FEWEST = 100  # samples of a datum
 MOST = 20  # how many times `num_samples` a datum may have
-SAFETY = 1.3  # how many more samples than the pilot says, whose own variance is uncertain
+SAFETY = 1.1  # how many more samples than the pilot says
 WEIGHTS_AT_ONCE = 2**22  # log-weights in memory
 ROWS_AT_ONCE = 64  # data of a pilot of the guide
 NAMED = 10  # rows that a warning names
@@ -50,14 +50,13 @@ def sample_as_needed(
             found = search.proposals(program, bar)
             return _Piloted(program, found.mixture, found.variance)
         bar.update()
-        weights = draw_weights(program, PILOT, vectorize).softmax(0)
-        return _Piloted(program, None, PILOT * weights.square().sum(0) - 1)
+        return _Piloted(program, None, relative_variance(draw_weights(program, PILOT, vectorize)))
 
     def estimates() -> Iterator[LogLikelihood]:
         for pilot in map(piloted, programs):
             numbers = torch.full_like(pilot.variance, num_samples, dtype=torch.long)
             if error is not None:
-                numbers = _numbers(SAFETY * pilot.variance / error**2, MOST * num_samples)
+                numbers = _numbers(SAFETY * pilot.variance, error, MOST * num_samples)
             if not data.divisible:
                 numbers = torch.full_like(numbers, int(numbers.max()))
             found: LogLikelihood | None = None
@@ -95,20 +94,27 @@ def _or_of_the_guide(log_w: Tensor, program: Program, pilot: _Piloted, number: i
     return torch.where(without, draw_weights(own, number, vectorize), log_w)
 
 
-def _numbers(needed: Tensor, most: int) -> Tensor:
-    """Powers of two times the fewest, at most `most`, so that few different numbers are drawn; `most` for NaN."""
-    doublings = (needed / FEWEST).nan_to_num(nan=math.inf).clamp(min=1, max=most).log2().ceil()
-    return (FEWEST * 2.0**doublings).clamp(max=max(most, FEWEST)).long()
+def _numbers(variance: Tensor, error: float, most: int) -> Tensor:
+    """How many samples reach an error: powers of two times the fewest, so that few numbers differ; `most` for NaN."""
+    doublings = (variance.log2() - 2 * math.log2(error) - math.log2(FEWEST)).nan_to_num(math.inf, math.inf, 0.0)
+    return (FEWEST * 2.0 ** doublings.ceil().clamp(0, 60)).clamp(max=max(most, FEWEST)).long()
 
 
-def warn_of_larger_errors(result: LogLikelihood, error: float) -> None:
-    """Name the data that did not reach a stated error."""
-    missed = (result.per_datum_error > error) | ~(result.pareto_k <= HIGH_K)
-    rows = missed.nonzero()[:, 0].tolist()
-    if rows:
-        some = ", ".join(map(str, rows[:NAMED])) + (" ..." if len(rows) > NAMED else "")
-        warnings.warn(
-            f"{len(rows)} of {len(missed)} data did not reach an error of {error:g} nats, by their own error or by a "
-            f"k-hat above {HIGH_K}: rows {some}. Pass refine=True, more num_samples, or a larger error.",
-            stacklevel=4,
-        )
+def warn_of_larger_errors(result: LogLikelihood, error: float, num_samples: int, refine: bool) -> None:
+    """Name the data that did not reach a stated error, by what keeps them from it."""
+    high = result.pareto_k > HIGH_K
+    above = (result.per_datum_error > error) & ~high
+    capped = above & (result.drawn >= MOST * num_samples)
+    for missed, why in (
+        (high, f"a k-hat above {HIGH_K}: " + ("anneal from pv.refine(...)" if refine else "pass refine=True")),
+        (capped, f"{MOST} num_samples, the most: pass a larger num_samples, or a larger error"),
+        (above & ~capped, "a pilot that promised a little too much: pass a smaller error"),
+    ):
+        rows = missed.nonzero()[:, 0].tolist()
+        if rows:
+            some = ", ".join(map(str, rows[:NAMED])) + (" ..." if len(rows) > NAMED else "")
+            warnings.warn(
+                f"{len(rows)} of {len(missed)} data did not reach an error of {error:g} nats, because of {why}. Rows "
+                f"{some}.",
+                stacklevel=4,
+            )

@@ -24,20 +24,21 @@ from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.simulation import prior_that_draws
-from pyro_vae.engine.sites import unwrapped
+from pyro_vae.engine.sites import Sites, unwrapped
 from pyro_vae.engine.weights import log_weights_of
-from pyro_vae.errors import PyroVAEError, require_count
+from pyro_vae.errors import NoDensityError, PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import CALIBRATION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
-from pyro_vae.evaluation.evidence import LogLikelihood
+from pyro_vae.evaluation.evidence import Evidence, LogLikelihood
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_latents
-from pyro_vae.evaluation.pieces import Args, checked, progress_bar
+from pyro_vae.evaluation.pieces import Args, checked, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.search import Search, Settings
 from pyro_vae.evaluation.runs import run, run_at
 from pyro_vae.evaluation.simulation import simulate_data
 
 LEVELS = (0.5, 0.9, 0.95)
-SEEN = 3.5  # standard errors from which a difference counts: of 1,000 exact dimensions, two have one
+FEWEST_OF_PRIOR = 200  # draws that tell the scale of each dimension
+SEEN = 3.5  # standard errors from which a difference counts: of 1,000 exact dimensions, one has one, from 100 data on
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ class Calibration:
         ranks: the rank of each true latent among the guide's draws, from 0 to 1: a table with one row for each datum
             and one column for each site and dimension. It is uniform if the guide is the posterior. Ties, as discrete
             latents have them, are broken at random.
-        weighted_ranks: the same among the draws with their weights.
+        weighted_ranks: the same among the draws with their weights, where the true latent has their mean weight.
         distance_ranks: the share of draws that are nearer to a random point than the true latents are, (N,), all
             dimensions together (TARP).
         x: the simulated data, as the program's argument, or a tuple of its arguments.
+        refined: whether the draws are of refined proposals.
     """
 
     log_weights: Tensor = field(repr=False)
@@ -62,6 +64,7 @@ class Calibration:
     weighted_ranks: pd.DataFrame = field(repr=False)
     distance_ranks: Tensor = field(repr=False)
     x: Any = field(repr=False)
+    refined: bool = False
 
     @property
     def lower(self) -> LogLikelihood:
@@ -71,7 +74,11 @@ class Calibration:
     @property
     def upper_per_datum(self) -> Tensor:
         """The estimates with the true latents in place of the last draw, whose mean is at least log p(x), in nats."""
-        return _mean_weight(torch.cat([self.true_log_weights[None], self.log_weights[:-1]]))
+        return _mean_weight(self._with_true(self.log_weights))
+
+    def _with_true(self, log_w: Tensor) -> Tensor:
+        """Log-weights with those of the true latents in place of the last draw's."""
+        return torch.cat([self.true_log_weights[None], log_w[:-1]])
 
     @property
     def upper(self) -> Estimate:
@@ -85,21 +92,21 @@ class Calibration:
 
     @property
     def kl(self) -> Estimate:
-        """KL(p(z|x) || q(z|x)) + KL(q(z|x) || p(z|x)), averaged over data, in nats: the gap of one draw."""
+        """KL(p(z|x) || q(z|x)) + KL(q(z|x) || p(z|x)), averaged over data, in nats.
+
+        It is the gap of one draw, averaged over the draws; infinite where a draw has the weight zero. It says little of
+        refined proposals, which are wider than the posterior on purpose.
+        """
         return Estimate.of(self.true_log_weights - self.log_weights.mean(0))
 
     @property
     def bounds(self) -> pd.DataFrame:
         """Both bounds and their gap for 1, 2, 4, ... draws, with standard errors over data, in nats."""
-        number = len(self.log_weights)
-        rows = {}
+        number, rows = len(self.log_weights), {}
         for k in sorted({*(2**i for i in range(number.bit_length())), number}):
-            if k > number:
-                continue
-            lower = _mean_weight(self.log_weights[:k])
-            upper = _mean_weight(torch.cat([self.true_log_weights[None], self.log_weights[: k - 1]]))
+            lower, upper = _mean_weight(self.log_weights[:k]), _mean_weight(self._with_true(self.log_weights[:k]))
             each = [Estimate.of(v) for v in (lower, upper, upper - lower)]
-            rows[k] = [number for one in each for number in (one.value, one.standard_error)]
+            rows[k] = [value for one in each for value in (one.value, one.standard_error)]
         columns = ["lower", "lower_se", "upper", "upper_se", "gap", "gap_se"]
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("particles")
 
@@ -113,7 +120,7 @@ class Calibration:
         - ``bias``: their mean; above 0, the guide's draws are too low. ``bias_z``: in standard errors.
         - ``spread``: their standard deviation; above 1, the guide is too narrow. ``spread_z``: the distance of its
           logarithm from 0 in standard errors.
-        - ``verdict``: what is more than 3.5 standard errors away.
+        - ``verdict``: what is more than 3.5 standard errors away. Of few data, below 50, it is often wrong.
         """
         quantiles = torch.special.ndtri(torch.from_numpy(self.ranks.to_numpy().copy()).clamp(1e-12, 1 - 1e-12))
         count, bias, spread = len(quantiles), quantiles.mean(0), quantiles.std(0)
@@ -158,16 +165,19 @@ class Calibration:
     def __str__(self) -> str:
         low, high, number = self.lower.estimate, self.upper, len(self.log_weights)
         bounds = f"{low} <= log p(x) <= {high} nats per datum, a gap of {self.gap}"
-        if self.gap.value < -1e-4:  # by noise, since the means are in order
+        if self.gap.value < -1e-4:  # more than rounding; by noise, since the means are in order
             middle = (low.value + high.value) / 2
             bounds = f"log p(x) is near {middle:.2f} nats per datum: the bounds cross, with a gap of {self.gap}"
+        data = f"(K = {number}, N = {self.log_weights.shape[1]} data simulated from the model)"
+        if self.refined:
+            return f"{bounds} {data}"
         counts = self.dimensions.verdict.value_counts()
-        verdicts = "; ".join(f"{word} at {count}" for word, count in counts.items())
+        verdicts = "; ".join(f"{count} of {len(self.dimensions)} dimensions: {word}" for word, count in counts.items())
         share = self.coverage((0.95,)).guide.iloc[0]
         return (
-            f"{bounds} (K = {number}, N = {self.log_weights.shape[1]} data simulated from the model)\n"
+            f"{bounds} {data}\n"
             f"KL(p || q) + KL(q || p) = {self.kl} nats; 95% intervals of the guide hold {share:.1%} of true latents\n"
-            f"by dimension of the latents, the guide is {verdicts}"
+            f"{verdicts}"
         )
 
 
@@ -241,7 +251,11 @@ def calibrate(
     instead = "pv.log_likelihood, on data"
     with prior_that_draws(instead), checked(model, guide, like, seed, least=2) as data:
         search = Search(data, Settings(vectorize=vectorize_particles)) if refine else None
-        programs = data.programs(num_samples, vectorize_particles)
+        rows = len(data.minibatches(rows_at_once(data.program.args) // num_samples)[0][0])
+        if search is not None:
+            rows = min(rows, search.rows)
+        programs = data.programs(num_samples, vectorize_particles, rows)
+        scales = _scales(programs[0], vectorize_particles)
         steps = len(programs) * (search.settings.num_steps if search else 1)
         with progress_bar(steps, "step", "calibrating", progress) as bar:
             for program in programs:
@@ -250,7 +264,7 @@ def calibrate(
                 if search is not None:
                     mixture = search.proposals(simulated, bar).mixture
                     simulated = replace(simulated, guide=search.guide(mixture))
-                parts.append(_calibrated(simulated, latents, num_samples, vectorize_particles))
+                parts.append(_calibrated(simulated, latents, num_samples, vectorize_particles, scales))
                 if search is None:
                     bar.update()
     columns = tuple(torch.cat(column) for column in zip(*(part.args for part in parts), strict=True))
@@ -266,11 +280,12 @@ def calibrate(
         weighted_ranks=table(part.weighted for part in parts),
         distance_ranks=torch.cat([part.distances for part in parts]),
         x=columns[0] if len(columns) == 1 else columns,
+        refined=refine,
     )
 
 
 class _Part(NamedTuple):
-    """The same of a minibatch."""
+    """The attributes of :class:`Calibration` for a minibatch."""
 
     log_w: Tensor  # (K, N)
     true: Tensor  # (N,)
@@ -281,7 +296,15 @@ class _Part(NamedTuple):
     args: Args
 
 
-def _calibrated(program: Program, latents: dict[str, Tensor], number: int, vectorize: bool) -> _Part:
+def _scales(program: Program, vectorize: bool) -> Tensor:
+    """The standard deviation of each dimension under the prior, (D,), in which distances are measured."""
+    drawn, found = run(program, 2, vectorize), list[Tensor]()
+    while not found or len(found) * len(found[0]) < FEWEST_OF_PRIOR:
+        found.append(_vectors_of(drawn, simulate_data(program.model, program.args)[1]))
+    return torch.cat(found).std(0).clamp(min=1e-12)
+
+
+def _calibrated(program: Program, latents: dict[str, Tensor], number: int, vectorize: bool, scales: Tensor) -> _Part:
     drawn = run(program, number, vectorize)
     require_latents(drawn)
     refuse_masks(drawn)
@@ -293,18 +316,23 @@ def _calibrated(program: Program, latents: dict[str, Tensor], number: int, vecto
             )
     # The true latents, as the values of one particle.
     values = {name: latents[name].expand(site["value"][:1].shape) for name, site in drawn.guide.items()}
-    there = run_at(program, values, 1, vectorize)
+    try:
+        there = run_at(program, values, 1, vectorize)
+    except NoDensityError as error:
+        raise NoDensityError(
+            f"{error} Or pass refine=True, whose proposals have a density at the true latents."
+        ) from error
     log_w, true = wide(log_weights_of(drawn)), wide(log_weights_of(there))[0]
+    Evidence.from_weights(torch.cat([log_w, true[None]]))  # refuses weights that are no numbers
     draws, truth = _vectors(drawn), _vectors(there)[0]
-    ranks, w = _ranks(draws, truth), log_w.softmax(0)[..., None]
-    weighted = (w * (draws < truth)).sum(0) + torch.rand_like(truth) * (w * (draws == truth)).sum(0)
-    # The true latents of another datum are a random point; each dimension counts in its standard deviations.
-    point, scale = truth.roll(1, 0), truth.std(0).clamp(min=1e-12)
-    far = ((truth - point) / scale).square().sum(-1)
-    distances = _ranks(((draws - point) / scale).square().sum(-1), far)
-    sizes = {name: by_dimension(drawn, site, site["value"]).shape[-1] for name, site in drawn.guide.items()}
+    w = log_w.softmax(0)[..., None]
+    below, same = ((w * each).sum(0) for each in (draws < truth, draws == truth))
+    weighted = (below + torch.rand_like(truth) * (same + 1 / number)) / (1 + 1 / number)  # it has the mean weight
+    point = _vectors_of(drawn, simulate_data(program.model, program.args)[1])
+    far, distances = (((each - point) / scales).square().sum(-1) for each in (truth, draws))
+    sizes = {name: by_dimension(drawn, site, site["value"]).shape[-1] for name, site in _latents(drawn).items()}
     names = [(name, i) for name, size in sizes.items() for i in range(size)]
-    return _Part(log_w, true, ranks, weighted, distances, names, program.args)
+    return _Part(log_w, true, _ranks(draws, truth), weighted, _ranks(distances, far), names, program.args)
 
 
 def _ranks(draws: Tensor, truth: Tensor) -> Tensor:
@@ -313,9 +341,20 @@ def _ranks(draws: Tensor, truth: Tensor) -> Tensor:
     return (below + torch.rand_like(truth) * (same + 1)) / (len(draws) + 1)
 
 
+def _latents(drawn: Run) -> Sites:
+    return {name: site for name, site in drawn.model.items() if not site["is_observed"]}
+
+
+def _vectors_of(drawn: Run, latents: dict[str, Tensor]) -> Tensor:
+    """The latents of all sites of one particle, (N, D), in the order of a run."""
+    sites = _latents(drawn).items()
+    each = (by_dimension(drawn, site, latents[name].expand(site["value"][:1].shape))[0] for name, site in sites)
+    return torch.cat([*map(wide, each)], -1)
+
+
 def _vectors(drawn: Run) -> Tensor:
     """The latents of all sites, (K, N, D)."""
-    return torch.cat([wide(by_dimension(drawn, site, site["value"])) for site in drawn.guide.values()], -1)
+    return torch.cat([wide(by_dimension(drawn, site, site["value"])) for site in _latents(drawn).values()], -1)
 
 
 def _mean_weight(log_w: Tensor) -> Tensor:

@@ -92,6 +92,15 @@ def _arviz_shapes(rows: np.ndarray, tail: int, efficiency: float) -> np.ndarray:
     return shapes
 
 
+def relative_variance(log_w: Tensor) -> Tensor:
+    """The variance of one weight over the squared mean, (N,), from log-weights (K, N), and two of its errors more."""
+    number = len(log_w)
+    w = number * log_w.softmax(0)
+    second, fourth = w.square().mean(0), w.pow(4).mean(0)
+    error = ((fourth / second.square() - 1).clamp(min=0) / number).sqrt()
+    return second * (1 + 2 * error) - 1
+
+
 def warn_of_high_k(shapes: Tensor, advice: str) -> None:
     """Warn if some data have a k-hat above 0.7."""
     text = (

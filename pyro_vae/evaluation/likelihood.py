@@ -60,12 +60,12 @@ def log_likelihood(
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
             The program's modules are in evaluation mode. Minibatches are moved to the device of the parameters, where
             the results are too; on Apple's MPS, which has no float64, these are on the CPU.
-        num_samples: K, at least 2.
+        num_samples: K, at least 2; with `error`, a twentieth of the most samples of a datum.
         refine: whether to fit a proposal to each datum first, as :func:`pyro_vae.refine` does with its defaults, and to
             sample from it in place of the guide. It takes two to three times as long, and most k-hats become low.
-        error: a standard error in nats, such as 0.02, to reach for each datum with as many samples as it needs, from
-            100 to 20 `num_samples`. A pilot of 1,000 samples says how many. It does not count, or samples would decide
-            their own number. The result's `drawn` has the numbers.
+        error: a standard error in nats, such as 0.02, to reach for each datum with as many samples as it needs, at
+            least 100 and at most 20 times `num_samples`. A pilot of 1,000 samples says how many. It does not count, or
+            samples would decide their own number. The result's `drawn` has the numbers.
         seed: the seed of the random numbers; None continues from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
         compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
@@ -123,7 +123,7 @@ def log_likelihood(
     warn_of_zero_weights(result.zero_weights, result.drawn, advice)
     warn_of_high_k(result.pareto_k, advice)
     if error is not None:
-        warn_of_larger_errors(result, error)
+        warn_of_larger_errors(result, error, num_samples, refine)
     return result
 
 

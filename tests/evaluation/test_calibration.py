@@ -106,11 +106,40 @@ def test_both_bounds_are_exact_in_the_mean():
 def test_ranks_of_an_exact_guide_are_uniform(program, x):
     """Twenty seeds: the p-values of Kolmogorov's test are uniform themselves, for ranks and for distances."""
     found = [pv.calibrate(program, x, 30, seed=seed, progress=False) for seed in range(20)]
-    for ranks in ([f.ranks.to_numpy()[:, 0] for f in found], [f.distance_ranks.numpy() for f in found]):
+    columns = [[f.ranks.to_numpy()[:, 0] for f in found], [f.distance_ranks.numpy() for f in found]]
+    columns.append([f.weighted_ranks.to_numpy()[:, 0] for f in found])
+    for ranks in columns:
         p = [stats.kstest(each, "uniform").pvalue for each in ranks]
         assert stats.kstest(p, "uniform").pvalue > 1e-3
         assert np.mean(np.less(p, 0.05)) < 0.3  # of 20, six: probability 3e-4
     assert all((f.log_weights - f.true_log_weights).abs().max() < 1e-4 for f in found)  # all weights are p(x)
+
+
+@pytest.mark.parametrize("elements", [1, 40_000], ids=["one minibatch", "a datum each"])
+def test_distances_of_several_dimensions_are_uniform_for_an_exact_guide(elements):
+    """Whatever the size of the minibatches, which depends on the number of elements of a datum."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(6), torch.arange(1.0, 7.0)).to_event(1))
+            pyro.sample("x", dist.Normal(torch.zeros(elements), 1.0).to_event(1), obs=x)
+
+    found = pv.calibrate(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(200, elements), 60, **QUIET)
+    assert stats.kstest(found.distance_ranks.numpy(), "uniform").pvalue > 1e-3
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0 * x, 1.0))
+
+    def overflows(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, torch.where(z > 2, torch.nan, 1.0), validate_args=False), obs=x)
+
+    with pytest.raises(pv.NotFiniteError, match="expected log-weights that are finite"):
+        pv.calibrate(overflows, narrow, X[:200], 30, **QUIET)
 
 
 def test_a_discrete_guide_that_is_too_sure():
@@ -149,6 +178,10 @@ def test_refined_proposals_close_the_sandwich():
     narrow = guide(0.2, 0.3)
     plain = pv.calibrate(model, narrow, X[:200], **QUIET)
     refined = pv.calibrate(model, narrow, X[:200], refine=True, **QUIET)
+    assert "KL" in str(plain)
+    assert "KL" not in str(refined)  # proposals are wide on purpose
+    with pytest.raises(pv.PyroVAEError, match=r"For simulated data, as in pv.calibrate, pass the guide itself"):
+        pv.calibrate(model, pv.refine(model, narrow, X[:20] + 1, num_steps=5, **QUIET), X[:20], **QUIET)
     assert plain.gap.value > 10 * refined.gap.value
     auto = AutoNormal(model, create_plates=lambda x: pyro.plate("data", len(x), dim=-1))
     auto(X[:50])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.devices import wide
-from pyro_vae.evaluation.diagnostics import pareto_k
+from pyro_vae.evaluation.diagnostics import pareto_k, relative_variance
 from pyro_vae.evaluation.proposals.guide import Mixture
 from pyro_vae.evaluation.proposals.student import Full, Scale, Student
 
@@ -25,12 +25,13 @@ LEAST = 0.02  # share of a component
 
 
 class Pilot(NamedTuple):
-    """Draws of a proposal: the latents (S, N, D), their log-weights (S, N), k-hat (N,), and the effective size (N,)."""
+    """Draws of a proposal: the latents (S, N, D), their log-weights (S, N), and what these show of each datum, (N,)."""
 
     y: Tensor
     log_w: Tensor
     pareto_k: Tensor
     ess: Tensor
+    variance: Tensor  # see relative_variance
 
     @classmethod
     def of_draws(cls, y: Tensor, log_w: Tensor, unsound: Tensor) -> Self:
@@ -39,7 +40,7 @@ class Pilot(NamedTuple):
         log_w = torch.where(kept, log_w, -torch.inf)
         y = torch.where(kept.to(y.device)[..., None], y, 0.0)
         shapes = torch.where(unsound.to(log_w.device) | ~kept.all(0), torch.inf, pareto_k(log_w).to(log_w.device))
-        return cls(y, log_w, shapes, 1 / _normalised(log_w).square().sum(0))
+        return cls(y, log_w, shapes, 1 / _normalised(log_w).square().sum(0), relative_variance(log_w))
 
     def where(self, condition: Tensor, other: Self) -> Self:
         """Of the other draws where the condition (N,) holds."""
@@ -60,7 +61,7 @@ class Pilot(NamedTuple):
     def of(self, rows: Tensor) -> Self:
         """Those of some data."""
         there = rows.to(self.log_w.device)
-        return type(self)(self.y[:, rows], self.log_w[:, there], self.pareto_k[there], self.ess[there])
+        return type(self)(self.y[:, rows], self.log_w[:, there], *(each[there] for each in self[2:]))
 
 
 def adapted(mixture: Mixture, pilot: Pilot) -> Mixture:

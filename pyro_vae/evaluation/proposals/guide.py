@@ -288,8 +288,9 @@ class RefinedGuide(nn.Module):
             if len(missing):
                 raise PyroVAEError(
                     f"expected rows of x that were refined, got {len(missing)} others of {len(own)}, such as row "
-                    f"{missing[0].item()}: the guide knows a row by its exact values and their dtype. Pass those rows, "
-                    "or call pv.refine on these."
+                    f"{missing[0].item()}: the guide knows a row by its exact values, in a dtype. Pass those rows, or "
+                    "call pv.refine on these. For simulated data, as in pv.calibrate, pass the guide itself and "
+                    "refine=True."
                 )
         return self.order[place]
 

@@ -24,7 +24,7 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import unwrapped
-from pyro_vae.engine.traces import prior
+from pyro_vae.engine.traces import in_particles, prior, traced
 from pyro_vae.engine.weights import log_density, log_weights_of, terms
 from pyro_vae.errors import NoDensityError
 from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
@@ -68,7 +68,7 @@ class Proposals(NamedTuple):
 
     mixture: Mixture
     pareto_k: Tensor  # (N,)
-    variance: Tensor  # of one weight, relative to the squared mean, (N,)
+    variance: Tensor  # of one weight; see relative_variance
 
 
 class Search:
@@ -88,12 +88,12 @@ class Search:
         rows, size = rows_at_once(first.args) // settings.num_particles, self.layout.size
         in_memory = ELEMENTS_AT_ONCE // size ** (2 if size <= FULL_UP_TO else 1)
         in_memory = min(in_memory, PILOT_AT_ONCE // (settings.num_pilot * size))
-        self.programs = data.programs(1, settings.vectorize, max(1, min(rows, in_memory)))
+        self.rows = max(1, min(rows, in_memory))  # of a minibatch
+        self.programs = data.programs(1, settings.vectorize, self.rows)
 
     def proposals(self, program: Program, bar: Any) -> Proposals:
         """Those of the data of a minibatch."""
-        mixture, shapes, sizes = _Minibatch(self, program).refined(bar)
-        return Proposals(mixture, shapes, self.settings.num_pilot / sizes - 1)
+        return _Minibatch(self, program).refined(bar)
 
     def guide(self, mixture: Mixture) -> PyroFunction:
         """The proposals as the guide of a program on their data."""
@@ -123,21 +123,21 @@ class _Minibatch:
             [self.layout.free(p, _own(drawn.guide[p.name]["fn"]), drawn.guide[p.name]["value"])[0] for p in parts], -1
         )
 
-    def refined(self, bar: Any) -> tuple[Mixture, Tensor, Tensor]:
-        """The mixtures, k-hat of their pilot draws, and the effective numbers of these, (N,)."""
+    def refined(self, bar: Any) -> Proposals:
+        """The mixtures, by the best of their pilot draws."""
         share = SHARE if self.search.has_guide else 0.0
         log_shares = torch.tensor([share, 1 - share]).log().to(self.start)[:, None].expand(2, self.start.shape[1])
         mixture = Mixture([self._fitted(bar)], log_shares)
         pilot = self._pilot(self.program, mixture)
         rows = (~pilot.is_good).nonzero()[:, 0]
         if not len(rows) or not self.settings.rounds:
-            return mixture, pilot.pareto_k, pilot.ess
+            return Proposals(mixture, pilot.pareto_k, pilot.variance)
         if not self.search.divisible:
             rows = torch.arange(len(pilot.ess), device=rows.device)
         there = rows.to(self.start.device)
         trial, best = self._adapted(mixture.of(there), pilot.of(there), there)
-        shapes, sizes = pilot.pareto_k.index_put((rows,), best.pareto_k), pilot.ess.index_put((rows,), best.ess)
-        return mixture.with_rows(there, trial), shapes, sizes
+        shapes = pilot.pareto_k.index_put((rows,), best.pareto_k)
+        return Proposals(mixture.with_rows(there, trial), shapes, pilot.variance.index_put((rows,), best.variance))
 
     def _adapted(self, mixture: Mixture, pilot: Pilot, rows: Tensor) -> tuple[Mixture, Pilot]:
         """Mixtures of more components for these rows, or the guide alone, and the best one's pilot draws."""
@@ -201,9 +201,11 @@ class _Minibatch:
             each = [self._values(one[None]) for one in y]
             values = {name: torch.cat([found[name] for found, _ in each]) for name in each[0][0]}
             return values, torch.cat([volume for _, volume in each])
-        placing = Placing(self.layout, y)
-        sites = replace(self.program, guide=placing(self.base)).run_guide(len(y)).sites
-        return {part.name: sites[part.name]["value"] for part in self.layout.parts}, placing.volume
+        placing, program = Placing(self.layout, y), self.program
+        # Only the values are needed: the density of a flow at given ones would record its inverse for each gradient.
+        placed = in_particles(placing(self.base), len(y), None if len(y) == 1 else -program.depth)
+        nodes: Any = traced(placed, program.args, program.kwargs).nodes
+        return {part.name: nodes[part.name]["value"] for part in self.layout.parts}, placing.volume
 
     def _pilot(self, program: Program, mixture: Mixture) -> Pilot:
         replacing = Replacing(self.layout, mixture)
