@@ -50,8 +50,11 @@ def refine(
     The covariance is full for up to 200 latents of a datum, of rank 16 plus a diagonal for up to 4,000, and diagonal
     for more.
 
+    Where no proposal is better than the guide alone, the guide alone serves.
+
     The result knows a row by its exact values. So x may come in any order, in minibatches of any size, from a loader,
-    and after ``torch.save``; other rows are refused. It is fixed, so no gradient flows into it.
+    and after ``torch.save``. Other rows are refused, and rows that are equal share one proposal. The result is fixed, so
+    no gradient flows into it.
 
     Arguments:
         model, guide, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`. All latent sites must
@@ -59,8 +62,8 @@ def refine(
         num_steps: the number of steps of Adam.
         num_particles: the number of samples for each gradient of a datum, at least 2.
         lr: Adam's first step size, in standard deviations of the guide.
-        num_pilot: the number of draws that show k-hat, at least 30.
-        rounds: the largest number of components that are added for a datum.
+        num_pilot: the number of draws that show k-hat, and to which further components are fitted, at least 30.
+        rounds: how many times two components may be added for a datum.
 
     Returns:
         A guide. Its attribute `pareto_k` has k-hat of each row's pilot draws, (N,).

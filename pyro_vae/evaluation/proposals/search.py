@@ -106,8 +106,8 @@ class _Minibatch:
         self.search, self.program, self.settings = search, program, search.settings
         self.layout, self.base = search.layout, search.base
         number = self.settings.num_particles  # no more at once than the fit has
-        drawn = [run(program, number, self.settings.vectorize) for _ in range(-(-MOMENTS // number))]
-        self.start = torch.cat([self._vectors(self._in_base(each)) for each in drawn])
+        runs = (run(program, number, self.settings.vectorize) for _ in range(-(-MOMENTS // number)))
+        self.start = torch.cat([self._vectors(self._in_base(each)) for each in runs])
 
     def _in_base(self, drawn: Run) -> Run:
         """A run of the guide as one of the function whose sites the proposals replace, at the same latents."""
