@@ -53,8 +53,8 @@ def refine(
     Where no proposal is better than the guide alone, the guide alone serves.
 
     The result knows a row by its exact values. So x may come in any order, in minibatches of any size, from a loader,
-    and after ``torch.save``. Other rows are refused, and rows that are equal share one proposal. The result is fixed, so
-    no gradient flows into it.
+    and after ``torch.save``. Other rows are refused, and rows that are equal share one proposal. No gradient flows into
+    the result.
 
     Arguments:
         model, guide, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`. All latent sites must
