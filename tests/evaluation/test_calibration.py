@@ -124,7 +124,7 @@ def test_distances_of_several_dimensions_are_uniform_for_an_exact_guide(elements
             pyro.sample("z", dist.Normal(torch.zeros(6), torch.arange(1.0, 7.0)).to_event(1))
             pyro.sample("x", dist.Normal(torch.zeros(elements), 1.0).to_event(1), obs=x)
 
-    found = pv.calibrate(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(200, elements), 60, **QUIET)
+    found = pv.calibrate(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(100, elements), 60, **QUIET)
     assert stats.kstest(found.distance_ranks.numpy(), "uniform").pvalue > 1e-3
 
 

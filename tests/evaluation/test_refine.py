@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.quick import slow_but
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.utils.data import DataLoader
@@ -178,7 +179,9 @@ PROGRAMS = [linear, nested_plates, two_sites, positive, simplex, heavy_tails, tw
 
 
 @pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "program", slow_but([linear, two_sites, simplex, funnel], PROGRAMS), ids=lambda each: each.__name__
+)
 def test_log_likelihood_is_exact(program):
     """Within 4.5 errors for each datum: among the 71 data, chance exceeds that once in 2,000 seeds."""
     model, guide, x, exact = program()
@@ -347,6 +350,7 @@ def test_no_gradient_flows_into_it(pair):
     assert not list(refined.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_and_one_by_one(pair, without_inductor):
     vae, x, refined = pair
     whole = pv.log_likelihood(vae.model, refined, x, 500, **QUIET)
@@ -608,7 +612,10 @@ def refined_before():
 @pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
 @pytest.mark.parametrize(
     "program",
-    [narrow_chain, ordered, sparse_simplex, overflowing, of_two_dtypes, refined_before],
+    slow_but(
+        [narrow_chain, overflowing, refined_before],
+        [narrow_chain, ordered, sparse_simplex, overflowing, of_two_dtypes, refined_before],
+    ),
     ids=lambda each: each.__name__,
 )
 def test_programs_on_which_it_failed_once(program):
