@@ -87,7 +87,7 @@ class Calibration:
 
     @property
     def gap(self) -> Estimate:
-        """The upper minus the lower bound: on average, what K draws of the guide lose is at most this."""
+        """The upper minus the lower bound. On average, what K draws of the guide lose is at most this."""
         return Estimate.of(self.upper_per_datum - self.lower.per_datum)
 
     @property
