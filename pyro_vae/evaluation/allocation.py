@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pyro_vae.engine.program import Program
 from pyro_vae.evaluation.diagnostics import HIGH_K, relative_variance
-from pyro_vae.evaluation.draws import draw_weights
+from pyro_vae.evaluation.draws import WEIGHTS_AT_ONCE, draw_weights
 from pyro_vae.evaluation.evidence import LogLikelihood
-from pyro_vae.evaluation.pieces import Pieces, progress_bar, rows_at_once
+from pyro_vae.evaluation.pieces import Pieces, on_rows, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.guide import Mixture
 from pyro_vae.evaluation.proposals.search import Search, Settings
 
@@ -25,7 +25,6 @@ PILOT = 1000  # samples that show the variance of a datum's weights
 FEWEST = 100  # samples of a datum
 MOST = 20  # how many times `num_samples` a datum may have
 SAFETY = 1.1  # how many more samples than the pilot says
-WEIGHTS_AT_ONCE = 2**22  # log-weights in memory
 ROWS_AT_ONCE = 64  # data of a pilot of the guide
 NAMED = 10  # rows that a warning names
 
@@ -79,7 +78,7 @@ def _of(pilot: _Piloted, rows: Tensor, search: Search | None) -> Program:
     """The program on some of the data, with their proposals as its guide."""
     program = pilot.program
     if len(rows) < len(program.args[0]):
-        program = program.on(tuple(argument[rows.to(argument.device)] for argument in program.args))
+        program = on_rows(program, rows)
     if pilot.mixture is None or search is None:
         return program
     return replace(program, guide=search.guide(pilot.mixture.of(rows.to(pilot.mixture.log_shares.device))))

@@ -9,6 +9,7 @@ from pyro_vae.engine.program import Program
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.evaluation.pieces import rows_at_once
 
+WEIGHTS_AT_ONCE = 2**22  # log-weights of a minibatch in memory
 RUNS_AT_ONCE = 16  # runs of the model on the samples of one run of the guide
 
 

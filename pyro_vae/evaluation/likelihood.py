@@ -18,7 +18,7 @@ from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.allocation import sample_as_needed, warn_of_larger_errors
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
-from pyro_vae.evaluation.draws import draw_weights, even_chunks
+from pyro_vae.evaluation.draws import WEIGHTS_AT_ONCE, draw_weights, even_chunks
 from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.pieces import Args, Pieces, checked, progress_bar, rows_at_once
 
@@ -27,7 +27,6 @@ ADVICE = (
     "needs no guide."
 )
 REFINED_ADVICE = "Anneal from the refined guide: pv.ais(model, pv.refine(model, guide, x), x, start='guide')."
-WEIGHTS_AT_ONCE = 2**22  # log-weights of a minibatch in memory where particles run one at a time
 
 
 @takes_program

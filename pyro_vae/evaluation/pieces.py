@@ -103,6 +103,11 @@ def rows_at_once(args: Args) -> int:
     return max(1, ELEMENTS_AT_ONCE // max(1, args[0][0].numel()))
 
 
+def on_rows(program: Program, rows: Tensor) -> Program:
+    """The program on some of its data."""
+    return program.on(tuple(argument[rows.to(argument.device)] for argument in program.args))
+
+
 def memory_of(program: Program) -> AbstractContextManager[None]:
     """Around an evaluation: says beside an error of memory what to make smaller."""
     return memory_for(

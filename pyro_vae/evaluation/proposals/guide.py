@@ -101,7 +101,7 @@ class Replacing(Messenger):
             self.done = [*self.done, site.free(msg["value"])[0]]
             if len(self.done) < len(self.layout.parts):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and any(y.requires_grad for y in self.done)):
-                    self.before, self.of_guide = site.joint(msg["value"])
+                    self.before, self.of_guide, _ = site.joint(msg["value"])
 
     def _own_site(self, fn: Any) -> "FittedSite | None":
         """The site that this handler has made, inside of what plates, and a second refinement, put around it."""
@@ -152,22 +152,23 @@ class FittedSite(TorchDistribution):
         """The unconstrained latents (K, N, d) of a value, and log |dz / dy|, (K, N)."""
         return self.replacing.layout.free(self.part, self.own, value)
 
-    def joint(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The log-density (K, N) of this site and those before it: the mixture's, and the guide's own."""
+    def joint(self, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The log-density (K, N) of this site and those before it, the mixture's and the guide's; and log |dz / dy|."""
         y, slope = self.free(value)
         of_guide = None
         layout, mixture = self.replacing.layout, self.replacing.mixture
         if mixture.has_guide:
             own = layout.columns(self.own.log_prob(value), 0).sum(-1) + slope
             of_guide = own if self.of_guide is None else self.of_guide + own
-        return mixture.log_prob(torch.cat([*self.done, y], -1), of_guide), of_guide
+        return mixture.log_prob(torch.cat([*self.done, y], -1), of_guide), of_guide, slope
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density of all elements of a datum's site together, as equal shares of the plates' elements."""
         # A gradient may flow through values that are given, and not to the guide, which has a share of fixed numbers.
         through = torch.is_grad_enabled() and any(each.requires_grad for each in (value, *self.done))
         with torch.set_grad_enabled(through):
-            found = self.joint(value)[0] - self.free(value)[1]
+            joint, _, slope = self.joint(value)
+            found = joint - slope
             if self.before is not None:
                 found = found - self.before
             if self.replacing.lost is not None and self.part is self.replacing.layout.parts[-1]:
@@ -194,7 +195,7 @@ class FittedSite(TorchDistribution):
             # Where a value is so near to an end of its support that it has none of its own, the density is not known.
             back = self.replacing.layout.columns(Coordinates(self.own).inverse(value), self.part.event_dim)
             lost = ~back.isfinite().all(-1) & (chosen != 0)
-            if bool(lost.any()) if not being_recorded() else True:
+            if being_recorded() or bool(lost.any()):
                 middle = replacing.mixture.students[0].loc[:, self.part.start : self.part.stop]
                 value = torch.where(
                     self._beside(lost, value.dim() - self.event_dim, self.event_dim), self._value(middle[None]), value
@@ -220,8 +221,8 @@ class FittedSite(TorchDistribution):
 class RefinedGuide(nn.Module):
     """A guide for rows of data that are known again by their content, in any order and in minibatches of any size.
 
-    It is fixed: it has no parameters, and gradients do not flow through its samples. Rows that are equal have one
-    posterior, so it serves both.
+    It is fixed: it has no parameters, and gradients do not flow through its samples. Rows that are equal share one
+    proposal.
 
     Attributes:
         pareto_k: k-hat of each row's pilot draws, (N,).

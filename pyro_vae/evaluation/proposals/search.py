@@ -31,7 +31,7 @@ from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PIL
 from pyro_vae.evaluation.families import refuse_masks, require_latents
 from pyro_vae.evaluation.fitting import minimise
 from pyro_vae.evaluation.hamiltonian import check_latents
-from pyro_vae.evaluation.pieces import ELEMENTS_AT_ONCE, Pieces, rows_at_once
+from pyro_vae.evaluation.pieces import ELEMENTS_AT_ONCE, Pieces, on_rows, rows_at_once
 from pyro_vae.evaluation.proposals.adaptation import Pilot, adapted
 from pyro_vae.evaluation.proposals.guide import FittedSite, Mixture, Replacing
 from pyro_vae.evaluation.proposals.layout import Layout, Placing
@@ -141,7 +141,7 @@ class _Minibatch:
 
     def _adapted(self, mixture: Mixture, pilot: Pilot, rows: Tensor) -> tuple[Mixture, Pilot]:
         """Mixtures of more components for these rows, or the guide alone, and the best one's pilot draws."""
-        program = self.program.on(tuple(argument[rows.to(argument.device)] for argument in self.program.args))
+        program = on_rows(self.program, rows)
         best, shares = pilot, mixture.log_shares
         for _ in range(self.settings.rounds):
             mixture = adapted(mixture, pilot)
