@@ -20,7 +20,7 @@ class _Normal(constraints.greater_than):
 
     def check(self, value: Tensor) -> Tensor:
         """Whether each value is such a number."""
-        return (value >= LIMITS.tiny) & value.isfinite()
+        return (value >= LIMITS.tiny) & (value < math.inf)
 
     def __repr__(self) -> str:
         return f"PositiveNumber(of at least {LIMITS.tiny:.2g})"
@@ -33,6 +33,8 @@ for registry in (transform_to, biject_to):  # free parameters of a scale are its
 
 def shared(value: Tensor) -> Tensor:
     """The value with size 1 in the dimensions along which it was expanded: its functions are the same there."""
+    if 0 not in value.stride():  # a slice costs time in each step, and in its backward pass
+        return value
     return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
 
 

@@ -61,7 +61,7 @@ class Needs:
     stopped: bool = False  # whether Run.stopped is needed
     samples: bool = False  # whether Run.samples is needed
     of_mean: bool = True  # of the guide's samples: the score misses what a moving support adds, which is refused
-    densities: bool = True  # whether the guide's latents need log-densities without `per_datum`; a closed KL needs none
+    densities: bool = True  # whether latents need log-densities without `per_datum`; a closed KL needs none
     factors: bool = False  # whether the guide may have pyro.factor statements: terms of a loss, which are no densities
     # Makes a handler around the guide that draws its K samples in that dimension; None draws them independently.
     sampler: Callable[[int, int], Messenger] | None = None
@@ -87,7 +87,7 @@ class Drawn(NamedTuple):
 class Run(NamedTuple):
     """One run of a guide, and of the model against it."""
 
-    model: Sites  # the model's sample sites by name, in order, each with its unscaled_log_prob
+    model: Sites  # the model's sample sites by name, in order, each with its unscaled_log_prob if Needs asks for it
     guide: Sites
     stopped: Sites | None  # the guide's, with no gradient through values: log-densities differentiate to the score
     scored: tuple[str, ...]  # the names of the guide's latent sites through whose samples no gradient flows
@@ -157,7 +157,7 @@ class Program:
         sampling = nullcontext() if self.needs.sampler is None else self.needs.sampler(number, particle_dim or 0)
         with sampling:
             trace = traced(guide, self.args, self.kwargs)
-        sites = sample_sites(trace, latent=self.needs.per_datum or self.needs.densities)
+        sites = self._sites(trace)
         if not torch.is_grad_enabled():
             return Drawn(trace, sites, None, (), number, particle_dim)
         stopped, scored = None, tuple(not_reparameterised(sites))
@@ -186,9 +186,13 @@ class Program:
         trace = traced(model, self.args, self.kwargs)
         if torch.is_grad_enabled() and not pyro.settings.get("module_local_params"):
             merged(*map(parameters_of, (drawn.trace, trace)))  # refuses two modules with one name
-        run = self._as_run(sample_sites(trace), drawn)
+        run = self._as_run(self._sites(trace), drawn)
         run.samples.extend((value, run.shape_beside(drawn.sites[name])) for name, value in views.items())
         return run
+
+    def _sites(self, trace: Trace) -> Sites:
+        """The sites of a trace, with the log-densities that the estimator needs."""
+        return sample_sites(trace, latent=self.needs.per_datum or self.needs.densities)
 
     def _model(self, number: int, particle_dim: int | None) -> PyroFunction:
         """The model for several particles."""
