@@ -24,7 +24,7 @@ from pyro_vae.engine.sites import Site, family, is_deterministic, is_factor, lab
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.pieces import checked_sites, memory_of, program_on
-from pyro_vae.evaluation.runs import run, simulate
+from pyro_vae.evaluation.runs import laid_out, run, simulate
 from pyro_vae.evaluation.simulation import sites_that_read
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
@@ -162,21 +162,11 @@ def _per_datum(value: Tensor) -> Variable:
 
 def _variable(run: Run, name: str, site: Site, event_names: tuple[str, ...]) -> Variable:
     """A site's value as (chain, draw, data, ...), and its dimensions' names: `event_names` where they fit the event."""
-    value, event_dim, depth = site["value"], site["fn"].event_dim, -run.particle_dim
-    value = value.reshape((1,) * (depth + event_dim - value.dim()) + tuple(value.shape))
-    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-    plates = {dim: f"{plate}_plate" if plate in (*CHAIN, "data") else plate for dim, plate in plates.items()}
-    names: list[str | None] = [plates.get(dim) for dim in range(-depth, 0)]
-    known = len(event_names) == event_dim and not {*event_names} & {*names}
-    names += event_names if known else [f"{name}_dim_{i}" for i in range(event_dim)]
-    batch_dim = depth + run.batch_plate.dim
-    names[0], names[batch_dim] = "draw", "data"
-    shape = list(value.shape)
-    shape[0], shape[batch_dim] = run.num_particles, run.batch_plate.size
-    order = [0, batch_dim, *(i for i, n in enumerate(names) if n is not None and i not in (0, batch_dim))]
-    without_name = [i for i, n in enumerate(names) if n is None]  # of size 1
-    array = value.expand(shape).permute(*order, *without_name).flatten(len(order) - 1)
-    return ["chain", *(str(names[i]) for i in order)], array.cpu().numpy()[None]
+    event_dim, (value, plates) = site["fn"].event_dim, laid_out(run, site)
+    plates = [f"{plate}_plate" if plate in (*CHAIN, "data") else plate for plate in plates]
+    known = len(event_names) == event_dim and not {*event_names} & {*plates}
+    events = event_names if known else [f"{name}_dim_{i}" for i in range(event_dim)]
+    return ["chain", "draw", "data", *plates, *events], value.cpu().numpy()[None]
 
 
 def _free(name: str, suffix: str, taken: set[str]) -> str:

@@ -7,6 +7,7 @@ from pyro_vae.evaluation.decomposition import Decomposition, decompose_elbo
 from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood
+from pyro_vae.evaluation.expectation import Expectation, expect
 from pyro_vae.evaluation.gaps import Gaps, inference_gaps
 from pyro_vae.evaluation.latents import active_units
 from pyro_vae.evaluation.likelihood import log_likelihood
@@ -19,6 +20,7 @@ __all__ = [
     "Decomposition",
     "Estimate",
     "Evidence",
+    "Expectation",
     "Gaps",
     "LogLikelihood",
     "RefinedGuide",
@@ -29,6 +31,7 @@ __all__ = [
     "calibrate",
     "compare",
     "decompose_elbo",
+    "expect",
     "inference_gaps",
     "log_likelihood",
     "pareto_k",

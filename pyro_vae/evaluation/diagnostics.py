@@ -101,12 +101,14 @@ def relative_variance(log_w: Tensor) -> Tensor:
     return second * (1 + 2 * error) - 1
 
 
-def warn_of_high_k(shapes: Tensor, advice: str) -> None:
+OF_LOG_P = (
+    "a few weights dominate their estimate of log p(x), so that it is probably too low and its error bar too small"
+)
+
+
+def warn_of_high_k(shapes: Tensor, advice: str, meaning: str = OF_LOG_P) -> None:
     """Warn if some data have a k-hat above 0.7."""
-    text = (
-        "a few weights dominate their estimate of log p(x), so that it is probably too low and its error bar too small"
-    )
-    _warn(shapes > HIGH_K, f"have a Pareto k-hat above {HIGH_K}: {text}. {advice}")
+    _warn(shapes > HIGH_K, f"have a Pareto k-hat above {HIGH_K}: {meaning}. {advice}")
 
 
 def warn_of_zero_weights(zero_weights: Tensor, num_samples: int | Tensor, advice: str) -> None:

@@ -51,12 +51,7 @@ class Evidence:
         Raises:
             FloatingPointError: a log-weight is NaN or plus infinity.
         """
-        if bool((log_w.isnan() | (log_w == math.inf)).any()):
-            raise NotFiniteError(
-                "expected log-weights that are finite, or minus infinity for a weight of zero, got NaN or plus "
-                "infinity. Look for scales of zero or densities that overflow: pv.log_weights(...).isfinite() shows "
-                "for which data."
-            )
+        check_finite(log_w)
         number = len(log_w)
         top = log_w.max(0).values
         weights = (log_w - torch.where(top.isfinite(), top, 0.0)).exp()
@@ -185,6 +180,15 @@ class LogLikelihood(Evidence):
             f"log p(x) = {self.estimate} nats per datum (importance sampling, K = {number}, "
             f"N = {len(self.per_datum)}; Monte Carlo error {self.monte_carlo_error:.2g}, median ESS "
             f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self.share_high_k:.1%}{without}{self._zeros()})"
+        )
+
+
+def check_finite(log_w: Tensor) -> None:
+    """Raise an error for log-weights that are NaN or plus infinity."""
+    if bool((log_w.isnan() | (log_w == math.inf)).any()):
+        raise NotFiniteError(
+            "expected log-weights that are finite, or minus infinity for a weight of zero, got NaN or plus infinity. "
+            "Look for scales of zero or densities that overflow: pv.log_weights(...).isfinite() shows for which data."
         )
 
 

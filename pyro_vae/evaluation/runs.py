@@ -30,6 +30,20 @@ def run_at(program: Program, values: Values, number: int, vectorize: bool) -> Ru
     return _joined([program.run_at(_one(values, k)) for k in range(number)])
 
 
+def laid_out(run: Run, site: Site) -> tuple[Tensor, list[str]]:
+    """A site's value as (K, N, *nested, *event), and the names of the plates nested in the batch plate."""
+    value, depth = site["value"], -run.particle_dim
+    value = value.reshape((1,) * (depth + site["fn"].event_dim - value.dim()) + tuple(value.shape))
+    batch_dim = depth + run.batch_plate.dim
+    plates = {depth + frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+    nested = sorted(plates.keys() - {0, batch_dim})
+    shape = list(value.shape)
+    shape[0], shape[batch_dim] = run.num_particles, run.batch_plate.size
+    order = [0, batch_dim, *nested, *range(depth, len(shape))]
+    others = [dim for dim in range(depth) if dim not in order]  # of size 1
+    return value.expand(shape).permute(*order, *others).flatten(len(order) - 1), [plates[dim] for dim in nested]
+
+
 def simulate(program: Program, values: Values | None, number: int, vectorize: bool) -> Sites:
     """The model's sites with new data, at given values of the latents or at draws from the prior."""
     if vectorize:

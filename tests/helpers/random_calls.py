@@ -197,6 +197,10 @@ POOLS: dict[str, tuple[str, str]] = {
         "fitted",
         "None; {}; 'a'; pd.DataFrame(); fitted.iloc[:0]; fitted.astype(str); np.zeros(3)",
     ),
+    "function": (
+        "'z'; 'x'; torch.square; lambda z: z > 0; lambda z: z[..., 0]; lambda z: torch.ones(*z.shape[:2], 3, 2)",
+        "None; 3; 'a'; lambda z: z.mean(); lambda z: z / 0; lambda: 1; lambda z: 'a'; lambda z: z * 1j; torch.nn.Linear",
+    ),
     "ranks": (
         "pv.calibrate(vae(), torch.zeros(6, 4), 3, progress=False).ranks",
         "fitted; None; 3; pd.DataFrame(); torch.rand(6, 2)",
@@ -245,6 +249,7 @@ CALLS: list[tuple[int, str]] = [
     (2, "pv.log_likelihood({program}, {x}, {many}, refine={flag}, error={number}, seed={seed})"),
     (2, "pv.calibrate({program}, {x}, {count}, seed={seed}).gap"),
     (1, "pv.plots.calibration({ranks})"),
+    (2, "pv.expect({program}, {x}, {function}, {many}, refine={flag}, seed={seed}).value"),
     (3, "pv.ais({program}, {x}, {count}, {count}, seed={seed}, progress=False)"),
     (2, "pv.bdmc({program}, {x}, {count}, {count}, seed={seed}, progress=False)"),
     (3, "pv.inference_gaps({program}, {x}, {many}, num_steps={count}, lr={number})"),

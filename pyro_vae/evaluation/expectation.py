@@ -1,0 +1,276 @@
+"""Posterior expectations E[f(z) | x] of each datum, by self-normalised importance sampling."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.checks import Seed, shown
+from pyro_vae.devices import wide
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.batch_plate import find_batch_plate
+from pyro_vae.engine.drawing import deterministic_shapes
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.particles import Particles
+from pyro_vae.engine.program import Program, Run
+from pyro_vae.engine.sites import family, is_deterministic, is_factor, labelled
+from pyro_vae.engine.traces import sample_sites
+from pyro_vae.engine.weights import log_weights_of
+from pyro_vae.errors import NotFiniteError, PyroVAEError, require_count
+from pyro_vae.evaluation.defaults import NUM_SAMPLES
+from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k, warn_of_high_k
+from pyro_vae.evaluation.draws import even_chunks
+from pyro_vae.evaluation.evidence import check_finite
+from pyro_vae.evaluation.pieces import checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.proposals.search import Search, Settings
+from pyro_vae.evaluation.runs import laid_out
+
+ADVICE = "Pass refine=True, which fits a proposal to each datum, or take more samples."
+REFINED_ADVICE = "Take more samples, or a function with lighter tails."
+OF_MEAN = "a few draws dominate their expectation, so that neither it nor its error bar can be trusted"
+
+Function = Callable[..., Tensor] | str
+
+
+@dataclass(frozen=True)
+class Expectation:
+    r"""The result of :func:`pyro_vae.expect`, for N data and K draws.
+
+    Attributes:
+        value: :math:`\hat\mu_n = \sum_k \bar w_{kn} f(z_{kn})` with weights that sum to one, of shape (N, \*shape).
+        standard_error: by the delta method,
+            :math:`\sqrt{\frac{K}{K-1} \sum_k \bar w_{kn}^2 (f(z_{kn}) - \hat\mu_n)^2}`, of the same shape.
+        ess: the effective sample size :math:`1 / \sum_k \bar w_{kn}^2`, (N,).
+        pareto_k: the larger k-hat of two tails, of the weights and of the weights times the distance of f from its
+            mean, (N,). Above 0.7, the value and its error can't be trusted.
+        num_samples: K.
+    """
+
+    value: Tensor = field(repr=False)
+    standard_error: Tensor = field(repr=False)
+    ess: Tensor = field(repr=False)
+    pareto_k: Tensor = field(repr=False)
+    num_samples: int
+
+    @property
+    def share_high_k(self) -> float:
+        """The share of data whose k-hat is above 0.7."""
+        return wide(self.pareto_k > HIGH_K).mean().item()
+
+    def __str__(self) -> str:
+        return (
+            f"E[f(z) | x] of shape {tuple(self.value.shape)} (self-normalised importance sampling, K = "
+            f"{self.num_samples}; median standard error {self.standard_error.median():.2g}, median ESS "
+            f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self.share_high_k:.1%})"
+        )
+
+
+@takes_program
+def expect(
+    model: PyroFunction,
+    guide: PyroFunction,
+    x: Any,
+    function: Function,
+    num_samples: int = NUM_SAMPLES,
+    *,
+    refine: bool = False,
+    seed: Seed | None = None,
+    vectorize_particles: bool = True,
+    progress: bool = True,
+) -> Expectation:
+    r"""Estimate a posterior expectation of each datum, by weighted draws of the guide.
+
+    .. math:: \mathbb E[f(z) \mid x_n] \approx \frac{\sum_k w_{kn} f(z_{kn})}{\sum_k w_{kn}}, \qquad
+        w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} \mid x_n)}, \quad z_{kn} \sim q(z \mid x_n)
+
+    The guide's own mean is an average under q(z|x); this one is under the posterior p(z|x). It is consistent, with a
+    bias of order 1 / K.
+
+    =========================  ===========================================================================
+    posterior means            ``pv.expect(program, x, "z")``
+    posterior variances        ``pv.expect(program, x, lambda z: z.square())``, minus the squared means
+    posterior probabilities    ``pv.expect(program, x, lambda z: z > 0)``
+    classes, p(y = c | x)      ``pv.expect(program, x, lambda y: one_hot(y, 10))``
+    predictive means           ``pv.expect(program, x, "x")``, the mean of x given z, over the posterior of z
+    missing elements           the same of ``(x, mask)``, in the program that masks them: see ``vae.impute``
+    =========================  ===========================================================================
+
+    Arguments:
+        model, guide, x, seed, vectorize_particles, progress: see :func:`pyro_vae.log_likelihood`.
+        function: f, or the name of a site. A function gets the values of the model's latent sites, each of shape
+            (K, N, \*nested plates, \*event): a tensor if there is one site, or a dictionary by name if there are more.
+            It returns numbers or booleans of shape (K, N, \*shape). A name stands for the value of a latent or
+            ``pyro.deterministic`` site, or for the mean of an observed site's distribution.
+        num_samples: K, the number of draws for each datum, at least 2.
+        refine: whether to draw from proposals that are fitted to each datum, see :func:`pyro_vae.refine`.
+
+    Raises:
+        ValueError: `function` returns another shape, or names no site; all weights of a datum are zero; or an error of
+            :func:`pyro_vae.log_likelihood`.
+        FloatingPointError: `function` is NaN or infinite at a draw that has a weight; or an error of
+            :func:`pyro_vae.log_likelihood`.
+
+    Warns:
+        UserWarning: k-hat is above 0.7 for some data.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
+        >>> pyro.set_rng_seed(0)
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        >>> x = torch.tensor([-1.0, 0.0, 2.0])
+        >>> found = pv.expect(model, guide, x, "z", seed=0)
+        >>> bool(((found.value - x / 2).abs() < 4 * found.standard_error).all())
+        True
+
+    References:
+        Owen (2013), *Monte Carlo Theory, Methods and Examples*, chapter 9 (the standard error).
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR (k-hat of f).
+    """
+    require_count("num_samples", num_samples, least=2, why=", to have an error bar")
+    parts = []
+    with checked(model, guide, x, seed) as data:
+        search = Search(data, Settings(vectorize=vectorize_particles)) if refine else None
+        programs = data.programs(num_samples, vectorize_particles) if search is None else search.programs
+        read = _reader(programs[0], function)
+        steps = search.settings.num_steps if search else 1
+        with progress_bar(len(programs) * steps, "step", "E[f(z) | x]", progress) as bar:
+            for program in programs:
+                if search is not None:
+                    program = replace(program, guide=search.guide(search.proposals(program, bar).mixture))
+                parts.append(_expectation(_showing(program), read, num_samples, vectorize_particles))
+                if search is None:
+                    bar.update()
+    value, error, ess, shapes = (torch.cat(column) for column in zip(*parts, strict=True))
+    found = Expectation(value, error, ess, shapes, num_samples)
+    warn_of_high_k(found.pareto_k, REFINED_ADVICE if refine else ADVICE, OF_MEAN)
+    return found
+
+
+def _showing(program: Program) -> Program:
+    """The program with its ``pyro.deterministic`` sites."""
+    traces = program.trace()
+    plate = find_batch_plate(labelled(*map(sample_sites, traces)))
+    return replace(program, deterministic=deterministic_shapes(traces[0], plate))
+
+
+def _reader(program: Program, function: Any) -> Callable[[Run], Tensor]:
+    """What gives f(z), (K, N, *shape), of a run."""
+    once = _showing(program).run()
+    sites = once.model
+    latent = [name for name, site in sites.items() if not site["is_observed"]]
+    if isinstance(function, str):
+        named = [name for name, site in sites.items() if not is_factor(site)]
+        if function not in named:
+            raise PyroVAEError(f"expected the name of a site of the model, one of {named}, got {function!r}. Pass one.")
+        _of_site(once, function)
+        return lambda run: _of_site(run, function)
+    if not callable(function):
+        raise PyroVAEError(
+            f"expected function to be a function of latents, or the name of a site, got {shown(function)}. Pass "
+            "lambda z: z, for example."
+        )
+
+    def read(run: Run) -> Tensor:
+        values = {name: laid_out(run, run.model[name])[0] for name in latent}
+        found = function(values if len(values) > 1 else next(iter(values.values())))
+        number, size = run.num_particles, run.batch_plate.size
+        if not isinstance(found, Tensor) or found.is_complex() or tuple(found.shape[:2]) != (number, size):
+            raise PyroVAEError(
+                f"expected function to return real numbers of shape (K, N, ...), here ({number}, {size}, ...), a row "
+                f"for each draw and datum, got {shown(found)}. Reduce over dimensions from the third on, such as "
+                "z.sum(-1), since the mean over draws is taken afterwards."
+            )
+        return found
+
+    read(once)
+    return read
+
+
+def _of_site(run: Run, name: str) -> Tensor:
+    site = run.model[name]
+    if not site["is_observed"] or is_deterministic(site):
+        return laid_out(run, site)[0]
+    try:
+        mean = site["fn"].mean
+    except NotImplementedError:
+        mean = torch.full((), math.nan)
+    if bool(mean.isnan().any()):
+        raise PyroVAEError(
+            f"site '{name}' ({family(site['fn'])}) has no mean: expected a distribution with one. Pass a function of "
+            "the latents that gives what you need, such as the probabilities of categories."
+        )
+    return laid_out(run, site | {"value": mean})[0]
+
+
+def _expectation(program: Program, read: Any, num_samples: int, vectorize: bool) -> tuple[Tensor, ...]:
+    """The fields of an :class:`Expectation` for a minibatch, from sums over portions of the draws."""
+    sums, left = _Sums(), num_samples
+    at_once = even_chunks(num_samples, max(2, rows_at_once(program.args) // len(program.args[0])))
+    while left:
+        found = Particles(min(at_once, left), vectorize).read(program, lambda run: (log_weights_of(run), read(run)))
+        log_w, f = (wide(torch.cat(each)) for each in zip(*found, strict=True))
+        sums.add(log_w, f)
+        left -= len(log_w)
+    return sums.result()
+
+
+class _Sums:
+    """Sums over draws of one minibatch, with weights relative to the largest one so far."""
+
+    def __init__(self) -> None:
+        self.log_w: list[Tensor] = []
+        self.log_distance: list[Tensor] = []
+        self.highest = self.first = self.second = torch.zeros(())  # replaced by the first portion
+
+    def add(self, log_w: Tensor, f: Tensor) -> None:
+        """Add draws with log-weights (K, N) and values (K, N, *shape)."""
+        check_finite(log_w)
+        counted = (log_w > -math.inf)[..., None]
+        self.shape, f = f.shape[2:], f.flatten(2) if f.dim() > 2 else f[..., None]
+        if bool((counted & ~f.isfinite()).any()):
+            raise NotFiniteError(
+                "expected function to be finite at every draw that has a weight, got NaN or infinity. Look for "
+                "logarithms of zero, or for overflow."
+            )
+        if not self.log_w:
+            self.origin = torch.where(counted, f, 0.0).mean(0)  # beside which sums of squares keep their digits
+            spread = (f - self.origin).square().mean(0).sqrt()
+            self.spread = torch.where(spread > 0, spread, 1.0)
+            self.highest = torch.full_like(log_w[0], -math.inf)
+        f = torch.where(counted, f - self.origin, 0.0)
+        before, self.highest = self.highest, torch.maximum(self.highest, log_w.amax(0))
+        shift = self.highest.nan_to_num(neginf=0.0)
+        kept, w = (before - shift).exp()[:, None], (log_w - shift).exp()[..., None]
+        powers = torch.stack([torch.ones_like(f), f, f.square()])  # (3, K, N, E)
+        self.first = self.first * kept + (w * powers[:2]).sum(1)
+        self.second = self.second * kept.square() + (w.square() * powers).sum(1)
+        self.log_w.append(log_w)
+        self.log_distance.append((f / self.spread).norm(dim=-1).log())
+
+    def result(self) -> tuple[Tensor, ...]:
+        """The fields of an :class:`Expectation`."""
+        log_w = torch.cat(self.log_w)
+        lost = (self.highest == -math.inf).nonzero()[:, 0].tolist()
+        if lost:
+            raise PyroVAEError(
+                f"expected weights above zero for each datum, got {len(log_w)} weights of zero for {len(lost)} of "
+                f"{log_w.shape[1]} data, such as row {lost[0]} of a minibatch. Pass refine=True, take more samples, or "
+                "train the guide for longer."
+            )
+        total, number = self.first[0], len(log_w)
+        mean = self.first[1] / total
+        square = (self.second[2] - 2 * mean * self.second[1] + mean.square() * self.second[0]).clamp(min=0)
+        error = (number / (number - 1) * square).sqrt() / total
+        shapes = torch.fmax(pareto_k(log_w), pareto_k(log_w + torch.cat(self.log_distance)))
+        size = (len(mean), *self.shape)
+        ess = (total.square() / self.second[0])[:, 0]
+        return (self.origin + mean).reshape(size), error.reshape(size), ess, shapes
