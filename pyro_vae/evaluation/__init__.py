@@ -11,6 +11,7 @@ from pyro_vae.evaluation.expectation import Expectation, expect
 from pyro_vae.evaluation.gaps import Gaps, inference_gaps
 from pyro_vae.evaluation.latents import active_units
 from pyro_vae.evaluation.likelihood import log_likelihood
+from pyro_vae.evaluation.models import compare_models
 from pyro_vae.evaluation.proposals.guide import RefinedGuide
 from pyro_vae.evaluation.proposals.refine import refine
 
@@ -30,6 +31,7 @@ __all__ = [
     "bdmc",
     "calibrate",
     "compare",
+    "compare_models",
     "decompose_elbo",
     "expect",
     "inference_gaps",

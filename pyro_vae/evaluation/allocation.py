@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class _Piloted(NamedTuple):
 
 
 def sample_as_needed(
-    data: Pieces, num_samples: int, error: float | None, refine: bool, vectorize: bool, progress: bool
+    data: Pieces, num_samples: int, goal: "Goal | None", refine: bool, vectorize: bool, progress: bool
 ) -> LogLikelihood:
     """The estimates of log p(x), with `num_samples` for each datum, or as many as a stated error takes."""
     search = Search(data, Settings(vectorize=vectorize)) if refine else None
@@ -54,10 +54,8 @@ def sample_as_needed(
     def estimates() -> Iterator[LogLikelihood]:
         for pilot in map(piloted, programs):
             numbers = torch.full_like(pilot.variance, num_samples, dtype=torch.long)
-            if error is not None:
-                numbers = _numbers(SAFETY * pilot.variance, error, MOST * num_samples)
-            if not data.divisible:
-                numbers = torch.full_like(numbers, int(numbers.max()))
+            if goal is not None:
+                numbers = goal.numbers(SAFETY * pilot.variance, MOST * num_samples, together=not data.divisible)
             found: LogLikelihood | None = None
             for number in numbers.unique().tolist():
                 chosen = (numbers == number).nonzero()[:, 0]
@@ -93,15 +91,56 @@ def _or_of_the_guide(log_w: Tensor, program: Program, pilot: _Piloted, number: i
     return torch.where(without, draw_weights(own, number, vectorize), log_w)
 
 
-def _numbers(variance: Tensor, error: float, most: int) -> Tensor:
-    """How many samples reach an error: powers of two times the fewest, so that few numbers differ; `most` for NaN."""
-    doublings = (variance.log2() - 2 * math.log2(error) - math.log2(FEWEST)).nan_to_num(math.inf, math.inf, 0.0)
-    return (FEWEST * 2.0 ** doublings.ceil().clamp(0, 60)).clamp(max=max(most, FEWEST)).long()
+class Goal:
+    """A standard error to reach for each datum, or for the mean over data; and what of it is left to spend."""
+
+    def __init__(self, error: float, of: Literal["datum", "mean"], num_data: int) -> None:
+        self.error, self.of_mean = error, of == "mean"
+        self.budget, self.data = (num_data * error) ** 2, num_data  # the variance that the sum of the rest may have
+        self.least = 1e-3 * self.budget / num_data
+        self.roots, self.piloted = 0.0, 0
+
+    def numbers(self, variance: Tensor, most: int, *, together: bool) -> Tensor:
+        """How many samples each datum of the next minibatch gets, (N,), by the relative variance of its weights.
+
+        They are powers of two times the fewest, so that few numbers differ; `most` for NaN; all alike if `together`.
+        """
+        target = variance * self._for_one_nat(variance)
+        doublings = (target.log2() - math.log2(FEWEST)).nan_to_num(math.inf, math.inf, 0.0)
+        found = (FEWEST * 2.0 ** doublings.ceil().clamp(0, 60)).clamp(max=max(most, FEWEST)).long()
+        if together:
+            found = torch.full_like(found, int(found.max()))
+        self.budget -= (variance / found).nansum().item()
+        self.data -= len(found)
+        return found
+
+    def _for_one_nat(self, variance: Tensor) -> Tensor | float:
+        """How many samples a relative variance of one takes."""
+        if not self.of_mean:
+            return self.error**-2
+        # The fewest samples in all have numbers in proportion to the root of the variance (Neyman 1934). Its mean over
+        # all data is that over the pilots so far.
+        root = variance.sqrt()
+        self.roots, self.piloted = self.roots + root.nansum().item(), self.piloted + len(root)
+        left = max(self.budget, self.least * self.data)
+        return self.data * (self.roots / self.piloted) / left / root
 
 
-def warn_of_larger_errors(result: LogLikelihood, error: float, num_samples: int, refine: bool) -> None:
-    """Name the data that did not reach a stated error, by what keeps them from it."""
+def warn_of_larger_errors(
+    result: LogLikelihood, error: float, of: Literal["datum", "mean"], num_samples: int, refine: bool
+) -> None:
+    """Name the data that did not reach a stated error, by what keeps them from it; or say that the mean did not."""
     high = result.pareto_k > HIGH_K
+    if of == "mean":
+        if not result.monte_carlo_error <= error or bool(high.any()):
+            warnings.warn(
+                f"the mean has a Monte Carlo error of {result.monte_carlo_error:.2g} nats, where {error:g} was asked "
+                f"for: {int(high.sum())} data have a k-hat above {HIGH_K}, so that theirs is not known, and "
+                f"{int((result.drawn >= MOST * num_samples).sum())} have {MOST} num_samples, the most. "
+                + ("Pass a larger num_samples." if refine else "Pass refine=True, or a larger num_samples."),
+                stacklevel=4,
+            )
+        return
     above = (result.per_datum_error > error) & ~high
     capped = above & (result.drawn >= MOST * num_samples)
     for missed, why in (

@@ -2,7 +2,7 @@ r"""The marginal likelihood log p(x) by importance sampling from the guide, over
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import PyroVAEError, require_count
-from pyro_vae.evaluation.allocation import sample_as_needed, warn_of_larger_errors
+from pyro_vae.evaluation.allocation import Goal, sample_as_needed, warn_of_larger_errors
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.draws import WEIGHTS_AT_ONCE, draw_weights, even_chunks
@@ -38,6 +38,7 @@ def log_likelihood(
     *,
     refine: bool = False,
     error: float | None = None,
+    error_of: Literal["datum", "mean"] = "datum",
     seed: Seed | None = None,
     vectorize_particles: bool = True,
     compile: bool = False,
@@ -65,6 +66,8 @@ def log_likelihood(
         error: a standard error in nats, such as 0.02, to reach for each datum with as many samples as it needs, at
             least 100 and at most 20 times `num_samples`. A pilot of 1,000 samples says how many. It does not count, or
             samples would decide their own number. The result's `drawn` has the numbers.
+        error_of: "datum" for an `error` of each datum, or "mean" for one of the mean over these data, the result's
+            `monte_carlo_error`. That takes far fewer samples, and most of them where weights vary most.
         seed: the seed of the random numbers; None continues from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
         compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
@@ -79,7 +82,7 @@ def log_likelihood(
         FloatingPointError: a log-weight is NaN or plus infinity.
 
     Warns:
-        UserWarning: some data have a k-hat above 0.7, or only weights of zero, or do not reach `error`.
+        UserWarning: some data have a k-hat above 0.7, or only weights of zero, or `error` is not reached.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
@@ -115,14 +118,15 @@ def log_likelihood(
         raise PyroVAEError(f"expected error to be a positive number of nats, got {error!r}. Try 0.02.")
     with checked(model, guide, x, seed) as data:
         if refine or error is not None:
-            result = sample_as_needed(data, num_samples, error, refine, vectorize_particles, progress)
+            goal = None if error is None else Goal(error, error_of, len(data.program.args[0]))
+            result = sample_as_needed(data, num_samples, goal, refine, vectorize_particles, progress)
         else:
             result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
     advice = REFINED_ADVICE if refine else ADVICE
     warn_of_zero_weights(result.zero_weights, result.drawn, advice)
     warn_of_high_k(result.pareto_k, advice)
     if error is not None:
-        warn_of_larger_errors(result, error, num_samples, refine)
+        warn_of_larger_errors(result, error, error_of, num_samples, refine)
     return result
 
 

@@ -6,7 +6,7 @@ or without gradients, or a numpy array. Without the argument `ax`, pyplot makes 
 ``matplotlib.pyplot.show()``, or save it with ``ax.figure.savefig("plot.png")``.
 """
 
-from pyro_vae.plots.charts import active_units, bounds, calibration, pareto_k, training_curve
+from pyro_vae.plots.charts import active_units, bounds, calibration, models, pareto_k, training_curve
 from pyro_vae.plots.pictures import images, latent_grid, latent_space, reconstructions
 from pyro_vae.plots.shared import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, Array, objective_colour
 
@@ -26,6 +26,7 @@ __all__ = [
     "images",
     "latent_grid",
     "latent_space",
+    "models",
     "objective_colour",
     "pareto_k",
     "reconstructions",

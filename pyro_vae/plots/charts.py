@@ -1,4 +1,4 @@
-"""Charts of bounds, training curves, Pareto k-hat, active units and calibration."""
+"""Charts of bounds, training curves, Pareto k-hat, active units, calibration and models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pandas as pd
 from pyro_vae.checks import checked, shown
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.plots.shared import BLACK, BLUE, CLASSES, SKY, VERMILLION, Array, new_figure, objective_colour, to_numpy
+
+FEW_HIGH = 0.01  # share of high k-hats that leaves a model's mean as it is
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
     from matplotlib.axes import Axes
@@ -230,6 +232,47 @@ def calibration(ranks: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.axhline(0, color=BLACK, linewidth=0.8, linestyle="--")
     ax.set_xlim(0, 1)
     return _finished(ax, "rank u of the true latent among the draws", "share of data of at most u, less u")
+
+
+@checked
+def models(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Plot how far models are from the best one, in log p(x) of the same data.
+
+    A bar is plus and minus 1.96 standard errors of the paired difference over data. A hollow marker is of a model with
+    a k-hat above 0.7 at more than 1% of the data, whose log p(x) is probably higher than its estimate.
+
+    Arguments:
+        table: the return value of :func:`pyro_vae.compare_models`, with index "model" and columns `log_likelihood`,
+            `difference`, `difference_se` and `share_high_k`.
+
+    Raises:
+        ValueError: `table` is empty, or lacks that index or those columns.
+
+    Example:
+        >>> import pandas as pd, pyro_vae as pv
+        >>> rows = {"log_likelihood": [-98.2, -99.1], "difference": [0.0, -0.9], "difference_se": [0.0, 0.1]}
+        >>> table = pd.DataFrame(rows | {"share_high_k": [0.0, 0.4]}, pd.Index(["A", "B"], name="model"))
+        >>> [label.get_text() for label in pv.plots.models(table).get_yticklabels()]
+        ['A\\n-98.20', 'B\\n-99.10']
+    """
+    columns = ["log_likelihood", "difference", "difference_se", "share_high_k"]
+    _check_table(table, ["model"], columns, "pv.compare_models")
+    ax = ax or new_figure().add_subplot()
+    labels = {False: "difference ± 1.96 standard errors", True: "k-hat > 0.7 at more than 1%: probably too low"}
+    hollow = table["share_high_k"] > FEW_HIGH
+    for which, label in labels.items():
+        rows = np.flatnonzero(hollow == which)
+        if len(rows):
+            found, error = (table[name].to_numpy(float)[rows] for name in ("difference", "difference_se"))
+            face = "none" if which else BLUE
+            style = {"color": BLUE, "marker": "o", "markerfacecolor": face, "linestyle": "", "capsize": 3}
+            ax.errorbar(found, rows, xerr=1.96 * error, label=label, **style)
+    ax.axvline(0, color=BLACK, linewidth=0.8, linestyle="--")
+    names = [f"{name}\n{value:.2f}" for name, value in table["log_likelihood"].items()]
+    ax.set_yticks(range(len(table)), labels=names)
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    best = table.index[0]
+    return _finished(ax, f"log p(x) minus that of '{best}' (nats per datum)", "model, with its log p(x)")
 
 
 def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:

@@ -199,7 +199,7 @@ POOLS: dict[str, tuple[str, str]] = {
     ),
     "function": (
         "'z'; 'x'; torch.square; lambda z: z > 0; lambda z: z[..., 0]; lambda z: torch.ones(*z.shape[:2], 3, 2)",
-        "None; 3; 'a'; lambda z: z.mean(); lambda z: z / 0; lambda: 1; lambda z: 'a'; lambda z: z * 1j; torch.nn.Linear",
+        "None; 3; 'a'; lambda z: z.mean(); lambda z: z / 0; lambda: 1; lambda z: 'a'; lambda z: z * 1j; torch.nn.ReLU",
     ),
     "ranks": (
         "pv.calibrate(vae(), torch.zeros(6, 4), 3, progress=False).ranks",
@@ -246,9 +246,10 @@ CALLS: list[tuple[int, str]] = [
     (3, "pv.fit({program}, {data}, {objective}, epochs=2, validation={data}, patience={count}, progress=False)"),
     (3, "pv.compare({program}, {x}, {objective}, repeats={count}, seed={seed})"),
     (2, "pv.refine({program}, {x}, num_steps={count}, num_pilot={many}, rounds={count}).pareto_k.isnan().sum()"),
-    (2, "pv.log_likelihood({program}, {x}, {many}, refine={flag}, error={number}, seed={seed})"),
+    (2, "pv.log_likelihood({program}, {x}, {many}, refine={flag}, error={number}, error_of='mean', seed={seed})"),
     (2, "pv.calibrate({program}, {x}, {count}, seed={seed}).gap"),
     (1, "pv.plots.calibration({ranks})"),
+    (2, "pv.compare_models(dict(a={program}, b={program}), {x}, {many}, refine={flag}, claim={number}).difference"),
     (2, "pv.expect({program}, {x}, {function}, {many}, refine={flag}, seed={seed}).value"),
     (3, "pv.ais({program}, {x}, {count}, {count}, seed={seed}, progress=False)"),
     (2, "pv.bdmc({program}, {x}, {count}, {count}, seed={seed}, progress=False)"),

@@ -445,6 +445,22 @@ def test_calibration_draws_a_line_for_each_dimension_and_the_band_of_uniform_ran
             plots.calibration(wrong)
 
 
+def test_models_are_in_rows_from_the_best_one_down_hollow_where_their_estimates_are_too_low():
+    rows = {"log_likelihood": [-1.0, -2.0, -3.5], "difference": [0.0, -1.0, -2.5], "difference_se": [0.0, 0.1, 0.2]}
+    table = pd.DataFrame(rows | {"share_high_k": [0.0, 0.5, 0.01]}, pd.Index(["a", "b", "c"], name="model"))
+    ax = plots.models(table)
+    solid, hollow = (bars.lines[0] for bars in ax.containers)
+    assert solid.get_xydata().tolist() == [[0, 0], [-2.5, 2]]
+    assert hollow.get_xydata().tolist() == [[-1, 1]]
+    assert hollow.get_markerfacecolor() == "none"
+    left, right = (cap.get_xdata()[0] for cap in ax.containers[1].lines[1])
+    assert (left, right) == pytest.approx((-1.196, -0.804))
+    top, bottom = ax.get_ylim()[::-1]
+    assert top < 0 < 2 < bottom
+    with pytest.raises(ValueError, match="Pass the return value"):
+        plots.models(table.reset_index())
+
+
 def test_active_units_are_in_the_order_of_their_kl():
     rows = pd.MultiIndex.from_tuples([("z", 0), ("z", 1), ("z", 2)], names=["site", "dimension"])
     table = pd.DataFrame({"kl": [0.001, 2.0, 1.0], "kl_se": 0.1, "active": [False, True, True]}, index=rows)

@@ -1,0 +1,201 @@
+"""The table of compare_models: several models on one set of data, by log p(x) and paired differences."""
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_vae.checks import Seed, checked, shown
+from pyro_vae.devices import wide
+from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.sites import element_weights, is_deterministic, is_factor
+from pyro_vae.errors import PyroVAEError
+from pyro_vae.evaluation.defaults import NUM_SAMPLES
+from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, pareto_k
+from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.evaluation.evidence import LogLikelihood
+from pyro_vae.evaluation.likelihood import log_likelihood
+from pyro_vae.evaluation.pieces import checked as checked_program
+from pyro_vae.evaluation.pieces import rows_at_once
+from pyro_vae.evaluation.runs import laid_out
+
+SURE = 2.0  # standard errors of a difference that is claimed
+PART_OF_CLAIM = 0.1  # the Monte Carlo error of a difference, as a part of the difference that is claimed
+
+
+@checked
+def compare_models(
+    models: Mapping[str, Any],
+    x: Any,
+    num_samples: int = NUM_SAMPLES,
+    *,
+    refine: bool = True,
+    error: float | None = None,
+    claim: float | None = None,
+    seed: Seed | None = None,
+    vectorize_particles: bool = True,
+    progress: bool = True,
+) -> pd.DataFrame:
+    r"""Compare models by log p(x) of the same data: a table with one row for each, the best one first.
+
+    .. math:: \hat\Delta = \frac1N \sum_n \bigl(\log \hat p_A(x_n) - \log \hat p_B(x_n)\bigr), \qquad
+        \operatorname{se} = \frac{1}{\sqrt N} \operatorname{std}_n \bigl(\log \hat p_A(x_n) - \log \hat p_B(x_n)\bigr)
+
+    Data are hard or easy for all models alike. So a difference has a smaller error than either mean.
+
+    - ``log_likelihood``, ``log_likelihood_se``: the mean over data, and its standard error over data, in nats.
+    - ``difference``, ``difference_se``: the row minus the first row, and the standard error of this paired difference
+      over data. It includes the Monte Carlo error.
+    - ``difference_mc``: the Monte Carlo error of the difference for these data, which more samples reduce.
+    - ``share_high_k``: the share of data with k-hat above 0.7, whose estimates are probably too low.
+    - ``ess``: the median effective sample size.
+    - ``seconds``: the time of the row's estimate, with the fit of proposals.
+    - ``data_needed``, with `claim`: how many data make two standard errors of the difference as small as `claim`.
+    - ``samples_needed``, with `claim`: how many samples of each datum make its Monte Carlo error a tenth of `claim`.
+
+    Arguments:
+        models: model/guide pairs, or tuples (model, guide), by name.
+        x, num_samples, seed, vectorize_particles, progress: see :func:`pyro_vae.log_likelihood`.
+        refine: whether to sample from proposals that are fitted to each datum, see :func:`pyro_vae.refine`. False
+            serves discrete latents, and models whose k-hat is low without it.
+        error: a Monte Carlo error in nats that each difference should have; see :func:`pyro_vae.log_likelihood`.
+        claim: a difference in nats, such as 0.1.
+
+    Raises:
+        ValueError: there are fewer than two models; they observe other elements of the data, or other functions of
+            them; one has densities where another has probabilities; or an error of :func:`pyro_vae.log_likelihood`.
+
+    Warns:
+        UserWarning: as :func:`pyro_vae.log_likelihood`, with the model's name.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, pyro_vae as pv
+        >>> def program(scale):
+        ...     def model(x):
+        ...         with pyro.plate("data", len(x)):
+        ...             z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...             pyro.sample("x", dist.Normal(z, scale), obs=x)
+        ...     def guide(x):
+        ...         with pyro.plate("data", len(x)):
+        ...             pyro.sample("z", dist.Normal(x / (1 + scale**2), 0.7))
+        ...     return model, guide
+        >>> x = 2**0.5 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+        >>> table = pv.compare_models({"narrow": program(0.3), "true": program(1.0)}, x, 500, seed=0, progress=False)
+        >>> table.index.tolist(), bool(table.difference["narrow"] < -3 * table.difference_se["narrow"])
+        (['true', 'narrow'], True)
+
+    References:
+        Vehtari, Gelman and Gabry (2017), *Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and
+        WAIC*, Statistics and Computing (paired differences).
+    """
+    if len(models) < 2:
+        raise PyroVAEError(f"expected at least two models by name, got {len(models)}. Use pv.log_likelihood for one.")
+    if claim is not None and not 0 < claim < math.inf:
+        raise PyroVAEError(f"expected claim to be a positive number of nats, got {claim!r}. Try 0.1.")
+    _check_observations(models, x)
+    pareto_k(torch.arange(FEWEST_SAMPLES)[:, None])  # imports ArviZ, which takes seconds that are no model's
+    found, seconds = dict[str, LogLikelihood](), dict[str, float]()
+    options: dict[str, Any] = {"seed": seed, "vectorize_particles": vectorize_particles, "progress": progress}
+    if error is not None:  # of the two estimates whose difference it is
+        options |= {"error": error / 2**0.5, "error_of": "mean"}
+    for name, program in models.items():
+        started = time.perf_counter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found[name] = log_likelihood(program, x, num_samples, refine=refine, **options)
+        seconds[name] = time.perf_counter() - started
+        for warning in caught:
+            warnings.warn(f"model '{name}': {warning.message}", warning.category, stacklevel=3)
+    order = sorted(found, key=lambda name: found[name].mean, reverse=True)
+    best = found[order[0]]
+    rows = {name: _row(found[name], best, claim) | {"seconds": seconds[name]} for name in order}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def _row(own: LogLikelihood, best: LogLikelihood, claim: float | None) -> dict[str, float]:
+    mean, paired = own.estimate, Estimate.of(own.per_datum - best.per_datum)
+    noise = 0.0 if own is best else math.hypot(own.monte_carlo_error, best.monte_carlo_error)
+    row = {
+        "log_likelihood": mean.value,
+        "log_likelihood_se": mean.standard_error,
+        "difference": paired.value,
+        "difference_se": paired.standard_error,
+        "difference_mc": noise,
+        "share_high_k": own.share_high_k,
+        "ess": own.ess.median().item(),
+    }
+    if claim is not None:
+        samples = own.drawn.double().mean().item()
+        of_first = math.nan if own is best else 1.0  # which has no difference
+        row["data_needed"] = of_first * len(own.per_datum) * (SURE * paired.standard_error / claim) ** 2
+        row["samples_needed"] = of_first * samples * (noise / (PART_OF_CLAIM * claim)) ** 2
+    return row
+
+
+def _check_observations(models: Mapping[str, Any], x: Any) -> None:
+    """Refuse models whose log p(x) are not of the same thing."""
+    names = list(models)
+    first = _observations(models[names[0]], x)
+    for name in names[1:]:
+        other = _observations(models[name], x)
+        pair = f"models '{names[0]}' and '{name}'"
+        sizes = [tuple(values.shape) for values, _ in (first, other)]
+        if sizes[0] != sizes[1] or not torch.equal(first[0], other[0]):
+            got = f"{sizes[0]} and {sizes[1]} numbers" if sizes[0] != sizes[1] else "other numbers in each"
+            raise PyroVAEError(
+                f"{pair} observe different things: expected models of the same elements of x, unchanged and with the "
+                f"same mask, got {got}. A density of x / 255, say, is another number than that of x."
+            )
+        if not torch.equal(first[1], other[1]):
+            kinds = ["probabilities" if bool(discrete.any()) else "densities" for _, discrete in (first, other)]
+            raise PyroVAEError(
+                f"{pair} have {kinds[0]} and {kinds[1]}: expected the same of both, since a density is no probability. "
+                "Compare discrete likelihoods with each other, and continuous ones with each other."
+            )
+
+
+@takes_program
+def _observations(model: PyroFunction, guide: PyroFunction, x: Any) -> tuple[Tensor, Tensor]:
+    """The observed numbers of each datum in order, (N, E), NaN where masked; and whether each is of a discrete site."""
+    parts = []
+    with checked_program(model, guide, x, seed=0) as data:
+        for program in data.programs(1, size=rows_at_once(data.program.args)):
+            parts.append(_observed(program))
+    values, discrete = (torch.cat(each) for each in zip(*parts, strict=True))
+    return values, discrete
+
+
+def _observed(program: Any) -> tuple[Tensor, Tensor]:
+    run = program.run()
+    columns, discrete = [], []
+    for site in run.model.values():
+        if not site["is_observed"] or is_factor(site) or is_deterministic(site):
+            continue
+        value = wide(site["value"])
+        counts = element_weights(site | {"value": value, "scale": 1.0})
+        kept, _ = laid_out(run, site | {"value": torch.where(counts > 0, value, math.nan)})
+        columns.append(kept.reshape(run.batch_plate.size, -1))
+        discrete.append(torch.full_like(columns[-1], _is_discrete(site["fn"]), dtype=torch.bool))
+    if not columns:
+        raise PyroVAEError(
+            "expected models with observed sites, got one with its data in a pyro.factor, which may be anything. "
+            "Observe the data by obs=, or compare pv.log_likelihood of each."
+        )
+    values, order = torch.cat(columns, 1).sort(dim=1, stable=True)
+    return values.nan_to_num(math.inf), torch.cat(discrete, 1).gather(1, order)
+
+
+def _is_discrete(fn: Any) -> bool:
+    try:
+        return bool(fn.support.is_discrete)
+    except NotImplementedError as error:
+        raise PyroVAEError(
+            f"expected observed sites whose distributions have a support, got {shown(fn)}. Give it one, which says "
+            "whether its values are discrete."
+        ) from error

@@ -1,0 +1,180 @@
+"""Models compared on one set of data: exact differences, their errors, and what can't be compared."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+
+QUIET = {"seed": 0, "progress": False}
+N = 1000
+X = 2**0.5 * torch.randn(N, generator=torch.Generator().manual_seed(0))
+
+
+def program(scale, noise=dist.Normal, seen=lambda x: x, mask=None):
+    """A model whose data have a normal log p(x) of variance 1 + scale^2, with a guide that is near the posterior."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.poutine.mask(mask=True if mask is None else mask[: len(x)]):
+                pyro.sample("x", noise(z, scale), obs=seen(x))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / (1 + scale**2), 1.1 * scale / (1 + scale**2) ** 0.5))
+
+    return model, guide
+
+
+def exact(scale):
+    return dist.Normal(0.0, (1 + scale**2) ** 0.5).log_prob(X.double())
+
+
+SCALES = {"narrow": 0.5, "true": 1.0, "wide": 2.0}
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_differences_are_exact_within_their_errors(refine):
+    models = {name: program(scale) for name, scale in SCALES.items()}
+    table = pv.compare_models(models, X, 500, refine=refine, **QUIET)
+    best = exact(1.0)
+    assert table.index.tolist() == sorted(SCALES, key=lambda name: -exact(SCALES[name]).mean())
+    for name, row in table.iterrows():
+        own = exact(SCALES[name])
+        difference = (own - best).mean().item()
+        if name == "true":
+            assert row.difference == row.difference_se == row.difference_mc == 0
+        else:
+            assert abs(row.difference - difference) < 4.5 * row.difference_mc
+            spread = (own - best).std().item() / N**0.5
+            assert row.difference_se == pytest.approx(math.hypot(spread, row.difference_mc), rel=0.05)
+            assert row.difference_se < row.log_likelihood_se * 1.6  # far less than of two means apart
+        assert row.share_high_k == 0
+        assert row.ess > 250
+
+
+def test_a_claim_says_what_it_takes():
+    models = {"true": program(1.0), "wide": program(2.0)}
+    row = pv.compare_models(models, X, 500, claim=0.1, refine=False, **QUIET).loc["wide"]
+    # So many data, and so many samples, have the errors that the claim needs.
+    assert row.difference_se * (N / row.data_needed) ** 0.5 == pytest.approx(0.05)
+    assert row.difference_mc * (500 / row.samples_needed) ** 0.5 == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_a_stated_error_is_that_of_the_difference(refine):
+    models = {"true": program(1.0), "wide": program(2.0)}
+    table = pv.compare_models(models, X, error=4e-4, refine=refine, **QUIET)
+    assert 2e-4 < table.difference_mc["wide"] < 4e-4
+
+
+def test_an_error_of_the_mean_takes_samples_where_the_weights_vary():
+    sd = torch.where(X.abs() < 1, 0.9, 2.5)  # of the guide; the posterior's is 0.71
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, sd[(x[:, None] == X).int().argmax(1)]))
+
+    model = program(1.0)[0]
+    found = pv.log_likelihood(model, guide, X, error=3e-4, error_of="mean", **QUIET)
+    assert 1.5e-4 < found.monte_carlo_error < 3e-4
+    assert abs(found.mean - exact(1.0).mean()) < 4.5 * found.monte_carlo_error
+    easy, hard = found.drawn[X.abs() < 1].double().mean(), found.drawn[X.abs() >= 1].double().mean()
+    v = [w.exp().var(0).mean() for w in (_weights(0.9), _weights(2.5))]
+    # In proportion to the root of the variance, but for numbers that are powers of two.
+    assert hard / easy == pytest.approx((v[1] / v[0]).sqrt().item(), rel=0.5)
+    # All of these data with the error of the mean's goal would take more.
+    same = found.per_datum_error.square() * found.drawn / (3e-4**2 * N)
+    assert found.drawn.sum() < same.sum()
+
+
+def _weights(sd):
+    z = 2.0**-0.5 * torch.zeros(1) + sd * torch.randn(100_000, 1, generator=torch.Generator().manual_seed(1))
+    return dist.Normal(0.0, 0.5**0.5).log_prob(z) - dist.Normal(0.0, sd).log_prob(z)
+
+
+def test_an_error_that_is_out_of_reach_is_said():
+    with pytest.warns(UserWarning, match="the mean has a Monte Carlo error of .*, where 1e-06 was asked for"):
+        pv.log_likelihood(*program(1.0), X[:50], 100, error=1e-6, error_of="mean", **QUIET)
+
+
+def test_warnings_name_the_model():
+    model = program(1.0)[0]
+
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.1))
+
+    with pytest.warns(UserWarning, match="model 'narrow': .* Pareto k-hat"):
+        table = pv.compare_models({"narrow": (model, narrow), "true": program(1.0)}, X, 200, refine=False, **QUIET)
+    assert table.share_high_k["narrow"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (program(1.0, seen=lambda x: x / 2), "observe different things: .* other numbers"),
+        (program(1.0, mask=torch.arange(N) > 3), "observe different things"),
+        (program(1.0, noise=lambda z, _: dist.Poisson(z.exp()), seen=torch.abs), "observe different things"),
+    ],
+)
+def test_other_observations_are_refused(other, words):
+    with pytest.raises(ValueError, match=words):
+        pv.compare_models({"A": program(1.0), "B": other}, X.round(), 50, **QUIET)
+
+
+def test_densities_beside_probabilities_are_refused():
+    x = (torch.rand(12, 5) > 0.5).float()
+    pairs = {
+        name: pv.mlp_vae((5,), latent_dim=2, hidden_dims=(4,), likelihood=name)
+        for name in ("bernoulli", "continuous_bernoulli")
+    }
+    with pytest.raises(ValueError, match="'continuous_bernoulli' have probabilities and densities"):
+        pv.compare_models(pairs, x, 50, **QUIET)
+
+
+def test_the_same_data_in_other_sites_are_accepted():
+    x = torch.randn(20, 2)
+
+    def together(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).expand([*z.shape, 2]).to_event(1), obs=x)
+
+    def apart(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for i in (1, 0):
+                pyro.sample(f"column {i}", dist.Normal(z, 1.0), obs=x[:, i])
+
+    def guide_in(plate):
+        def guide(x):
+            with pyro.plate(plate, len(x)):
+                pyro.sample("z", dist.Normal(x.sum(1) / 3, 0.6))
+
+        return guide
+
+    models = {"together": (together, guide_in("data")), "apart": (apart, guide_in("rows"))}
+    table = pv.compare_models(models, x, 2000, refine=False, **QUIET)
+    assert abs(table.difference.iloc[1]) <= 4.5 * table.difference_mc.iloc[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"models": {"A": program(1.0)}}, "at least two models"),
+        ({"models": [program(1.0)] * 2}, "expected models to be a dictionary"),
+        ({"claim": 0.0}, "claim to be a positive number"),
+        ({"error": -1.0}, "error to be a positive number"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, words):
+    models = {"A": program(1.0), "B": program(2.0)}
+    with pytest.raises(ValueError, match=words):
+        pv.compare_models(**{"models": models, "x": X, "num_samples": 50, **QUIET, **arguments})
