@@ -1,6 +1,7 @@
 """Evaluations of a model: log p(x), inference gaps, the parts of the ELBO, active units, comparison of objectives."""
 
 from pyro_vae.evaluation.annealing import AnnealedLikelihood, Sandwich, ais, bdmc
+from pyro_vae.evaluation.blame import blame
 from pyro_vae.evaluation.calibration import Calibration, calibrate
 from pyro_vae.evaluation.comparison import compare
 from pyro_vae.evaluation.decomposition import Decomposition, decompose_elbo
@@ -29,6 +30,7 @@ __all__ = [
     "active_units",
     "ais",
     "bdmc",
+    "blame",
     "calibrate",
     "compare",
     "compare_models",

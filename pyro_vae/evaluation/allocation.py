@@ -95,9 +95,9 @@ class Goal:
     """A standard error to reach for each datum, or for the mean over data; and what of it is left to spend."""
 
     def __init__(self, error: float, of: Literal["datum", "mean"], num_data: int) -> None:
-        self.error, self.of_mean = error, of == "mean"
-        self.budget, self.data = (num_data * error) ** 2, num_data  # the variance that the sum of the rest may have
-        self.least = 1e-3 * self.budget / num_data
+        self.unit, self.of_mean = 2 * math.log2(error), of == "mean"  # the error's square, as a power of two
+        self.budget, self.data = float(num_data**2), num_data  # the variance that the sum of the rest may have
+        self.least = 1e-3 * num_data
         self.roots, self.piloted = 0.0, 0
 
     def numbers(self, variance: Tensor, most: int, *, together: bool) -> Tensor:
@@ -105,25 +105,22 @@ class Goal:
 
         They are powers of two times the fewest, so that few numbers differ; `most` for NaN; all alike if `together`.
         """
-        target = variance * self._for_one_nat(variance)
-        doublings = (target.log2() - math.log2(FEWEST)).nan_to_num(math.inf, math.inf, 0.0)
+        target = (self._of_mean(variance.sqrt()) if self.of_mean else variance).log2() - self.unit
+        doublings = (target - math.log2(FEWEST)).nan_to_num(math.inf, math.inf, 0.0)
         found = (FEWEST * 2.0 ** doublings.ceil().clamp(0, 60)).clamp(max=max(most, FEWEST)).long()
         if together:
             found = torch.full_like(found, int(found.max()))
-        self.budget -= (variance / found).nansum().item()
+        self.budget -= ((variance / found).log2() - self.unit).exp2().nansum().item()
         self.data -= len(found)
         return found
 
-    def _for_one_nat(self, variance: Tensor) -> Tensor | float:
-        """How many samples a relative variance of one takes."""
-        if not self.of_mean:
-            return self.error**-2
-        # The fewest samples in all have numbers in proportion to the root of the variance (Neyman 1934). Its mean over
-        # all data is that over the pilots so far.
-        root = variance.sqrt()
+    def _of_mean(self, root: Tensor) -> Tensor:
+        """How many samples give the mean an error of one: the fewest in all, by the root of the variance (Neyman 1934).
+
+        The root's mean over all data is taken to be that over the pilots so far.
+        """
         self.roots, self.piloted = self.roots + root.nansum().item(), self.piloted + len(root)
-        left = max(self.budget, self.least * self.data)
-        return self.data * (self.roots / self.piloted) / left / root
+        return root * self.data * (self.roots / self.piloted) / max(self.budget, self.least * self.data)
 
 
 def warn_of_larger_errors(

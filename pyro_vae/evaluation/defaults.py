@@ -17,4 +17,5 @@ REFINE_PARTICLES = 8  # samples for each gradient: refine
 REFINE_LR = 0.05  # first step size of Adam, in standard deviations of the guide: refine
 REFINE_PILOT = 1000  # draws that show k-hat: refine
 REFINE_ROUNDS = 3  # components that may be added: refine
+BLAME_SAMPLES = 100  # draws of the guide for each datum: blame
 CALIBRATION_SAMPLES = 100  # draws of the guide for each simulated datum: calibrate

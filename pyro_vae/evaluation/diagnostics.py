@@ -98,7 +98,7 @@ def relative_variance(log_w: Tensor) -> Tensor:
     w = number * log_w.softmax(0)
     second, fourth = w.square().mean(0), w.pow(4).mean(0)
     error = ((fourth / second.square() - 1).clamp(min=0) / number).sqrt()
-    return second * (1 + 2 * error) - 1
+    return (second * (1 + 2 * error) - 1).clamp(min=0)  # of equal weights, rounding may leave less
 
 
 OF_LOG_P = (

@@ -1,13 +1,18 @@
 """Log-weights of a minibatch, from runs with as many particles as fit in memory."""
 
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from pyro_vae.devices import wide
 from pyro_vae.engine.particles import Particles
-from pyro_vae.engine.program import Program
+from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.evaluation.pieces import rows_at_once
+
+T = TypeVar("T")
 
 WEIGHTS_AT_ONCE = 2**22  # log-weights of a minibatch in memory
 RUNS_AT_ONCE = 16  # runs of the model on the samples of one run of the guide
@@ -24,6 +29,14 @@ def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> 
         pieces.append(wide(torch.cat(particles.read(program, log_weights_of))))
         left -= len(pieces[-1])
     return torch.cat(pieces)
+
+
+def in_portions(program: Program, num_samples: int, vectorize: bool, read: Callable[[Run], T]) -> Iterator[list[T]]:
+    """What `read` makes of each portion of the draws that fits in memory, at least two: of one run, or of several."""
+    at_once = even_chunks(num_samples, max(2, rows_at_once(program.args) // len(program.args[0])))
+    sizes = [min(at_once, num_samples - start) for start in range(0, num_samples, at_once)]
+    for size in sizes:
+        yield Particles(size, vectorize).read(program, read)
 
 
 def even_chunks(number: int, most: int) -> int:

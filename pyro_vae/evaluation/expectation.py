@@ -14,7 +14,6 @@ from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import find_batch_plate
 from pyro_vae.engine.drawing import deterministic_shapes
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import family, is_deterministic, is_factor, labelled
 from pyro_vae.engine.traces import sample_sites
@@ -22,9 +21,9 @@ from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import NotFiniteError, PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k, warn_of_high_k
-from pyro_vae.evaluation.draws import even_chunks
+from pyro_vae.evaluation.draws import in_portions
 from pyro_vae.evaluation.evidence import check_finite
-from pyro_vae.evaluation.pieces import checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.pieces import checked, progress_bar
 from pyro_vae.evaluation.proposals.search import Search, Settings
 from pyro_vae.evaluation.runs import laid_out
 
@@ -213,13 +212,9 @@ def _of_site(run: Run, name: str) -> Tensor:
 
 def _expectation(program: Program, read: Any, num_samples: int, vectorize: bool) -> tuple[Tensor, ...]:
     """The fields of an :class:`Expectation` for a minibatch, from sums over portions of the draws."""
-    sums, left = _Sums(), num_samples
-    at_once = even_chunks(num_samples, max(2, rows_at_once(program.args) // len(program.args[0])))
-    while left:
-        found = Particles(min(at_once, left), vectorize).read(program, lambda run: (log_weights_of(run), read(run)))
-        log_w, f = (wide(torch.cat(each)) for each in zip(*found, strict=True))
-        sums.add(log_w, f)
-        left -= len(log_w)
+    sums = _Sums()
+    for found in in_portions(program, num_samples, vectorize, lambda run: (log_weights_of(run), read(run))):
+        sums.add(*(wide(torch.cat(each)) for each in zip(*found, strict=True)))
     return sums.result()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -265,7 +265,13 @@ def models(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         if len(rows):
             found, error = (table[name].to_numpy(float)[rows] for name in ("difference", "difference_se"))
             face = "none" if which else BLUE
-            style = {"color": BLUE, "marker": "o", "markerfacecolor": face, "linestyle": "", "capsize": 3}
+            style: dict[str, Any] = {
+                "color": BLUE,
+                "marker": "o",
+                "markerfacecolor": face,
+                "linestyle": "",
+                "capsize": 3,
+            }
             ax.errorbar(found, rows, xerr=1.96 * error, label=label, **style)
     ax.axvline(0, color=BLACK, linewidth=0.8, linestyle="--")
     names = [f"{name}\n{value:.2f}" for name, value in table["log_likelihood"].items()]

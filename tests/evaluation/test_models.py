@@ -99,6 +99,16 @@ def _weights(sd):
     return dist.Normal(0.0, 0.5**0.5).log_prob(z) - dist.Normal(0.0, sd).log_prob(z)
 
 
+@pytest.mark.parametrize("of", ["datum", "mean"])
+def test_an_exact_guide_takes_the_fewest_samples(of):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    found = pv.log_likelihood(program(1.0)[0], guide, X, error=1e-3, error_of=of, **QUIET)
+    assert (found.drawn == 100).all()
+
+
 def test_an_error_that_is_out_of_reach_is_said():
     with pytest.warns(UserWarning, match="the mean has a Monte Carlo error of .*, where 1e-06 was asked for"):
         pv.log_likelihood(*program(1.0), X[:50], 100, error=1e-6, error_of="mean", **QUIET)

@@ -46,6 +46,7 @@ RANK = 16
 OFF_DIAGONAL = 0.25  # the power of D by which elements off the diagonal move slower
 WIDER = 1.1  # how much wider the fitted normal is made
 FEWEST_DF, MOST_DF = 3.0, 20.0  # of its tails, for few and for many latents, where heavy ones cost most of the draws
+NORMAL_DF = 1e3  # of tails that are a normal's
 MOVED, MOST_BEYOND = 0.1, 1e-3  # how far a draw may be from its value's own, and the share of weight that may be
 PILOT_AT_ONCE = 2**24  # numbers of pilot draws in memory
 SHARE = 0.05  # of the guide itself: no weight is more than 20 times its weight under the guide
@@ -67,6 +68,7 @@ class Proposals(NamedTuple):
     """The proposals of the data of a minibatch, and what their pilot draws show."""
 
     mixture: Mixture
+    normal: Student  # the fitted normal, before its tails are made heavier
     pareto_k: Tensor  # (N,)
     variance: Tensor  # of one weight; see relative_variance
 
@@ -94,6 +96,13 @@ class Search:
     def proposals(self, program: Program, bar: Any) -> Proposals:
         """Those of the data of a minibatch."""
         return _Minibatch(self, program).refined(bar)
+
+    def normal(self, proposals: Proposals) -> PyroFunction:
+        """The fitted normals alone, which are near the posterior, as the guide of a program on their data."""
+        start = proposals.normal.loc
+        return self.guide(
+            Mixture([proposals.normal], start.new_tensor([-math.inf, 0.0])[:, None].expand(2, len(start)))
+        )
 
     def guide(self, mixture: Mixture) -> PyroFunction:
         """The proposals as the guide of a program on their data."""
@@ -127,17 +136,20 @@ class _Minibatch:
         """The mixtures, by the best of their pilot draws."""
         share = SHARE if self.search.has_guide else 0.0
         log_shares = torch.tensor([share, 1 - share]).log().to(self.start)[:, None].expand(2, self.start.shape[1])
-        mixture = Mixture([self._fitted(bar)], log_shares)
+        normal = self._fitted(bar)
+        df = normal.df.new_full(normal.df.shape, max(FEWEST_DF, min(MOST_DF, self.layout.size)))
+        mixture = Mixture([Student(normal.loc, normal.scale.wider(WIDER), df)], log_shares)
         pilot = self._pilot(self.program, mixture)
         rows = (~pilot.is_good).nonzero()[:, 0]
         if not len(rows) or not self.settings.rounds:
-            return Proposals(mixture, pilot.pareto_k, pilot.variance)
+            return Proposals(mixture, normal, pilot.pareto_k, pilot.variance)
         if not self.search.divisible:
             rows = torch.arange(len(pilot.ess), device=rows.device)
         there = rows.to(self.start.device)
         trial, best = self._adapted(mixture.of(there), pilot.of(there), there)
         shapes = pilot.pareto_k.index_put((rows,), best.pareto_k)
-        return Proposals(mixture.with_rows(there, trial), shapes, pilot.variance.index_put((rows,), best.variance))
+        variance = pilot.variance.index_put((rows,), best.variance)
+        return Proposals(mixture.with_rows(there, trial), normal, shapes, variance)
 
     def _adapted(self, mixture: Mixture, pilot: Pilot, rows: Tensor) -> tuple[Mixture, Pilot]:
         """Mixtures of more components for these rows, or the guide alone, and the best one's pilot draws."""
@@ -157,7 +169,7 @@ class _Minibatch:
         return Mixture(mixture.students, shares, mixture.has_guide), best
 
     def _fitted(self, bar: Any) -> Student:
-        """The normal that Adam fits to each datum's posterior, with the tails of a Student t."""
+        """The normal that Adam fits to each datum's posterior."""
         loc0, sd0 = self.start.mean(0), self.start.std(0).clamp(min=LEAST_SD)
         number, d = loc0.shape
         moved, log_sd = torch.zeros_like(loc0), torch.zeros_like(loc0)
@@ -186,8 +198,7 @@ class _Minibatch:
             return -(self._log_joint(y) + (slope * y).sum(-1)).mean(0).sum()
 
         minimise(loss, leaves, self.settings.num_steps, self.settings.lr, bar)
-        df = loc0.new_full((number,), max(FEWEST_DF, min(MOST_DF, d)))
-        return Student(loc0 + sd0 * moved, scale().wider(WIDER), df)
+        return Student(loc0 + sd0 * moved, scale(), loc0.new_full((number,), NORMAL_DF))
 
     def _log_joint(self, y: Tensor) -> Tensor:
         """log p(x, z) |dz / dy| at vectors (K, N, D)."""
