@@ -9,10 +9,10 @@ import pyro_vae as pv
 from pyro_vae.checks import MAX_SEED
 from pyro_vae.cli import figures
 from pyro_vae.cli.memory import check_memory
-from pyro_vae.cli.report import NUM_ANNEALED, make_report
+from pyro_vae.cli.report import ANNEALED_STEPS, NUM_ANNEALED, make_report
 from pyro_vae.cli.run_folder import RunArgument, RunFolder
 from pyro_vae.cli.tables import format_report, print_table
-from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES, NUM_STEPS
+from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES
 from pyro_vae.files import written_whole
 
 ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # evaluation.nc has all draws of x for each image: 25 MB for MNIST
@@ -28,11 +28,11 @@ def _size(results: Any) -> int:
 def evaluate(
     path: RunArgument,
     num_images: Annotated[int | None, Option(min=2, help="Number of test images.", show_default="all")] = None,
-    num_samples: Annotated[int, Option(min=25, help="Importance samples per image. k-hat needs 25.")] = NUM_SAMPLES,
+    num_samples: Annotated[int, Option(min=30, help="Importance samples per image. k-hat needs 30.")] = NUM_SAMPLES,
     ais_images: Annotated[
         int, Option(min=2, help="Number of images for annealed importance sampling (AIS), gaps and simulation.")
     ] = NUM_ANNEALED,
-    ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = NUM_STEPS,
+    ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = ANNEALED_STEPS,
     ais_chains: Annotated[int, Option(min=2, help="Number of AIS chains for each image.")] = NUM_CHAINS,
     compile: Annotated[bool, Option("--compile", help="Compile importance sampling: faster for many images.")] = False,
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 0,
@@ -48,6 +48,7 @@ def evaluate(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Pareto k-hat above")  # the table's caption has this number
         report = make_report(vae, x, num_samples, ais_images, ais_steps, ais_chains, compile=compile, seed=seed)
+    print(report.verdict)
     print_table(format_report(report))
     written = folder.write_json("evaluation.json", report.to_dict())
     results = pv.to_arviz(vae, x[:ARVIZ_IMAGES], ARVIZ_DRAWS, seed=seed)

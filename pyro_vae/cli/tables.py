@@ -71,15 +71,26 @@ def _report_caption(report: Report) -> str:
         "nats ± SE: per image, with the standard error over images. For the parts of the ELBO the standard error is "
         "over samples of z.\n"
         "images: first, the first test images; sim., images simulated from the model.\n"
-        f"Importance sampling (IS): {weights}. The median ESS is {likelihood.ess.median():.0f} of "
-        f"{likelihood.num_samples} samples. The mean log p(x) has a Monte Carlo error of "
-        f"{likelihood.monte_carlo_error:.2g}, an underestimate where k-hat is high.\n"
+        f"Refined: from samples of a proposal that is fitted to each image. {weights}. The median ESS is "
+        f"{likelihood.ess.median():.0f} of {likelihood.num_samples} samples. The mean log p(x) has a Monte Carlo error "
+        f"of {likelihood.monte_carlo_error:.2g}, an underestimate where k-hat is high.\n"
         f"Annealed importance sampling (AIS): {report.annealed.acceptance.mean():.0%} of the proposals were accepted.\n"
+        f"The encoder, on simulated images: its 95% intervals hold {_coverage(report):.0%} of the true latents; "
+        f"{_verdicts(report)}.\n"
         f"Mutual information: at most log N = {math.log(report.decomposition.num_data):.2f}. Near this limit, more "
         "images are needed to separate it from the KL of the aggregate.\n"
-        "Gaps: their sum is the higher of the AIS and IS estimates minus the ELBO.\n"
+        "Gaps: their sum is the higher of the AIS and refined estimates minus the ELBO.\n"
         f"Active units: {active.sum()} of {len(active)} latent dimensions."
     )
+
+
+def _coverage(report: Report) -> float:
+    return float(report.calibration.coverage((0.95,)).guide.iloc[0])
+
+
+def _verdicts(report: Report) -> str:
+    counts = report.calibration.dimensions.verdict.value_counts()
+    return "; ".join(f"{count} of {counts.sum()} dimensions are {word}" for word, count in counts.items())
 
 
 def _table(first_column: str, caption: str, columns: list[str]) -> Table:

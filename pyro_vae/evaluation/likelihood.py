@@ -2,6 +2,7 @@ r"""The marginal likelihood log p(x) by importance sampling from the guide, over
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,8 @@ from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.draws import WEIGHTS_AT_ONCE, draw_weights, even_chunks
 from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.pieces import Args, Pieces, checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.proposals.refine import refined_guide
+from pyro_vae.evaluation.proposals.search import Settings
 
 ADVICE = (
     "Pass refine=True, which fits a proposal to each datum, take more samples, or check the number with pv.ais, which "
@@ -72,7 +75,7 @@ def log_likelihood(
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
         compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
             anew, which pays off where the call takes minutes. The random numbers are drawn in portions of other sizes,
-            so the estimate differs.
+            so the estimate differs. Proposals are fitted by uncompiled code, and those of all data are in memory.
         progress: whether to show a progress bar, in a terminal.
 
     Raises:
@@ -109,15 +112,19 @@ def log_likelihood(
             "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got "
             "False. Drop one of the two."
         )
-    if compile and (refine or error is not None):
+    if compile and error is not None:
         raise PyroVAEError(
-            "refined proposals, and samples to a stated error, are drawn by uncompiled code: expected compile=False "
-            "with refine=True or error=..., got True. Drop it."
+            "samples to a stated error are drawn by uncompiled code: expected compile=False with error=..., got True. "
+            "Drop it."
         )
     if error is not None and not 0 < error < math.inf:
         raise PyroVAEError(f"expected error to be a positive number of nats, got {error!r}. Try 0.02.")
     with checked(model, guide, x, seed) as data:
-        if refine or error is not None:
+        if refine and compile:
+            refined = refined_guide(data, Settings(), progress)
+            data = replace(data, program=replace(data.program, guide=refined))
+            result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
+        elif refine or error is not None:
             goal = None if error is None else Goal(error, error_of, len(data.program.args[0]))
             result = sample_as_needed(data, num_samples, goal, refine, vectorize_particles, progress)
         else:

@@ -30,7 +30,7 @@ INTEGERS = {  # the least value of each option
         "seed": 0,
     },
     "compare": {"num-images": 2, "repeats": 2, "seed": 0},
-    "evaluate": {"num-images": 2, "num-samples": 25, "ais-images": 2, "ais-steps": 2, "ais-chains": 2, "seed": 0},
+    "evaluate": {"num-images": 2, "num-samples": 30, "ais-images": 2, "ais-steps": 2, "ais-chains": 2, "seed": 0},
     "sample": {"num-samples": 1, "seed": 0},
 }
 CHOICES = {

@@ -19,7 +19,9 @@ def test_evaluate_prints_what_it_writes(run):
     status, out, err = pyro_vae("evaluate", run, *QUICK)
     assert (status, err) == (0, "")
     report = json.loads((run / "evaluation.json").read_text())
-    lines = [line for line in out.splitlines() if re.search(r"\d ± \d", line)]
+    verdict, missed, *table = out.splitlines()
+    assert "\n".join([verdict, missed]) == report["verdict"]
+    lines = [line for line in table if re.search(r"\d ± \d", line)]
     assert len(lines) == len(report["nats_per_datum"])
     for line, row in zip(lines, report["nats_per_datum"], strict=True):
         value, _, error, *number = line.replace(row["quantity"], "").strip(" -").split()[:5]
@@ -35,14 +37,18 @@ def test_evaluate_prints_what_it_writes(run):
     assert numbers["parts of the ELBO: sum"] == pytest.approx(
         numbers["reconstruction"] - numbers["mutual information"] - numbers["KL of aggregate to prior"]
     )
-    likelihood = numbers["log p(x), IS, K = 50"]
+    likelihood = numbers["log p(x), refined, K = 50"]
+    assert f" {likelihood:.2f} ± " in verdict
+    high = np.mean([k is not None and k > 0.7 for k in report["per_datum"]["pareto_k"]])
+    assert verdict.startswith("log p(x) = " if high <= 0.01 else "log p(x) >= ")
+    assert "too low by" in missed
     assert numbers["ELBO"] < numbers["IWAE, K = 64"]
     assert numbers["log p(x) - ELBO"] == pytest.approx(likelihood - numbers["ELBO"])
     assert likelihood == pytest.approx(np.mean(report["per_datum"]["log_likelihood"]))
     assert len(report["per_datum"]["pareto_k"]) == 40
     assert len(report["per_datum"]["ais"]) == 4
     assert report["latent_dimensions"] == 2
-    assert set(report["minutes"]) >= {"ais", "bdmc", "log_likelihood", "gaps", "decomposition"}
+    assert set(report["minutes"]) >= {"ais", "sandwich", "log_likelihood", "gaps", "decomposition"}
     paths = [Path(path) for path in out.splitlines()[-5:]]
     assert {path.name for path in paths} == EVALUATED | {"evaluation.json", "evaluation.nc"}
     assert all(path.is_file() for path in paths)
@@ -59,7 +65,7 @@ def test_evaluate_prints_what_it_writes(run):
 
 
 def test_evaluate_refuses_before_it_works(run):
-    assert "--num-samples" in refusal("evaluate", run, "--num-samples", 24)
+    assert "--num-samples" in refusal("evaluate", run, "--num-samples", 29)
     assert "nowhere to be a run folder, got no such folder" in refusal("evaluate", "nowhere")
     (run / "checkpoint.pt").unlink()
     assert "Train first" in refusal("evaluate", run)

@@ -872,6 +872,15 @@ def test_compiled_log_likelihood_of_several_portions_and_batches(without_inducto
         assert ((ll.per_datum - program.log_evidence()).abs() / ll.per_datum_error).max() < 5
 
 
+def test_compiled_log_likelihood_of_refined_proposals_in_several_batches(without_inductor, monkeypatch):
+    monkeypatch.setattr("pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE", 3 * 700)
+    program = LinearGaussian(3, 2, 7, wrong=True)
+    ll = pv.log_likelihood(program.model, program.guide, program.x, 200, refine=True, compile=True, seed=0)
+    assert ((ll.per_datum - program.log_evidence()).abs() / ll.per_datum_error).max() < 5
+    assert (ll.ess > 130).all()  # the guide's own is 16 to 180
+
+
+@pytest.mark.slow
 def test_compare_compiled_measures_the_same(without_inductor):
     program, x = mlp(torch.float64)
     objectives = [pv.ELBO(), pv.IWAE(4, "dreg")]

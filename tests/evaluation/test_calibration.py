@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.quick import slow_but
 from pyro.infer.autoguide import AutoNormal
 from scipy import stats
 from torch.distributions import kl_divergence
@@ -115,7 +116,7 @@ def test_ranks_of_an_exact_guide_are_uniform(program, x):
     assert all((f.log_weights - f.true_log_weights).abs().max() < 1e-4 for f in found)  # all weights are p(x)
 
 
-@pytest.mark.parametrize("elements", [1, 40_000], ids=["one minibatch", "a datum each"])
+@pytest.mark.parametrize("elements", slow_but([1], [1, 40_000]))
 def test_distances_of_several_dimensions_are_uniform_for_an_exact_guide(elements):
     """Whatever the size of the minibatches, which depends on the number of elements of a datum."""
 

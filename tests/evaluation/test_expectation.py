@@ -71,11 +71,11 @@ def test_both_ways_to_run_draw_the_same():
 
 def test_portions_sum_to_the_whole(monkeypatch):
     monkeypatch.setattr(pv.evaluation.pieces, "ELEMENTS_AT_ONCE", 4)  # of two draws each
-    found = pv.expect(model, exact_guide, X, lambda z: 1e4 + z, 2000, **QUIET)
+    found = pv.expect(model, exact_guide, X, lambda z: 1e4 + z, 500, **QUIET)
     assert z_scores(found, 1e4 + NORMAL.mean) < Z_LIMIT
     # All weights are equal, so the error is the classical one.
-    np.testing.assert_allclose(found.standard_error, (0.5 / 2000) ** 0.5, rtol=4 / (2 * 2000) ** 0.5)
-    np.testing.assert_allclose(found.ess, 2000, rtol=1e-5)
+    np.testing.assert_allclose(found.standard_error, (0.5 / 500) ** 0.5, rtol=4 / (2 * 500) ** 0.5)
+    np.testing.assert_allclose(found.ess, 500, rtol=1e-5)
 
 
 def test_a_weight_that_grows_in_a_later_portion_replaces_the_earlier_ones():

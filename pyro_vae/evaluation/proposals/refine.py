@@ -10,7 +10,7 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
 from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, warn_of_high_k
-from pyro_vae.evaluation.pieces import checked, progress_bar
+from pyro_vae.evaluation.pieces import Pieces, checked, progress_bar
 from pyro_vae.evaluation.proposals.guide import Mixture, RefinedGuide
 from pyro_vae.evaluation.proposals.search import Search, Settings
 
@@ -105,12 +105,15 @@ def refine(
         raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {REFINE_LR}.")
     settings = Settings(num_steps, num_particles, lr, num_pilot, rounds, vectorize_particles)
     with checked(model, guide, x, seed) as data:
-        search = Search(data, settings)
-        found = []
-        with progress_bar(len(search.programs) * num_steps, "step", "refining", progress) as bar:
-            for program in search.programs:
-                found.append(search.proposals(program, bar))
-        mixture, shapes = Mixture.joined([each.mixture for each in found]), torch.cat([each.pareto_k for each in found])
-        refined = RefinedGuide(search.base, search.layout, mixture, data.program.args, shapes)
-    warn_of_high_k(shapes, ADVICE)
+        refined = refined_guide(data, settings, progress)
+    warn_of_high_k(refined.pareto_k, ADVICE)
     return refined
+
+
+def refined_guide(data: Pieces, settings: Settings, progress: bool) -> RefinedGuide:
+    """The guide with the proposals of all data."""
+    search = Search(data, settings)
+    with progress_bar(len(search.programs) * settings.num_steps, "step", "refining", progress) as bar:
+        found = [search.proposals(program, bar) for program in search.programs]
+    mixture, shapes = Mixture.joined([each.mixture for each in found]), torch.cat([each.pareto_k for each in found])
+    return RefinedGuide(search.base, search.layout, mixture, data.program.args, shapes)
