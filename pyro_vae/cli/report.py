@@ -79,6 +79,7 @@ class Report:
             ("ELBO", ev.Estimate.of(self.encoder.elbo), "all", "encoder"),
             (f"IWAE, K = {IWAE_PARTICLES}", self.encoder.estimate, "all", "encoder"),
             (f"log p(x), refined, K = {likelihood.num_samples}", likelihood.estimate, "all", "log_likelihood"),
+            ("  upper bound, estimated", ev.Estimate.of(likelihood.upper), "all", "log_likelihood"),
             ("  log p(x) - ELBO", gap, "all", "log_likelihood"),
             ("parts of the ELBO: sum", parts.elbo, "all", "decomposition"),
             ("  reconstruction", parts.reconstruction, "all", "decomposition"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import Seed
+from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.simulation import prior_that_draws
@@ -106,6 +107,7 @@ def ais(
     num_leapfrog: int = NUM_LEAPFROG,
     step_size: float = STEP_SIZE,
     vectorize_particles: bool = True,
+    compile: bool = False,
     seed: Seed | None = None,
     progress: bool = True,
 ) -> AnnealedLikelihood:
@@ -131,6 +133,8 @@ def ais(
         num_leapfrog: the number of leapfrog steps in a transition.
         step_size: the leapfrog step size before adaptation.
         vectorize_particles: whether all chains of a datum run at once; see :func:`pyro_vae.log_weights`.
+        compile: whether to run the densities and their derivatives as compiled code, see :func:`pyro_vae.compile_step`.
+            Each call compiles anew, which pays off where it takes minutes.
 
     Raises:
         ValueError: an argument is invalid, a latent site is discrete or has bounds that depend on another latent, the
@@ -149,7 +153,7 @@ def ais(
         Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
         ICLR.
     """
-    settings = _Settings(num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles)
+    settings = _Settings(num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles, compile)
     return _annealed(model, guide, x, settings, seed, progress, simulate=False)[0]
 
 
@@ -166,6 +170,7 @@ def bdmc(
     num_leapfrog: int = NUM_LEAPFROG,
     step_size: float = STEP_SIZE,
     vectorize_particles: bool = True,
+    compile: bool = False,
     seed: Seed | None = None,
     progress: bool = True,
 ) -> Sandwich:
@@ -180,7 +185,7 @@ def bdmc(
 
     Arguments:
         model, guide, num_steps, num_chains, start, schedule: see :func:`pyro_vae.ais`.
-        num_leapfrog, step_size, vectorize_particles, seed, progress: see :func:`pyro_vae.ais`.
+        num_leapfrog, step_size, vectorize_particles, compile, seed, progress: see :func:`pyro_vae.ais`.
         x: data of the number and shapes to simulate. Arguments that the model observes, or elements of them such as
             ``x[:, t]``, are replaced by simulated ones; the others, such as labels, are kept.
 
@@ -199,7 +204,7 @@ def bdmc(
     References:
         Grosse, Ghahramani and Adams (2015), *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo*.
     """
-    settings = _Settings(num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles)
+    settings = _Settings(num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles, compile)
     forward, backward, simulated = _annealed(model, guide, x, settings, seed, progress, simulate=True)
     columns = tuple(torch.cat(column) for column in zip(*simulated, strict=True))
     return Sandwich(forward, torch.cat(backward), columns[0] if len(columns) == 1 else columns)
@@ -216,10 +221,16 @@ class _Settings:
     num_leapfrog: int
     step_size: float
     vectorize: bool
+    compile: bool
 
     def __post_init__(self) -> None:
         if self.start not in ("prior", "guide"):
             raise PyroVAEError(f"expected start to be 'prior' or 'guide', got {self.start!r}.")
+        if self.compile and not self.vectorize:
+            raise PyroVAEError(
+                "compiled code runs all chains at once: expected vectorize_particles=True with compile=True, got "
+                "False. Drop one of the two."
+            )
         require_count("num_steps", self.num_steps, least=2)
         require_count("num_chains", self.num_chains, least=2, why=", to have an error bar")
         require_count("num_leapfrog", self.num_leapfrog)
@@ -242,7 +253,7 @@ def _annealed(
     if start == "guide" and guide is None:
         raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
     temperatures = _temperatures(settings.schedule, num_steps)
-    forward, accepted, backward, simulated = [], [], [], []
+    forward, accepted, backward, simulated, evaluate = [], [], [], [], None
     instead = "pv.ais with start='guide', whose chains start at the guide's draws"
     with prior_that_draws(instead), checked(model, guide if start == "guide" else None, x, seed) as data:
         programs = data.programs(num_chains, settings.vectorize)
@@ -250,7 +261,9 @@ def _annealed(
         with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:
             for program in programs:
                 args, latents = simulate_data(program.model, program.args) if simulate else (program.args, {})
-                chains = Chains(program.on(args), num_chains, settings.num_leapfrog, settings.vectorize, bar)
+                chains = Chains(program.on(args), num_chains, settings.num_leapfrog, settings.vectorize, bar, evaluate)
+                if settings.compile and evaluate is None:
+                    evaluate = chains.evaluate = CompiledFunction(chains.evaluated, program.modules())
                 steps = chains.adapt(temperatures, settings.step_size)
                 log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)
                 forward.append(log_w)

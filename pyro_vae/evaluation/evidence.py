@@ -106,12 +106,17 @@ class LogLikelihood(Evidence):
 
     Attributes:
         elbo: the mean log-weight :math:`\frac1K \sum_k \log w_{kn}`, which estimates the ELBO, in nats, (N,).
+        upper: the mean log-weight of posterior draws, :math:`\sum_k \bar w_{kn} \log w_{kn}` with weights that sum to
+            one, in nats, (N,). It estimates the upper bound :math:`\mathbb E_{p(z|x)} \log w` on log p(x), by the same
+            weights as log p(x) itself. So what the draws miss, it misses too. :func:`pyro_vae.calibrate` has an upper
+            bound that holds, on simulated data.
         pareto_k: :func:`pyro_vae.pareto_k` of each datum's weights, (N,); NaN where no fit is possible.
         drawn: the number of each datum's samples, (N,), which is K unless they were drawn to a stated error;
             `num_samples` is the largest.
     """
 
     elbo: Tensor = field(repr=False)
+    upper: Tensor = field(repr=False)
     pareto_k: Tensor = field(repr=False)
     drawn: Tensor = field(repr=False)
 
@@ -119,7 +124,10 @@ class LogLikelihood(Evidence):
     def from_weights(cls, log_w: Tensor, /, **other_fields: Any) -> Self:
         """The record of log-weights (K, N); see :meth:`pyro_vae.Evidence.from_weights`."""
         drawn = torch.full_like(log_w[0], len(log_w), dtype=torch.long)
-        fields = {"elbo": log_w.mean(0), "pareto_k": pareto_k(log_w), "drawn": drawn}
+        shares = (log_w - log_w.logsumexp(0).nan_to_num(neginf=0.0)).exp()
+        upper = torch.where(shares > 0, shares * log_w, 0.0).sum(0)
+        upper = torch.where(shares.sum(0) > 0, upper, -math.inf)  # of weights of zero alone
+        fields = {"elbo": log_w.mean(0), "upper": upper, "pareto_k": pareto_k(log_w), "drawn": drawn}
         return super().from_weights(log_w, **fields, **other_fields)
 
     @classmethod

@@ -1,5 +1,6 @@
 """Annealing by Hamiltonian transitions, for many data at once, in unconstrained space, with adaptive step sizes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -49,9 +50,17 @@ class Chains:
     backward pass through the sum of their densities differentiates all of them.
     """
 
-    def __init__(self, program: Program, num_chains: int, num_leapfrog: int, vectorize: bool, bar: Any) -> None:
+    def __init__(
+        self,
+        program: Program,
+        num_chains: int,
+        num_leapfrog: int,
+        vectorize: bool,
+        bar: Any,
+        evaluate: Callable[..., tuple[Tensor, ...]] | None = None,  # in place of `evaluated`
+    ) -> None:
         self.program, self.num_chains, self.num_leapfrog, self.bar = program, num_chains, num_leapfrog, bar
-        self.vectorize = vectorize
+        self.vectorize, self.evaluate = vectorize, evaluate or self.evaluated
         self.example = first = self._run()  # for the shapes of the sites
         require_latents(first)
         check_latents(first.model, first.guide, self._run().model)
@@ -70,12 +79,17 @@ class Chains:
             values = {name: latents[name].expand(self.example.guide[name]["value"].shape) for name in self.names}
         return self.densities_at({name: self.transforms[name].inv(value) for name, value in values.items()})
 
-    @torch.enable_grad()
     def densities_at(self, position: dict[str, Tensor]) -> State:
-        """Both log-densities at an unconstrained position, including the log-Jacobian, with their derivatives."""
+        """The state at an unconstrained position."""
+        log_densities, *slopes = self.evaluate(position, *self.program.args)
+        return State(position, log_densities, dict(zip(position, slopes, strict=True)))
+
+    @torch.enable_grad()
+    def evaluated(self, position: dict[str, Tensor], *args: Tensor) -> tuple[Tensor, ...]:
+        """Both log-densities of these data at a position, with the log-Jacobian, (2, C, N); their slopes by site."""
         leaves = {name: value.detach().requires_grad_() for name, value in position.items()}
         values = {name: self.transforms[name](leaf) for name, leaf in leaves.items()}
-        there = run_at(self.program, values, self.num_chains, self.vectorize)
+        there = run_at(self.program.on(args), values, self.num_chains, self.vectorize)
         volumes = {n: self.transforms[n].log_abs_det_jacobian(leaves[n], values[n]) for n in self.names}
         volume = log_density(there, ((there.guide[n], _sum_of_event(there.guide[n], v)) for n, v in volumes.items()))
         densities = [log_density(there, terms(sites)) + volume for sites in (there.guide, there.model)]
@@ -85,11 +99,8 @@ class Chains:
             )
             for density in densities
         ]
-        return State(
-            {name: leaf.detach() for name, leaf in leaves.items()},
-            torch.stack([wide(density.detach()) for density in densities]),
-            {name: torch.stack(pair) for name, *pair in zip(leaves, *slopes, strict=True)},
-        )
+        found = torch.stack([wide(density.detach()) for density in densities])
+        return found, *(torch.stack(pair) for pair in zip(*slopes, strict=True))
 
     def adapt(self, temperatures: Tensor, step_size: float) -> Tensor:
         """A step size for each transition and datum, (T - 1, N), from a trial with fewer transitions."""

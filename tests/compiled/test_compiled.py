@@ -880,6 +880,26 @@ def test_compiled_log_likelihood_of_refined_proposals_in_several_batches(without
     assert (ll.ess > 130).all()  # the guide's own is 16 to 180
 
 
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["prior", "guide"])
+def test_compiled_annealing_moves_the_same_chains(inductor, start, monkeypatch):
+    if not inductor:
+        monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: graph)
+    program = LinearGaussian(3, 2, 5, wrong=True)
+    monkeypatch.setattr("pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE", 2 * 4 * 3)  # minibatches of two data, and of one
+    options = {"start": start, "seed": 0, "progress": False}
+    for anneal in (pv.ais, pv.bdmc):
+        found = [
+            anneal(program.model, program.guide, program.x, 20, 4, compile=compile, **options)
+            for compile in (False, True)
+        ]
+        plain, compiled = (each.lower if anneal is pv.bdmc else each for each in found)
+        # The same noise moves them; in float32, a chain may accept what another rejects by rounding.
+        torch.testing.assert_close(compiled.per_datum, plain.per_datum, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="expected vectorize_particles=True with compile=True"):
+        pv.ais(program.model, program.guide, program.x, 5, 2, compile=True, vectorize_particles=False)
+
+
 @pytest.mark.slow
 def test_compare_compiled_measures_the_same(without_inductor):
     program, x = mlp(torch.float64)

@@ -165,3 +165,23 @@ def test_the_advice_for_a_latent_that_all_data_share():
     program = tuple(eval(advice, names | {"model": each}) for each in (model, guide))
     found = pv.log_likelihood(program, x, 10, progress=False).per_datum.float()
     torch.testing.assert_close(found, dist.Normal(0.0, 5**0.5).log_prob(x), rtol=0, atol=8 * 2**-23)
+
+
+def test_the_upper_estimate_is_above_by_the_divergence_from_the_posterior():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 0.3, 1.0))
+
+    found = pv.log_likelihood(model, guide, torch.full((400,), 0.5), 4000, seed=0, progress=False)
+    kl = torch.distributions.kl_divergence(dist.Normal(0.25, 0.5**0.5), dist.Normal(0.55, 1.0))
+    above = pv.Estimate.of(found.upper - found.per_datum)
+    # The bias of self-normalised weights is of order 1 / K.
+    assert abs(above.value - kl) < 4.5 * above.standard_error + 2 / 4000
+    assert (found.upper > found.per_datum).all()
+    lost = pv.LogLikelihood.from_weights(torch.tensor([[-torch.inf, 0.0], [-torch.inf, -torch.inf]]))
+    assert lost.upper.tolist() == [-torch.inf, 0.0]
