@@ -92,11 +92,11 @@ def _or_of_the_guide(log_w: Tensor, program: Program, pilot: _Piloted, number: i
 
 
 class Goal:
-    """A standard error to reach for each datum, or for the mean over data; and what of it is left to spend."""
+    """A standard error to reach for each datum, or for the mean over data, and the variance that is left for it."""
 
     def __init__(self, error: float, of: Literal["datum", "mean"], num_data: int) -> None:
         self.unit, self.of_mean = 2 * math.log2(error), of == "mean"  # the error's square, as a power of two
-        self.budget, self.data = float(num_data**2), num_data  # the variance that the sum of the rest may have
+        self.budget, self.data = float(num_data**2), num_data  # the variance left for the sum over these data
         self.least = 1e-3 * num_data
         self.roots, self.piloted = 0.0, 0
 
@@ -129,11 +129,11 @@ def warn_of_larger_errors(
     """Name the data that did not reach a stated error, by what keeps them from it; or say that the mean did not."""
     high = result.pareto_k > HIGH_K
     if of == "mean":
-        if not result.monte_carlo_error <= error or bool(high.any()):
+        if not result.monte_carlo_error <= error:
+            most = int((result.drawn >= MOST * num_samples).sum())
             warnings.warn(
-                f"the mean has a Monte Carlo error of {result.monte_carlo_error:.2g} nats, where {error:g} was asked "
-                f"for: {int(high.sum())} data have a k-hat above {HIGH_K}, so that theirs is not known, and "
-                f"{int((result.drawn >= MOST * num_samples).sum())} have {MOST} num_samples, the most. "
+                f"the mean has a Monte Carlo error of {result.monte_carlo_error:.2g} nats, above the {error:.2g} that "
+                f"was asked for; {most} of {len(high)} data have the most samples, {MOST * num_samples}. "
                 + ("Pass a larger num_samples." if refine else "Pass refine=True, or a larger num_samples."),
                 stacklevel=4,
             )
@@ -142,8 +142,11 @@ def warn_of_larger_errors(
     capped = above & (result.drawn >= MOST * num_samples)
     for missed, why in (
         (high, f"a k-hat above {HIGH_K}: " + ("anneal from pv.refine(...)" if refine else "pass refine=True")),
-        (capped, f"{MOST} num_samples, the most: pass a larger num_samples, or a larger error"),
-        (above & ~capped, "a pilot that promised a little too much: pass a smaller error"),
+        (
+            capped,
+            f"the limit of {MOST} num_samples, {MOST * num_samples}: pass a larger num_samples, or a larger error",
+        ),
+        (above & ~capped, "a pilot whose variance was a little too low: pass a smaller error"),
     ):
         rows = missed.nonzero()[:, 0].tolist()
         if rows:

@@ -24,7 +24,7 @@ from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.pieces import checked, progress_bar
 from pyro_vae.evaluation.proposals.search import Search, Settings
 
-ADVICE = "Their part of the rest is too small. Take more num_samples."
+ADVICE = "So (rest) is too low for them. Take more num_samples."
 REST = "(rest)"
 SEEN = 4.0  # standard errors from which a gap has shares
 
@@ -47,11 +47,12 @@ def blame(
         \log \frac{q(z_s \mid z_{<s}, x)}{p(z_s \mid z_{<s}, x)}
 
     The sites :math:`z_s` may be layers, time steps or parts of a scene. Each is blamed for its own conditional, given
-    the guide's draws of the sites before it. A normal with correlations, which is fitted to each datum's posterior as
-    :func:`pyro_vae.refine` does, gives the posterior's conditionals. The row ``(rest)`` is what this leaves of the gap.
-    It is large where posteriors are far from normal.
+    the guide's draws of the sites before it. The posterior's conditionals are taken from a normal with correlations,
+    which is fitted to each posterior as :func:`pyro_vae.refine` does. The row ``(rest)`` is the part of the gap that
+    this normal does not explain. It is large where posteriors are far from normal.
 
-    - ``kl``: the site's term in nats, averaged over data; ``kl_se``: its standard error over data.
+    - ``kl``: the site's term in nats, averaged over data; ``kl_se``: its standard error over data. As an estimate, the
+      term of an exact site may be a little below 0.
     - ``share``: its share of the gap; NaN where the gap is less than four standard errors from 0.
 
     Arguments:
@@ -60,8 +61,8 @@ def blame(
         num_samples: the number of samples for the estimate of log p(x) by refined proposals.
 
     Raises:
-        ValueError: the guide's sites are not the model's latents, or have no density; or an error of
-            :func:`pyro_vae.refine`.
+        ValueError: the guide's sites are not the model's latents, or have no density, as with Pyro's autoguides; or an
+            error of :func:`pyro_vae.refine`.
 
     Warns:
         UserWarning: k-hat of the refined proposals is above 0.7 for some data.
@@ -101,7 +102,7 @@ def blame(
                 found = search.proposals(program, bar)
                 near = replace(program, guide=search.normal(found))
                 portions = in_portions(program, num_draws, vectorize_particles, partial(_terms, near=near))
-                drawn = [found for portion in portions for found in portion]
+                drawn = [each for portion in portions for each in portion]
                 terms = torch.cat([wide(each) for each, _ in drawn], 1).mean(1)  # (sites, N)
                 elbo = torch.cat([wide(each) for _, each in drawn]).mean(0)
                 refined = replace(program, guide=search.guide(found.mixture))

@@ -43,8 +43,8 @@ class Expectation:
         standard_error: by the delta method,
             :math:`\sqrt{\frac{K}{K-1} \sum_k \bar w_{kn}^2 (f(z_{kn}) - \hat\mu_n)^2}`, of the same shape.
         ess: the effective sample size :math:`1 / \sum_k \bar w_{kn}^2`, (N,).
-        pareto_k: the larger k-hat of two tails, of the weights and of the weights times the distance of f from its
-            mean, (N,). Above 0.7, the value and its error can't be trusted.
+        pareto_k: the larger of two k-hats, of the weights w, and of w times the distance of f from its mean, (N,).
+            Above 0.7, the value and its error can't be trusted. NaN of fewer than 30 draws.
         num_samples: K.
     """
 
@@ -60,10 +60,11 @@ class Expectation:
         return wide(self.pareto_k > HIGH_K).mean().item()
 
     def __str__(self) -> str:
+        none = wide(self.pareto_k.isnan()).mean().item()
         return (
             f"E[f(z) | x] of shape {tuple(self.value.shape)} (self-normalised importance sampling, K = "
             f"{self.num_samples}; median standard error {self.standard_error.median():.2g}, median ESS "
-            f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self.share_high_k:.1%})"
+            f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self.share_high_k:.1%}{f', {none:.1%} without' * (none > 0)})"
         )
 
 
@@ -86,23 +87,23 @@ def expect(
         w_{kn} = \frac{p(x_n, z_{kn})}{q(z_{kn} \mid x_n)}, \quad z_{kn} \sim q(z \mid x_n)
 
     The guide's own mean is an average under q(z|x); this one is under the posterior p(z|x). It is consistent, with a
-    bias of order 1 / K.
+    bias of order 1 / K. The function f gets one tensor if the model has one latent site, and a dictionary of tensors by
+    name if it has more.
 
     =========================  ===========================================================================
     posterior means            ``pv.expect(program, x, "z")``
     posterior variances        ``pv.expect(program, x, lambda z: z.square())``, minus the squared means
     posterior probabilities    ``pv.expect(program, x, lambda z: z > 0)``
-    classes, p(y = c | x)      ``pv.expect(program, x, lambda y: one_hot(y, 10))``
+    classes, p(y = c | x)      ``pv.expect(program, x, lambda y: F.one_hot(y, 10))``, F is ``torch.nn.functional``
     predictive means           ``pv.expect(program, x, "x")``, the mean of x given z, over the posterior of z
     missing elements           the same of ``(x, mask)``, in the program that masks them: see ``vae.impute``
     =========================  ===========================================================================
 
     Arguments:
         model, guide, x, seed, vectorize_particles, progress: see :func:`pyro_vae.log_likelihood`.
-        function: f, or the name of a site. A function gets the values of the model's latent sites, each of shape
-            (K, N, \*nested plates, \*event): a tensor if there is one site, or a dictionary by name if there are more.
-            It returns numbers or booleans of shape (K, N, \*shape). A name stands for the value of a latent or
-            ``pyro.deterministic`` site, or for the mean of an observed site's distribution.
+        function: f, or the name of a site. f gets the values of the latent sites, each of shape
+            (K, N, \*nested plates, \*event). It returns numbers or booleans of shape (K, N, \*shape). A name stands for
+            the value of a latent or ``pyro.deterministic`` site, or for the mean of an observed site's distribution.
         num_samples: K, the number of draws for each datum, at least 2.
         refine: whether to draw from proposals that are fitted to each datum, see :func:`pyro_vae.refine`.
 
@@ -180,13 +181,21 @@ def _reader(program: Program, function: Any) -> Callable[[Run], Tensor]:
 
     def read(run: Run) -> Tensor:
         values = {name: laid_out(run, run.model[name])[0] for name in latent}
-        found = function(values if len(values) > 1 else next(iter(values.values())))
+        given = values if len(values) > 1 else next(iter(values.values()))
         number, size = run.num_particles, run.batch_plate.size
-        if not isinstance(found, Tensor) or found.is_complex() or tuple(found.shape[:2]) != (number, size):
+        try:
+            found = function(given)
+        except Exception as error:
+            what = f"a dictionary of {', '.join(map(repr, values))}" if len(values) > 1 else shown(given)
+            error.add_note(f"pyro_vae.expect called function with one argument, {what}: {number} draws of {size} data.")
+            raise
+        if not isinstance(found, Tensor) or found.is_complex():
+            raise PyroVAEError(f"expected function to return a tensor of real numbers, got {shown(found)}. Return one.")
+        if tuple(found.shape[:2]) != (number, size) or not found.numel():
             raise PyroVAEError(
-                f"expected function to return real numbers of shape (K, N, ...), here ({number}, {size}, ...), a row "
-                f"for each draw and datum, got {shown(found)}. Reduce over dimensions from the third on, such as "
-                "z.sum(-1), since the mean over draws is taken afterwards."
+                f"expected function to return numbers of shape (K, N, ...), for {number} draws of {size} data, got "
+                f"{shown(found)}. Keep the first two dimensions, as z.sum(-1) does: the mean over draws is taken "
+                "afterwards."
             )
         return found
 

@@ -63,19 +63,19 @@ def log_likelihood(
         x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
             The program's modules are in evaluation mode. Minibatches are moved to the device of the parameters, where
             the results are too; on Apple's MPS, which has no float64, these are on the CPU.
-        num_samples: K, at least 2; with `error`, a twentieth of the most samples of a datum.
+        num_samples: K, at least 2. With `error`, a datum gets at most 20 times as many.
         refine: whether to fit a proposal to each datum first, as :func:`pyro_vae.refine` does with its defaults, and to
             sample from it in place of the guide. It takes two to three times as long, and most k-hats become low.
         error: a standard error in nats, such as 0.02, to reach for each datum with as many samples as it needs, at
-            least 100 and at most 20 times `num_samples`. A pilot of 1,000 samples says how many. It does not count, or
-            samples would decide their own number. The result's `drawn` has the numbers.
+            least 100 and at most 20 times `num_samples`. A pilot of 1,000 samples says how many. Its samples are no part
+            of the estimate, which they would bias. The result's `drawn` has the numbers.
         error_of: "datum" for an `error` of each datum, or "mean" for one of the mean over these data, the result's
             `monte_carlo_error`. That takes far fewer samples, and most of them where weights vary most.
         seed: the seed of the random numbers; None continues from the generators' state.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
         compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
             anew, which pays off where the call takes minutes. The random numbers are drawn in portions of other sizes,
-            so the estimate differs. Proposals are fitted by uncompiled code, and those of all data are in memory.
+            so the estimate differs. Proposals are fitted by uncompiled code, and all of them are in memory at once.
         progress: whether to show a progress bar, in a terminal.
 
     Raises:
@@ -116,6 +116,11 @@ def log_likelihood(
         raise PyroVAEError(
             "samples to a stated error are drawn by uncompiled code: expected compile=False with error=..., got True. "
             "Drop it."
+        )
+    if error_of not in ("datum", "mean") or (error is None and error_of == "mean"):
+        raise PyroVAEError(
+            f"expected error_of to be 'datum', or 'mean' beside an error, got {error_of!r} and error={error!r}. Pass "
+            "error=0.002, error_of='mean', for example."
         )
     if error is not None and not 0 < error < math.inf:
         raise PyroVAEError(f"expected error to be a positive number of nats, got {error!r}. Try 0.02.")

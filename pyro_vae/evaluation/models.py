@@ -3,17 +3,19 @@
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_vae.checks import Seed, checked, shown
+from pyro_vae.checks import MAX_SEED, Seed, checked, shown
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import element_weights, is_deterministic, is_factor
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import NUM_SAMPLES
@@ -22,7 +24,7 @@ from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.likelihood import log_likelihood
 from pyro_vae.evaluation.pieces import checked as checked_program
-from pyro_vae.evaluation.pieces import rows_at_once
+from pyro_vae.evaluation.pieces import read_once, rows_at_once
 from pyro_vae.evaluation.runs import laid_out
 
 SURE = 2.0  # standard errors of a difference that is claimed
@@ -31,7 +33,7 @@ PART_OF_CLAIM = 0.1  # the Monte Carlo error of a difference, as a part of the d
 
 @checked
 def compare_models(
-    models: Mapping[str, Any],
+    models: Any,
     x: Any,
     num_samples: int = NUM_SAMPLES,
     *,
@@ -56,15 +58,18 @@ def compare_models(
     - ``share_high_k``: the share of data with k-hat above 0.7, whose estimates are probably too low.
     - ``ess``: the median effective sample size.
     - ``seconds``: the time of the row's estimate, with the fit of proposals.
-    - ``data_needed``, with `claim`: how many data make two standard errors of the difference as small as `claim`.
-    - ``samples_needed``, with `claim`: how many samples of each datum make its Monte Carlo error a tenth of `claim`.
+    - ``data_needed``, with `claim`: the number of data with which two ``difference_se`` are `claim`.
+    - ``samples_needed``, with `claim`: the number of samples of a datum with which ``difference_mc`` is a tenth of it.
 
     Arguments:
         models: model/guide pairs, or tuples (model, guide), by name.
-        x, num_samples, seed, vectorize_particles, progress: see :func:`pyro_vae.log_likelihood`.
+        x, num_samples, vectorize_particles, progress: see :func:`pyro_vae.log_likelihood`. A split that is drawn anew
+            at each reading is read once.
+        seed: the seed of the first model's random numbers; each later model has the next one.
         refine: whether to sample from proposals that are fitted to each datum, see :func:`pyro_vae.refine`. False
             serves discrete latents, and models whose k-hat is low without it.
-        error: a Monte Carlo error in nats that each difference should have; see :func:`pyro_vae.log_likelihood`.
+        error: the ``difference_mc`` to reach, in nats, with as many samples as it takes; see
+            :func:`pyro_vae.log_likelihood`.
         claim: a difference in nats, such as 0.1.
 
     Raises:
@@ -94,24 +99,27 @@ def compare_models(
         Vehtari, Gelman and Gabry (2017), *Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation and
         WAIC*, Statistics and Computing (paired differences).
     """
-    if len(models) < 2:
-        raise PyroVAEError(f"expected at least two models by name, got {len(models)}. Use pv.log_likelihood for one.")
+    if not isinstance(models, Mapping) or len(models) < 2:
+        got = f"{len(models)} of them" if isinstance(models, Mapping) else shown(models)
+        raise PyroVAEError(
+            f"expected models to be a dictionary of at least two models by name, got {got}. Pass {{'A': a, 'B': b}}, "
+            "where a and b are pairs, or tuples (model, guide)."
+        )
+    x = read_once(x)
     if claim is not None and not 0 < claim < math.inf:
         raise PyroVAEError(f"expected claim to be a positive number of nats, got {claim!r}. Try 0.1.")
     _check_observations(models, x)
     pareto_k(torch.arange(FEWEST_SAMPLES)[:, None])  # imports ArviZ, which takes seconds that are no model's
     found, seconds = dict[str, LogLikelihood](), dict[str, float]()
-    options: dict[str, Any] = {"seed": seed, "vectorize_particles": vectorize_particles, "progress": progress}
+    options: dict[str, Any] = {"vectorize_particles": vectorize_particles, "progress": progress}
     if error is not None:  # of the two estimates whose difference it is
         options |= {"error": error / 2**0.5, "error_of": "mean"}
-    for name, program in models.items():
+    for place, (name, program) in enumerate(models.items()):
         started = time.perf_counter()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found[name] = log_likelihood(program, x, num_samples, refine=refine, **options)
+        own = None if seed is None else (seed + place) % (MAX_SEED + 1)  # or the errors of two would be alike
+        with _said_of(name, refine=refine):
+            found[name] = log_likelihood(program, x, num_samples, refine=refine, seed=own, **options)
         seconds[name] = time.perf_counter() - started
-        for warning in caught:
-            warnings.warn(f"model '{name}': {warning.message}", warning.category, stacklevel=3)
     order = sorted(found, key=lambda name: found[name].mean, reverse=True)
     best = found[order[0]]
     rows = {name: _row(found[name], best, claim) | {"seconds": seconds[name]} for name in order}
@@ -140,11 +148,12 @@ def _row(own: LogLikelihood, best: LogLikelihood, claim: float | None) -> dict[s
 
 def _check_observations(models: Mapping[str, Any], x: Any) -> None:
     """Refuse models whose log p(x) are not of the same thing."""
-    names = list(models)
-    first = _observations(models[names[0]], x)
-    for name in names[1:]:
-        other = _observations(models[name], x)
-        pair = f"models '{names[0]}' and '{name}'"
+    first: tuple[Tensor, Tensor] | None = None
+    for name, program in models.items():
+        with _said_of(name, refine=False):
+            other = _observations(program, x)
+        first = first or other
+        pair = f"models '{next(iter(models))}' and '{name}'"
         sizes = [tuple(values.shape) for values, _ in (first, other)]
         if sizes[0] != sizes[1] or not torch.equal(first[0], other[0]):
             got = f"{sizes[0]} and {sizes[1]} numbers" if sizes[0] != sizes[1] else "other numbers in each"
@@ -153,16 +162,32 @@ def _check_observations(models: Mapping[str, Any], x: Any) -> None:
                 f"same mask, got {got}. A density of x / 255, say, is another number than that of x."
             )
         if not torch.equal(first[1], other[1]):
-            kinds = ["probabilities" if bool(discrete.any()) else "densities" for _, discrete in (first, other)]
+            counts = [int(discrete[0].isfinite().sum()) for _, discrete in (first, other)]
             raise PyroVAEError(
-                f"{pair} have {kinds[0]} and {kinds[1]}: expected the same of both, since a density is no probability. "
+                f"{pair} have densities where the other has probabilities: expected the same of both, since a density "
+                f"is no probability, got probabilities of {counts[0]} and {counts[1]} of {sizes[0][1]} numbers a datum. "
                 "Compare discrete likelihoods with each other, and continuous ones with each other."
             )
 
 
+@contextmanager
+def _said_of(name: str, *, refine: bool) -> Iterator[None]:
+    """Around what is done with a model: errors and warnings name it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except PyroVAEError as error:
+            instead = " Or pass refine=False." if refine and "discrete" in str(error) else ""
+            said = str(error).replace("Pass the guide after the model.", "Pass a pair, or a tuple (model, guide).")
+            raise type(error)(f"model '{name}': {said}{instead}") from error
+    for warning in caught:
+        warnings.warn(f"model '{name}': {warning.message}", warning.category, stacklevel=5)
+
+
 @takes_program
 def _observations(model: PyroFunction, guide: PyroFunction, x: Any) -> tuple[Tensor, Tensor]:
-    """The observed numbers of each datum in order, (N, E), NaN where masked; and whether each is of a discrete site."""
+    """The observed numbers of each datum in order, (N, E), and those at discrete sites; infinity stands for others."""
     parts = []
     with checked_program(model, guide, x, seed=0) as data:
         for program in data.programs(1, size=rows_at_once(data.program.args)):
@@ -171,7 +196,7 @@ def _observations(model: PyroFunction, guide: PyroFunction, x: Any) -> tuple[Ten
     return values, discrete
 
 
-def _observed(program: Any) -> tuple[Tensor, Tensor]:
+def _observed(program: Program) -> tuple[Tensor, Tensor]:
     run = program.run()
     columns, discrete = [], []
     for site in run.model.values():
@@ -187,8 +212,8 @@ def _observed(program: Any) -> tuple[Tensor, Tensor]:
             "expected models with observed sites, got one with its data in a pyro.factor, which may be anything. "
             "Observe the data by obs=, or compare pv.log_likelihood of each."
         )
-    values, order = torch.cat(columns, 1).sort(dim=1, stable=True)
-    return values.nan_to_num(math.inf), torch.cat(discrete, 1).gather(1, order)
+    values = torch.cat(columns, 1).nan_to_num(math.inf)  # of a masked element
+    return values.sort(1).values, torch.where(torch.cat(discrete, 1), values, math.inf).sort(1).values
 
 
 def _is_discrete(fn: Any) -> bool:

@@ -56,8 +56,7 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     A program that is conditioned on its data may have numbers as its arguments, or none. Its rows are then those of
     its batch plate, and zeros stand for them.
     """
-    given = x if isinstance(x, tuple) else (x,)
-    without_tensors = all(isinstance(each, int | float | str | None) for each in given)
+    given, without_tensors = x if isinstance(x, tuple) else (x,), _has_no_tensors(x)
     if not without_tensors:
         given = arguments(x, least)
     for name, function in (("model", model), *([] if guide is None else [("guide", guide)])):
@@ -91,6 +90,15 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     like = data[0] if data else torch.empty(())
     rows = arguments(like.new_zeros(()).expand(plate.size, elements), least)  # as many elements as fit in memory
     return Program(without_rows(model), None if guide is None else without_rows(whole.guide_or_prior), rows)
+
+
+def _has_no_tensors(x: Any) -> bool:
+    return all(isinstance(each, int | float | str | None) for each in (x if isinstance(x, tuple) else (x,)))
+
+
+def read_once(x: Any) -> Any:
+    """The data as tensors, of which a split may draw others at each reading."""
+    return x if _has_no_tensors(x) else arguments(x, 1)
 
 
 def progress_bar(total: int, unit: str, what: str, progress: bool) -> Any:

@@ -258,7 +258,10 @@ def models(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     columns = ["log_likelihood", "difference", "difference_se", "share_high_k"]
     _check_table(table, ["model"], columns, "pv.compare_models")
     ax = ax or new_figure().add_subplot()
-    labels = {False: "difference ± 1.96 standard errors", True: "k-hat > 0.7 at more than 1%: probably too low"}
+    labels = {
+        False: "difference ± 1.96 standard errors",
+        True: "the same; k-hat > 0.7 at more than 1% of the data: probably too low",
+    }
     hollow = table["share_high_k"] > FEW_HIGH
     for which, label in labels.items():
         rows = np.flatnonzero(hollow == which)
@@ -277,8 +280,8 @@ def models(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     names = [f"{name}\n{value:.2f}" for name, value in table["log_likelihood"].items()]
     ax.set_yticks(range(len(table)), labels=names)
     ax.set_ylim(len(table) - 0.5, -0.5)
-    best = table.index[0]
-    return _finished(ax, f"log p(x) minus that of '{best}' (nats per datum)", "model, with its log p(x)")
+    best = table["log_likelihood"].idxmax()
+    return _finished(ax, f"log p(x) less that of '{best}' (nats per datum)", "model, with its log p(x)")
 
 
 def _check_table(table: pd.DataFrame, index: list[str], columns: list[str], source: str) -> None:

@@ -176,7 +176,8 @@ def test_intervals_cover(options):
     ("function", "words"),
     [
         (lambda z: z.mean(0), "shape \\(K, N, ...\\)"),
-        (lambda z: 1.0, "got 1.0"),
+        (lambda z: 1.0, "a tensor of real numbers, got 1.0"),
+        (lambda z: z[..., None][..., :0], "numbers of shape"),
         ("z", "one of \\['code', 'twice', 'x'\\]"),
         (3, "function of latents"),
         (lambda z: z.log(), "finite at every draw"),
@@ -185,6 +186,16 @@ def test_intervals_cover(options):
 def test_functions_that_are_refused(function, words):
     with pytest.raises((ValueError, FloatingPointError), match=words):
         pv.expect(model, guide, X, function, 30, **QUIET)
+
+
+def test_an_error_of_the_function_says_how_it_was_called():
+    with pytest.raises(IndexError) as caught:
+        pv.expect(model, guide, X, lambda z: z[:, :, 3], 30, **QUIET)
+    assert "called function with one argument, a tensor of shape (1, 9)" in caught.value.__notes__[0]
+
+
+def test_few_draws_have_no_k_hat():
+    assert "100.0% without" in str(pv.expect(model, guide, X, "code", 10, **QUIET))
 
 
 def test_a_site_without_a_mean_is_refused():
