@@ -3,13 +3,13 @@
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_vae.checks import Count, Seed
+from pyro_vae.checks import Between, Count, Seed
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
@@ -17,11 +17,11 @@ from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.weights import log_weights_of, per_datum
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import BLAME_SAMPLES, NUM_SAMPLES
-from pyro_vae.evaluation.diagnostics import warn_of_high_k
+from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.draws import draw_weights, in_portions
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import LogLikelihood
-from pyro_vae.evaluation.pieces import checked, progress_bar
+from pyro_vae.evaluation.pieces import checked, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.search import Search, Settings
 
 ADVICE = "So (rest) is too low for them. Take more num_samples."
@@ -36,7 +36,7 @@ def blame(
     x: Any,
     num_draws: Count = BLAME_SAMPLES,
     *,
-    num_samples: Count = NUM_SAMPLES,
+    num_samples: Annotated[int, Between(FEWEST_SAMPLES)] = NUM_SAMPLES,
     vectorize_particles: bool = True,
     seed: Seed | None = None,
     progress: bool = True,
@@ -58,7 +58,7 @@ def blame(
     Arguments:
         model, guide, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
         num_draws: the number of the guide's draws of each datum that the terms are averaged over.
-        num_samples: the number of samples for the estimate of log p(x) by refined proposals.
+        num_samples: the number of samples for the estimate of log p(x) by refined proposals, at least 30.
 
     Raises:
         ValueError: the guide's sites are not the model's latents, or have no density, as with Pyro's autoguides; or an
@@ -87,7 +87,7 @@ def blame(
     References:
         Cremer, Li and Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, ICML (the gap).
     """
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with checked(model, guide, x, seed, least=2) as data:
         search = Search(data, Settings(vectorize=vectorize_particles))
         names = [part.name for part in search.layout.parts]
@@ -97,25 +97,33 @@ def blame(
                 "value, got auxiliary sites, or a flow without an inverse. Compare pv.log_likelihood with and without "
                 "refine=True instead."
             )
-        with progress_bar(len(search.programs) * search.settings.num_steps, "step", "blaming", progress) as bar:
+        steps = 2 * len(search.programs) * search.settings.num_steps
+        rows = rows_at_once(data.program.args) // num_samples
+        with progress_bar(steps, "step", "blaming", progress) as bar:
             for program in search.programs:
                 found = search.proposals(program, bar)
-                near = replace(program, guide=search.normal(found))
+                near = replace(program, guide=search.normal(program, found, bar))
                 portions = in_portions(program, num_draws, vectorize_particles, partial(_terms, near=near))
                 drawn = [each for portion in portions for each in portion]
                 terms = torch.cat([wide(each) for each, _ in drawn], 1).mean(1)  # (sites, N)
                 elbo = torch.cat([wide(each) for _, each in drawn]).mean(0)
-                refined = replace(program, guide=search.guide(found.mixture))
-                evidence = LogLikelihood.from_weights(draw_weights(refined, num_samples, vectorize_particles))
-                rest = evidence.per_datum - elbo - terms.sum(0)
-                parts.append((torch.cat([terms, rest[None]]), evidence.pareto_k))
-    terms, shapes = torch.cat([each for each, _ in parts], 1), torch.cat([each for _, each in parts])
+                evidence = [
+                    LogLikelihood.from_weights(draw_weights(each, num_samples, vectorize_particles))
+                    for each in search.parts(program, found.mixture, rows)
+                ]
+                log_p, shapes, zeros = (
+                    torch.cat([getattr(each, name) for each in evidence])
+                    for name in ("per_datum", "pareto_k", "zero_weights")
+                )
+                parts.append((torch.cat([terms, (log_p - elbo - terms.sum(0))[None]]), shapes, zeros))
+    terms, shapes, zeros = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+    warn_of_zero_weights(zeros, num_samples, ADVICE)
     warn_of_high_k(shapes, ADVICE)
     gap = Estimate.of(terms.sum(0))
     seen = gap.value > SEEN * gap.standard_error
     estimates = [Estimate.of(term) for term in terms]
-    rows = [(each.value, each.standard_error, each.value / gap.value if seen else math.nan) for each in estimates]
-    return pd.DataFrame(rows, pd.Index([*names, REST], name="site"), ["kl", "kl_se", "share"])
+    table = [(each.value, each.standard_error, each.value / gap.value if seen else math.nan) for each in estimates]
+    return pd.DataFrame(table, pd.Index([*names, REST], name="site"), ["kl", "kl_se", "share"])
 
 
 def _terms(drawn: Run, near: Program) -> tuple[Tensor, Tensor]:

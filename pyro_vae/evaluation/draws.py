@@ -31,12 +31,16 @@ def draw_weights(program: Program, num_samples: int, vectorize: bool = True) -> 
     return torch.cat(pieces)
 
 
-def in_portions(program: Program, num_samples: int, vectorize: bool, read: Callable[[Run], T]) -> Iterator[list[T]]:
-    """What `read` makes of each portion of the draws that fits in memory, at least two: of one run, or of several."""
-    at_once = even_chunks(num_samples, max(2, rows_at_once(program.args) // len(program.args[0])))
-    sizes = [min(at_once, num_samples - start) for start in range(0, num_samples, at_once)]
-    for size in sizes:
-        yield Particles(size, vectorize).read(program, read)
+def in_portions(
+    program: Program, num_samples: int, vectorize: bool, read: Callable[[Run], T], elements: int = 1
+) -> Iterator[list[T]]:
+    """What `read` makes, with so many elements of a datum, of portions of the draws: for each a list by its runs.
+
+    A portion fits in memory, and has at least two draws but for the last one.
+    """
+    at_once = even_chunks(num_samples, max(2, rows_at_once(program.args, elements) // len(program.args[0])))
+    for start in range(0, num_samples, at_once):
+        yield Particles(min(at_once, num_samples - start), vectorize).read(program, read)
 
 
 def even_chunks(number: int, most: int) -> int:

@@ -23,7 +23,8 @@ from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k, warn_of_high_k
 from pyro_vae.evaluation.draws import in_portions
 from pyro_vae.evaluation.evidence import check_finite
-from pyro_vae.evaluation.pieces import checked, progress_bar
+from pyro_vae.evaluation.families import refuse_masks, require_latents
+from pyro_vae.evaluation.pieces import checked, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.search import Search, Settings
 from pyro_vae.evaluation.runs import laid_out
 
@@ -43,7 +44,7 @@ class Expectation:
         standard_error: by the delta method,
             :math:`\sqrt{\frac{K}{K-1} \sum_k \bar w_{kn}^2 (f(z_{kn}) - \hat\mu_n)^2}`, of the same shape.
         ess: the effective sample size :math:`1 / \sum_k \bar w_{kn}^2`, (N,).
-        pareto_k: the larger of two k-hats, of the weights w, and of w times the distance of f from its mean, (N,).
+        pareto_k: the larger of two k-hats, of the weights w, and of w times the distance of f from its median, (N,).
             Above 0.7, the value and its error can't be trusted. NaN of fewer than 30 draws.
         num_samples: K.
     """
@@ -140,13 +141,15 @@ def expect(
     with checked(model, guide, x, seed) as data:
         search = Search(data, Settings(vectorize=vectorize_particles)) if refine else None
         programs = data.programs(num_samples, vectorize_particles) if search is None else search.programs
-        read = _reader(programs[0], function)
+        read = _Reader(programs[0], function)
+        rows = rows_at_once(data.program.args) // num_samples
         steps = search.settings.num_steps if search else 1
         with progress_bar(len(programs) * steps, "step", "E[f(z) | x]", progress) as bar:
             for program in programs:
+                on_parts = iter([program])
                 if search is not None:
-                    program = replace(program, guide=search.guide(search.proposals(program, bar).mixture))
-                parts.append(_expectation(_showing(program), read, num_samples, vectorize_particles))
+                    on_parts = search.parts(program, search.proposals(program, bar).mixture, rows)
+                parts += [_expectation(each, read, num_samples, vectorize_particles) for each in on_parts]
                 if search is None:
                     bar.update()
     value, error, ess, shapes = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -162,29 +165,38 @@ def _showing(program: Program) -> Program:
     return replace(program, deterministic=deterministic_shapes(traces[0], plate))
 
 
-def _reader(program: Program, function: Any) -> Callable[[Run], Tensor]:
-    """What gives f(z), (K, N, *shape), of a run."""
-    once = _showing(program).run()
-    sites = once.model
-    latent = [name for name, site in sites.items() if not site["is_observed"]]
-    if isinstance(function, str):
-        named = [name for name, site in sites.items() if not is_factor(site)]
-        if function not in named:
-            raise PyroVAEError(f"expected the name of a site of the model, one of {named}, got {function!r}. Pass one.")
-        _of_site(once, function)
-        return lambda run: _of_site(run, function)
-    if not callable(function):
-        raise PyroVAEError(
-            f"expected function to be a function of latents, or the name of a site, got {shown(function)}. Pass "
-            "lambda z: z, for example."
-        )
+class _Reader:
+    """Gives f(z), (K, N, *shape), of a run; it is tried once, before any work."""
 
-    def read(run: Run) -> Tensor:
-        values = {name: laid_out(run, run.model[name])[0] for name in latent}
+    def __init__(self, program: Program, function: Any) -> None:
+        self.function, self.of_name = function, isinstance(function, str)
+        once = (_showing(program) if self.of_name else program).run()
+        require_latents(once)
+        refuse_masks(once)
+        named = [name for name, site in once.model.items() if not is_factor(site)]
+        if self.of_name and function not in named:
+            raise PyroVAEError(f"expected the name of a site of the model, one of {named}, got {function!r}. Pass one.")
+        if not self.of_name and not callable(function):
+            raise PyroVAEError(
+                f"expected function to be a function of latents, or the name of a site, got {shown(function)}. Pass "
+                "lambda z: z, for example."
+            )
+        self.latent = [name for name in named if not once.model[name]["is_observed"]]
+        self.elements = self.read(once)[0, 0].numel()
+
+    def weighted(self, run: Run) -> tuple[Tensor, Tensor]:
+        """The log-weights of a run, (K, N), and f."""
+        return log_weights_of(run), self.read(run)
+
+    def read(self, run: Run) -> Tensor:
+        """The value of f."""
+        if self.of_name:
+            return _of_site(run, self.function)
+        values = {name: laid_out(run, run.model[name])[0] for name in self.latent}
         given = values if len(values) > 1 else next(iter(values.values()))
         number, size = run.num_particles, run.batch_plate.size
         try:
-            found = function(given)
+            found = self.function(given)
         except Exception as error:
             what = f"a dictionary of {', '.join(map(repr, values))}" if len(values) > 1 else shown(given)
             error.add_note(f"pyro_vae.expect called function with one argument, {what}: {number} draws of {size} data.")
@@ -199,9 +211,6 @@ def _reader(program: Program, function: Any) -> Callable[[Run], Tensor]:
             )
         return found
 
-    read(once)
-    return read
-
 
 def _of_site(run: Run, name: str) -> Tensor:
     site = run.model[name]
@@ -211,46 +220,57 @@ def _of_site(run: Run, name: str) -> Tensor:
         mean = site["fn"].mean
     except NotImplementedError:
         mean = torch.full((), math.nan)
-    if bool(mean.isnan().any()):
+    if not bool(mean.isfinite().all()):
         raise PyroVAEError(
-            f"site '{name}' ({family(site['fn'])}) has no mean: expected a distribution with one. Pass a function of "
-            "the latents that gives what you need, such as the probabilities of categories."
+            f"site '{name}' ({family(site['fn'])}) has no finite mean: expected a distribution with one. Pass a "
+            "function of the latents that gives what you need, such as the probabilities of categories."
         )
     return laid_out(run, site | {"value": mean})[0]
 
 
-def _expectation(program: Program, read: Any, num_samples: int, vectorize: bool) -> tuple[Tensor, ...]:
+def _expectation(program: Program, read: _Reader, num_samples: int, vectorize: bool) -> tuple[Tensor, ...]:
     """The fields of an :class:`Expectation` for a minibatch, from sums over portions of the draws."""
-    sums = _Sums()
-    for found in in_portions(program, num_samples, vectorize, lambda run: (log_weights_of(run), read(run))):
-        sums.add(*(wide(torch.cat(each)) for each in zip(*found, strict=True)))
+    if read.of_name:
+        program = _showing(program)
+    sums: _Sums | None = None
+    for runs in in_portions(program, num_samples, vectorize, read.weighted, read.elements):
+        log_w, f = (torch.cat(each) for each in zip(*runs, strict=True))
+        sums = sums or _Sums(wide(log_w), wide(f))
+        sums.add(wide(log_w), wide(f))
+    if sums is None:
+        raise RuntimeError("expected a portion of draws, got none.")
     return sums.result()
 
 
 class _Sums:
-    """Sums over draws of one minibatch, with weights relative to the largest one so far."""
+    """Sums over draws of one minibatch, with weights relative to the largest one so far, and f in units of its spread.
 
-    def __init__(self) -> None:
-        self.log_w: list[Tensor] = []
-        self.log_distance: list[Tensor] = []
-        self.highest = self.first = self.second = torch.zeros(())  # replaced by the first portion
+    The middle is the median of the first portion, and the unit is the median distance from there. A few draws far out
+    would make a standard deviation of the same size, and hide themselves.
+    """
+
+    def __init__(self, log_w: Tensor, f: Tensor) -> None:
+        self.shape, self.log_w, self.log_distance = f.shape[2:], list[Tensor](), list[Tensor]()
+        counted = torch.where((log_w > -math.inf)[..., None], _columns(f), math.nan)
+        self.middle = counted.nanmedian(0).values.nan_to_num(0.0, 0.0, 0.0)
+        distance = (counted - self.middle).abs()
+        self.unit = distance.nanmedian(0).values
+        for other in (distance.nanmean(0), torch.ones_like(self.unit)):  # of values that are mostly equal
+            self.unit = torch.where((self.unit > 0) & self.unit.isfinite(), self.unit, other)
+        self.highest = torch.full_like(log_w[0], -math.inf)
+        self.first = f.new_zeros(2, *self.unit.shape)
+        self.second = f.new_zeros(3, *self.unit.shape)
 
     def add(self, log_w: Tensor, f: Tensor) -> None:
         """Add draws with log-weights (K, N) and values (K, N, *shape)."""
         check_finite(log_w)
-        counted = (log_w > -math.inf)[..., None]
-        self.shape, f = f.shape[2:], f.flatten(2) if f.dim() > 2 else f[..., None]
+        f, counted = _columns(f), (log_w > -math.inf)[..., None]
         if bool((counted & ~f.isfinite()).any()):
             raise NotFiniteError(
                 "expected function to be finite at every draw that has a weight, got NaN or infinity. Look for "
                 "logarithms of zero, or for overflow."
             )
-        if not self.log_w:
-            self.origin = torch.where(counted, f, 0.0).mean(0)  # beside which sums of squares keep their digits
-            spread = (f - self.origin).square().mean(0).sqrt()
-            self.spread = torch.where(spread > 0, spread, 1.0)
-            self.highest = torch.full_like(log_w[0], -math.inf)
-        f = torch.where(counted, f - self.origin, 0.0)
+        f = torch.where(counted, f - self.middle, 0.0) / self.unit
         before, self.highest = self.highest, torch.maximum(self.highest, log_w.amax(0))
         shift = self.highest.nan_to_num(neginf=0.0)
         kept, w = (before - shift).exp()[:, None], (log_w - shift).exp()[..., None]
@@ -258,7 +278,7 @@ class _Sums:
         self.first = self.first * kept + (w * powers[:2]).sum(1)
         self.second = self.second * kept.square() + (w.square() * powers).sum(1)
         self.log_w.append(log_w)
-        self.log_distance.append((f / self.spread).norm(dim=-1).log())
+        self.log_distance.append(f.abs().amax(-1).log())
 
     def result(self) -> tuple[Tensor, ...]:
         """The fields of an :class:`Expectation`."""
@@ -277,4 +297,9 @@ class _Sums:
         shapes = torch.fmax(pareto_k(log_w), pareto_k(log_w + torch.cat(self.log_distance)))
         size = (len(mean), *self.shape)
         ess = (total.square() / self.second[0])[:, 0]
-        return (self.origin + mean).reshape(size), error.reshape(size), ess, shapes
+        return (self.middle + self.unit * mean).reshape(size), (self.unit * error).reshape(size), ess, shapes
+
+
+def _columns(f: Tensor) -> Tensor:
+    """Values (K, N, *shape) as (K, N, E)."""
+    return f.flatten(2) if f.dim() > 2 else f[..., None]

@@ -67,8 +67,8 @@ def log_likelihood(
         refine: whether to fit a proposal to each datum first, as :func:`pyro_vae.refine` does with its defaults, and to
             sample from it in place of the guide. It takes two to three times as long, and most k-hats become low.
         error: a standard error in nats, such as 0.02, to reach for each datum with as many samples as it needs, at
-            least 100 and at most 20 times `num_samples`. A pilot of 1,000 samples says how many. Its samples are no part
-            of the estimate, which they would bias. The result's `drawn` has the numbers.
+            least 100 and at most 20 times `num_samples`. A pilot of 1,000 samples says how many. It is no part of the
+            estimate, which it would bias. The result's `drawn` has the numbers.
         error_of: "datum" for an `error` of each datum, or "mean" for one of the mean over these data, the result's
             `monte_carlo_error`. That takes far fewer samples, and most of them where weights vary most.
         seed: the seed of the random numbers; None continues from the generators' state.

@@ -165,8 +165,8 @@ def _check_observations(models: Mapping[str, Any], x: Any) -> None:
             counts = [int(discrete[0].isfinite().sum()) for _, discrete in (first, other)]
             raise PyroVAEError(
                 f"{pair} have densities where the other has probabilities: expected the same of both, since a density "
-                f"is no probability, got probabilities of {counts[0]} and {counts[1]} of {sizes[0][1]} numbers a datum. "
-                "Compare discrete likelihoods with each other, and continuous ones with each other."
+                f"is no probability, got probabilities of {counts[0]} and {counts[1]} of {sizes[0][1]} numbers of a "
+                "datum. Compare discrete likelihoods with each other, and continuous ones with each other."
             )
 
 

@@ -106,9 +106,9 @@ def progress_bar(total: int, unit: str, what: str, progress: bool) -> Any:
     return tqdm(total=total, leave=False, disable=None if progress else True, unit=unit, desc=what)
 
 
-def rows_at_once(args: Args) -> int:
-    """How many rows, which are data times particles, one run of the program should have."""
-    return max(1, ELEMENTS_AT_ONCE // max(1, args[0][0].numel()))
+def rows_at_once(args: Args, elements: int = 1) -> int:
+    """How many rows, data times particles, one run of the program should have, where each makes so many elements."""
+    return max(1, ELEMENTS_AT_ONCE // max(1, elements, args[0][0].numel()))
 
 
 def on_rows(program: Program, rows: Tensor) -> Program:

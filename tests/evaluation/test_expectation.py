@@ -79,9 +79,9 @@ def test_portions_sum_to_the_whole(monkeypatch):
 
 
 def test_a_weight_that_grows_in_a_later_portion_replaces_the_earlier_ones():
-    sums = pv.evaluation.expectation._Sums()
     log_w = torch.tensor([[-math.inf, 0.0, 0.2], [-800.0, 1.0, 0.0], [0.0, 700.0, 0.9], [1.0, 701.0, 0.7]]).double()
     f = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = pv.evaluation.expectation._Sums(log_w[:2], f[:2])
     for rows in (slice(0, 2), slice(2, 4)):
         sums.add(log_w[rows], f[rows])
     value, error, ess, _ = sums.result()
@@ -158,6 +158,54 @@ def test_k_hat_is_of_the_function_too(power):
     assert (found.pareto_k - 2 * power).abs().max() < 0.2
 
 
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat above")
+@pytest.mark.parametrize("columns", [1, 50, 1000])
+def test_a_heavy_column_shows_among_many(columns):
+    x = torch.zeros(4)
+
+    def heavy(z):
+        rest = (z[..., None] * torch.arange(1.0, columns + 1)).sin()
+        return torch.cat([(0.9 * z.square()).exp()[..., None], rest], -1)
+
+    found = pv.expect(model, exact_guide, x, heavy, 20_000, **QUIET)
+    assert (found.pareto_k - 0.9).abs().max() < 0.3
+
+
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat above")
+def test_values_where_no_weight_is_do_not_count():
+    def bounded(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("code", dist.Uniform(0.0, 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(0.0 * z, 1.0), obs=x)
+
+    def wider(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("code", dist.Uniform(-0.5, 1.0).expand([len(x)]))
+
+    with pyro.validation_enabled(False):
+        infinite, zero = (
+            pv.expect(bounded, wider, torch.zeros(4), lambda z, at=at: torch.where(z < 0, at, z.abs() ** -0.9), **QUIET)
+            for at in (math.inf, 0.0)
+        )
+    torch.testing.assert_close(infinite.value, zero.value)
+    torch.testing.assert_close(infinite.pareto_k, zero.pareto_k)
+
+
+def test_huge_values_have_an_error_too():
+    found = pv.expect(model, guide, X, lambda z: 1e200 * z.double(), **QUIET)
+    assert z_scores(found, 1e200 * NORMAL.mean) < Z_LIMIT
+
+
+def test_masked_latents_are_refused():
+    def masked(x):
+        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=x > 0):
+            z = pyro.sample("code", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="a masked latent has no posterior"):
+        pv.expect(masked, pyro.poutine.mask(guide, mask=X > 0), X, "code", 30, **QUIET)
+
+
 def test_a_high_k_hat_warns():
     with pytest.warns(UserWarning, match="neither it nor its error bar"):
         pv.expect(model, exact_guide, X, lambda z: z.square().exp(), **QUIET)
@@ -204,7 +252,7 @@ def test_a_site_without_a_mean_is_refused():
             z = pyro.sample("code", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Cauchy(z, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="has no mean"):
+    with pytest.raises(ValueError, match="has no finite mean"):
         pv.expect(heavy, guide, X, "x", 30, **QUIET)
 
 

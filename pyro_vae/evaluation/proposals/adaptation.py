@@ -66,9 +66,7 @@ class Pilot(NamedTuple):
 
 def adapted(mixture: Mixture, pilot: Pilot) -> Mixture:
     """The mixture with two more components, and other shares, by its own draws."""
-    # A few weights would speak for a few draws alone: truncated (Ionides 2008), all have a say.
-    limit = pilot.log_w.logsumexp(0) - 0.5 * math.log(len(pilot.log_w))
-    weights = _normalised(torch.minimum(pilot.log_w, limit))
+    weights = truncated(pilot.log_w)
     first = mixture.students[0]
     students = [*mixture.students, _of_moments(pilot.y, weights, first), _of_the_largest(pilot, first)]
     terms = torch.stack([wide(student.log_prob(pilot.y)) for student in students])  # (M, S, N)
@@ -79,6 +77,11 @@ def adapted(mixture: Mixture, pilot: Pilot) -> Mixture:
         shares = ((weights * each).sum(1) + LEAST) / (1 + LEAST * len(students))
     log_shares = (shares.log() + rest).to(mixture.log_shares)
     return Mixture(students, torch.cat([mixture.log_shares[:1], log_shares]), mixture.has_guide)
+
+
+def truncated(log_w: Tensor) -> Tensor:
+    """Weights that sum to one, the largest of them truncated (Ionides 2008), so that more than a few draws count."""
+    return _normalised(torch.minimum(log_w, log_w.logsumexp(0) - 0.5 * math.log(len(log_w))))
 
 
 def _of_moments(y: Tensor, weights: Tensor, first: Student) -> Student:

@@ -11,6 +11,7 @@ All decisions are taken on pilot draws. What is reported comes from fresh ones, 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,10 +33,10 @@ from pyro_vae.evaluation.families import refuse_masks, require_latents
 from pyro_vae.evaluation.fitting import minimise
 from pyro_vae.evaluation.hamiltonian import check_latents
 from pyro_vae.evaluation.pieces import ELEMENTS_AT_ONCE, Pieces, on_rows, rows_at_once
-from pyro_vae.evaluation.proposals.adaptation import Pilot, adapted
+from pyro_vae.evaluation.proposals.adaptation import Pilot, adapted, truncated
 from pyro_vae.evaluation.proposals.guide import FittedSite, Mixture, Replacing
 from pyro_vae.evaluation.proposals.layout import Layout, Placing
-from pyro_vae.evaluation.proposals.student import Diagonal, Full, LowRank, Scale, Student
+from pyro_vae.evaluation.proposals.student import Diagonal, Full, LowRank, Normal, Scale, Student
 from pyro_vae.evaluation.runs import run, run_at
 
 MOMENTS = 64  # draws of the guide, whose moments are the start
@@ -46,7 +47,6 @@ RANK = 16
 OFF_DIAGONAL = 0.25  # the power of D by which elements off the diagonal move slower
 WIDER = 1.2  # how much wider the fitted normal is made
 FEWEST_DF, MOST_DF = 3.0, 20.0  # of its tails, for few and for many latents, where heavy ones cost most of the draws
-NORMAL_DF = 1e3  # of tails that are a normal's
 MOVED, MOST_BEYOND = 0.1, 1e-3  # how far a draw may be from its value's own, and the share of weight that may be
 PILOT_AT_ONCE = 2**24  # numbers of pilot draws in memory
 SHARE = 0.05  # of the guide itself: no weight is more than 20 times its weight under the guide
@@ -68,7 +68,6 @@ class Proposals(NamedTuple):
     """The proposals of the data of a minibatch, and what their pilot draws show."""
 
     mixture: Mixture
-    normal: Student  # the fitted normal, before its tails are made heavier
     pareto_k: Tensor  # (N,)
     variance: Tensor  # of one weight; see relative_variance
 
@@ -97,12 +96,18 @@ class Search:
         """Those of the data of a minibatch."""
         return _Minibatch(self, program).refined(bar)
 
-    def normal(self, proposals: Proposals) -> PyroFunction:
-        """The fitted normals alone, which are near the posterior, as the guide of a program on their data."""
-        start = proposals.normal.loc
-        return self.guide(
-            Mixture([proposals.normal], start.new_tensor([-math.inf, 0.0])[:, None].expand(2, len(start)))
-        )
+    def parts(self, program: Program, mixture: Mixture, size: int) -> Iterator[Program]:
+        """The program with proposals as its guide, on so many of its data at a time."""
+        rows = torch.arange(len(program.args[0]))
+        for part in rows.split(max(1, size)) if self.divisible else (rows,):
+            own = program if len(part) == len(rows) else on_rows(program, part)
+            yield replace(own, guide=self.guide(mixture.of(part.to(mixture.log_shares.device))))
+
+    def normal(self, program: Program, proposals: Proposals, bar: Any) -> PyroFunction:
+        """Normals near the posteriors, as the guide: fitted from the moments of weighted draws of proposals."""
+        normal = _Minibatch(self, program).normal(proposals.mixture, bar)
+        alone = normal.loc.new_tensor([-math.inf, 0.0])[:, None]
+        return self.guide(Mixture([normal], alone.expand(2, len(normal.loc))))
 
     def guide(self, mixture: Mixture) -> PyroFunction:
         """The proposals as the guide of a program on their data."""
@@ -136,20 +141,27 @@ class _Minibatch:
         """The mixtures, by the best of their pilot draws."""
         share = SHARE if self.search.has_guide else 0.0
         log_shares = torch.tensor([share, 1 - share]).log().to(self.start)[:, None].expand(2, self.start.shape[1])
-        normal = self._fitted(bar)
+        normal = self._fitted(self.start.mean(0), self.start.std(0), bar)
         df = normal.df.new_full(normal.df.shape, max(FEWEST_DF, min(MOST_DF, self.layout.size)))
         mixture = Mixture([Student(normal.loc, normal.scale.wider(WIDER), df)], log_shares)
         pilot = self._pilot(self.program, mixture)
         rows = (~pilot.is_good).nonzero()[:, 0]
         if not len(rows) or not self.settings.rounds:
-            return Proposals(mixture, normal, pilot.pareto_k, pilot.variance)
+            return Proposals(mixture, pilot.pareto_k, pilot.variance)
         if not self.search.divisible:
             rows = torch.arange(len(pilot.ess), device=rows.device)
         there = rows.to(self.start.device)
         trial, best = self._adapted(mixture.of(there), pilot.of(there), there)
         shapes = pilot.pareto_k.index_put((rows,), best.pareto_k)
         variance = pilot.variance.index_put((rows,), best.variance)
-        return Proposals(mixture.with_rows(there, trial), normal, shapes, variance)
+        return Proposals(mixture.with_rows(there, trial), shapes, variance)
+
+    def normal(self, mixture: Mixture, bar: Any) -> Normal:
+        """The normal that Adam fits to each posterior, from the moments of weighted draws of proposals."""
+        pilot = self._pilot(self.program, mixture)
+        weights = truncated(pilot.log_w).to(pilot.y)[..., None]
+        loc = (weights * pilot.y).sum(0)
+        return self._fitted(loc, (weights * (pilot.y - loc).square()).sum(0).sqrt(), bar)
 
     def _adapted(self, mixture: Mixture, pilot: Pilot, rows: Tensor) -> tuple[Mixture, Pilot]:
         """Mixtures of more components for these rows, or the guide alone, and the best one's pilot draws."""
@@ -168,9 +180,9 @@ class _Minibatch:
             best, shares = _better(best, shares, found, alone)
         return Mixture(mixture.students, shares, mixture.has_guide), best
 
-    def _fitted(self, bar: Any) -> Student:
-        """The normal that Adam fits to each datum's posterior."""
-        loc0, sd0 = self.start.mean(0), self.start.std(0).clamp(min=LEAST_SD)
+    def _fitted(self, loc0: Tensor, sd0: Tensor, bar: Any) -> Normal:
+        """The normal that Adam fits to each datum's posterior, from a mean and standard deviation, its units."""
+        sd0 = sd0.clamp(min=LEAST_SD)
         number, d = loc0.shape
         moved, log_sd = torch.zeros_like(loc0), torch.zeros_like(loc0)
         leaves = [moved, log_sd]
@@ -198,7 +210,7 @@ class _Minibatch:
             return -(self._log_joint(y) + (slope * y).sum(-1)).mean(0).sum()
 
         minimise(loss, leaves, self.settings.num_steps, self.settings.lr, bar)
-        return Student(loc0 + sd0 * moved, scale(), loc0.new_full((number,), NORMAL_DF))
+        return Normal(loc0 + sd0 * moved, scale(), loc0.new_full((number,), math.inf))
 
     def _log_joint(self, y: Tensor) -> Tensor:
         """log p(x, z) |dz / dy| at vectors (K, N, D)."""

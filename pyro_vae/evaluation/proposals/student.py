@@ -155,3 +155,17 @@ class Student:
         values = zip(*(vars(part.scale).values() for part in parts), strict=True)
         scale = kind(*(torch.cat(each) for each in values))
         return cls(torch.cat([part.loc for part in parts]), scale, torch.cat([part.df for part in parts]))
+
+
+@dataclass(frozen=True)
+class Normal(Student):
+    """A normal for each of N data, which a Student t of infinite `df` is."""
+
+    def sample(self, number: int) -> Tensor:
+        """That many draws, (K, N, D)."""
+        return self.loc + self.scale.times_noise(number)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """The log-density (K, N) of the first d elements at y (K, N, d)."""
+        square, log_det = self.scale.whitened(y - self.loc[:, : y.shape[-1]])
+        return -log_det - 0.5 * (square + y.shape[-1] * math.log(2 * math.pi))
