@@ -36,7 +36,7 @@ def draw_samples(folder: RunFolder, vae: VAE, n: int, seed: int) -> Path:
 def draw_report(folder: RunFolder, report: Report) -> list[Path]:
     """Draw bounds beside log p(x), the k-hats, and the KL of each latent dimension."""
     bounds = plots.bounds(report.table, log_likelihood=report.log_likelihood_range)
-    title = f"{len(report.annealed.per_datum)} test images; log p(x), up to what simulated images show to be missed"
+    title = f"{len(report.annealed.per_datum)} test images, with log p(x) from refined proposals"
     bounds.set_title(title, fontsize="medium")
     drawn = [save(folder, "bounds_and_log_likelihood", bounds)]
     if report.log_likelihood.share_no_k < 1:  # the plot needs at least one k-hat

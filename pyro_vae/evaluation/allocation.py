@@ -39,6 +39,11 @@ def sample_as_needed(
     data: Pieces, num_samples: int, goal: "Goal | None", refine: bool, vectorize: bool, progress: bool
 ) -> LogLikelihood:
     """The estimates of log p(x), with `num_samples` for each datum, or as many as a stated error takes."""
+    order = None
+    if goal is not None and goal.of_mean and data.divisible:  # so that the pilots so far stand for all of them
+        order = torch.randperm(len(data.program.args[0]))
+        args = tuple(column[order.to(column.device)] for column in data.program.args)
+        data = replace(data, program=replace(data.program, args=args))
     search = Search(data, Settings(vectorize=vectorize)) if refine else None
     rows = min(ROWS_AT_ONCE, rows_at_once(data.program.args))
     programs = data.programs(1, vectorize, rows) if search is None else search.programs
@@ -69,7 +74,8 @@ def sample_as_needed(
                 yield found
 
     with progress_bar(len(programs) * steps, "step", "log p(x)", progress) as bar:
-        return LogLikelihood.joined(estimates(), len(data.program.args[0]), data.device)
+        found = LogLikelihood.joined(estimates(), len(data.program.args[0]), data.device)
+    return found if order is None else found.of(order.argsort().to(found.per_datum.device))
 
 
 def _of(pilot: _Piloted, rows: Tensor, search: Search | None) -> Program:
@@ -103,11 +109,12 @@ class Goal:
     def numbers(self, variance: Tensor, most: int, *, together: bool) -> Tensor:
         """How many samples each datum of the next minibatch gets, (N,), by the relative variance of its weights.
 
-        They are powers of two times the fewest, so that few numbers differ; `most` for NaN; all alike if `together`.
+        They are powers of the root of two times the fewest, so that few numbers differ; `most` for NaN; all alike if
+        `together`.
         """
         target = (self._of_mean(variance.sqrt()) if self.of_mean else variance).log2() - self.unit
-        doublings = (target - math.log2(FEWEST)).nan_to_num(math.inf, math.inf, 0.0)
-        found = (FEWEST * 2.0 ** doublings.ceil().clamp(0, 60)).clamp(max=max(most, FEWEST)).long()
+        steps = (2 * (target - math.log2(FEWEST))).nan_to_num(math.inf, math.inf, 0.0).ceil().clamp(0, 120)
+        found = (FEWEST * 2.0 ** (0.5 * steps)).round().clamp(max=max(most, FEWEST)).long()
         if together:
             found = torch.full_like(found, int(found.max()))
         self.budget -= ((variance / found).log2() - self.unit).exp2().nansum().item()

@@ -85,7 +85,7 @@ class Evidence:
         r"""The Monte Carlo error of the mean for these data, :math:`\frac1N \sqrt{\sum_n \mathrm{se}_n^2}`, in nats."""
         return self.per_datum_error.square().sum().sqrt().item() / len(self.per_datum_error)
 
-    def of(self, rows: slice) -> Self:
+    def of(self, rows: slice | Tensor) -> Self:
         """The record of some of the data."""
         return replace(self, **{name: getattr(self, name)[..., rows] for name in self._per_datum_fields()})
 

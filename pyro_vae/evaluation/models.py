@@ -3,16 +3,16 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pyro_vae.checks import MAX_SEED, Seed, checked, shown
-from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
@@ -26,6 +26,7 @@ from pyro_vae.evaluation.likelihood import log_likelihood
 from pyro_vae.evaluation.pieces import checked as checked_program
 from pyro_vae.evaluation.pieces import read_once, rows_at_once
 from pyro_vae.evaluation.runs import laid_out
+from pyro_vae.evaluation.simulation import copies_of, places_in
 
 SURE = 2.0  # standard errors of a difference that is claimed
 PART_OF_CLAIM = 0.1  # the Monte Carlo error of a difference, as a part of the difference that is claimed
@@ -106,8 +107,9 @@ def compare_models(
             "where a and b are pairs, or tuples (model, guide)."
         )
     x = read_once(x)
-    if claim is not None and not 0 < claim < math.inf:
-        raise PyroVAEError(f"expected claim to be a positive number of nats, got {claim!r}. Try 0.1.")
+    for what, value in (("error", error), ("claim", claim)):
+        if value is not None and not 0 < value < math.inf:
+            raise PyroVAEError(f"expected {what} to be a positive number of nats, got {value!r}. Try 0.1.")
     _check_observations(models, x)
     pareto_k(torch.arange(FEWEST_SAMPLES)[:, None])  # imports ArviZ, which takes seconds that are no model's
     found, seconds = dict[str, LogLikelihood](), dict[str, float]()
@@ -127,7 +129,8 @@ def compare_models(
 
 
 def _row(own: LogLikelihood, best: LogLikelihood, claim: float | None) -> dict[str, float]:
-    mean, paired = own.estimate, Estimate.of(own.per_datum - best.per_datum)
+    apart = torch.zeros_like(own.per_datum) if own is best else own.per_datum - best.per_datum
+    mean, paired = own.estimate, Estimate.of(apart)
     noise = 0.0 if own is best else math.hypot(own.monte_carlo_error, best.monte_carlo_error)
     row = {
         "log_likelihood": mean.value,
@@ -148,25 +151,30 @@ def _row(own: LogLikelihood, best: LogLikelihood, claim: float | None) -> dict[s
 
 def _check_observations(models: Mapping[str, Any], x: Any) -> None:
     """Refuse models whose log p(x) are not of the same thing."""
-    first: tuple[Tensor, Tensor] | None = None
+    first: _Observed | None = None
     for name, program in models.items():
         with _said_of(name, refine=False):
             other = _observations(program, x)
         first = first or other
-        pair = f"models '{next(iter(models))}' and '{name}'"
-        sizes = [tuple(values.shape) for values, _ in (first, other)]
-        if sizes[0] != sizes[1] or not torch.equal(first[0], other[0]):
-            got = f"{sizes[0]} and {sizes[1]} numbers" if sizes[0] != sizes[1] else "other numbers in each"
+        pair, sizes = f"models '{next(iter(models))}' and '{name}'", [each.values.shape[1] for each in (first, other)]
+        known = first.places.isfinite().any() and other.places.isfinite().any()
+        if sizes[0] != sizes[1] or (known and not torch.equal(first.places, other.places)):
             raise PyroVAEError(
-                f"{pair} observe different things: expected models of the same elements of x, unchanged and with the "
-                f"same mask, got {got}. A density of x / 255, say, is another number than that of x."
+                f"{pair} observe different things: expected the same elements of x in both, with the same mask, got "
+                f"{sizes[0]} and {sizes[1]} numbers of a datum{', others of them' * (sizes[0] == sizes[1])}. Compare "
+                "log p of the same thing."
             )
-        if not torch.equal(first[1], other[1]):
-            counts = [int(discrete[0].isfinite().sum()) for _, discrete in (first, other)]
+        if not torch.equal(first.values, other.values):
+            raise PyroVAEError(
+                f"{pair} observe different things: expected the elements of x as they are, or one function of them in "
+                "both, got other numbers. A density of x / 255, say, is another number than that of x."
+            )
+        if not torch.equal(first.discrete, other.discrete):
+            counts = [int(each.discrete[0].isfinite().sum()) for each in (first, other)]
             raise PyroVAEError(
                 f"{pair} have densities where the other has probabilities: expected the same of both, since a density "
-                f"is no probability, got probabilities of {counts[0]} and {counts[1]} of {sizes[0][1]} numbers of a "
-                "datum. Compare discrete likelihoods with each other, and continuous ones with each other."
+                f"is no probability, got probabilities of {counts[0]} and {counts[1]} of {sizes[0]} numbers of a datum."
+                " Compare discrete likelihoods with each other, and continuous ones with each other."
             )
 
 
@@ -185,35 +193,60 @@ def _said_of(name: str, *, refine: bool) -> Iterator[None]:
         warnings.warn(f"model '{name}': {warning.message}", warning.category, stacklevel=5)
 
 
+class _Observed(NamedTuple):
+    """What is observed of each datum, (N, E), each in order, with infinity for what a mask leaves out."""
+
+    values: Tensor
+    discrete: Tensor  # the values at discrete sites; infinity for the others
+    places: Tensor  # the places of the values among the arguments' elements; all infinite where they are not known
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """That of consecutive minibatches, without columns that a mask leaves out for all data."""
+        most = max(part.values.shape[1] for part in parts)
+        columns = [
+            torch.cat([functional.pad(each, (0, most - each.shape[1]), value=math.inf) for each in column])
+            for column in zip(*parts, strict=True)
+        ]
+        return cls(*(column[:, columns[0].isfinite().any(0)] for column in columns))
+
+
 @takes_program
-def _observations(model: PyroFunction, guide: PyroFunction, x: Any) -> tuple[Tensor, Tensor]:
-    """The observed numbers of each datum in order, (N, E), and those at discrete sites; infinity stands for others."""
+def _observations(model: PyroFunction, guide: PyroFunction, x: Any) -> _Observed:
     parts = []
     with checked_program(model, guide, x, seed=0) as data:
         for program in data.programs(1, size=rows_at_once(data.program.args)):
             parts.append(_observed(program))
-    values, discrete = (torch.cat(each) for each in zip(*parts, strict=True))
-    return values, discrete
+    return _Observed.joined(parts)
 
 
-def _observed(program: Program) -> tuple[Tensor, Tensor]:
-    run = program.run()
-    columns, discrete = [], []
-    for site in run.model.values():
-        if not site["is_observed"] or is_factor(site) or is_deterministic(site):
+def _observed(program: Program) -> _Observed:
+    apart = copies_of(program.args)
+    run = program.on(apart).run()
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for name, site in run.model.items():
+        if is_factor(site):
+            raise PyroVAEError(
+                f"model site '{name}' is a factor: expected a density of x and of the latents, got a model with a term "
+                "that may be anything. Observe data by obs=, or compare pv.log_likelihood of each yourself."
+            )
+        if not site["is_observed"] or is_deterministic(site):
             continue
-        value = wide(site["value"])
-        counts = element_weights(site | {"value": value, "scale": 1.0})
-        kept, _ = laid_out(run, site | {"value": torch.where(counts > 0, value, math.nan)})
-        columns.append(kept.reshape(run.batch_plate.size, -1))
-        discrete.append(torch.full_like(columns[-1], _is_discrete(site["fn"]), dtype=torch.bool))
-    if not columns:
-        raise PyroVAEError(
-            "expected models with observed sites, got one with its data in a pyro.factor, which may be anything. "
-            "Observe the data by obs=, or compare pv.log_likelihood of each."
-        )
-    values = torch.cat(columns, 1).nan_to_num(math.inf)  # of a masked element
-    return values.sort(1).values, torch.where(torch.cat(discrete, 1), values, math.inf).sort(1).values
+        value = site["value"].float()
+        counts = element_weights(site | {"value": value, "scale": 1.0}) > 0
+
+        def columns(each: Tensor, site: Any = site, counts: Tensor = counts) -> Tensor:
+            kept = torch.where(counts, each, math.inf)
+            return laid_out(run, site | {"value": kept})[0].reshape(run.batch_plate.size, -1)
+
+        kind = columns(value) if _is_discrete(site["fn"]) else torch.full_like(columns(value), math.inf)
+        place = places_in(program.model, apart, name, site["value"])
+        known = torch.full_like(value, math.inf) if place is None else place.to(value)
+        found.append((columns(value), kind, columns(known)))
+    values, discrete, places = (torch.cat(each, 1).sort(1).values for each in zip(*found, strict=True))
+    if not bool((places.isfinite() == values.isfinite()).all()):  # of some sites only
+        places = torch.full_like(places, math.inf)
+    return _Observed(values, discrete, places)
 
 
 def _is_discrete(fn: Any) -> bool:

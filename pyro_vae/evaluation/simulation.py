@@ -22,7 +22,7 @@ MOST_EXACT = 2**24  # the largest whole number up to which float32 has all
 
 def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tensor]]:
     """Draw x and z from p(x, z): the arguments with the drawn x in place of the observed one, and z by site."""
-    args = _apart(args)
+    args = copies_of(args)
     observed, trace = sample_sites(traced(model, args)), traced(drawing(model), args)
     drawn = sample_sites(trace)
     check_draws(labelled(drawn, {}))
@@ -50,7 +50,7 @@ def simulate_data(model: PyroFunction, args: Args) -> tuple[Args, dict[str, Tens
 
 def sites_that_read(program: Program) -> list[str]:
     """The sites whose density reads data that the model observes, as in teacher forcing: one run can't draw them."""
-    args = _apart(program.args)
+    args = copies_of(program.args)
     with program.unnoticed():
         observed = sample_sites(program.on(args).trace()[0])
         latents = {name: site["value"] for name, site in observed.items() if not site["is_observed"]}
@@ -85,12 +85,12 @@ def _sources(model: PyroFunction, args: Args, observed: Sites, names: list[str])
 
 def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) -> tuple[Args, list[str]]:
     """The arguments with the drawn data in place of the observed ones, and the sites that observe no part of them."""
-    replaced, missing = list(_apart(args)), []
+    replaced, missing = list(copies_of(args)), []
     for name, site in observed.items():
         if not site["is_observed"] or is_factor(site) or is_deterministic(site):
             continue
         value = site["value"]
-        positions = _of_views(value, args) or _of_copies(model, args, name) or _of_equals(value, args)
+        positions = _positions(model, args, name, value)
         for i, taken in positions.items():
             new = drawn[name]["value"]
             if new.numel() != len(taken):
@@ -105,7 +105,25 @@ def _replaced(model: PyroFunction, args: Args, observed: Sites, drawn: Sites) ->
     return tuple(replaced), missing
 
 
-def _apart(args: Args) -> Args:
+def _positions(model: PyroFunction, args: Args, name: str, value: Tensor) -> dict[int, Tensor]:
+    """The arguments that an observed value consists of, each with the positions of its elements there."""
+    return _of_views(value, args) or _of_copies(model, args, name) or _of_equals(value, args)
+
+
+def places_in(model: PyroFunction, args: Args, name: str, value: Tensor) -> Tensor | None:
+    """Where the elements of an observed value stand in a row of the arguments; None if they are not from there as such.
+
+    The arguments must be copies, as :func:`copies_of` makes them.
+    """
+    positions = _positions(model, args, name, value)
+    if len(positions) != 1:
+        return None
+    ((i, taken),) = positions.items()
+    before = sum(argument[0].numel() for argument in args[:i])
+    return (before + taken % max(1, args[i][0].numel())).reshape(value.shape)
+
+
+def copies_of(args: Args) -> Args:
     """Copies of the arguments, each with a storage of its own, whose positions tell which elements are observed."""
     return tuple(argument.clone(memory_format=torch.contiguous_format) for argument in args)
 

@@ -87,7 +87,7 @@ def test_an_error_of_the_mean_takes_samples_where_the_weights_vary():
     assert abs(found.mean - exact(1.0).mean()) < 4.5 * found.monte_carlo_error
     easy, hard = found.drawn[X.abs() < 1].double().mean(), found.drawn[X.abs() >= 1].double().mean()
     v = [w.exp().var(0).mean() for w in (_weights(0.9), _weights(2.5))]
-    # In proportion to the root of the variance, but for numbers that are powers of two.
+    # In proportion to the root of the variance, but for numbers that are powers of the root of two.
     assert hard / easy == pytest.approx((v[1] / v[0]).sqrt().item(), rel=0.5)
     # All of these data with the error of the mean's goal would take more.
     same = found.per_datum_error.square() * found.drawn / (3e-4**2 * N)
@@ -97,6 +97,21 @@ def test_an_error_of_the_mean_takes_samples_where_the_weights_vary():
 def _weights(sd):
     z = 2.0**-0.5 * torch.zeros(1) + sd * torch.randn(100_000, 1, generator=torch.Generator().manual_seed(1))
     return dist.Normal(0.0, 0.5**0.5).log_prob(z) - dist.Normal(0.0, sd).log_prob(z)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_the_order_of_the_data_does_not_decide_their_samples(descending):
+    x = X.abs().sort(descending=descending).values
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, torch.where(x > 3.0, 20.0, 0.8)))  # few data are hard
+
+    found = pv.log_likelihood(program(1.0)[0], guide, x, error=1e-3, error_of="mean", **QUIET)
+    assert 0.4e-3 < found.monte_carlo_error < 1e-3
+    exact_of_x = dist.Normal(0.0, 2**0.5).log_prob(x.double())
+    assert (found.per_datum - exact_of_x).abs().max() < 1.0  # in the data's own order
+    assert abs((found.per_datum - exact_of_x).mean()) < 4.5 * found.monte_carlo_error
 
 
 @pytest.mark.parametrize("of", ["datum", "mean"])
@@ -131,6 +146,7 @@ def test_warnings_name_the_model():
     [
         (program(1.0, seen=lambda x: x / 2), "observe different things: .* other numbers"),
         (program(1.0, mask=torch.arange(N) > 3), "observe different things"),
+        (program(1.0, seen=lambda x: x.flip(0).flip(0) * 2), "observe different things: .* other numbers"),
         (program(1.0, noise=lambda z, _: dist.Poisson(z.exp()), seen=torch.abs), "observe different things"),
     ],
 )
@@ -167,6 +183,58 @@ def test_sites_of_both_kinds_may_have_equal_values_in_any_order():
 
     models = {"01": (model((0, 1)), guide), "10": (model((1, 0)), guide)}
     assert len(pv.compare_models(models, x, 200, refine=False, **QUIET)) == 2
+
+
+def columns(*observed, masks=None):
+    """A model that observes some columns of x, each in a site, and no other; with masks of these."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            for place, i in enumerate(observed):
+                with pyro.poutine.mask(mask=True if masks is None else masks[place]):
+                    pyro.sample(f"x_{place}", dist.Normal(z, 1.0), obs=x[:, i])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    return model, guide
+
+
+EQUAL = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])  # columns that values can't tell apart
+
+
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat above")
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (columns(0), columns(1), False),
+        (columns(0, 0), columns(0, 1), False),
+        (columns(0, 1), columns(1, 0), True),
+        (columns(0, 1, masks=(True, False)), columns(0), True),
+        (columns(0, 1, masks=(True, False)), columns(0, 1, masks=(False, True)), False),
+    ],
+)
+def test_elements_are_told_by_their_place_and_not_by_their_values(first, second, same):
+    if same:
+        assert len(pv.compare_models({"A": first, "B": second}, EQUAL, 100, refine=False, **QUIET)) == 2
+        return
+    with pytest.raises(ValueError, match="observe different things"):
+        pv.compare_models({"A": first, "B": second}, EQUAL, 100, refine=False, **QUIET)
+
+
+def test_factors_are_refused():
+    model, guide = program(1.0)
+
+    def better(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("bonus", torch.full((len(x),), 5.0))
+
+    with pytest.raises(ValueError, match="model 'B': model site 'bonus' is a factor"):
+        pv.compare_models({"A": (model, guide), "B": (better, guide)}, X[:9], 100, refine=False, **QUIET)
 
 
 def test_a_split_that_is_drawn_anew_is_read_once():
@@ -225,7 +293,7 @@ def test_the_same_data_in_other_sites_are_accepted():
         ({"models": [program(1.0)] * 2}, "dictionary of at least two models by name, got .*Pass {'A': a, 'B': b}"),
         ({"models": {"A": program(1.0), "B": None}}, r"model 'B': .*Pass a pair, or a tuple \(model, guide\)"),
         ({"claim": 0.0}, "claim to be a positive number"),
-        ({"error": -1.0}, "error to be a positive number"),
+        ({"error": -1.0}, "error to be a positive number of nats, got -1.0"),
     ],
 )
 def test_arguments_that_are_refused(arguments, words):
