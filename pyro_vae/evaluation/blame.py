@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_vae.checks import Between, Count, Seed
+from pyro_vae.checks import Between, Seed
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
@@ -26,7 +26,7 @@ from pyro_vae.evaluation.proposals.search import Search, Settings
 
 ADVICE = "So (rest) is too low for them. Take more num_samples."
 REST = "(rest)"
-SEEN = 4.0  # standard errors from which a gap has shares
+SEEN = 4.0  # Monte Carlo errors from which a gap has shares
 
 
 @takes_program
@@ -34,7 +34,7 @@ def blame(
     model: PyroFunction,
     guide: PyroFunction,
     x: Any,
-    num_draws: Count = BLAME_SAMPLES,
+    num_draws: Annotated[int, Between(2)] = BLAME_SAMPLES,
     *,
     num_samples: Annotated[int, Between(FEWEST_SAMPLES)] = NUM_SAMPLES,
     vectorize_particles: bool = True,
@@ -53,11 +53,11 @@ def blame(
 
     - ``kl``: the site's term in nats, averaged over data; ``kl_se``: its standard error over data. As an estimate, the
       term of an exact site may be a little below 0.
-    - ``share``: its share of the gap; NaN where the gap is less than four standard errors from 0.
+    - ``share``: its share of the gap; NaN if the gap of these data is less than four Monte Carlo errors above 0.
 
     Arguments:
         model, guide, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
-        num_draws: the number of the guide's draws of each datum that the terms are averaged over.
+        num_draws: the number of the guide's draws of each datum that the terms are averaged over, at least 2.
         num_samples: the number of samples for the estimate of log p(x) by refined proposals, at least 30.
 
     Raises:
@@ -87,7 +87,7 @@ def blame(
     References:
         Cremer, Li and Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, ICML (the gap).
     """
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     with checked(model, guide, x, seed, least=2) as data:
         search = Search(data, Settings(vectorize=vectorize_particles))
         names = [part.name for part in search.layout.parts]
@@ -106,23 +106,25 @@ def blame(
                 portions = in_portions(program, num_draws, vectorize_particles, partial(_terms, near=near))
                 drawn = [each for portion in portions for each in portion]
                 terms = torch.cat([wide(each) for each, _ in drawn], 1).mean(1)  # (sites, N)
-                elbo = torch.cat([wide(each) for _, each in drawn]).mean(0)
+                log_w = torch.cat([wide(each) for _, each in drawn])
                 evidence = [
                     LogLikelihood.from_weights(draw_weights(each, num_samples, vectorize_particles))
                     for each in search.parts(program, found.mixture, rows)
                 ]
-                log_p, shapes, zeros = (
+                log_p, error, shapes, zeros = (
                     torch.cat([getattr(each, name) for each in evidence])
-                    for name in ("per_datum", "pareto_k", "zero_weights")
+                    for name in ("per_datum", "per_datum_error", "pareto_k", "zero_weights")
                 )
-                parts.append((torch.cat([terms, (log_p - elbo - terms.sum(0))[None]]), shapes, zeros))
-    terms, shapes, zeros = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+                rest = log_p - log_w.mean(0) - terms.sum(0)
+                noise = error.square() + log_w.var(0) / len(log_w)  # of the gap, over draws
+                parts.append((torch.cat([terms, rest[None]]), noise, shapes, zeros))
+    terms, noise, shapes, zeros = (torch.cat(column, -1) for column in zip(*parts, strict=True))
     warn_of_zero_weights(zeros, num_samples, ADVICE)
     warn_of_high_k(shapes, ADVICE)
-    gap = Estimate.of(terms.sum(0))
-    seen = gap.value > SEEN * gap.standard_error
+    gap = terms.sum(0).mean().item()
+    seen = gap > SEEN * noise.sum().sqrt().item() / len(noise)
     estimates = [Estimate.of(term) for term in terms]
-    table = [(each.value, each.standard_error, each.value / gap.value if seen else math.nan) for each in estimates]
+    table = [(each.value, each.standard_error, each.value / gap if seen else math.nan) for each in estimates]
     return pd.DataFrame(table, pd.Index([*names, REST], name="site"), ["kl", "kl_se", "share"])
 
 
