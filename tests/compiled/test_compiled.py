@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pyro
@@ -9,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import LinearGaussian
+from helpers.quick import slow_but
 from helpers.toys import Discrete, Mixed, X
 from torch import nn
 
@@ -880,8 +883,9 @@ def test_compiled_log_likelihood_of_refined_proposals_in_several_batches(without
     assert (ll.ess > 130).all()  # the guide's own is 16 to 180
 
 
-@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("start", ["prior", "guide"])
+@pytest.mark.parametrize(
+    ("start", "inductor"), slow_but([("prior", False)], product(("prior", "guide"), (False, True)))
+)
 def test_compiled_annealing_moves_the_same_chains(inductor, start, monkeypatch):
     if not inductor:
         monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: graph)
