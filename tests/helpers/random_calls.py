@@ -249,7 +249,7 @@ CALLS: list[tuple[int, str]] = [
     (2, "pv.log_likelihood({program}, {x}, {many}, refine={flag}, error={number}, error_of='mean', seed={seed})"),
     (2, "pv.calibrate({program}, {x}, {count}, seed={seed}).gap"),
     (1, "pv.plots.calibration({ranks})"),
-    (2, "pv.compare_models(dict(a={program}, b={program}), {x}, {many}, refine={flag}, claim={number}).difference"),
+    (2, "pv.compare_models(dict(a=({program}), b=({program})), {x}, {many}, refine={flag}, claim={number}).difference"),
     (2, "pv.blame({program}, {x}, {count}, num_samples={many}, seed={seed}).share"),
     (2, "pv.expect({program}, {x}, {function}, {many}, refine={flag}, seed={seed}).value"),
     (3, "pv.ais({program}, {x}, {count}, {count}, seed={seed}, progress=False)"),
