@@ -9,12 +9,13 @@ from typing import Any, Literal, Unpack
 import torch
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch import distributions as td
 
 from pyro_vae.checks import Count, checked, refuse_call
 from pyro_vae.engine.program import Needs, Program, Run
-from pyro_vae.engine.sites import Site, Sites, equal, family, masks, same_masks, unwrapped
+from pyro_vae.engine.sites import Site, Sites, being_recorded, equal, family, masks, same_masks, unwrapped
 from pyro_vae.engine.weights import Terms
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options
@@ -193,7 +194,9 @@ class ELBO(Objective):
             else:
                 q, p = _both_sites(run, name)
                 if not any(mask is False for mask in masks(q)):  # which no density counts, whatever the families
-                    yield site, self._weighed(closed_form(q["fn"], p["fn"], name))
+                    kl = closed_form(q["fn"], p["fn"], name)
+                    _check_finite(kl, q, p, name)
+                    yield site, self._weighed(kl)
 
     def _weighed(self, term: Tensor) -> Tensor:
         beta = self._beta()
@@ -287,6 +290,18 @@ def closed_form(q: Any, p: Any, name: str) -> Tensor:
             f"ELBO(kl='analytic') has no closed form at site '{name}' for KL({family(q)} || {family(p)}): expected "
             "families whose KL PyTorch knows. Use kl='monte_carlo'."
         ) from error
+
+
+def _check_finite(kl: Tensor, q: Site, p: Site, name: str) -> None:
+    """Refuse a guide that gives probability to values where the prior has none, if Pyro validates."""
+    # A normal prior covers all numbers, and most are normal: to read values takes time in each step.
+    if isinstance(unwrapped(p["fn"]), td.Normal) or being_recorded() or not is_validation_enabled():
+        return
+    if bool((kl == math.inf).any()):
+        raise PyroVAEError(
+            f"the KL at site '{name}' is infinite for KL({family(q['fn'])} || {family(p['fn'])}): expected a guide on "
+            "the support of the prior, got one that exceeds it. Narrow the guide's support, or widen the prior's."
+        )
 
 
 def _is_wrong(q: Any, p: Any) -> bool:

@@ -300,6 +300,20 @@ def test_no_closed_form_names_the_site_and_the_families():
     pv.ELBO(4, "monte_carlo").loss(model, guide, X)
 
 
+def test_an_infinite_kl_names_the_site():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(0.0, 2.0 + 0 * x))
+
+    with pytest.raises(ValueError, match=r"the KL at site 'z' is infinite for KL\(Uniform \|\| Uniform\)"):
+        pv.ELBO().loss(model, guide, torch.zeros(3))
+
+
 def test_closed_form_refuses_what_pyro_gets_silently_wrong():
     def two(first, second):
         def program(x):
