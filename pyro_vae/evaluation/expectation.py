@@ -234,9 +234,9 @@ def _expectation(program: Program, read: _Reader, num_samples: int, vectorize: b
         program = _showing(program)
     sums: _Sums | None = None
     for runs in in_portions(program, num_samples, vectorize, read.weighted, read.elements):
-        log_w, f = (torch.cat(each) for each in zip(*runs, strict=True))
-        sums = sums or _Sums(wide(log_w), wide(f))
-        sums.add(wide(log_w), wide(f))
+        log_w, f = (wide(torch.cat(each)) for each in zip(*runs, strict=True))
+        sums = sums or _Sums(log_w, f)
+        sums.add(log_w, f)
     if sums is None:
         raise RuntimeError("expected a portion of draws, got none.")
     return sums.result()
