@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.checks import Count, Shape, checked, shown
+from pyro_vae.devices import elsewhere
 from pyro_vae.distributions import Mixture, Normal
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.flows import Flow, Kind
@@ -79,7 +80,8 @@ class VampPrior(nn.Module):
         pseudo_inputs: the initial u_k, of shape (K, *event), for example some of the data.
 
     Raises:
-        ValueError: `pseudo_inputs` is not floating point, or its shape does not match the posterior's `event_shape`.
+        ValueError: `pseudo_inputs` is not floating point, its shape does not match the posterior's `event_shape`, or it
+            is on another device than the posterior's parameters.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -105,6 +107,8 @@ class VampPrior(nn.Module):
             raise PyroVAEError(f"expected pseudo_inputs of floating point, got {dtype}. Pass pseudo_inputs.float().")
         if len(shape) < 2 or shape[1:] != event_shape:
             raise PyroVAEError(f"expected pseudo_inputs of shape (K, *{event_shape}), got {shape}. Pass some data.")
+        if refusal := elsewhere(posterior.parameters(), type(self), (posterior, pseudo_inputs), {}):
+            raise refusal
         self.posterior = posterior
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
 

@@ -336,6 +336,13 @@ def test_pseudo_inputs_of_another_shape(shape):
         pv.VampPrior(vae.posterior, torch.zeros(shape))
 
 
+def test_pseudo_inputs_on_another_device():
+    vae, _ = build("standard")
+    u = torch.zeros(5, 3, device="meta", dtype=torch.float64)
+    with pytest.raises(pv.PyroVAEError, match="expected pseudo_inputs on cpu, the device of the parameters, got meta"):
+        pv.VampPrior(vae.posterior, u)
+
+
 def test_pseudo_inputs_are_a_copy():
     vae, _ = build("standard")
     u = torch.zeros(5, 3, dtype=torch.float64)
