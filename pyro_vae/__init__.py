@@ -32,20 +32,35 @@ from pyro_vae import (
 from pyro_vae.arviz_io import to_arviz
 from pyro_vae.compiled.step import compile_step
 from pyro_vae.engine.weights import log_weights
-from pyro_vae.errors import MissingCompilerError, NoDensityError, NotFiniteError, NotWrittenError, PyroVAEError
+from pyro_vae.errors import (
+    CallbackError,
+    MissingCompilerError,
+    NoDensityError,
+    NotFiniteError,
+    NotWrittenError,
+    PyroVAEError,
+)
 from pyro_vae.evaluation import *
 from pyro_vae.likelihoods import *
 from pyro_vae.objectives import *
 from pyro_vae.pairs import *
 from pyro_vae.posteriors import *
 from pyro_vae.priors import *
-from pyro_vae.training import fit
+from pyro_vae.training import callbacks, fit
+from pyro_vae.training.callbacks import Callback
 from pyro_vae.training.checkpoint import load_parameters
 from pyro_vae.training.scales import fit_scale
 
-__all__ = ["data", "networks", "plots", "schedules", "testing"]
-__all__ += ["compile_step", "fit", "fit_scale", "load_parameters", "log_weights", "to_arviz"]
-__all__ += ["MissingCompilerError", "NoDensityError", "NotFiniteError", "NotWrittenError", "PyroVAEError"]
+__all__ = ["callbacks", "data", "networks", "plots", "schedules", "testing"]
+__all__ += ["Callback", "compile_step", "fit", "fit_scale", "load_parameters", "log_weights", "to_arviz"]
+__all__ += [
+    "CallbackError",
+    "MissingCompilerError",
+    "NoDensityError",
+    "NotFiniteError",
+    "NotWrittenError",
+    "PyroVAEError",
+]
 __all__ += evaluation.__all__
 __all__ += likelihoods.__all__
 __all__ += objectives.__all__

@@ -51,6 +51,16 @@ class NotWrittenError(PyroVAEError, OSError):
     history: Any = None
 
 
+class CallbackError(PyroVAEError, RuntimeError):
+    """A callback of a training has failed: the message names it, and where; the cause is the exception's own.
+
+    Attributes:
+        history: the table that :func:`fit` returns, with the epochs until then.
+    """
+
+    history: Any = None
+
+
 class NoDensityError(PyroVAEError, NotImplementedError):
     """A site's distribution can't compute the density of a value."""
 

@@ -1,6 +1,7 @@
 """A training step as compiled code, for a loop of the user's own, and for `fit`."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -15,11 +16,13 @@ from pyro_vae.devices import of_float64
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction, find_modules
 from pyro_vae.engine.parameters import NewParameters, require_parameters
+from pyro_vae.engine.precision import single_precision
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.rows import Rows
 from pyro_vae.engine.threads import ONE_THREAD
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import Objective
+from pyro_vae.objectives.parts import collected
 
 
 @dataclass(eq=False, repr=False)
@@ -34,6 +37,8 @@ class CompiledStep:
     own: dict[str, Tensor] = field(default_factory=dict)  # all parameters of the program; Pyro's optimisers find them
     rows: Rows | None = None  # divides the loss before its gradients are taken; None leaves the sum over data
     on_compile: OnCompile | None = None
+    with_parts: bool = False  # whether each loss leaves its reconstruction and KL in `parts`
+    parts: Tensor | None = field(default=None, init=False)  # of the last loss, undivided
     parameters: list[Tensor] = field(default_factory=list, init=False)  # those that the optimiser steps
     loss_and_gradients: CompiledFunction = field(init=False)  # with the compiling time of each shape
 
@@ -101,7 +106,7 @@ class CompiledStep:
                 if self.rows is None
                 else torch.tensor(self.rows.of(args).whole, dtype=torch.float64, device=device)
             )
-            loss, *gradients = self.loss_and_gradients(settings, data, args, kwargs)
+            loss, self.parts, *gradients = self.loss_and_gradients(settings, data, args, kwargs)
             self.objective.step += 1
             return loss, gradients
 
@@ -110,8 +115,10 @@ class CompiledStep:
     ) -> Any:
         vars(self._compiled_objective).update(settings)
         with torch.enable_grad():
-            with NewParameters(self.own) as new:
+            reading = collected(self._compiled_objective) if self.with_parts else nullcontext()
+            with NewParameters(self.own) as new, reading as found:
                 loss = self._compiled_objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                parts = None if found is None else found.of(loss)
             if self.own and new.found:
                 names = ", ".join(f"'{name}'" for name in sorted(new.found))
                 raise PyroVAEError(
@@ -119,14 +126,17 @@ class CompiledStep:
                     f"use no others, got {names}. Use all parameters in the first minibatch, or run it uncompiled."
                 )
             whole = loss if data is None else loss / data
-            gradients = torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
+            with single_precision():  # under autocast, the gradients of what is in float32 would be rounded
+                gradients = (
+                    torch.autograd.grad(whole, self.parameters, allow_unused=True) if whole.requires_grad else ()
+                )
             if all(gradient is None for gradient in gradients):
                 raise PyroVAEError(
                     f"expected an optimizer of parameters that the loss depends on, got one of {len(self.parameters)} "
                     "others. Build it on the program's parameters, torch.optim.Adam(vae.parameters()), after the last "
                     "change of the networks."
                 )
-            return loss.detach(), *gradients
+            return loss.detach(), parts, *gradients
 
     def _find_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The optimiser's parameters; Pyro's optimisers get them at each step: all parameters of the program."""

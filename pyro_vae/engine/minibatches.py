@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -139,12 +139,15 @@ class Minibatches:
         finally:
             self.set_generator_states(states)
 
-    def shuffled(self) -> Iterator[Batch]:
-        """One epoch in a new random order. A single minibatch keeps its order, since its rows may have parameters."""
+    def shuffled(self, skip: int = 0) -> Iterator[Batch]:
+        """One epoch in a new random order. A single minibatch keeps its order, since its rows may have parameters.
+
+        The first `skip` minibatches are left out; a DataLoader makes them all the same.
+        """
         if self.loader is not None or self.steps == 1:
-            yield from self.in_order()
+            yield from islice(self.in_order(), skip, None)
             return
-        for index in torch.randperm(self.size or 0).split(self.batch_size or 1):
+        for index in torch.randperm(self.size or 0).split(self.batch_size or 1)[skip:]:
             yield self._take(index)
 
     def in_order(self) -> Iterator[Batch]:

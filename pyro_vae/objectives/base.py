@@ -3,6 +3,7 @@
 import functools
 import inspect
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self, TypedDict
 
@@ -104,6 +105,7 @@ class Objective(pyro.infer.ELBO):
     family: ClassVar[str]
     #: The estimators of its gradient, by name.
     gradients: ClassVar[dict[str, Estimator]] = ESTIMATORS
+    _on_run: Callable[[Run], None] | None = None  # told of each run that a loss makes
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -337,6 +339,8 @@ class Objective(pyro.infer.ELBO):
         return terms(guide)
 
     def _read(self, run: Run) -> Densities:
+        if self._on_run is not None:
+            self._on_run(run)
         scale = datum_scale(run)  # first, since its message is more specific than those of the terms
         guide, row, score, stopped, factors = run.guide, self.estimator, None, None, None
         if row.signal is not None:

@@ -169,6 +169,8 @@ class ELBO(Objective):
 
     def _total(self, run: Run) -> Tensor:
         """The sum of all terms of a run, each masked and scaled."""
+        if self._on_run is not None:
+            self._on_run(run)
         total = _sum(self._model_terms(run)) - _sum(self._guide_terms(run, run.guide))
         if run.stopped is None:
             return total

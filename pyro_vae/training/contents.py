@@ -83,25 +83,42 @@ SETTING = (None, bool, float, str)
 FIRST = {  # what the first version had
     "settings": Parts(
         dict.fromkeys(("objective", "batch_size", "lr", "seed", "N"), SETTING),
-        dict.fromkeys(("lr_scheduler", "compile"), SETTING),
+        dict.fromkeys(
+            ("lr_scheduler", "compile", "optimizer", "scheduler_every", "clip_norm", "accumulate", "precision"), SETTING
+        ),
     ),
-    "history": Where([Parts({"train_bound": float, "validation_bound": float, "seconds": float})], "epochs", len),
+    "history": [Parts({"train_bound": float, "validation_bound": float, "seconds": float})],
     "parameters": PARAMETERS,
     "buffers": BUFFERS,
-    "optimizer": Parts({"state": Where(Each(int, MOMENTS), "moments", len), "param_groups": Items([GROUP])}),
+    "optimizer": Parts({"state": Each(int, Each(str, object)), "param_groups": Where([GROUP], "groups", len)}),
     "rng": Where(RNG, "states of random number generators", lambda state: _are_states(state)),
     "loader_rng": [Tensor],
     "step": (None, COUNT),
 }
 SECOND = {"best": (None, BEST), "scheduler": (None, dict)}  # version 0.1.0
 THIRD = {"steps": COUNT, "fingerprint": FINGERPRINT}
+STATES = Parts({"rng": Where(RNG, "states of random number generators", lambda state: _are_states(state))})
+EPOCH = Parts(
+    {
+        "start": Parts(STATES.needed | {"loader_rng": [Tensor]}),
+        "minibatches": Where(int, "an integer, at least 1", lambda n: n >= 1),
+        "total": float,
+        "count": Where(int, "an integer, at least 1", lambda n: n >= 1),
+        "parts": (None, [float]),
+        "settings": [Each(str, float)],
+        "seconds": float,
+    }
+)
+LATER = {"current": EPOCH, "callbacks": Each(str, dict)}  # in a file of which each may be missing
 
 
 def check(path: str | Path, state: dict[str, Any]) -> None:
     """Refuse a state with missing parts, or with parts of other types, as no version of this package writes it."""
     third = bool(state.keys() & THIRD.keys())
     second = third or bool(state.keys() & SECOND.keys())
-    check_parts(path, state, Parts(FIRST | (SECOND if second else {}) | (THIRD if third else {})))
+    check_parts(path, state, Parts(FIRST | (SECOND if second else {}) | (THIRD if third else {}), LATER))
+    if not state["history"] and "current" not in state:
+        raise _refused(path, "['history'] to be epochs, got a list of 0")
     fingerprint, best, history = state.get("fingerprint"), state.get("best"), state["history"]
     if fingerprint is not None and fingerprint.keys() & COMPARED.keys():
         check_parts(path, fingerprint, Parts(COMPARED), "['fingerprint']")

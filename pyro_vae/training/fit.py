@@ -1,45 +1,38 @@
-"""`fit`: trains any Pyro model and guide by minibatches; the place of its arguments, and of the optimiser."""
+"""`fit`: trains any Pyro model and guide by minibatches; the place of its arguments."""
 
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pyro
 import torch
-from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from pyro_vae.checks import Count, Seed
-from pyro_vae.compiled.function import Compiled, OnCompile
 from pyro_vae.compiled.step import CompiledStep
-from pyro_vae.devices import memory_for
 from pyro_vae.engine.arguments import takes_program
-from pyro_vae.engine.first_run import placed, refusal
+from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.parameters import require_parameters, store_as_it_is
+from pyro_vae.engine.parameters import store_as_it_is
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.row_parameters import check_row_parameters, trial
-from pyro_vae.engine.rows import Rows, find_rows
-from pyro_vae.engine.sites import Sites, particle_dim_of, plates, size_of
-from pyro_vae.engine.traces import sample_sites
-from pyro_vae.errors import NotWrittenError, PyroVAEError, require_count
+from pyro_vae.errors import CallbackError, NotWrittenError, PyroVAEError, require_count
 from pyro_vae.files import one_writer
-from pyro_vae.objectives import Objective
 from pyro_vae.signals import name_of, taken_for_ctrl_c
 from pyro_vae.training import checkpoint as checkpoints
-from pyro_vae.training import learning_rates, schedule_values
+from pyro_vae.training import learning_rates, optimizers, resuming, schedule_values, surroundings
+from pyro_vae.training.callbacks import Callback, Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
-from pyro_vae.training.loop import Loop
-from pyro_vae.training.scales import Fitted, Scales, joined, likelihoods_in
+from pyro_vae.training.first_run import check_columns, first_run
+from pyro_vae.training.loop import Limits, Loop
+from pyro_vae.training.scales import Scales
 
 
 @takes_program
@@ -49,18 +42,27 @@ def fit(
     data: Any,
     objective: Any,
     *,
-    epochs: Count,
+    epochs: Count | None = None,
+    steps: Count | None = None,
     batch_size: int | None = None,
-    lr: float = 1e-3,
+    lr: float | None = None,
+    optimizer: optimizers.Maker | None = None,
     lr_scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    scheduler_every: Literal["epoch", "step"] = "epoch",
+    clip_norm: float | None = None,
+    accumulate: Count = 1,
     validation: Any = None,
     patience: int | None = None,
+    callbacks: Callback | Sequence[Callback] = (),
+    device: str | torch.device | None = None,
+    precision: str | None = None,
     compile: bool = False,
     checkpoint: str | Path | None = None,
+    checkpoint_every: int | timedelta | None = None,
     seed: Seed | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    r"""Maximise an objective over the parameters of a Pyro model and guide, with Adam, by minibatches.
+    r"""Maximise an objective over the parameters of a Pyro model and guide, by minibatches.
 
     Each step follows the gradient of the minibatch's mean bound, :math:`\frac1B \sum_n \mathcal L(x_n)`.
 
@@ -72,15 +74,31 @@ def fit(
             if all are on one.
         objective: the bound, such as :class:`pyro_vae.ELBO`, or any ``pyro.infer.ELBO`` with a differentiable loss.
         epochs: the total number of passes over the data, those in the checkpoint included.
+        steps: the total number of steps of the optimiser, in place of `epochs`. The last epoch may be a part of one.
         batch_size: data in a minibatch, by default 128. A ``DataLoader`` has its own.
-        lr: Adam's step size.
+        lr: the step size of Adam, the default optimiser; 1e-3 if it is None.
+        optimizer: a function from the parameters to an optimiser of ``torch.optim``, such as
+            ``lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)``. If its argument is called
+            ``named_parameters``, it gets pairs of name and parameter, to make groups. Parameters that it leaves out
+            stay as they are.
         lr_scheduler: a function from the optimiser to one of ``torch.optim.lr_scheduler``, such as
-            ``lambda optimizer: CosineAnnealingLR(optimizer, T_max=epochs)``. It takes a step after each epoch;
-            ``ReduceLROnPlateau`` is given minus the validation bound.
+            ``lambda optimizer: CosineAnnealingLR(optimizer, T_max=epochs)``. ``ReduceLROnPlateau`` is given minus the
+            validation bound.
+        scheduler_every: whether the scheduler takes a step after each ``"epoch"``, or after each ``"step"``.
+        clip_norm: scale each step's gradient, of the mean bound, to at most this Euclidean norm.
+        accumulate: how many minibatches a step adds up. The gradient is the mean over all their data, also where their
+            sizes differ; the last step of an epoch may have fewer. Schedules of the objective count minibatches. Free
+            bits, the baseline of ``"score"`` and batch norm stay those of each minibatch.
         validation: held-out data, of the same kinds. Their bound is measured after each epoch, with the same noise
             each time, and leaves the random numbers of training as they are.
         patience: stop when the validation bound has not risen for so many epochs. Parameters and buffers are then those
             of the best epoch, also if all epochs ran. The best epoch is the first with the highest validation bound.
+        callbacks: what to call at each step and epoch: :class:`Callback` objects, such as those of
+            :mod:`pyro_vae.callbacks`.
+        device: where to train, such as ``"cuda"``: moves the program's modules and parameters there, and each
+            minibatch. None leaves the program where it is.
+        precision: ``"bf16"`` runs the networks' layers in bfloat16, by autocast; all else is in float32, such as
+            samples, densities and the bound. None runs all in the program's own type.
         compile: whether steps run as compiled code; see :func:`compile_step`. Each size of minibatch takes 4 to 20 s to
             compile at its first step. In a terminal, `fit` says after how many steps that pays off. The result differs
             by rounding.
@@ -89,6 +107,10 @@ def fit(
             change, and the device. All else must be the same and is compared: the settings, the program, the data and
             validation data, the values of schedules. With `patience`, the file also holds the best epoch's parameters,
             and :func:`load_parameters` takes those.
+        checkpoint_every: write the checkpoint also inside of epochs, after so many steps, or so much time
+            (``datetime.timedelta(minutes=10)``). Training then goes on in the middle of the epoch, bit for bit too. A
+            ``DataLoader`` reads the epoch's first minibatches again for that; a stream that can't begin again is
+            refused.
         seed: seeds the random number generators for minibatches and samples; None leaves their state. Networks draw
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal.
@@ -119,12 +141,15 @@ def fit(
         returns the finished epochs. The parameters are then those of the last step, also with `patience`.
 
     Raises:
-        ValueError: an argument is out of range; data have unequal lengths, are empty or hold NaN; there is no parameter
-            to train; a parameter has a value for each row of a minibatch, where rows are shuffled; `patience` or
+        ValueError: an argument is out of range; both or none of `epochs` and `steps`; the optimiser is of other
+            parameters, or runs the loss several times; the machine has no such device; data have unequal lengths, are
+            empty or hold NaN; there is no parameter to train; a parameter has a value for each row of a minibatch,
+            where rows are shuffled; `patience` or
             ``ReduceLROnPlateau`` has no validation data; the scheduler belongs to another optimiser; the checkpoint
             can't be read, or belongs to another program, other data or other settings; data are outside the support of
             the site that observes them; another thread runs a program meanwhile. With `compile`: the program can't be
             compiled.
+        CallbackError: a callback has failed. Its ``history`` has the finished epochs, and the checkpoint the last step.
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
     Example:
@@ -136,13 +161,19 @@ def fit(
         >>> decay = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
         >>> pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=3, lr_scheduler=decay).lr.tolist()
         [0.001, 0.0005, 0.00025]
+        >>> adamw = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+        >>> history = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), steps=3, optimizer=adamw, clip_norm=10.0)
 
     References:
         Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, ICLR.
     """
-    if not 0 < lr <= torch.finfo(torch.float32).max:
-        raise PyroVAEError(f"expected lr to be positive and finite, got {lr!r}. Try 1e-3.")
-    lr = float(lr)  # NumPy's numbers could not be read back from a checkpoint
+    making, called = optimizers.Making(optimizer, lr), Callbacks(callbacks)
+    optimizers.check_clip(clip_norm)
+    if (epochs is None) == (steps is None):
+        got = "none" if epochs is None else f"epochs={epochs} and steps={steps}"
+        raise PyroVAEError(f"expected one of epochs and steps, got {got}. Pass epochs=10, say.")
+    _check_every(checkpoint_every, checkpoint)
+    there = None if device is None else surroundings.device_of(device)
     if not torch.is_grad_enabled():
         raise PyroVAEError(
             "training needs gradients: expected a call outside of torch.no_grad() and torch.inference_mode(), got one "
@@ -165,23 +196,41 @@ def fit(
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
     put_back = store_as_it_is()
-    with _memory(objective, batches):
-        program, found = placed(Program(model, guide, batches.example()), lambda it: _first_run(it, objective, batches))
+    with surroundings.memory_of(objective, batches):
+        program = Program(model, guide, batches.example())
+        if there is not None:
+            program = surroundings.moved_to(there, program)
+        program, found = placed(program, lambda it: first_run(it, objective, batches))
     parameters, model_sites, likelihoods, rows_of = found
     batches.device = program.device
+    own_device = program.device or next(iter(parameters.values())).device
+    context = surroundings.precision_on(own_device, precision)
+    if checkpoint_every is not None and batches.loader is not None and batches.begun is not None:
+        raise PyroVAEError(
+            "checkpoint_every goes on in the middle of an epoch: expected a DataLoader that begins again with the same "
+            "minibatches, got a stream that does not. Drop checkpoint_every, or use a data set with a length."
+        )
     if batches.ends_in_one_row:  # batch norm fails on it, after an epoch's work
         program.on(batches.of_one(batches.example())).trace(training=True)
     support = DataSupport(program, model_sites)
     if held_out is not None:
         held_out.device = program.device
-        _check_columns(model, held_out)
-    optimizer = torch.optim.Adam(list(dict.fromkeys(parameters.values())), lr=lr, fused=True)  # shared ones once
-    scheduler = None if lr_scheduler is None else learning_rates.make(lr_scheduler, optimizer, held_out is not None)
+        check_columns(model, held_out)
+    made = making(parameters)
+    by_step = scheduler_every == "step"
+    scheduler = None
+    if lr_scheduler is not None:
+        scheduler = learning_rates.make(lr_scheduler, made, held_out is not None, by_step=by_step)
     settings = {
         "objective": _describe(objective),
         "batch_size": batches.batch_size,
-        "lr": lr,
+        "lr": making.lr,
+        "optimizer": making.describe(made),
         "lr_scheduler": scheduler and learning_rates.describe(scheduler),
+        "scheduler_every": scheduler_every,
+        "clip_norm": None if clip_norm is None else float(clip_norm),
+        "accumulate": accumulate,
+        "precision": precision,
         "seed": seed,
         "N": batches.size,
         "compile": compile,
@@ -190,8 +239,9 @@ def fit(
         objective.step = 0
     fingerprint = None
     if checkpoint:
-        schedules = schedule_values.scheduled_values(objective, batches.steps, epochs)
-        schedules |= {"lr": schedule_values.learning_rates(scheduler, epochs)}
+        planned = _epochs(epochs, steps, accumulate, batches)
+        schedules = schedule_values.scheduled_values(objective, batches.steps, planned)
+        schedules |= {"lr": schedule_values.learning_rates(scheduler, (steps or planned) if by_step else planned)}
         fingerprint = Fingerprint.of(program, parameters, batches, held_out, schedules)
     loop = Loop(
         program,
@@ -199,40 +249,56 @@ def fit(
         batches,
         held_out,
         parameters,
-        optimizer,
+        making,
+        made,
         scheduler,
-        patience,
+        Limits(math.inf if epochs is None else epochs, math.inf if steps is None else steps, patience),
         checkpoint,
         settings,
         support,
         rows_of,
-        Scales(program, objective, likelihoods, lr),
+        Scales(program, objective, likelihoods, optimizers.lr_of(made)),
         fingerprint,
+        called,
+        by_step,
+        clip_norm,
+        accumulate,
+        checkpoint_every,
+        context,
     )
     alone = one_writer(checkpoint, "training into") if checkpoint else nullcontext()
     with taken_for_ctrl_c(then_obeyed=True) as received, alone:
         if checkpoint and Path(checkpoint).exists():
             try:
-                loop.resume(checkpoint, epochs)
+                resuming.resume(loop, checkpoint)
             except Exception:
                 put_back()
                 raise
         elif checkpoint and scheduler is not None:
             checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
 
-        bar = tqdm(total=batches.steps and epochs * batches.steps, disable=None if progress else True, unit="step")
-        bar.update(len(loop.rows) * (batches.steps or 0))
+        total = batches.steps and epochs * batches.steps if steps is None and epochs else steps and steps * accumulate
+        bar = tqdm(total=total, disable=None if progress else True, unit="step")
+        bar.update(loop.minibatches)
         if compile:
+            on_compile = surroundings.teller(bar, batches)
             loop.compiled = CompiledStep(
-                model, guide, objective, optimizer, own=parameters, rows=rows_of, on_compile=_teller(bar, batches)
+                model,
+                guide,
+                objective,
+                made,
+                own=parameters,
+                rows=rows_of,
+                on_compile=on_compile,
+                with_parts=bool(called),
             )
         try:
-            with _flushing_denormals(), _memory(objective, batches):
-                while len(loop.rows) < epochs and not checkpoints.stalled(len(loop.rows), loop.best, patience):
-                    bar.set_description(f"epoch {len(loop.rows) + 1}/{epochs}")
+            called.start(loop)
+            with surroundings.flushing_denormals(), surroundings.memory_of(objective, batches):
+                while not loop.ended:
+                    bar.set_description(f"epoch {loop.epoch}" + (f"/{epochs}" if epochs else ""))
                     loop.train_epoch(bar)
-            loop.restore_best()
-            loop.scales.at_end()
+            loop.finish()
         except KeyboardInterrupt:
             best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
             kept = f"; the checkpoint {checkpoint} holds epoch {len(loop.rows)}" if checkpoint and loop.rows else ""
@@ -241,6 +307,11 @@ def fit(
                 f"those of the last step{best}{kept}.",
                 stacklevel=3,
             )
+        except CallbackError as error:
+            if checkpoint and loop.current is not None and loop.can_go_on_inside:
+                loop.save(loop.rows)
+            error.history = loop.history()
+            raise
         except NotWrittenError as error:
             error.history = loop.history()
             raise
@@ -249,82 +320,24 @@ def fit(
     return loop.history()
 
 
-def _memory(objective: Any, batches: Minibatches) -> AbstractContextManager[None]:
-    """Says beside an error of memory what to make smaller."""
-    names = [name for name in ("chunk_size", "num_particles") if getattr(objective, "num_particles", 1) > 1]
-    settings = {"batch_size": batches.batch_size} | {n: getattr(objective, n) for n in names if hasattr(objective, n)}
-    given = ", ".join(f"{name} (now {value})" for name, value in settings.items())
-    return memory_for("training", f"Pass a smaller {given}.")
+def _epochs(epochs: int | None, steps: int | None, accumulate: int, batches: Minibatches) -> int:
+    """How many epochs there will be at most; of a stream, as many as schedules are compared for."""
+    if epochs is not None:
+        return epochs
+    each = math.ceil(batches.steps / accumulate) if batches.steps else 0
+    return math.ceil((steps or 0) / each) if each else schedule_values.MOST_EPOCHS
 
 
-def _first_run(
-    program: Program, objective: Any, batches: Minibatches
-) -> tuple[dict[str, Tensor], Sites, list[Fitted], Rows]:
-    """Run the program once; return its parameters, the model's sites, its likelihoods, and what counts its data."""
-    with likelihoods_in() as matched:
-        traces = program.trace()
-    sites = [sample_sites(trace, latent=False) for trace in traces]
-    cut = len(program.args[0]) if batches.cuts_rows else None
-    rows_of = find_rows(program, sites[0], cut)
-    if batches.steps != 1:
-        _check_minibatches(sites[0], rows_of.number)
-        other = batches.of_one(program.args) if cut not in (None, 1, rows_of.number) and not rows_of.full else None
-        if other is not None and not rows_of.follows(other):
-            raise PyroVAEError(
-                f"minibatches are {cut} rows of the data's first dimension, and plate "
-                f"'{getattr(rows_of.plate, 'name', None)}' has {rows_of.number} rows in each of them: expected "
-                "minibatches that add up to the data. Pass the data along the first dimension (x.T, say), or "
-                "batch_size=N."
-            )
-        if isinstance(objective, Objective) and objective.needs().per_datum:
-            _check_outermost(sites, rows_of)
-    if isinstance(objective, Objective):  # before other runs, since a flow keeps the history of its last draw alone
-        needs, nesting = objective.needs(), -particle_dim_of(*sites) - 1
-        objective.remember(replace(program, needs=needs, nesting=nesting), traces)
-    if batches.moves_rows:
-        check_row_parameters(program, trial(program, rows_of.number))
-    # The optimiser's state in a checkpoint has the parameters by their order.
-    return dict(sorted(require_parameters(*traces).items())), sites[0], joined(matched(sites[0])), rows_of
-
-
-def _check_minibatches(model: Sites, size: int) -> None:
-    """Refuse a program with a term outside the data's plate, which would count once for each minibatch."""
-    frames = {name: site["cond_indep_stack"] for name, site in model.items()}
-    if any(frame.full_size != frame.size for stack in frames.values() for frame in stack):
-        return  # scaled to all data: each minibatch's loss estimates the whole
-    for name, stack in frames.items():
-        if size not in [size_of(plate, model[name]) for plate in stack]:
-            raise PyroVAEError(
-                f"expected a program whose minibatches add up to the data, got model site '{name}' outside the data's "
-                f"plate of size {size}: its term would count once for each minibatch. Move it inside; or give the "
-                "plate the size of all data, pyro.plate('data', N, subsample_size=len(x)); or pass batch_size=N."
-            )
-
-
-def _check_outermost(sites: list[Sites], rows: Rows) -> None:
-    """Refuse a program whose minibatches are cut from another plate than the outermost, whose rows are bounded."""
-    stacks = [plates(site) for group in sites for site in group.values()]
-    if not stacks:  # the first step refuses a program without sites
+def _check_every(every: int | timedelta | None, checkpoint: Any) -> None:
+    if every is None:
         return
-    first, *others = stacks
-    outermost = next((plate for plate in first if all(plate in stack for stack in others)), None)
-    if outermost and rows.plate and outermost.name != rows.plate.name:
-        raise PyroVAEError(
-            f"the outermost plate '{outermost.name}' has {outermost.size} rows, and minibatches are cut from the "
-            f"{rows.number} rows of plate '{rows.plate.name}': expected the data's plate to be the outermost one, "
-            f"whose rows have log-weights of their own. Enter it first: pyro.plate('{rows.plate.name}', ..., dim=-2)."
-        )
-
-
-def _check_columns(model: PyroFunction, held_out: Minibatches) -> None:
-    """Refuse validation data that the model does not take as its arguments."""
-    if held_out.loader is None:
-        error = refusal(model, held_out.example())
-        if error is not None:
-            raise PyroVAEError(
-                "expected validation data that the model takes as its arguments, got a tuple of "
-                f"{len(held_out.columns)} ({error}). Pass validation data of the form of the training data."
-            ) from error
+    if isinstance(every, timedelta):
+        if every <= timedelta(0):
+            raise PyroVAEError(f"expected checkpoint_every to be a positive time, got {every}. Pass minutes=10, say.")
+    else:
+        require_count("checkpoint_every", every, why=" of steps, or a datetime.timedelta")
+    if not checkpoint:
+        raise PyroVAEError("expected a checkpoint with checkpoint_every, got none. Pass checkpoint='run.pt', say.")
 
 
 def _describe(objective: Any) -> str:
@@ -337,40 +350,3 @@ def _describe(objective: Any) -> str:
         if isinstance(value, bool | int | float | str | tuple) or callable(value)
     ]
     return f"{type(objective).__name__}({', '.join(settings)})"
-
-
-def _teller(bar: Any, batches: Minibatches) -> OnCompile | None:
-    """Shows beside the progress bar that a step is being compiled, and when that pays off; None without a bar."""
-    if bar.disable:
-        return None
-    first = True
-
-    def tell(compiled: Compiled | None) -> None:
-        nonlocal first
-        bar.set_postfix_str("compiling ..." if compiled is None else "")
-        if compiled is None:
-            return
-        line, now, before = f"compiled in {compiled.seconds:.1f} s", compiled.compiled_seconds, compiled.eager_seconds
-        if first and before is not None and now is not None:
-            steps = compiled.seconds / (before - now) if before > now else math.inf
-            epochs = f", {steps / batches.steps:,.1f} epochs" if batches.steps else ""
-            pays = f"pays off after {steps:,.0f} steps{epochs}" if before > now else "never pays off"
-            line += f": a step takes {1e3 * now:.3g} ms in place of {1e3 * before:.3g}, which {pays}"
-        else:
-            line += " for a minibatch of another size"
-        first = False
-        bar.write(line, file=sys.stderr)
-
-    return tell
-
-
-@contextmanager
-def _flushing_denormals() -> Iterator[None]:
-    """Inside, denormal numbers are zero: arithmetic with them is slow, and an optimiser's moments become so small."""
-    smallest = torch.tensor(torch.finfo(torch.float64).tiny, dtype=torch.float64)
-    was_on = not bool(smallest / 2 > 0)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(was_on)

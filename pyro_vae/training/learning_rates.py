@@ -16,9 +16,13 @@ PROGRESS = ("last_epoch", "_step_count", "_is_initial", "_get_lr_called_within_s
 
 
 def make(
-    function: Callable[[torch.optim.Optimizer], Any], optimizer: torch.optim.Optimizer, validates: bool
+    function: Callable[[torch.optim.Optimizer], Any],
+    optimizer: torch.optim.Optimizer,
+    validates: bool,
+    *,
+    by_step: bool = False,
 ) -> LRScheduler:
-    """The scheduler that the function makes; refuse one that can't be stepped after each epoch."""
+    """The scheduler that the function makes; refuse one that can't be stepped after each epoch, or each step."""
     try:
         scheduler = function(optimizer) if callable(function) else function
     except TypeError as error:
@@ -34,6 +38,11 @@ def make(
         )
     if not isinstance(scheduler, ReduceLROnPlateau):
         return scheduler
+    if by_step:
+        raise PyroVAEError(
+            "ReduceLROnPlateau reads the validation bound, which each epoch has: expected scheduler_every='epoch' with "
+            "it, got 'step'. Drop scheduler_every, or pass another scheduler."
+        )
     if not validates:
         raise PyroVAEError(
             "ReduceLROnPlateau waits for the validation bound to stop rising: expected validation data with it, got "

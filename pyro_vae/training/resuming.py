@@ -1,0 +1,163 @@
+"""What a checkpoint keeps of the training loop, and how the loop goes on from it."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae.engine import rng
+from pyro_vae.engine.modules import buffers
+from pyro_vae.engine.ownership import parameters_of
+from pyro_vae.errors import PyroVAEError
+from pyro_vae.training import checkpoint as checkpoints
+from pyro_vae.training import contents, learning_rates, optimizers
+from pyro_vae.training.fingerprint import PASS_THE_SAME
+
+if TYPE_CHECKING:
+    from pyro_vae.training.loop import Loop
+
+# Settings that earlier versions did not have, with the values that they trained with.
+EARLIER: Mapping[str, Any] = {
+    "compile": False,
+    "lr_scheduler": None,
+    "optimizer": None,
+    "scheduler_every": "epoch",
+    "clip_norm": None,
+    "accumulate": 1,
+    "precision": None,
+}
+
+
+def state_of(loop: "Loop", rows: list[dict[str, float]]) -> dict[str, Any]:
+    """The contents of a checkpoint with this history."""
+    state = {
+        "settings": loop.settings,
+        "history": rows,
+        "parameters": {name: value.detach() for name, value in loop.parameters.items()},
+        "buffers": buffers(loop.modules),
+        "best": loop.best,
+        "optimizer": loop.optimizer.state_dict(),
+        "scheduler": loop.scheduler and loop.scheduler.state_dict(),
+        "rng": rng.get_state(),
+        "steps": loop.steps,
+        "loader_rng": loop.batches.generator_states(),
+        "step": loop.objective.step if isinstance(getattr(loop.objective, "step", None), int) else None,
+        "fingerprint": loop.fingerprint and loop.fingerprint.state(),
+        "callbacks": loop.callbacks.state(),
+    }
+    if loop.current is not None:
+        epoch = asdict(loop.current)
+        parts = None if loop.current.parts is None else loop.current.parts.tolist()
+        state["current"] = epoch | {"total": float(loop.current.total), "parts": parts}
+    return state
+
+
+def resume(loop: "Loop", path: str | Path) -> None:
+    """Restore the loop's state from the checkpoint."""
+    state = checkpoints.load(path)
+    saved = EARLIER | state["settings"]
+    for name in saved:
+        if name not in loop.settings:
+            raise PyroVAEError(
+                f"the checkpoint {path} was written with a setting that this version of pyro_vae does not know: "
+                f"expected none, got {name}={contents.shortened(saved[name])}. Update pyro_vae, or pass a new path."
+            )
+    for name, value in loop.settings.items():
+        if saved[name] != value:
+            raise PyroVAEError(
+                f"the checkpoint {path} was written with other settings: expected {name}={saved[name]!r}, got "
+                f"{name}={value!r}. {PASS_THE_SAME}"
+            )
+    best, limits = state.get("best"), loop.limits
+    if (best is None) != (limits.patience is None) and state["history"]:
+        raise PyroVAEError(
+            f"the checkpoint {path} was written {'without' if best is None else 'with'} patience: expected "
+            f"{'None' if best is None else 'a number, also another one'}, got patience={limits.patience!r}, since it "
+            "keeps the best epoch's parameters from the first epoch on. Pass that, or a new path."
+        )
+    # Version 0.1.0 did not count; a stream's epochs have no known number of steps.
+    steps = state.get("steps", len(state["history"]) * (loop.batches.steps or 1))
+    for name, unit, holds in (("epochs", "epochs", len(state["history"])), ("steps", "steps", steps)):
+        most = getattr(limits, name)
+        if holds > most:
+            raise PyroVAEError(
+                f"the checkpoint {path} holds {holds} {unit}: expected at least as many in all, got {name}={most}. "
+                f"Pass more {unit}, or a new path."
+            )
+    _restore_recognised(loop, path, state)
+    optimizers.restore(loop.optimizer, state["optimizer"])
+    if loop.scheduler is not None:
+        loop.scheduler.load_state_dict(state["scheduler"])
+    loop.batches.set_generator_states(state["loader_rng"])
+    rng.set_state(state["rng"])
+    if state["step"] is not None:
+        loop.objective.step = state["step"]
+    loop.rows, loop.best, loop.steps = list(state["history"]), best, steps
+    loop.set_current(state.get("current"))
+    loop.callbacks.load(path, state.get("callbacks", {}))
+
+
+def _restore_recognised(loop: "Loop", path: str | Path, state: dict[str, Any]) -> None:
+    """Restore parameters and buffers; those of another program keep the values that they have."""
+    saved, own_buffers = state.get("fingerprint"), buffers(loop.modules)
+    if saved is None or loop.fingerprint is None:
+        warnings.warn(
+            f"the checkpoint {path} was written by an earlier version: whether program, data and schedules are "
+            "those that were trained is not known. Pass the same.",
+            stacklevel=5,
+        )
+        _check_parts(loop, path, state)
+        checkpoints.restore(path, state, loop.parameters, own_buffers)
+        return
+    loop.fingerprint.check_inputs(path, saved)
+    _find(loop, state["parameters"])
+    _check_parts(loop, path, state)
+    own = loop.copy(math.nan)
+    checkpoints.restore(path, state, loop.parameters, own_buffers)
+    try:
+        loop.fingerprint.check_program(path, saved)
+    except PyroVAEError:
+        checkpoints.restore(path, own, loop.parameters, own_buffers)
+        raise
+
+
+def _check_parts(loop: "Loop", path: str | Path, state: dict[str, Any]) -> None:
+    """Refuse a state that is not one of this training, before anything takes a part of it."""
+    tensors = loop.parameters, buffers(loop.modules)
+    checkpoints.check_tensors(path, state, *tensors)
+    if state.get("best") is not None:
+        checkpoints.check_tensors(path, state["best"], *tensors)
+    epochs, counts = len(state["history"]), isinstance(getattr(loop.objective, "step", None), int)
+    inside = state.get("current", {}).get("minibatches", 0)
+    known = loop.batches.loader is None and loop.batches.steps
+    taken = _steps(loop, epochs, inside) if known else None
+    most, scheduler = taken or state.get("steps", math.inf), loop.scheduler
+    parts = {
+        "history": [contents.Parts(dict.fromkeys(loop.columns(), float))],
+        "optimizer": optimizers.state_kind(loop.making, loop.optimizer, most, scheduled=scheduler is not None),
+        "loader_rng": contents.of_generators(loop.batches.generators()),
+        "step": contents.COUNT if counts else None,
+    }
+    by_step = state.get("steps", taken) if loop.scheduled_by_step else epochs
+    later = {"scheduler": None if scheduler is None else learning_rates.state_kind(scheduler, by_step)}
+    later |= {"steps": contents.equal(taken)} if taken else {}
+    contents.check_parts(path, state, contents.Parts(parts, later))
+
+
+def _steps(loop: "Loop", epochs: int, inside: int) -> int:
+    """How many steps so many epochs and minibatches of another one take."""
+    of = loop.accumulate
+    return epochs * math.ceil((loop.batches.steps or 0) / of) + math.ceil(inside / of)
+
+
+def _find(loop: "Loop", saved: dict[str, Any]) -> None:
+    """Find the checkpoint's parameters that the first minibatch does not use, and put all into its order."""
+    for batch in loop.batches.looks() if saved.keys() - loop.parameters.keys() else ():
+        for trace in loop.program.on(batch).trace():
+            loop.parameters.update({n: p for n, p in parameters_of(trace).items() if n in saved})
+        if saved.keys() <= loop.parameters.keys():
+            break
+    if saved.keys() == loop.parameters.keys():
+        loop.take({name: loop.parameters[name] for name in saved})
