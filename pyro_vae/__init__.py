@@ -47,7 +47,7 @@ from pyro_vae.pairs import *
 from pyro_vae.posteriors import *
 from pyro_vae.priors import *
 from pyro_vae.training import callbacks, fit
-from pyro_vae.training.callbacks import Callback
+from pyro_vae.training.calling import Callback
 from pyro_vae.training.checkpoint import load_parameters
 from pyro_vae.training.scales import fit_scale
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -139,16 +139,16 @@ class Minibatches:
         finally:
             self.set_generator_states(states)
 
-    def shuffled(self, skip: int = 0) -> Iterator[Batch]:
+    def shuffled(self, skip: int = 0) -> Iterator[Batch | None]:
         """One epoch in a new random order. A single minibatch keeps its order, since its rows may have parameters.
 
-        The first `skip` minibatches are left out; a DataLoader makes them all the same.
+        In place of the first `skip` minibatches there is None; a DataLoader makes them all the same.
         """
         if self.loader is not None or self.steps == 1:
-            yield from islice(self.in_order(), skip, None)
+            yield from (None if i < skip else batch for i, batch in enumerate(self.in_order()))
             return
-        for index in torch.randperm(self.size or 0).split(self.batch_size or 1)[skip:]:
-            yield self._take(index)
+        for i, index in enumerate(torch.randperm(self.size or 0).split(self.batch_size or 1)):
+            yield None if i < skip else self._take(index)
 
     def in_order(self) -> Iterator[Batch]:
         """One pass in the data's own order."""

@@ -1,277 +1,388 @@
-"""Callbacks of a training: what `fit` calls at each step and epoch, and the record that it gives them."""
+"""Callbacks for :func:`pyro_vae.fit`: logs, averages of the weights, frozen parts, more validation, the best epochs.
 
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+Each is passed in ``callbacks=[...]``. For anything else, write a subclass of :class:`pyro_vae.Callback`.
+"""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_vae.checks import shown
-from pyro_vae.devices import wide
-from pyro_vae.engine import rng
-from pyro_vae.engine.minibatches import Batch, Minibatches
-from pyro_vae.errors import CallbackError, PyroVAEError
-from pyro_vae.objectives.parts import collected
-from pyro_vae.training import optimizers
+from pyro_vae.checks import Count, checked, shown
+from pyro_vae.errors import PyroVAEError
+from pyro_vae.files import written_whole
+from pyro_vae.training.calling import Callback, Record
 
-if TYPE_CHECKING:
-    from pyro_vae.training.loop import Loop
+__all__ = ["CSV", "EMA", "Callback", "Freeze", "KeepBest", "Record", "TensorBoard", "Validate"]
 
-Data = Any  # what `fit` takes as data
+COLUMNS = (
+    "bound",
+    "reconstruction",
+    "kl",
+    "beta",
+    "lr",
+    "gradient_norm",
+    "examples_per_second",
+    "validation_bound",
+)
 
 
-class Record:
-    r"""What a callback is given: where the training is, its numbers, and the parts that it works on.
+class CSV(Callback):
+    """Write the numbers of steps and epochs to a file of comma-separated values.
 
-    After a step, the numbers are those of the step's minibatch; after an epoch, the means of the epoch. All of them are
-    nats per datum unless stated.
+    A row has ``event`` ("step" or "epoch"), ``epoch``, ``step``, and the numbers of :class:`Record`, empty where they
+    are not known. A training that goes on from a checkpoint drops the rows after that checkpoint.
 
-    Attributes:
-        epoch: the current epoch, from 1.
-        step: the number of steps of the optimiser so far.
-        beta: the weight of the KL in this step's loss; NaN of an objective without one.
-        lr: the step size of the optimiser's first group.
-        examples_per_second: data trained on in a second.
-        validation_bound: the bound of the validation data, after an epoch or :class:`Validate`; NaN otherwise.
-        batch: the arguments of the program in this step, a tuple.
-        model, guide, objective, optimizer: as `fit` got or made them.
+    Arguments:
+        path: the file.
+        every: write each so many steps.
+        overwrite: whether a new training may replace a file that exists.
+
+    Raises:
+        ValueError: a new training finds the file, without `overwrite`.
+
+    Example:
+        >>> import pandas as pd, tempfile, torch, pyro_vae as pv
+        >>> path = tempfile.mkdtemp() + "/log.csv"
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> _ = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=1, batch_size=32, callbacks=pv.callbacks.CSV(path))
+        >>> pd.read_csv(path).event.tolist()
+        ['step', 'step', 'epoch']
     """
 
-    epoch: int
-    step: int
-    beta: float = math.nan
-    lr: float = math.nan
-    examples_per_second: float = math.nan
-    validation_bound: float = math.nan
-    batch: Batch = ()
+    @checked
+    def __init__(self, path: str | Path, *, every: Count = 1, overwrite: bool = False) -> None:
+        self.path, self.every, self.overwrite = Path(path), every, overwrite
+        if self.path.exists() and not overwrite and not self.path.is_file():
+            raise PyroVAEError(f"expected a file as the path of CSV, got the folder {self.path}. Pass a file in it.")
 
-    def __init__(self, loop: "Loop") -> None:
-        self._loop = loop
-        self.epoch, self.step = loop.epoch, loop.steps
-        self.model, self.guide = loop.program.model, loop.program.guide
-        self.objective, self.optimizer = loop.objective, loop.optimizer
-        self.lr = float(loop.optimizer.param_groups[0].get("lr", math.nan))
-        self._mean: Any = None  # the bound, and its parts, as tensors, which are read when they are asked for
-        self._parts: Tensor | None = None
-        self._norm: Tensor | None = None
+    def on_start(self, record: Record) -> None:
+        """Begin the file, or drop the rows after the checkpoint."""
+        rows: list[dict[str, str]] = []
+        if self.path.exists() and record.step:
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= record.step]
+        elif self.path.exists() and not self.overwrite:
+            raise PyroVAEError(
+                f"expected a new file for a new training, got {self.path}, which exists. Pass another path, or "
+                "CSV(path, overwrite=True)."
+            )
+        with written_whole(self.path) as unfinished, unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ("event", "epoch", "step", *COLUMNS), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
 
-    @property
-    def bound(self) -> float:
-        """The mean bound, the objective that is trained."""
-        return math.nan if self._mean is None else float(self._mean)
+    def on_step(self, record: Record) -> None:
+        """Write a row."""
+        self._write("step", record)
 
-    @property
-    def reconstruction(self) -> float:
-        """The mean of log p(x|z) under the guide; NaN of an objective of another package."""
-        return math.nan if self._parts is None else float(self._parts[0])
+    def on_epoch(self, record: Record) -> None:
+        """Write a row."""
+        self._write("epoch", record)
 
-    @property
-    def kl(self) -> float:
-        """The mean KL of the guide to the prior; NaN of an objective of another package."""
-        return math.nan if self._parts is None else float(self._parts[1])
-
-    @property
-    def gradient_norm(self) -> float:
-        """The Euclidean norm of the gradient before clipping; NaN after an epoch."""
-        if self._norm is None and self.batch:
-            gradients = [p.grad for p in optimizers.parameters_of(self.optimizer) if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
-        return math.nan if self._norm is None else float(self._norm)
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters in training, by name, such as ``"likelihood.decoder.1.weight"``."""
-        return {optimizers.plain(name): value for name, value in self._loop.parameters.items()}
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """The table of the finished epochs, as `fit` returns it."""
-        return self._loop.history()
-
-    def numbers(self) -> dict[str, float]:
-        """The numbers that are known here, by name, as a logger takes them."""
-        names = ("bound", "reconstruction", "kl", "beta", "lr", "gradient_norm", "examples_per_second")
-        found = {name: getattr(self, name) for name in (*names, "validation_bound")}
-        return {name: value for name, value in found.items() if not math.isnan(value)}
-
-    def validate(self, data: Data, batch_size: int | None = None) -> float:
-        """The mean bound of these data, without gradients, in evaluation mode, with the same noise each time."""
-        held_out = data if isinstance(data, Minibatches) else Minibatches(data, batch_size, "data")
-        held_out.device = self._loop.program.device
-        return self._loop.validate(held_out)
-
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint, which `fit` goes on from and `load_parameters` reads."""
-        self._loop.save(self._loop.rows, path)
-
-    def stop(self, reason: str = "a callback ended it") -> None:
-        """End the training after this step, or this epoch."""
-        self._loop.stopped = reason
+    def _write(self, event: str, record: Record) -> None:
+        with self.path.open("a", newline="") as file:
+            numbers = record.numbers()
+            csv.writer(file).writerow([event, record.epoch, record.step, *(numbers.get(name, "") for name in COLUMNS)])
 
 
-class Callback:
-    """What `fit` calls while it trains: a subclass defines the methods that it needs.
+class TensorBoard(Callback):
+    """Write the numbers of steps and epochs, and images, for TensorBoard.
 
-    Random numbers that a callback draws leave those of the training as they are. An exception in a callback ends the
-    training with a :class:`CallbackError`; the parameters are those of the last step, and the checkpoint, if there is
-    one, is written.
+    Steps are under ``step/``, epochs under ``epoch/``. Show them with ``tensorboard --logdir FOLDER``. A training that
+    goes on from a checkpoint hides what was written after that checkpoint.
 
-    Attributes:
-        every: :meth:`on_step` is called after each so many steps.
+    Arguments:
+        folder: where event files go.
+        every: write the numbers of each so many steps.
+        images: by name, functions of no argument, such as ``{"samples": lambda: vae.generate(16)}``. Each returns
+            images of shape (N, C, H, W) from 0 to 1, or a Matplotlib figure. They draw the same random numbers each
+            time.
+        images_every: how many epochs lie between images.
+
+    Raises:
+        ValueError: the package `tensorboard` is not there.
+    """
+
+    @checked
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every: Count = 1,
+        images: Mapping[str, Callable[[], Any]] | None = None,
+        images_every: Count = 1,
+    ) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise PyroVAEError(
+                "expected the package tensorboard for the callback TensorBoard, got none. Install it: pip install "
+                "tensorboard. Or use pv.callbacks.CSV."
+            ) from error
+        self._writer_class: Any = SummaryWriter
+        self.folder, self.every = Path(folder), every
+        self.images, self.images_every = dict(images or {}), images_every
+
+    def on_start(self, record: Record) -> None:
+        """Open the event file."""
+        purge = record.step + 1 if record.step else None
+        self.writer = self._writer_class(str(self.folder), purge_step=purge)
+
+    def on_step(self, record: Record) -> None:
+        """Write the step's numbers."""
+        self._write("step", record)
+
+    def on_epoch(self, record: Record) -> None:
+        """Write the epoch's numbers, and images."""
+        self._write("epoch", record)
+        if record.epoch % self.images_every == 0:
+            for name, function in self.images.items():
+                self._draw(name, function(), record.step)
+        self.writer.flush()
+
+    def on_end(self, record: Record) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+    def _write(self, event: str, record: Record) -> None:
+        for name, value in record.numbers().items():
+            self.writer.add_scalar(f"{event}/{name}", value, record.step)
+
+    def _draw(self, name: str, picture: Any, step: int) -> None:
+        if isinstance(picture, Tensor):
+            if picture.dim() != 4:
+                raise PyroVAEError(
+                    f"expected images '{name}' of shape (N, C, H, W), or a figure, got {shown(picture)}. Reshape them."
+                )
+            self.writer.add_images(name, picture.detach().clamp(0, 1), step)
+        else:
+            self.writer.add_figure(name, picture, step)
+
+
+class EMA(Callback):
+    r"""An exponential moving average of the parameters, which often gives a better bound than the last step's.
+
+    .. math:: \bar\theta_t = d_t \bar\theta_{t-1} + (1 - d_t) \theta_t, \qquad
+        d_t = \min\Bigl(d, \frac{1 + t}{10 + t}\Bigr)
+
+    with the decay d, which is smaller in the first steps t. A checkpoint keeps the average.
+
+    Arguments:
+        decay: d, from 0 to 1; 0.999 averages over some thousand steps.
+        at_end: whether the parameters are the average when `fit` returns. Otherwise use :meth:`in_place`.
 
     Example:
         >>> import torch, pyro_vae as pv
-        >>> class Print(pv.Callback):
-        ...     def on_epoch(self, record):
-        ...         print(record.epoch, record.step, sorted(record.numbers())[:2])
         >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> history = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=2, batch_size=32, callbacks=[Print()])
-        1 2 ['beta', 'bound']
-        2 4 ['beta', 'bound']
+        >>> average = pv.callbacks.EMA(0.99)
+        >>> _ = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=5, callbacks=average)
+        >>> with average.in_place():
+        ...     bound = pv.ELBO().bound(vae, torch.randn(64, 5)).mean()
+
+    References:
+        Polyak and Juditsky (1992), *Acceleration of Stochastic Approximation by Averaging*, SIAM J. Control Optim.
     """
 
-    every: int = 1
+    @checked
+    def __init__(self, decay: float = 0.999, *, at_end: bool = False) -> None:
+        if not 0 <= decay < 1:
+            raise PyroVAEError(f"expected decay to be at least 0 and below 1, got {decay!r}. 0.999 is usual.")
+        self.decay, self.at_end = decay, at_end
+        self.averages: dict[str, Tensor] = {}
+        self._parameters: dict[str, Tensor] = {}
 
     def on_start(self, record: Record) -> None:
-        """Before the first step; `record.step` is above 0 if the training goes on from a checkpoint."""
+        """Start at the parameters, or go on from the checkpoint's average."""
+        self._parameters = record.parameters
+        own = {name: value.detach().clone() for name, value in self._parameters.items()}
+        kept = self.averages if record.step else {}  # a new training begins anew
+        self.averages = own | {name: kept[name].to(value) for name, value in own.items() if name in kept}
 
-    def before_step(self, record: Record) -> None:
-        """Before each step, when each parameter has its gradient in ``grad``."""
-
+    @torch.no_grad()
     def on_step(self, record: Record) -> None:
-        """After a step."""
-
-    def on_epoch(self, record: Record) -> None:
-        """After an epoch."""
+        """Move the average."""
+        decay = min(self.decay, (1 + record.step) / (10 + record.step))
+        for name, value in record.parameters.items():  # a later minibatch may have added some
+            self._parameters[name] = value
+            self.averages.setdefault(name, value.detach().clone()).lerp_(value, 1 - decay)
 
     def on_end(self, record: Record) -> None:
-        """At the end of the training, also of one that a callback ended; not after an error."""
+        """Put the average in place, if it is asked for."""
+        if self.at_end:
+            self._put(self.averages)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the parameters are the average."""
+        if not self.averages:
+            raise PyroVAEError("expected an average after training, got none. Pass it to pv.fit first.")
+        own = {name: value.detach().clone() for name, value in self._parameters.items()}
+        self._put(self.averages)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._parameters[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: tensors, numbers, strings, lists and dictionaries."""
-        return {}
+        """The average."""
+        return dict(self.averages)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state from a checkpoint, before :meth:`on_start`."""
+        """Take the average of a checkpoint."""
+        self.averages = dict(state)
 
 
-class Callbacks:
-    """The callbacks of a training, which cost nothing where there are none."""
+class Freeze(Callback):
+    """Leave a part of the program as it is for some epochs.
 
-    def __init__(self, given: Callback | Sequence[Callback]) -> None:
-        self.all = [given] if isinstance(given, Callback) else list(given) if isinstance(given, list | tuple) else given
-        wrong = self.all if not isinstance(self.all, list) else [c for c in self.all if not isinstance(c, Callback)]
-        if wrong or not isinstance(self.all, list):
-            what = shown(wrong[0] if isinstance(wrong, list) else wrong)
+    Arguments:
+        part: a module, such as ``vae.posterior``, or the beginning of parameters' names, such as ``"likelihood"``.
+        epochs: for how many epochs, from the first one.
+
+    Raises:
+        ValueError: no parameter is of this part.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> before = [p.clone() for p in vae.posterior.parameters()]
+        >>> freeze = pv.callbacks.Freeze(vae.posterior, epochs=1)
+        >>> _ = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=1, callbacks=freeze)
+        >>> all(map(torch.equal, before, vae.posterior.parameters()))
+        True
+    """
+
+    @checked
+    def __init__(self, part: nn.Module | str, epochs: Count) -> None:
+        self.part, self.epochs = part, epochs
+
+    def on_start(self, record: Record) -> None:
+        """Check that there are such parameters."""
+        if not self._frozen(record):
+            what = f"names that begin with '{self.part}'" if isinstance(self.part, str) else "the module's"
             raise PyroVAEError(
-                f"expected callbacks to be pv.Callback objects, got {what}. Write a subclass of pv.Callback that "
-                "defines on_step(self, record) or on_epoch(self, record), and pass an instance."
+                f"expected parameters of the part to freeze, {what}, got none among {', '.join(record.parameters)}. "
+                "Pass another part."
             )
-        for callback in self.all:
-            if not isinstance(callback.every, int) or callback.every < 1:
-                raise PyroVAEError(
-                    f"expected {type(callback).__name__}.every to be a positive number of steps, got "
-                    f"{callback.every!r}. 1 is each step."
-                )
-        self._clear()
-        self.before = time.perf_counter()
 
-    def __bool__(self) -> bool:
-        return bool(self.all)
+    def before_step(self, record: Record) -> None:
+        """Take the gradients away, so that the optimiser steps over these parameters."""
+        if record.epoch <= self.epochs:
+            for parameter in self._frozen(record):
+                parameter.grad = None
 
-    def _clear(self) -> None:
-        self.total: Any = 0.0
-        self.parts: Tensor | None = None
-        self.count = 0
+    def _frozen(self, record: Record) -> list[Tensor]:
+        if isinstance(self.part, str):
+            return [value for name, value in record.parameters.items() if name.startswith(self.part)]
+        own = {id(parameter) for parameter in self.part.parameters()}
+        return [value for value in record.parameters.values() if id(value) in own]
 
-    def reading(self, objective: Any) -> AbstractContextManager[Any]:
-        """Around a loss: collects its parts, if anyone is to be told."""
-        return collected(objective) if self.all else nullcontext()
 
-    def see(self, loss: Tensor, parts: Tensor | None, share: float, own: int, settings: Mapping[str, float]) -> Any:
-        """Take the loss of a minibatch of the coming step; return its parts, as a sum over its data."""
-        self.total, self.count = self.total + wide(loss) * share, self.count + own
-        self.settings = settings
-        if parts is None:
-            return None
-        weighed = wide(parts) * share
-        self.parts = weighed if self.parts is None else self.parts + weighed
-        return weighed
+class Validate(Callback):
+    """Measure the bound of held-out data each so many steps, also inside of an epoch.
 
-    def before_step(self, loop: "Loop", batch: Batch) -> Record | None:
-        """Make the record of a step, and call what comes before it."""
-        if not self.all:
-            return None
-        record = Record(loop)
-        record.step += 1
-        record.batch = batch
-        record._mean = -self.total / self.count
-        record._parts = None if self.parts is None else self.parts / self.count
-        record.beta = float(self.settings.get("beta", math.nan))
-        now = time.perf_counter()
-        record.examples_per_second, self.before = self.count / max(now - self.before, 1e-9), now
-        self._clear()
-        self._call("before_step", record)
-        return record
+    The record's ``validation_bound`` has it then, so that loggers after it in the list write it.
 
-    def after_step(self, record: Record) -> None:
-        """Call what comes after a step."""
-        self._call("on_step", record, lambda callback: record.step % callback.every == 0)
+    Arguments:
+        data: held-out data, as `fit` takes them.
+        every: measure each so many steps.
+        batch_size: data in a minibatch, by default 128.
 
-    def start(self, loop: "Loop") -> None:
-        """Call what comes before the first step."""
-        if self.all:
-            self._call("on_start", Record(loop))
+    Attributes:
+        bounds: the bound by the number of the step.
 
-    def end_epoch(self, loop: "Loop", row: Mapping[str, float], epoch: Any) -> None:
-        """Call what comes after an epoch, with its row of the history."""
-        if not self.all:
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> validate = pv.callbacks.Validate(torch.randn(32, 5), every=2)
+        >>> _ = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=1, batch_size=16, callbacks=validate)
+        >>> list(validate.bounds)
+        [2, 4]
+    """
+
+    @checked
+    def __init__(self, data: Any, *, every: Count, batch_size: Count | None = None) -> None:
+        self.data, self.every, self.batch_size = data, every, batch_size
+        self.bounds: dict[int, float] = {}
+
+    def on_start(self, record: Record) -> None:
+        """Forget the bounds of another training."""
+        self.bounds = {step: bound for step, bound in self.bounds.items() if step <= record.step}
+
+    def on_step(self, record: Record) -> None:
+        """Measure the bound."""
+        record.validation_bound = self.bounds[record.step] = record.validate(self.data, self.batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bounds so far."""
+        return {str(step): bound for step, bound in self.bounds.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the bounds of a checkpoint."""
+        self.bounds = {int(step): bound for step, bound in state.items()}
+
+
+class KeepBest(Callback):
+    """Keep checkpoints of the k epochs with the highest validation bound, ``epoch-0007.pt`` and so on.
+
+    :func:`pyro_vae.load_parameters` reads each.
+
+    Arguments:
+        folder: where they go.
+        k: how many.
+
+    Raises:
+        ValueError: `fit` has no validation data.
+    """
+
+    @checked
+    def __init__(self, folder: str | Path, k: Count = 3) -> None:
+        self.folder, self.k = Path(folder), k
+        self.bounds: dict[int, float] = {}
+
+    def on_start(self, record: Record) -> None:
+        """Check that there are validation data, and make the folder."""
+        if not record.validates:
+            raise PyroVAEError(
+                "KeepBest compares validation bounds: expected validation data, got none. Pass validation=... to fit."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not record.step:
+            self.bounds = {}
+
+    def on_epoch(self, record: Record) -> None:
+        """Keep this epoch, if it is one of the best; drop the worst of too many."""
+        worst = min(self.bounds, key=self.bounds.__getitem__) if len(self.bounds) == self.k else None
+        if worst is not None and not record.validation_bound > self.bounds[worst]:
             return
-        record = Record(loop)
-        record._mean, record.validation_bound = row["train_bound"], row["validation_bound"]
-        record._parts = None if epoch.parts is None else epoch.parts / epoch.count
-        record.examples_per_second = epoch.count / max(row["seconds"], 1e-9)
-        record.beta = float(epoch.settings[-1].get("beta", math.nan))
-        self._call("on_epoch", record)
+        record.save(self._file(record.epoch))
+        self.bounds[record.epoch] = record.validation_bound
+        if worst is not None:
+            del self.bounds[worst]
+            self._file(worst).unlink(missing_ok=True)
 
-    def end(self, loop: "Loop") -> None:
-        """Call what comes at the end."""
-        if self.all:
-            self._call("on_end", Record(loop))
+    def _file(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:04d}.pt"
 
-    def _call(self, name: str, record: Record, due: Callable[[Callback], bool] = lambda _: True) -> None:
-        for callback in self.all:
-            if not due(callback) or getattr(type(callback), name) is getattr(Callback, name):
-                continue
-            try:
-                with rng.preserved():
-                    getattr(callback, name)(record)
-            except Exception as error:
-                raise CallbackError(
-                    f"callback {type(callback).__name__} failed in {name}, in epoch {record.epoch}, step "
-                    f"{record.step}: {type(error).__name__}: {error}"
-                ) from error
+    @property
+    def best(self) -> Path:
+        """The file of the best epoch."""
+        return self._file(max(self.bounds, key=self.bounds.__getitem__))
 
-    def state(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint keeps of those that have a state."""
-        return {name: callback.state_dict() for name, callback in self._with_state().items()}
+    def state_dict(self) -> dict[str, Any]:
+        """The epochs that are kept, with their bounds."""
+        return {str(epoch): bound for epoch, bound in self.bounds.items()}
 
-    def load(self, path: Any, saved: dict[str, dict[str, Any]]) -> None:
-        """Give them their states from a checkpoint; refuse one without some, or with others."""
-        own = self._with_state()
-        if own.keys() != saved.keys():
-            raise PyroVAEError(
-                f"the checkpoint {path} was written with other callbacks that have a state: expected "
-                f"{', '.join(saved) or 'none'}, got {', '.join(own) or 'none'}. Pass the same, or a new path."
-            )
-        for name, callback in own.items():
-            callback.load_state_dict(saved[name])
-
-    def _with_state(self) -> dict[str, Callback]:
-        named = [(type(c).__name__, c) for c in self.all if type(c).state_dict is not Callback.state_dict]
-        return {f"{name} {i}" if i else name: c for i, (name, c) in enumerate(named)}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the epochs of a checkpoint."""
+        self.bounds = {int(epoch): bound for epoch, bound in state.items()}

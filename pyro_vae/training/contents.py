@@ -96,7 +96,7 @@ FIRST = {  # what the first version had
     "step": (None, COUNT),
 }
 SECOND = {"best": (None, BEST), "scheduler": (None, dict)}  # version 0.1.0
-THIRD = {"steps": COUNT, "fingerprint": FINGERPRINT}
+THIRD = {"steps": COUNT, "fingerprint": (None, FINGERPRINT)}  # None: saved by a callback, without a checkpoint
 STATES = Parts({"rng": Where(RNG, "states of random number generators", lambda state: _are_states(state))})
 EPOCH = Parts(
     {

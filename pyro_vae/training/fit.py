@@ -27,7 +27,7 @@ from pyro_vae.files import one_writer
 from pyro_vae.signals import name_of, taken_for_ctrl_c
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates, optimizers, resuming, schedule_values, surroundings
-from pyro_vae.training.callbacks import Callback, Callbacks
+from pyro_vae.training.calling import Callback, Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.first_run import check_columns, first_run
@@ -217,6 +217,7 @@ def fit(
         held_out.device = program.device
         check_columns(model, held_out)
     made = making(parameters)
+    described = making.describe(made)  # before a scheduler adds to its settings
     by_step = scheduler_every == "step"
     scheduler = None
     if lr_scheduler is not None:
@@ -225,7 +226,7 @@ def fit(
         "objective": _describe(objective),
         "batch_size": batches.batch_size,
         "lr": making.lr,
-        "optimizer": making.describe(made),
+        "optimizer": described,
         "lr_scheduler": scheduler and learning_rates.describe(scheduler),
         "scheduler_every": scheduler_every,
         "clip_norm": None if clip_norm is None else float(clip_norm),
@@ -308,7 +309,7 @@ def fit(
                 stacklevel=3,
             )
         except CallbackError as error:
-            if checkpoint and loop.current is not None and loop.can_go_on_inside:
+            if checkpoint and loop.current is not None and loop.between_steps and loop.can_go_on_inside:
                 loop.save(loop.rows)
             error.history = loop.history()
             raise

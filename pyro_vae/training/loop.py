@@ -28,7 +28,7 @@ from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates, optimizers, resuming
 from pyro_vae.training.accumulation import Accumulated
-from pyro_vae.training.callbacks import Callbacks
+from pyro_vae.training.calling import Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.scales import Scales
@@ -87,6 +87,7 @@ class Loop:
     current: Epoch | None = None  # an epoch in progress
     step: int = 0  # the current minibatch of the epoch, from 1
     steps: int = 0  # how many were taken in all
+    between_steps: bool = True  # whether a checkpoint may be written now
     stopped: str | None = None  # why a callback has ended the training
 
     def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ class Loop:
         epoch = self.current = self.current or Epoch(self._generators())
         started, sums, batch = time.perf_counter() - epoch.seconds, Accumulated(), None
         for batch in self._minibatches(epoch):
-            self.step = epoch.minibatches + 1
+            self.step, self.between_steps = epoch.minibatches + 1, False
             settings = self._scheduled()
             if settings not in epoch.settings:
                 epoch.settings.append(settings)
@@ -157,23 +158,17 @@ class Loop:
 
     def _minibatches(self, epoch: Epoch) -> Iterator[Batch]:
         """The minibatches of an epoch that were not taken yet."""
-        if not epoch.minibatches:
-            batches = self.batches.shuffled()
-            for batch in batches:
-                if self.fingerprint is not None:
-                    self.fingerprint.see_first(batch)
+        taken = epoch.minibatches
+        now = self._generators() if taken else None
+        if now is not None:
+            self._set_generators(epoch.start)
+        for i, batch in enumerate(self.batches.shuffled(taken), 1):
+            if i == taken and now is not None:
+                self._set_generators(now)  # as the steps since then have left them
+            if i == 1 and batch is not None and self.fingerprint is not None:
+                self.fingerprint.see_first(batch)
+            if batch is not None:
                 yield batch
-                break
-            yield from batches
-            return
-        now = self._generators()
-        self._set_generators(epoch.start)
-        rest = self.batches.shuffled(epoch.minibatches)
-        first = next(rest, None)
-        self._set_generators(now)  # that of the steps since then
-        if first is not None:
-            yield first
-            yield from rest
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Count, Tensor | None]:
         """The loss of a minibatch, the number of its data, and its parts; each parameter's ``grad`` is the mean's."""
@@ -219,7 +214,7 @@ class Loop:
             if record is not None:
                 record._norm = norm
         self.optimizer.step()
-        self.steps += 1
+        self.steps, self.between_steps = self.steps + 1, True
         if self.scheduler is not None and self.scheduled_by_step:
             self.scheduler.step()
         if record is not None:

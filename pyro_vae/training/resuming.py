@@ -104,8 +104,8 @@ def _restore_recognised(loop: "Loop", path: str | Path, state: dict[str, Any]) -
     saved, own_buffers = state.get("fingerprint"), buffers(loop.modules)
     if saved is None or loop.fingerprint is None:
         warnings.warn(
-            f"the checkpoint {path} was written by an earlier version: whether program, data and schedules are "
-            "those that were trained is not known. Pass the same.",
+            f"the checkpoint {path} was written by an earlier version: whether program, data and schedules are those "
+            "that were trained is not known. Pass the same.",
             stacklevel=5,
         )
         _check_parts(loop, path, state)

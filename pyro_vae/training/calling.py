@@ -1,0 +1,278 @@
+"""Callbacks of a training: what `fit` calls at each step and epoch, and the record that it gives them."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_vae.checks import shown
+from pyro_vae.devices import wide
+from pyro_vae.engine import rng
+from pyro_vae.engine.minibatches import Batch, Minibatches
+from pyro_vae.errors import CallbackError, PyroVAEError
+from pyro_vae.objectives.parts import collected
+from pyro_vae.training import optimizers
+
+if TYPE_CHECKING:
+    from pyro_vae.training.loop import Loop
+
+Data = Any  # what `fit` takes as data
+
+
+class Record:
+    r"""What a callback is given: where the training is, its numbers, and the parts that it works on.
+
+    After a step, the numbers are those of the step's minibatch; after an epoch, the means of the epoch. All of them are
+    nats per datum unless stated.
+
+    Attributes:
+        epoch: the current epoch, from 1.
+        step: the number of steps of the optimiser so far.
+        beta: the weight of the KL in this step's loss; NaN of an objective without one.
+        lr: the step size of the optimiser's first group.
+        examples_per_second: data trained on in a second.
+        validation_bound: the bound of the validation data, after an epoch or :class:`Validate`; NaN otherwise.
+        batch: the arguments of the program in this step, a tuple.
+        validates: whether `fit` has validation data.
+        model, guide, objective, optimizer: as `fit` got or made them.
+    """
+
+    epoch: int
+    step: int
+    beta: float = math.nan
+    lr: float = math.nan
+    examples_per_second: float = math.nan
+    validation_bound: float = math.nan
+    batch: Batch = ()
+
+    def __init__(self, loop: "Loop") -> None:
+        self._loop, self.validates = loop, loop.held_out is not None
+        self.epoch, self.step = loop.epoch, loop.steps
+        self.model, self.guide = loop.program.model, loop.program.guide
+        self.objective, self.optimizer = loop.objective, loop.optimizer
+        self.lr = float(loop.optimizer.param_groups[0].get("lr", math.nan))
+        self._mean: Any = None  # the bound, and its parts, as tensors, which are read when they are asked for
+        self._parts: Tensor | None = None
+        self._norm: Tensor | None = None
+
+    @property
+    def bound(self) -> float:
+        """The mean bound, the objective that is trained."""
+        return math.nan if self._mean is None else float(self._mean)
+
+    @property
+    def reconstruction(self) -> float:
+        """The mean of log p(x|z) under the guide; NaN of an objective of another package."""
+        return math.nan if self._parts is None else float(self._parts[0])
+
+    @property
+    def kl(self) -> float:
+        """The mean KL of the guide to the prior; NaN of an objective of another package."""
+        return math.nan if self._parts is None else float(self._parts[1])
+
+    @property
+    def gradient_norm(self) -> float:
+        """The Euclidean norm of the gradient before clipping; NaN after an epoch."""
+        if self._norm is None and self.batch:
+            gradients = [p.grad for p in optimizers.parameters_of(self.optimizer) if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
+        return math.nan if self._norm is None else float(self._norm)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters in training, by name, such as ``"likelihood.decoder.1.weight"``."""
+        return {optimizers.plain(name): value for name, value in self._loop.parameters.items()}
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The table of the finished epochs, as `fit` returns it."""
+        return self._loop.history()
+
+    def numbers(self) -> dict[str, float]:
+        """The numbers that are known here, by name, as a logger takes them."""
+        names = ("bound", "reconstruction", "kl", "beta", "lr", "gradient_norm", "examples_per_second")
+        found = {name: getattr(self, name) for name in (*names, "validation_bound")}
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    def validate(self, data: Data, batch_size: int | None = None) -> float:
+        """The mean bound of these data, without gradients, in evaluation mode, with the same noise each time."""
+        held_out = data if isinstance(data, Minibatches) else Minibatches(data, batch_size, "data")
+        held_out.device = self._loop.program.device
+        return self._loop.validate(held_out)
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint, which `fit` goes on from and `load_parameters` reads."""
+        self._loop.save(self._loop.rows, path)
+
+    def stop(self, reason: str = "a callback ended it") -> None:
+        """End the training after this step, or this epoch."""
+        self._loop.stopped = reason
+
+
+class Callback:
+    """What `fit` calls while it trains: a subclass defines the methods that it needs.
+
+    Random numbers that a callback draws leave those of the training as they are. An exception in a callback ends the
+    training with a :class:`CallbackError`. The parameters are those of the last step. After a step or an epoch, the
+    checkpoint, if there is one, is written before.
+
+    Attributes:
+        every: :meth:`on_step` is called after each so many steps.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> class Print(pv.Callback):
+        ...     def on_epoch(self, record):
+        ...         print(record.epoch, record.step, sorted(record.numbers())[:2])
+        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+        >>> history = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=2, batch_size=32, callbacks=[Print()])
+        1 2 ['beta', 'bound']
+        2 4 ['beta', 'bound']
+    """
+
+    every: int = 1
+
+    def on_start(self, record: Record) -> None:
+        """Before the first step; `record.step` is above 0 if the training goes on from a checkpoint."""
+
+    def before_step(self, record: Record) -> None:
+        """Before each step, when each parameter has its gradient in ``grad``."""
+
+    def on_step(self, record: Record) -> None:
+        """After a step."""
+
+    def on_epoch(self, record: Record) -> None:
+        """After an epoch."""
+
+    def on_end(self, record: Record) -> None:
+        """At the end of the training, also of one that a callback ended; not after an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: tensors, numbers, strings, lists and dictionaries."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state from a checkpoint, before :meth:`on_start`."""
+
+
+class Callbacks:
+    """The callbacks of a training, which cost nothing where there are none."""
+
+    def __init__(self, given: Callback | Sequence[Callback]) -> None:
+        self.all = [given] if isinstance(given, Callback) else list(given) if isinstance(given, list | tuple) else given
+        wrong = self.all if not isinstance(self.all, list) else [c for c in self.all if not isinstance(c, Callback)]
+        if wrong or not isinstance(self.all, list):
+            what = shown(wrong[0] if isinstance(wrong, list) else wrong)
+            raise PyroVAEError(
+                f"expected callbacks to be pv.Callback objects, got {what}. Write a subclass of pv.Callback that "
+                "defines on_step(self, record) or on_epoch(self, record), and pass an instance."
+            )
+        for callback in self.all:
+            if not isinstance(callback.every, int) or callback.every < 1:
+                raise PyroVAEError(
+                    f"expected {type(callback).__name__}.every to be a positive number of steps, got "
+                    f"{callback.every!r}. 1 is each step."
+                )
+        self._clear()
+        self.before = time.perf_counter()
+
+    def __bool__(self) -> bool:
+        return bool(self.all)
+
+    def _clear(self) -> None:
+        self.total: Any = 0.0
+        self.parts: Tensor | None = None
+        self.count = 0
+
+    def reading(self, objective: Any) -> AbstractContextManager[Any]:
+        """Around a loss: collects its parts, if anyone is to be told."""
+        return collected(objective) if self.all else nullcontext()
+
+    def see(self, loss: Tensor, parts: Tensor | None, share: float, own: int, settings: Mapping[str, float]) -> Any:
+        """Take the loss of a minibatch of the coming step; return its parts, as a sum over its data."""
+        self.total, self.count = self.total + wide(loss) * share, self.count + own
+        self.settings = settings
+        if parts is None:
+            return None
+        weighed = wide(parts) * share
+        self.parts = weighed if self.parts is None else self.parts + weighed
+        return weighed
+
+    def before_step(self, loop: "Loop", batch: Batch) -> Record | None:
+        """Make the record of a step, and call what comes before it."""
+        if not self.all:
+            return None
+        record = Record(loop)
+        record.step += 1
+        record.batch = batch
+        record._mean = -self.total / self.count
+        record._parts = None if self.parts is None else self.parts / self.count
+        record.beta = float(self.settings.get("beta", math.nan))
+        now = time.perf_counter()
+        record.examples_per_second, self.before = self.count / max(now - self.before, 1e-9), now
+        self._clear()
+        self._call("before_step", record)
+        return record
+
+    def after_step(self, record: Record) -> None:
+        """Call what comes after a step."""
+        self._call("on_step", record, lambda callback: record.step % callback.every == 0)
+
+    def start(self, loop: "Loop") -> None:
+        """Call what comes before the first step."""
+        if self.all:
+            self._call("on_start", Record(loop))
+
+    def end_epoch(self, loop: "Loop", row: Mapping[str, float], epoch: Any) -> None:
+        """Call what comes after an epoch, with its row of the history."""
+        if not self.all:
+            return
+        record = Record(loop)
+        record._mean, record.validation_bound = row["train_bound"], row["validation_bound"]
+        record._parts = None if epoch.parts is None else epoch.parts / epoch.count
+        record.examples_per_second = epoch.count / max(row["seconds"], 1e-9)
+        record.beta = float(epoch.settings[-1].get("beta", math.nan))
+        self._call("on_epoch", record)
+
+    def end(self, loop: "Loop") -> None:
+        """Call what comes at the end."""
+        if self.all:
+            self._call("on_end", Record(loop))
+
+    def _call(self, name: str, record: Record, due: Callable[[Callback], bool] = lambda _: True) -> None:
+        for callback in self.all:
+            if not due(callback) or getattr(type(callback), name) is getattr(Callback, name):
+                continue
+            try:
+                with rng.preserved():
+                    getattr(callback, name)(record)
+            except Exception as error:
+                raise CallbackError(
+                    f"callback {type(callback).__name__} failed in {name}, in epoch {record.epoch}, step "
+                    f"{record.step}: {type(error).__name__}: {error}"
+                ) from error
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint keeps of those that have a state."""
+        return {name: callback.state_dict() for name, callback in self._with_state().items()}
+
+    def load(self, path: Any, saved: dict[str, dict[str, Any]]) -> None:
+        """Give them their states from a checkpoint; refuse one without some, or with others."""
+        own = self._with_state()
+        if own.keys() != saved.keys():
+            raise PyroVAEError(
+                f"the checkpoint {path} was written with other callbacks that have a state: expected "
+                f"{', '.join(saved) or 'none'}, got {', '.join(own) or 'none'}. Pass the same, or a new path."
+            )
+        for name, callback in own.items():
+            callback.load_state_dict(saved[name])
+
+    def _with_state(self) -> dict[str, Callback]:
+        named = [(type(c).__name__, c) for c in self.all if type(c).state_dict is not Callback.state_dict]
+        return {f"{name} {i}" if i else name: c for i, (name, c) in enumerate(named)}
