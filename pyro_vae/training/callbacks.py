@@ -54,6 +54,8 @@ class CSV(Callback):
         ['step', 'step', 'epoch']
     """
 
+    draws = False
+
     @checked
     def __init__(self, path: str | Path, *, every: Count = 1, overwrite: bool = False) -> None:
         self.path, self.every, self.overwrite = Path(path), every, overwrite
@@ -188,6 +190,8 @@ class EMA(Callback):
         Polyak and Juditsky (1992), *Acceleration of Stochastic Approximation by Averaging*, SIAM J. Control Optim.
     """
 
+    draws = False
+
     @checked
     def __init__(self, decay: float = 0.999, *, at_end: bool = False) -> None:
         if not 0 <= decay < 1:
@@ -261,6 +265,8 @@ class Freeze(Callback):
         >>> all(map(torch.equal, before, vae.posterior.parameters()))
         True
     """
+
+    draws = False
 
     @checked
     def __init__(self, part: nn.Module | str, epochs: Count) -> None:

@@ -139,7 +139,7 @@ class Loop:
             if self.accumulate > 1:
                 sums.add(self.parameters.values(), data.own)
             epoch.minibatches, epoch.count = self.step, epoch.count + data.own
-            epoch.total = epoch.total + wide(loss) * data.share
+            epoch.total = epoch.total + loss * data.share
             if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
                 bar.set_postfix(bound=f"{-epoch.total / epoch.count:.2f}", refresh=False)
             bar.update()
@@ -170,14 +170,14 @@ class Loop:
             if batch is not None:
                 yield batch
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Count, Tensor | None]:
+    def _loss(self, batch: Batch) -> tuple[Any, Count, Tensor | None]:
         """The loss of a minibatch, the number of its data, and its parts; each parameter's ``grad`` is the mean's."""
         data = self.rows_of.of(batch)
         if self.unchecked is not None:
             self.unchecked.check(batch)
         # The first step validates the program's distributions, before any work; its own checks stay on.
         first = not self.rows and self.step == 1
-        with pyro.distributions.validation_enabled(first):
+        with nullcontext() if self.compiled else pyro.distributions.validation_enabled(first):
             with self.precision:
                 self.scales.before_step(self.steps, batch, data.own / self.rows_of.number)
                 if self.compiled is None:
@@ -187,12 +187,14 @@ class Loop:
                     parts = self.compiled.parts
             if self.compiled is None:
                 (loss / data.whole).backward()  # outside of autocast, which would round it
-        loss = loss.detach()
-        if not (loss.is_cuda or math.isfinite(loss)):  # to read a GPU's value would wait for it at each step
-            raise self._not_finite(f"the loss is {loss:g}")
         if first:
             require_kept(self.parameters)
-        return loss, data, parts
+        if loss.is_cuda:  # to read a GPU's value would wait for it at each step
+            return wide(loss.detach()), data, parts
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._not_finite(f"the loss is {value:g}")
+        return value, data, parts
 
     def _uncompiled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         for parameter in self.parameters.values():
