@@ -293,6 +293,8 @@ def _reached(ends: Any, limits: Any) -> tuple[Tensor, Tensor]:
 
 def contains(outer: Any, outer_shape: tuple[int, ...], inner: Any, inner_shape: tuple[int, ...]) -> bool:
     """Whether the first support contains the second, up to rounding; unless both are intervals, if they are equal."""
+    if isinstance(plain(outer), type(td.constraints.real)) and interval(inner) is not None:
+        return True  # of a flow, by no tensor's value, which compiled code can't read
     ends, limits = ends_of(outer, outer_shape), ends_of(inner, inner_shape)
     if ends is None or limits is None:
         return alike(plain(outer), plain(inner))

@@ -21,7 +21,7 @@ from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.draws import WEIGHTS_AT_ONCE, draw_weights, even_chunks
 from pyro_vae.evaluation.evidence import LogLikelihood
-from pyro_vae.evaluation.pieces import Args, Pieces, checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.pieces import Args, Pieces, checked, progress_bar, require_vectorized, rows_at_once
 from pyro_vae.evaluation.proposals.refine import refined_guide
 from pyro_vae.evaluation.proposals.search import Settings
 
@@ -75,7 +75,7 @@ def log_likelihood(
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
         compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
             anew, which pays off where the call takes minutes. The random numbers are drawn in portions of other sizes,
-            so the estimate differs. Proposals are fitted by uncompiled code, and all of them are in memory at once.
+            so the estimate differs. With `refine`, all proposals are in memory at once; their fit is compiled too.
         progress: whether to show a progress bar, in a terminal.
 
     Raises:
@@ -107,11 +107,7 @@ def log_likelihood(
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
-    if compile and not vectorize_particles:
-        raise PyroVAEError(
-            "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got "
-            "False. Drop one of the two."
-        )
+    require_vectorized(compile, vectorize_particles)
     if compile and error is not None:
         raise PyroVAEError(
             "samples to a stated error are drawn by uncompiled code: expected compile=False with error=..., got True. "
@@ -126,7 +122,7 @@ def log_likelihood(
         raise PyroVAEError(f"expected error to be a positive number of nats, got {error!r}. Try 0.02.")
     with checked(model, guide, x, seed) as data:
         if refine and compile:
-            refined = refined_guide(data, Settings(), progress)
+            refined = refined_guide(data, Settings(compile=True), progress)
             data = replace(data, program=replace(data.program, guide=refined))
             result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
         elif refine or error is not None:

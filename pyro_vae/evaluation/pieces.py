@@ -125,6 +125,15 @@ def memory_of(program: Program) -> AbstractContextManager[None]:
     )
 
 
+def require_vectorized(compile: bool, vectorize: bool) -> None:
+    """Refuse compiled code that would run one particle after another."""
+    if compile and not vectorize:
+        raise PyroVAEError(
+            "compiled code runs many particles at once: expected vectorize_particles=True with compile=True, got "
+            "False. Drop one of the two."
+        )
+
+
 @dataclass(frozen=True)
 class Pieces:
     """A program whose arguments are checked data, that may be split into minibatches."""

@@ -10,7 +10,7 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
 from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, warn_of_high_k
-from pyro_vae.evaluation.pieces import Pieces, checked, progress_bar
+from pyro_vae.evaluation.pieces import Pieces, checked, progress_bar, require_vectorized
 from pyro_vae.evaluation.proposals.guide import Mixture, RefinedGuide
 from pyro_vae.evaluation.proposals.search import Search, Settings
 
@@ -32,6 +32,7 @@ def refine(
     num_pilot: Annotated[int, Between(FEWEST_SAMPLES)] = REFINE_PILOT,
     rounds: Whole = REFINE_ROUNDS,
     vectorize_particles: bool = True,
+    compile: bool = False,
     seed: Seed | None = None,
     progress: bool = True,
 ) -> RefinedGuide:
@@ -64,13 +65,17 @@ def refine(
         lr: Adam's first step size, in standard deviations of the guide.
         num_pilot: the number of draws that show k-hat, and to which further components are fitted, at least 30.
         rounds: how many times two components may be added for a datum.
+        compile: whether to run the derivatives of log p(x, z) in the steps as compiled code, see
+            :func:`pyro_vae.compile_step`. The proposals are the same up to rounding. Each call compiles anew, which
+            pays off where the call takes minutes. Pilot draws are not compiled.
 
     Returns:
         A guide. Its attribute `pareto_k` has k-hat of each row's pilot draws, (N,).
 
     Raises:
         ValueError: a latent site is discrete, circular, masked, or has bounds that depend on another latent; or an
-            error of :func:`pyro_vae.log_likelihood`.
+            error of :func:`pyro_vae.log_likelihood`; with `compile`, a program that can't be traced, with the line at
+            fault.
 
     Warns:
         UserWarning: k-hat stays above 0.7 for some rows.
@@ -103,7 +108,8 @@ def refine(
     """
     if not 0 < lr <= torch.finfo(torch.float32).max:
         raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {REFINE_LR}.")
-    settings = Settings(num_steps, num_particles, lr, num_pilot, rounds, vectorize_particles)
+    require_vectorized(compile, vectorize_particles)
+    settings = Settings(num_steps, num_particles, lr, num_pilot, rounds, vectorize_particles, compile)
     with checked(model, guide, x, seed) as data:
         refined = refined_guide(data, settings, progress)
     warn_of_high_k(refined.pareto_k, ADVICE)

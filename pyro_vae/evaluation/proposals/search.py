@@ -25,8 +25,8 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import unwrapped
-from pyro_vae.engine.traces import in_particles, prior, traced
-from pyro_vae.engine.weights import log_density, log_weights_of, terms
+from pyro_vae.engine.traces import prior
+from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import NoDensityError
 from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
 from pyro_vae.evaluation.families import refuse_masks, require_latents
@@ -35,7 +35,8 @@ from pyro_vae.evaluation.hamiltonian import check_latents
 from pyro_vae.evaluation.pieces import ELEMENTS_AT_ONCE, Pieces, on_rows, rows_at_once
 from pyro_vae.evaluation.proposals.adaptation import Pilot, adapted, truncated
 from pyro_vae.evaluation.proposals.guide import FittedSite, Mixture, Replacing
-from pyro_vae.evaluation.proposals.layout import Layout, Placing
+from pyro_vae.evaluation.proposals.layout import Layout
+from pyro_vae.evaluation.proposals.posterior import Posterior
 from pyro_vae.evaluation.proposals.student import Diagonal, Full, LowRank, Normal, Scale, Student
 from pyro_vae.evaluation.runs import run, run_at
 
@@ -62,6 +63,7 @@ class Settings:
     num_pilot: int = REFINE_PILOT
     rounds: int = REFINE_ROUNDS
     vectorize: bool = True
+    compile: bool = False
 
 
 class Proposals(NamedTuple):
@@ -79,6 +81,7 @@ class Search:
         base: the function whose sites the proposals replace.
         layout: the place of its sites in the vector y.
         programs: the program on each minibatch.
+        posterior: what the proposals are fitted to.
     """
 
     def __init__(self, data: Pieces, settings: Settings) -> None:
@@ -91,6 +94,7 @@ class Search:
         in_memory = min(in_memory, PILOT_AT_ONCE // (settings.num_pilot * size))
         self.rows = max(1, min(rows, in_memory))  # of a minibatch
         self.programs = data.programs(1, settings.vectorize, self.rows)
+        self.posterior = Posterior(self.programs[0], self.base, self.layout, settings.vectorize, settings.compile)
 
     def proposals(self, program: Program, bar: Any) -> Proposals:
         """Those of the data of a minibatch."""
@@ -204,31 +208,13 @@ class _Minibatch:
             factor = scale()
             offset = factor.times_noise(self.settings.num_particles)
             y = loc0 + sd0 * moved + offset
-            # The gradient of -log q at the draws, with the parameters fixed: sticking the landing.
+            # The slope of log p - log q at the draws, with the parameters of q fixed: sticking the landing.
             with torch.no_grad():
-                slope = factor.solved(offset)
-            return -(self._log_joint(y) + (slope * y).sum(-1)).mean(0).sum()
+                slope = self.search.posterior.slope(y, self.program.args) + factor.solved(offset)
+            return -(slope * y).mean(0).sum()  # it has the gradient of the loss, not its value
 
         minimise(loss, leaves, self.settings.num_steps, self.settings.lr, bar)
         return Normal(loc0 + sd0 * moved, scale(), loc0.new_full((number,), math.inf))
-
-    def _log_joint(self, y: Tensor) -> Tensor:
-        """log p(x, z) |dz / dy| at vectors (K, N, D)."""
-        values, volume = self._values(y)
-        there = run_at(replace(self.program, guide=None), values, len(y), self.settings.vectorize)
-        return log_density(there, terms(there.model)) + volume
-
-    def _values(self, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The sites' values at vectors, by the base, since a site's coordinates depend on the sites before it."""
-        if not self.settings.vectorize and len(y) > 1:
-            each = [self._values(one[None]) for one in y]
-            values = {name: torch.cat([found[name] for found, _ in each]) for name in each[0][0]}
-            return values, torch.cat([volume for _, volume in each])
-        placing, program = Placing(self.layout, y), self.program
-        # Only the values are needed: the density of a flow at given ones would record its inverse for each gradient.
-        placed = in_particles(placing(self.base), len(y), None if len(y) == 1 else -program.depth)
-        nodes: Any = traced(placed, program.args, program.kwargs).nodes
-        return {part.name: nodes[part.name]["value"] for part in self.layout.parts}, placing.volume
 
     def _pilot(self, program: Program, mixture: Mixture) -> Pilot:
         replacing = Replacing(self.layout, mixture)
