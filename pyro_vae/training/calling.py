@@ -124,8 +124,8 @@ class Callback:
 
     Attributes:
         every: :meth:`on_step` is called after each so many steps.
-        draws: whether it may draw random numbers. To keep those of training takes a tenth of a millisecond a call, which
-            a callback without any saves by False.
+        draws: whether it may draw random numbers. To keep those of training takes some tenths of a millisecond a call,
+            which a callback without any saves by False.
 
     Example:
         >>> import torch, pyro_vae as pv
