@@ -30,11 +30,27 @@ RunArgument = Annotated[Path, Argument(metavar="RUN", help=RUN_HELP, show_defaul
 READ = ("root", "binarize", "validation")  # arguments of pv.data.load
 NETWORKS = ("network", "hidden_dims", "channels", "latent_dim", "likelihood", "scale")
 BOUND = ("objective", "gradient", "particles", "warm_up", "free_bits")
-FIT = ("epochs", "batch_size", "lr", "patience", "compile", "seed")  # keyword arguments of pv.fit
+FIT = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "clip_norm",
+    "patience",
+    "precision",
+    "compile",
+    "seed",
+)  # keyword arguments of pv.fit
 OPTIONS = ("data", *READ, *NETWORKS, *BOUND, *FIT)  # those that config.json holds
 MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # a run may continue with other values, since no epoch depends on them
 # Older runs lack these options; they were trained with these values.
-OLD_VALUES = {"compile": False, "warm_up": 0, "free_bits": 0.0, "patience": None}
+OLD_VALUES = {
+    "compile": False,
+    "warm_up": 0,
+    "free_bits": 0.0,
+    "patience": None,
+    "clip_norm": None,
+    "precision": None,
+}
 # Files of compare and evaluate, which further training makes out of date.
 EVALUATED_FIGURES = ("bounds", "bounds_and_log_likelihood", "pareto_k", "active_units")
 EVALUATIONS = ("compare.csv", "evaluation.json", "evaluation.nc", *(f"figures/{n}.png" for n in EVALUATED_FIGURES))

@@ -24,6 +24,7 @@ from pyro_vae.errors import PyroVAEError
 from pyro_vae.files import one_writer
 from pyro_vae.signals import name_of
 from pyro_vae.training import checkpoint as checkpoints
+from pyro_vae.training.surroundings import device_of
 
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 DATA_HELP = "The data set: digits (no download), mnist, fashion_mnist, kmnist, emnist, omniglot or binarized_mnist."
@@ -78,6 +79,10 @@ def train(
     epochs: Annotated[int, Option(min=1, help="Total number of epochs, including those already in the run.")] = 200,
     batch_size: Annotated[int, Option(min=1, help="Number of images in a minibatch.")] = 64,
     lr: Annotated[float, Option(help="Learning rate of Adam.")] = 1e-3,
+    clip_norm: Annotated[
+        float | None,
+        Option(min=0, help="Scale each step's gradient to at most this norm.", show_default="never"),
+    ] = None,
     patience: Annotated[
         int | None,
         Option(
@@ -85,6 +90,11 @@ def train(
             help="Stop when the validation bound has not risen for this many epochs, and keep the best epoch.",
             show_default="never",
         ),
+    ] = None,
+    device: Annotated[str | None, Option(help="Where to train, such as cuda or mps.", show_default="the CPU")] = None,
+    precision: Annotated[
+        Literal["bf16"] | None,
+        Option(help="bf16 runs the networks in bfloat16, and all else in float32.", show_default="float32"),
     ] = None,
     compile: Annotated[
         bool,
@@ -94,6 +104,8 @@ def train(
     out: Annotated[Path | None, Option(file_okay=False, help="Folder of the run.", show_default="runs/DATA")] = None,
 ) -> None:
     """Train a VAE and write its run folder. The same command continues a run that was stopped."""
+    if device is not None:
+        device_of(device)  # before the data are read
     _check_unused(context)
     if not 0 < lr < math.inf:
         raise PyroVAEError(f"expected --lr to be a positive, finite number, got {lr:g}. Try 1e-3.")
@@ -116,7 +128,7 @@ def train(
     check_memory("--latent-dim and the layers", 4 * sum(each.numel() for each in vae.parameters()))  # with Adam's state
     bound = _objective(config, len(dataset.train))
     with one_writer(folder.path, "training into", inside=True):  # the folder above may be read-only
-        _train(folder, config, dataset, vae, bound, context.obj)
+        _train(folder, config, dataset, vae, bound, device, context.obj)
 
 
 def _train(
@@ -125,6 +137,7 @@ def _train(
     dataset: Dataset,
     vae: pv.VAE,
     bound: pv.Objective,
+    device: str | None,
     received: list[signal.Signals],
 ) -> None:
     """Train, or continue, the run of these options, and write its files."""
@@ -139,8 +152,9 @@ def _train(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "training stopped by")  # this command has a message of its own
         settings = {name: config[name] for name in FIT}
-        settings |= {"validation": dataset.validation, "checkpoint": folder.checkpoint}
+        settings |= {"validation": dataset.validation, "checkpoint": folder.checkpoint, "device": device}
         history = pv.fit(vae, dataset.train, bound, **settings)
+    vae.cpu()  # where the images to draw are
     if history.empty:
         print(f"stopped by {name_of(received)} in the first epoch: nothing was saved.", file=sys.stderr)
         raise typer.Exit(130)

@@ -120,6 +120,17 @@ def test_warm_up_and_free_bits_are_those_of_the_library(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_device_a_precision_and_clipping(tmp_path):
+    command = ["train", "digits", "--hidden-dims", 16, "--epochs", 1, "--out", tmp_path / "run"]
+    options = ["--precision", "bf16", "--clip-norm", 2, "--device", "cpu"]
+    assert pyro_vae(*command, *options)[0] == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["precision"], config["clip_norm"], "device" in config) == ("bf16", 2.0, False)
+    assert "nothing left to train" in pyro_vae(*command, *options[:-2])[1]  # on any device
+    assert "expected precision='bf16', as in the run in" in refusal(*command, *options[2:])
+
+
+@pytest.mark.slow
 def test_patience_stops_early_and_keeps_the_best_epoch(tmp_path):
     run = tmp_path / "run"
     command = [
@@ -265,6 +276,10 @@ def test_ctrl_c_in_another_command_is_one_line(trained, monkeypatch):
         (["digits", "--warm-up", -1], "--warm-up"),
         (["digits", "--patience", 0], "--patience"),
         (["digits", "--patience", 3, "--validation", 0], "validation images with --patience, got none"),
+        (["digits", "--clip-norm", 0], "expected clip_norm to be a positive number, got 0.0"),
+        (["digits", "--clip-norm", -1], "--clip-norm"),
+        (["digits", "--precision", "fp8"], "--precision"),
+        (["digits", "--device", "abacus"], "expected device to be one that this machine has"),
         (["digits", "--binarize", "none"], "zeros and ones"),
         (["digits", "--validation", 5000], "below the 1547"),
         (["binarized_mnist", "--root", "nowhere"], "nowhere"),
