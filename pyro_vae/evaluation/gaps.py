@@ -24,13 +24,14 @@ from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_dat
 from pyro_vae.evaluation.families import constructor_arguments, require_latents, same_for_all_particles, suffices
 from pyro_vae.evaluation.fitting import minimise
 from pyro_vae.evaluation.pieces import checked, progress_bar
+from pyro_vae.evaluation.proposals.guide import RefinedGuide
 from pyro_vae.evaluation.runs import run
 from pyro_vae.objectives import ELBO
 
 PARTICLES = 8  # particles of the ELBO that is maximised for each datum
 ADVICE = (
     "These weights are from the best member of the guide's family, so the approximation gap is probably too small. "
-    "Pass log_likelihood=pv.ais(...)."
+    "Pass log_likelihood=pv.log_likelihood(model, guide, x, refine=True)."
 )
 
 
@@ -97,12 +98,15 @@ def inference_gaps(
     Arguments:
         model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
         guide: its guide. The distributions at its sites must depend on the data alone, not on one another's samples.
+            A guide of :func:`pyro_vae.refine` has its own proposal for each datum: it has no amortisation gap, and
+            nothing is fitted.
         num_samples: the number of samples for each ELBO and for log p(x), at least 2. The proposals for log p(x) are
             the fitted guides.
         num_steps: the number of steps of Adam.
         lr: the first step size, for the unconstrained parameters.
-        log_likelihood: a better estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`. Where the
-            family is too narrow for the posterior, even its best member is a poor proposal.
+        log_likelihood: a better estimate of log p(x) of the same data, such as ``pv.log_likelihood(..., refine=True)``
+            or that of :func:`pyro_vae.ais`. Where the family is too narrow for the posterior, even its best member is a
+            poor proposal.
 
     Raises:
         ValueError: a guide site depends on another site's sample, has a distribution whose parameters are not known (a
@@ -142,6 +146,10 @@ def inference_gaps(
         programs = data.programs(PARTICLES, vectorize_particles)
         with progress_bar(len(programs) * num_steps, "step", "gaps", progress) as bar:
             for program in programs:
+                if isinstance(guide, RefinedGuide):
+                    own = LogLikelihood.from_weights(draw_weights(program, num_samples, vectorize_particles))
+                    parts.append((own, own))
+                    continue
                 local = _FreeSites(program, vectorize_particles)
                 local.fit(num_steps, lr, bar)
                 parts.append(_best_and_own(program, local.guide, num_samples, vectorize_particles))
