@@ -3,6 +3,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_vae.compiled import function
+
 matplotlib.use("Agg")
 
 
@@ -12,6 +14,7 @@ def fresh_pyro():
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     torch.set_num_threads(1)  # these tensors are small
+    function._CODE.clear()  # some tests run graphs without the compiler
 
 
 @pytest.fixture

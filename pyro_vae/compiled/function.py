@@ -19,6 +19,7 @@ from pyro_vae.engine.precision import autocast_of_layers, single_precision
 from pyro_vae.errors import MissingCompilerError, PyroVAEError
 
 MAX_KINDS = 8  # of arguments that one function is compiled for
+MAX_KEPT = 32  # graphs whose code is kept for another function that records the same
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class CompiledFunction:
                 recorded = record(function, tensors, reordered)
             inputs = [*recorded.captured, *tensors]
             with unchanged(inputs), torch.no_grad():
-                code = _inductor(recorded.graph, inputs)
+                code = _kept(recorded.graph, inputs)
                 code(*inputs)
                 seconds = time.perf_counter() - started
                 compiled_seconds = _seconds(code, inputs) if self.on_compile else None
@@ -183,6 +184,23 @@ def _kind(leaf: Any) -> Any:
             f"dictionaries, got {type(leaf).__name__}. Pass torch.as_tensor(...)."
         ) from None
     return type(leaf), leaf  # 1 and True are equal
+
+
+_CODE: dict[Any, Callable[..., Any]] = {}  # by graph and kinds of inputs, the latest last
+
+
+def _kept(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """The graph's code; that of an equal graph serves again, as when an evaluation of one program is called twice."""
+    kinds = (
+        (each.shape, each.stride(), each.dtype, each.device, each.data_ptr() if each.is_cuda else None)
+        for each in inputs
+    )  # CUDA graphs read their inputs where they are
+    key = (str(graph.graph), torch.get_num_threads(), *kinds)
+    code = _CODE.pop(key, None) or _inductor(graph, inputs)
+    _CODE[key] = code
+    while len(_CODE) > MAX_KEPT:
+        del _CODE[next(iter(_CODE))]
+    return code
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -865,6 +865,35 @@ def test_compiled_log_likelihood_is_exact_within_its_error(inductor, monkeypatch
         pv.log_likelihood(program.model, program.guide, program.x, 10, vectorize_particles=False, compile=True)
 
 
+def test_code_is_kept_from_call_to_call_while_the_program_stays(monkeypatch):
+    """The same graph of another call, of other weights too; not that of another constant."""
+    compiled = []
+    monkeypatch.setattr("pyro_vae.compiled.function._inductor", lambda graph, inputs: compiled.append(graph) or graph)
+    x, constant = torch.randn(6), [1.0]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+            pyro.sample("x", dist.Normal(constant[0] * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    def difference():
+        found = (pv.log_likelihood(model, guide, x, 40, compile=each, seed=0).per_datum for each in (True, False))
+        return float((next(found) - next(found)).abs().max())
+
+    assert difference() < 1e-5
+    assert difference() < 1e-5
+    pyro.get_param_store()["loc"] = torch.tensor(3.0)
+    assert difference() < 1e-5
+    assert len(compiled) == 1
+    constant[0] = 2.0
+    assert difference() < 1e-5
+    assert len(compiled) == 2
+
+
 @pytest.mark.slow
 def test_compiled_log_likelihood_of_several_portions_and_batches(without_inductor, monkeypatch):
     monkeypatch.setattr("pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE", 3 * 2 * 70)
