@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import shown
-from pyro_vae.devices import wide
 from pyro_vae.engine import rng
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.errors import CallbackError, PyroVAEError
-from pyro_vae.objectives.parts import collected
 from pyro_vae.training import optimizers
 
 if TYPE_CHECKING:
@@ -193,19 +191,11 @@ class Callbacks:
         self.parts: Tensor | None = None
         self.count = 0
 
-    def reading(self, objective: Any) -> AbstractContextManager[Any]:
-        """Around a loss: collects its parts, if anyone is to be told."""
-        return collected(objective) if self.all else nullcontext()
-
-    def see(self, loss: Any, parts: Tensor | None, share: float, own: int, settings: Mapping[str, float]) -> Any:
-        """Take the loss of a minibatch of the coming step; return its parts, as a sum over its data."""
-        self.total, self.count = self.total + loss * share, self.count + own
-        self.settings = settings
-        if parts is None:
-            return None
-        weighed = wide(parts) * share
-        self.parts = weighed if self.parts is None else self.parts + weighed
-        return weighed
+    def see(self, loss: Any, parts: Tensor | None, own: int, settings: Mapping[str, float]) -> None:
+        """Take the loss of a minibatch of the coming step, and its parts, as sums over its data."""
+        self.total, self.count, self.settings = self.total + loss, self.count + own, settings
+        if parts is not None:
+            self.parts = parts if self.parts is None else self.parts + parts
 
     def before_step(self, loop: "Loop", batch: Batch) -> Record | None:
         """Make the record of a step, and call what comes before it."""

@@ -1,6 +1,7 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments."""
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -32,6 +33,7 @@ from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.first_run import check_columns, first_run
 from pyro_vae.training.loop import Limits, Loop
+from pyro_vae.training.moving import still_moving
 from pyro_vae.training.scales import Scales
 
 
@@ -113,7 +115,8 @@ def fit(
             refused.
         seed: seeds the random number generators for minibatches and samples; None leaves their state. Networks draw
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
-        progress: whether to show a progress bar, in a terminal.
+        progress: whether to show a progress bar, in a terminal, with the bound and the KL. At the end, a line says what
+            was still moving: the bound, the KL or a learned scale.
 
     A parameter that the first minibatch does not use, such as a classifier of labelled rows, is trained from the first
     minibatch on that uses it. With `compile` it is refused.
@@ -281,6 +284,7 @@ def fit(
         total = batches.steps and epochs * batches.steps if steps is None and epochs else steps and steps * accumulate
         bar = tqdm(total=total, disable=None if progress else True, unit="step")
         bar.update(loop.minibatches)
+        loop.with_parts = bool(called) or not bar.disable
         if compile:
             on_compile = surroundings.teller(bar, batches)
             loop.compiled = CompiledStep(
@@ -291,7 +295,7 @@ def fit(
                 own=parameters,
                 rows=rows_of,
                 on_compile=on_compile,
-                with_parts=bool(called),
+                with_parts=loop.with_parts,
             )
         try:
             called.start(loop)
@@ -300,6 +304,9 @@ def fit(
                     bar.set_description(f"epoch {loop.epoch}" + (f"/{epochs}" if epochs else ""))
                     loop.train_epoch(bar)
             loop.finish()
+            moving = None if bar.disable else still_moving(loop.moves)
+            if moving:
+                bar.write(moving, file=sys.stderr)
         except KeyboardInterrupt:
             best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
             kept = f"; the checkpoint {checkpoint} holds epoch {len(loop.rows)}" if checkpoint and loop.rows else ""

@@ -25,6 +25,7 @@ from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
 from pyro_vae.engine.rows import Count, Rows
 from pyro_vae.errors import NotFiniteError, PyroVAEError
+from pyro_vae.objectives.parts import collected
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import learning_rates, optimizers, resuming
 from pyro_vae.training.accumulation import Accumulated
@@ -81,6 +82,7 @@ class Loop:
     accumulate: int = 1
     checkpoint_every: int | timedelta | None = None
     precision: AbstractContextManager[Any] = field(default_factory=nullcontext)  # around each loss
+    with_parts: bool = False  # whether the reconstruction and the KL are told or shown
     compiled: CompiledStep | None = None
     rows: list[dict[str, float]] = field(default_factory=list)  # the history, a row an epoch
     best: dict[str, Any] | None = None  # epoch, bound, parameters and buffers of the best epoch, with `patience`
@@ -88,6 +90,7 @@ class Loop:
     step: int = 0  # the current minibatch of the epoch, from 1
     steps: int = 0  # how many were taken in all
     between_steps: bool = True  # whether a checkpoint may be written now
+    moves: list[dict[str, float]] = field(default_factory=list)  # of each epoch, what may still move at the end
     stopped: str | None = None  # why a callback has ended the training
 
     def __post_init__(self) -> None:
@@ -133,15 +136,17 @@ class Loop:
             if settings not in epoch.settings:
                 epoch.settings.append(settings)
             loss, data, parts = self._loss(batch)
-            if self.callbacks:
-                parts = self.callbacks.see(loss, parts, data.share, data.own, settings)
+            if parts is not None:
+                parts = wide(parts) * data.share
                 epoch.parts = parts if epoch.parts is None else epoch.parts + parts
+            if self.callbacks:
+                self.callbacks.see(loss * data.share, parts, data.own, settings)
             if self.accumulate > 1:
                 sums.add(self.parameters.values(), data.own)
             epoch.minibatches, epoch.count = self.step, epoch.count + data.own
             epoch.total = epoch.total + loss * data.share
             if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
-                bar.set_postfix(bound=f"{-epoch.total / epoch.count:.2f}", refresh=False)
+                bar.set_postfix(self._shown(epoch), refresh=False)
             bar.update()
             if self.accumulate == 1 or sums.number == self.accumulate:
                 self._step(sums, batch)
@@ -155,6 +160,11 @@ class Loop:
             self.unchecked = None
             epoch.seconds = time.perf_counter() - started
             self._finish(epoch)
+
+    def _shown(self, epoch: Epoch) -> dict[str, str]:
+        """What the progress bar shows of an epoch."""
+        shown = {"bound": f"{-epoch.total / epoch.count:.2f}"}
+        return shown if epoch.parts is None else shown | {"KL": f"{epoch.parts[1] / epoch.count:.2f}"}
 
     def _minibatches(self, epoch: Epoch) -> Iterator[Batch]:
         """The minibatches of an epoch that were not taken yet."""
@@ -199,7 +209,8 @@ class Loop:
     def _uncompiled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         for parameter in self.parameters.values():
             parameter.grad = None
-        with NewParameters(self.parameters) as new, self.callbacks.reading(self.objective) as found:
+        reading = collected(self.objective) if self.with_parts else nullcontext()
+        with NewParameters(self.parameters) as new, reading as found:
             loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
             parts = None if found is None else found.of(loss)
         if new.found:
@@ -266,6 +277,8 @@ class Loop:
             if not bool(torch.isfinite(parameter).all()):
                 raise self._not_finite(f"parameter '{name}' is not finite")
         row = {"train_bound": -float(epoch.total) / epoch.count, "validation_bound": self._validate()}
+        parts = {} if epoch.parts is None else {"KL": float(epoch.parts[1]) / epoch.count}
+        self.moves.append({"bound": row["train_bound"]} | parts | self.scales.values())
         row["seconds"] = epoch.seconds + time.perf_counter() - started
         if self.scheduler is not None:
             row["lr"] = float(self.optimizer.param_groups[0]["lr"])

@@ -77,6 +77,14 @@ class Scales:
             for each in residuals(self.program.on(batch), self.objective):
                 each.move(1.0 if number == 0 else RATE * min(1.0, share))
 
+    def values(self) -> dict[str, float]:
+        """The learned scales, by name; of several in one likelihood, their mean."""
+        parts: Any = (part for module in self.program.modules() for part in module.modules())
+        learned = [part for part in dict.fromkeys(parts) if getattr(part, "has_learned_scale", False)]
+        with torch.no_grad():
+            means = [float(part.log_scale.exp().mean()) for part in learned if hasattr(part, "log_scale")]
+        return {"sigma" if i == 0 else f"sigma {i + 1}": mean for i, mean in enumerate(means)}
+
     def at_end(self) -> None:
         """Warn of a floor above the residuals of the first minibatch, unless there was a warning at the start."""
         if self.floors and not self.announced:
