@@ -148,8 +148,8 @@ def fit(
             "training needs gradients: expected a call outside of torch.no_grad() and torch.inference_mode(), got one "
             "inside. Call pv.fit before."
         )
-    batches = Minibatches(data, batch_size, "data")
-    held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
+    batches = Minibatches(data, batch_size, "data", model, guide)
+    held_out = None if validation is None else Minibatches(validation, batch_size, "validation", model, guide)
     if held_out is not None and held_out.steps == 0:
         held_out = None
     if patience is not None:
