@@ -1,4 +1,4 @@
-"""Training and evaluation data (tensors, arrays, splits, tuples and dictionaries of them, a DataLoader), by minibatch."""
+"""Training and evaluation data by minibatch: tensors, arrays, splits, tuples and dictionaries of them, a DataLoader."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,17 +90,23 @@ class Minibatches:
     @property
     def ends_in_one_row(self) -> bool:
         """Whether the last of several minibatches, or the only one, has a single row."""
-        size = self.size
-        if self.loader is not None:  # one with a batch_sampler, or a stream, does not say
-            says = self.steps is not None and self.batch_size is not None and not self.loader.drop_last
-            sampler: Any = self.loader.sampler
-            size = len(sampler) if says else None
+        size = self.number
         return bool(size) and (size or 0) % (self.batch_size or 1) == 1 % (self.batch_size or 1)
 
     @property
     def is_read(self) -> bool:
         """Whether minibatches are read when they are needed, and the data are not all in memory."""
         return self.loader is not None or any(isinstance(column, ArrayRows) for column in self.columns)
+
+    @property
+    def number(self) -> int | None:
+        """The number of data, as far as it is known before they are read."""
+        if self.loader is None:
+            return self.size
+        if self.steps is None or self.batch_size is None:  # a stream, or one with a batch_sampler, does not say
+            return None
+        sampler: Any = self.loader.sampler
+        return self.steps * self.batch_size if self.loader.drop_last else len(sampler)
 
     @property
     def cuts_rows(self) -> bool:

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.sparse
 import torch
+from helpers.arrays import OnDisk
 from pyro import poutine
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -17,22 +18,6 @@ import pyro_vae as pv
 from pyro_vae.engine.minibatches import Minibatches
 
 X = torch.randn(23, 4, generator=torch.Generator().manual_seed(0))
-
-
-class OnDisk:
-    """An array that behaves as HDF5's: it takes slices and increasing numbers alone, and counts the rows it gives."""
-
-    dtype = np.dtype("float32")
-
-    def __init__(self, values):
-        self.values, self.shape, self.most, self.given = values, values.shape, 0, 0
-
-    def __getitem__(self, index):
-        if not isinstance(index, slice) and not (np.diff(index) > 0).all():
-            raise TypeError("Indexing elements must be in increasing order")
-        found = self.values[index]
-        self.most, self.given = max(self.most, len(found)), self.given + len(found)
-        return found
 
 
 def memory_mapped(tmp_path):
@@ -105,7 +90,7 @@ def test_rows_that_are_not_finite_are_refused_when_they_are_read(value):
     bad = X.numpy().copy()
     bad[20, 1] = value
     for data in (bad, OnDisk(bad), scipy.sparse.csr_matrix(bad), {"x": OnDisk(bad)}):
-        with pytest.raises(pv.PyroVAEError, match="expected data to be finite, got (NaN|infinity)"):
+        with pytest.raises(pv.PyroVAEError, match=r"expected data to be finite, got (NaN|infinity)"):
             trained(data, batch_size=8)
 
 
