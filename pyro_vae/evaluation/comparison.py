@@ -79,7 +79,8 @@ def compare(
         objectives: one objective, a list, or a dictionary from names to objectives. None stands for the ELBO with
             closed-form KL, the ELBO with Monte Carlo KL and 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
-        log_likelihood: an estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`.
+        log_likelihood: an estimate of log p(x) of the same data in the same order, for example by
+            :func:`pyro_vae.ais`.
         compile: whether to compute the gradients by compiled code, see :func:`pyro_vae.compile_step`. `milliseconds` is
             then its time. Compiling the default rows takes minutes.
         vectorize_particles: see :func:`pyro_vae.log_weights`, for the default rows and the estimate of log p(x). False

@@ -83,7 +83,8 @@ def decompose_elbo(
     number of data, not the distance of q(z) from p(z). Of one datum, q(z) is q(z|x), and mutual information is zero.
 
     Arguments:
-        model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
+        model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`. A ``DataLoader`` and arrays
+            in files are read twice, since each sample is compared with all data. The samples of z are in memory.
         guide: its guide. It must be a density of the model's latents alone.
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
 

@@ -61,9 +61,10 @@ def log_likelihood(
     Arguments:
         model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
         guide: its guide.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-            The program's modules are in evaluation mode. Minibatches are moved to the device of the parameters, where
-            the results are too; on Apple's MPS, which has no float64, these are on the CPU.
+        x: data of the kinds that :func:`pyro_vae.fit` takes. A ``DataLoader`` and arrays in files are read in one pass,
+            of which as many rows are in memory as a run takes. Results are in the order of reading, so a loader that
+            shuffles serves for means. The program's modules are in evaluation mode. Minibatches are moved to the device
+            of the parameters, where the results are too; on Apple's MPS, which has no float64, these are on the CPU.
         num_samples: K, at least 2. With `error`, a datum gets at most 20 times as many.
         refine: whether to fit a proposal to each datum first, as :func:`pyro_vae.refine` does with its defaults, and to
             sample from it in place of the guide. It takes two to three times as long, and most k-hats become low.

@@ -180,7 +180,7 @@ def _joined(values: Sequence[Any]) -> Any:
 def _parts(x: Any) -> Iterator[Any]:
     """All of x if it is in memory, else parts that fit there."""
     columns = [*x.values()] if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
-    if has_no_tensors(x) or all(isinstance(column, Tensor) or type(column) is np.ndarray for column in columns):
+    if all(isinstance(each, Tensor | int | float | str | None | list) or type(each) is np.ndarray for each in columns):
         yield x
         return
     size = max(2, ELEMENTS_AT_ONCE // max(1, *(math.prod(column.shape[1:]) for column in columns)))

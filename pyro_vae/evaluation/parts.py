@@ -26,6 +26,7 @@ from pyro_vae.evaluation.pieces import (
     Args,
     Pieces,
     checked_program,
+    checked_sites,
     dense,
     has_no_tensors,
     is_divisible,
@@ -86,6 +87,8 @@ class Parts:
             if first is None:
                 first, self.divisible = placed(program, is_divisible, whole=False)
                 if not self.divisible and not is_last:
+                    with pyro.validation_enabled():
+                        checked_sites(first.on(args), observing=False)  # what is wrong on any data says so itself
                     _refuse(len(args[0]))
             self.seen += len(args[0])
             yield first.on(args)

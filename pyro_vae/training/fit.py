@@ -67,9 +67,12 @@ def fit(
     Arguments:
         model: a Pyro model, called with each minibatch; or a pair, or a tuple ``(model, guide)``, in place of both.
         guide: its guide, called with the same arguments.
-        data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one length, whose minibatches
-            are passed as several arguments, or a ``DataLoader``. Minibatches are moved to the device of the parameters,
-            if all are on one.
+        data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, or an array that gives rows: NumPy's, also
+            memory-mapped, Zarr's, HDF5's, or a csr matrix such as AnnData's ``.X``. Or a tuple of these with one
+            length, for several arguments, or a dictionary, for arguments by name. Or any ``DataLoader`` of tensors,
+            tuples or dictionaries; :func:`pyro_vae.data.collate` leaves labels out. Rows of arrays become tensors, and
+            those in files are read, by minibatch. Minibatches are moved to the device of the parameters, if all are on
+            one.
         objective: the bound, such as :class:`pyro_vae.ELBO`, or any ``pyro.infer.ELBO`` with a differentiable loss.
         epochs: the total number of passes over the data, those in the checkpoint included.
         batch_size: data in a minibatch, by default 128. A ``DataLoader`` has its own.

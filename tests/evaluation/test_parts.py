@@ -19,7 +19,7 @@ import pyro_vae as pv
 from pyro_vae.evaluation import parts
 from pyro_vae.evaluation.moments import Moments
 
-N = 53  # of which 8 rows are in a part, and 5 in the last one
+N = 29  # of which 8 rows are in a part, and 5 in the last one
 PROGRAM = wide((4, 2, N))
 X, EXACT = PROGRAM.x, PROGRAM.log_evidence()
 SIMPLE = dist.Normal(0.0, 2**0.5)  # p(x) of the program below
@@ -41,7 +41,7 @@ class Stream(IterableDataset):
 KINDS = {
     "loader": lambda: DataLoader(X, batch_size=3),
     "one by one": lambda: DataLoader(X),
-    "larger minibatches": lambda: DataLoader(X, batch_size=40),
+    "larger minibatches": lambda: DataLoader(X, batch_size=20),
     "data set": lambda: DataLoader(TensorDataset(X), batch_size=8),
     "workers": lambda: DataLoader(X, batch_size=3, num_workers=2),
     "dictionaries": lambda: DataLoader([{"x": row} for row in X], batch_size=8),
@@ -145,18 +145,19 @@ def parametrised(program):
     return program.model, guide
 
 
-@pytest.mark.parametrize("kind", ["loader", "read once", "on disk"])
+@pytest.mark.parametrize("kind", ["read once", "on disk"])
 def test_the_table_of_objectives(kind):
     objectives = {"elbo": pv.ELBO(2, "monte_carlo"), "iwae": pv.IWAE(8)}
-    table = pv.compare(parametrised(PROGRAM), KINDS[kind](), objectives, repeats=100, seed=0)
+    table = pv.compare(parametrised(PROGRAM), KINDS[kind](), objectives, repeats=40, seed=0)
     row = table.loc["elbo", 2]
     elbo = PROGRAM.exact_elbo()
-    assert abs(row.bound - elbo.mean().item()) < 4 * row.estimator_std / (100 * N) ** 0.5
+    assert abs(row.bound - elbo.mean().item()) < 4 * row.estimator_std / (40 * N) ** 0.5
     assert row.gap == pytest.approx((EXACT - elbo).mean().item(), abs=0.02)
     assert row.bound_se == pytest.approx(pv.Estimate.of(elbo).standard_error, rel=0.05)
-    whole = pv.compare(parametrised(PROGRAM), X, objectives, repeats=100, seed=1)
-    for name in ("estimator_std", "grad_snr_guide", "bound_se"):
+    whole = pv.compare(parametrised(PROGRAM), X, objectives, repeats=40, seed=1)
+    for name in ("estimator_std", "bound_se"):
         assert table[name].tolist() == pytest.approx(whole[name].tolist(), rel=0.25)
+    assert row.grad_snr_guide == pytest.approx(whole.grad_snr_guide["elbo", 2], rel=0.4)
     assert (table.bound - whole.bound).abs().max() < 0.05
     assert (table.grad_bias_z.abs() < 4).all()
 
@@ -253,7 +254,7 @@ def own_parameters(rows):
         pyro.sample("z", dist.Normal(loc, 0.5**0.5))
 
 
-ROWS = torch.linspace(-2, 2, 71)
+ROWS = torch.linspace(-2, 2, 25)
 SIMPLE_PROGRAM = simple, simple_guide
 
 
@@ -318,10 +319,10 @@ class Noisy(torch.utils.data.Dataset):
 def test_the_aggregate_posterior_needs_the_same_data_twice():
     with pytest.raises(pv.PyroVAEError, match="got a DataLoader that can be read only once"):
         pv.decompose_elbo(*SIMPLE_PROGRAM, DataLoader(Stream(iter(ROWS)), batch_size=8), 3)
-    with pytest.raises(pv.PyroVAEError, match=r"got 71 and 71 rows, with other numbers\. Pass a DataLoader"):
+    with pytest.raises(pv.PyroVAEError, match=r"got 25 and 25 rows, with other numbers\. Pass a DataLoader"):
         pv.decompose_elbo(*SIMPLE_PROGRAM, DataLoader(Noisy(), batch_size=8), 3)
     shuffled = DataLoader(ROWS, batch_size=8, shuffle=True)
-    assert pv.decompose_elbo(*SIMPLE_PROGRAM, shuffled, 3).num_data == 71
+    assert pv.decompose_elbo(*SIMPLE_PROGRAM, shuffled, 3).num_data == 25
 
 
 def test_arguments_that_do_not_fit_what_is_read():
@@ -331,9 +332,9 @@ def test_arguments_that_do_not_fit_what_is_read():
     ll = pv.log_likelihood(*SIMPLE_PROGRAM, ROWS[:8], 30)
     for x in (stream, OnDisk(ROWS.numpy())):
         for call in (lambda x: pv.compare(*SIMPLE_PROGRAM, x, [pv.IWAE(2)], repeats=2, log_likelihood=ll),):
-            with pytest.raises(pv.PyroVAEError, match="to be of the same data, got 8 of them for 71 data"):
+            with pytest.raises(pv.PyroVAEError, match="to be of the same data, got 8 of them for 25 data"):
                 call(x)
-        with pytest.raises(pv.PyroVAEError, match="to be of the same data, got 8 of them for 71 data"):
+        with pytest.raises(pv.PyroVAEError, match="to be of the same data, got 8 of them for 25 data"):
             pv.inference_gaps(*SIMPLE_PROGRAM, x, 30, num_steps=2, log_likelihood=ll)
     sideways = DataLoader(range(4), batch_size=2, collate_fn=lambda rows: (torch.zeros(2), torch.zeros(3)))
     with pytest.raises(pv.PyroVAEError, match="minibatches to be tensors with a row for each datum, got"):
@@ -342,14 +343,25 @@ def test_arguments_that_do_not_fit_what_is_read():
 
 def test_a_row_outside_the_support_is_refused_when_it_is_read():
     def counts(x):
-        with pyro.plate("data", len(x)):
+        with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Poisson(z.exp()), obs=x)
 
-    x = torch.ones(71)
+    x = torch.ones(25)
     x[-1] = -2
     with pytest.raises(ValueError, match="log_prob at site 'x'"):
-        pv.log_likelihood(counts, lambda x: simple_guide(x), DataLoader(x, batch_size=8), 30)
+        pv.log_likelihood(counts, simple_guide, DataLoader(x, batch_size=8), 30)
+
+
+def test_what_is_wrong_on_any_data_is_said_of_the_first_part():
+    def other(x):
+        with pyro.plate("others", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(pv.PyroVAEError, match="plate") as caught:
+        pv.log_likelihood(simple, other, ROWS, 30)
+    with pytest.raises(pv.PyroVAEError, match=re.escape(str(caught.value).split(":")[0])):
+        pv.log_likelihood(simple, other, DataLoader(ROWS, batch_size=8), 30)
 
 
 @pytest.mark.parametrize("x", [ROWS, DataLoader(ROWS, batch_size=8)], ids=["tensor", "loader"])
