@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from pyro_vae.devices import wide
 from pyro_vae.engine import rng
-from pyro_vae.engine.columns import check_finite
 from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction, eval_mode
@@ -104,8 +103,6 @@ class Parts:
         total = _Total()
         for batch in batches.in_order():
             args = dense(batch, "x" if batches.loader is None else "minibatches")
-            for column in args if batches.loader is not None else ():
-                check_finite(column, "x")
             total.add(args)
             rows = sum(len(each[0]) for each in held) + len(args[0])
             if held and (rows > max(2, rows_at_once(args)) or _form(held[0]) != _form(args)):

@@ -192,7 +192,7 @@ def test_the_other_evaluations():
     assert found.gap.value > -3 * found.gap.standard_error
     table = pv.blame(PROGRAM, loader, 50, num_samples=100, seed=0)
     assert table.kl.sum() == pytest.approx(total, abs=0.1)
-    refined = pv.refine(PROGRAM, loader, num_steps=50, seed=0)
+    refined = pv.refine(PROGRAM, loader, num_steps=20, seed=0)
     ll = pv.log_likelihood(PROGRAM.model, refined, loader, 200, seed=0)
     assert abs(ll.mean - EXACT.mean().item()) < 4 * ll.monte_carlo_error
 
