@@ -439,3 +439,24 @@ def test_what_fits_in_memory_is_one_part(monkeypatch):
     on_disk, whole = (pv.log_likelihood(PROGRAM, x, 100, seed=0) for x in (array, X))
     assert torch.equal(on_disk.per_datum, whole.per_datum)
     assert re.fullmatch(r"log p\(x\) = .*", str(on_disk))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_code_serves_all_parts(without_inductor):
+    loader = DataLoader(X, batch_size=8)
+    found = pv.log_likelihood(PROGRAM, loader, 400, compile=True, seed=0)
+    assert (((found.per_datum - EXACT) / found.per_datum_error).abs() < 4.5).all()
+    annealed = pv.ais(PROGRAM, loader, 10, 32, compile=True, num_leapfrog=2, seed=0)
+    assert (((annealed.per_datum - EXACT) / annealed.per_datum_error).abs() < 4.5).all()
+    table = pv.compare(parametrised(PROGRAM), loader, [pv.IWAE(4)], repeats=5, compile=True, seed=0)
+    assert table.gap.item() == pytest.approx(0.0, abs=0.1)
+
+
+def test_a_real_data_set_of_hugging_face():
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"x": X.tolist(), "label": [*range(N)]}).with_format(
+        "torch", dtype=torch.float64
+    )
+    loader = DataLoader(table, batch_size=8, collate_fn=pv.data.collate("x"))
+    found = pv.log_likelihood(PROGRAM, loader, 400, seed=0)
+    assert (((found.per_datum - EXACT) / found.per_datum_error).abs() < 4.5).all()
