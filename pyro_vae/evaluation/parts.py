@@ -103,13 +103,14 @@ class Parts:
         total = _Total()
         for batch in batches.in_order():
             args = dense(batch, "x" if batches.loader is None else "minibatches")
+            if not len(args[0]):
+                continue
             total.add(args)
             rows = sum(len(each[0]) for each in held) + len(args[0])
             if held and (rows > max(2, rows_at_once(args)) or _form(held[0]) != _form(args)):
                 yield _joined(held)
                 held = []
-            if len(args[0]):
-                held.append(args)
+            held.append(args)
         if held:
             yield _joined(held)
         if self.total is not None:

@@ -47,6 +47,7 @@ KINDS = {
     "dictionaries": lambda: DataLoader([{"x": row} for row in X], batch_size=8),
     "labels": lambda: DataLoader([{"label": 0, "x": row} for row in X], batch_size=8, collate_fn=pv.data.collate("x")),
     "own batches": lambda: DataLoader(X, batch_sampler=[range(10), range(10, 11), range(11, N)]),
+    "some without rows": lambda: DataLoader([X[:5], X[:0], X[5:20], X[20:], X[:0]], batch_size=None),
     "stream": lambda: DataLoader(Stream(X), batch_size=7),
     "read once": lambda: DataLoader(Stream(iter(X)), batch_size=7),
     "NumPy": lambda: X.numpy(),
