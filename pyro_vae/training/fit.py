@@ -112,7 +112,7 @@ def fit(
     fixed latents. For that the program runs two more times after each epoch, in evaluation mode, and leaves the random
     numbers of training as they are. Log-densities may differ by half of their digits, since processors round
     differently. What depends on other noise, such as dropout that is always on, is not compared. Data are compared by
-    their number and by sums of blocks of rows. Of an array in a file, a data set of your own, or a stream, the number is
+    their number and by sums of blocks of rows. Of an array in a file, your own data set, or a stream, the number is
     compared, and the first minibatch if two epochs began with the same one.
 
     Returns:
