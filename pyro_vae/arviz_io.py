@@ -23,12 +23,14 @@ from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import Site, family, is_deterministic, is_factor, labelled
 from pyro_vae.engine.weights import log_density, per_datum, terms
 from pyro_vae.errors import PyroVAEError, require_count
-from pyro_vae.evaluation.pieces import checked_sites, memory_of, program_on
+from pyro_vae.evaluation.parts import Parts
+from pyro_vae.evaluation.pieces import checked_sites, memory_of
 from pyro_vae.evaluation.runs import laid_out, run, simulate
 from pyro_vae.evaluation.simulation import sites_that_read
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
 Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
+Groups = dict[str, dict[str, Variable]]
 
 IMAGE = ("channel", "height", "width")
 CHAIN = ("chain", "draw")  # the dimensions that ArviZ needs by these names
@@ -99,30 +101,49 @@ def to_arviz(
         models in Python*, JOSS.
     """
     require_count("num_samples", num_samples, least=2)
-    program = program_on(model, guide, x)
-    with memory_of(program), eval_mode(program.modules()), torch.no_grad(), rng.seeded(seed):
-        program, sites = placed(program, lambda it: checked_sites(it, observing=False))
-        plate = find_batch_plate(labelled(*sites))
-        shown = deterministic_shapes(program.trace()[0], plate)
-        program = replace(program.with_nesting(), deterministic=shown)
-        check_apart(program, together=vectorize_particles)
-        reading = sites_that_read(program)
-        if reading:
-            warnings.warn(
-                f"model site '{reading[0]}' reads data that the model observes (teacher forcing), so that one run "
-                "can't draw them: the groups of such draws are left out. Pass what the model reads of x as an argument "
-                "of its own, such as x[:, :-1], to draw data given it.",
-                stacklevel=3,
-            )
-        return _container(_groups(program, num_samples, vectorize_particles, reading), coords or {})
+    parts, groups, warned = Parts(model, guide, x), list[Groups](), False
+    with memory_of(parts.number), eval_mode(parts.modules()), torch.no_grad(), rng.seeded(seed):
+        for program in parts:
+            program, sites = placed(program, lambda it: checked_sites(it, observing=False))
+            plate = find_batch_plate(labelled(*sites))
+            shown = deterministic_shapes(program.trace()[0], plate)
+            program = replace(program.with_nesting(), deterministic=shown)
+            check_apart(program, together=vectorize_particles)
+            reading = sites_that_read(program)
+            if reading and not warned:
+                warnings.warn(
+                    f"model site '{reading[0]}' reads data that the model observes (teacher forcing), so that one run "
+                    "can't draw them: the groups of such draws are left out. Pass what the model reads of x as an "
+                    "argument of its own, such as x[:, :-1], to draw data given it.",
+                    stacklevel=3,
+                )
+                warned = True
+            groups.append(_groups(program, num_samples, vectorize_particles, reading))
+    return _container(_together(groups), coords or {})
 
 
-def _groups(program: Program, number: int, vectorize: bool, reading: list[str]) -> dict[str, dict[str, Variable]]:
+def _together(parts: list[Groups]) -> Groups:
+    """The variables of all parts of the data, which are along their dimension `data`."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(group: str, name: str) -> Variable:
+        dims = parts[0][group][name][0]
+        return dims, np.concatenate([part[group][name][1] for part in parts], dims.index("data"))
+
+    # What a part lacks, such as draws where the model reads the data, all lack.
+    kept = [group for group in parts[0] if all(group in part for part in parts)]
+    return {
+        group: {n: joined(group, n) for n in parts[0][group] if all(n in p[group] for p in parts)} for group in kept
+    }
+
+
+def _groups(program: Program, number: int, vectorize: bool, reading: list[str]) -> Groups:
     """The variables of every group, each with the names of its dimensions."""
     sizes = [min(PARTICLES_AT_ONCE, number - start) for start in range(0, number, PARTICLES_AT_ONCE)]
     drawn = (run(program, max(2, size), vectorize) for size in sizes)
     runs = [list(_variables(program, each, vectorize, reading)) for each in drawn]
-    groups: dict[str, dict[str, Variable]] = {}
+    groups: Groups = {}
     for pieces in zip(*runs, strict=True):
         group, name, (dims, first) = pieces[0]
         array = np.concatenate([array for _, _, (_, array) in pieces], 1)[:, :number]
@@ -176,7 +197,7 @@ def _free(name: str, suffix: str, taken: set[str]) -> str:
     return name
 
 
-def _container(groups: dict[str, dict[str, Variable]], coords: dict[str, Any]) -> Any:
+def _container(groups: Groups, coords: dict[str, Any]) -> Any:
     """The groups in the container of the installed ArviZ."""
     import xarray as xr
 

@@ -212,7 +212,7 @@ def how_to_make_dense(value: Any) -> str:
     if hasattr(value, "toarray"):
         return "Pass torch.tensor(x.toarray(), dtype=torch.float32)."
     if isinstance(value, Dataset):
-        return "Pass a DataLoader of it to pv.fit, or its tensors."
+        return "Pass a DataLoader of it, or its tensors."
     return "Pass torch.as_tensor(x)." if isinstance(value, np.ndarray | list | tuple) else "Pass one."
 
 

@@ -1,7 +1,9 @@
 """Public image data sets as tensors, in disjoint train, validation and test splits."""
 
 import difflib
+import functools
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from pyro_vae.checks import Between, Whole, checked, shown
 from pyro_vae.errors import PyroVAEError
@@ -194,6 +197,51 @@ def load(
     once = "fixed" if binarize == "dynamic" else binarize
     test, val = (_binarized(split, once, generator) for split in (test, *held_out))
     return Dataset(name, _binarized(train, binarize, generator), val, test)
+
+
+def collate(*columns: str | int) -> Callable[[Sequence[Any]], Any]:
+    """Make a ``collate_fn`` of a DataLoader that keeps some columns of each datum, and leaves out others, as labels.
+
+    The second tensor of a minibatch is the second argument of model and guide. For :class:`pyro_vae.VAE` that is the
+    mask. So a label must not come there.
+
+    Arguments:
+        columns: what to keep of a datum: the keys of dictionaries, or the places in tuples.
+
+    Returns:
+        A function from a list of data to a minibatch: a dictionary of the keys, or the tensors at the places. It can be
+        pickled, as the workers of a DataLoader need.
+
+    Raises:
+        ValueError: there are no columns; or keys and places are mixed; or a datum lacks one of them.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> pairs = [(torch.zeros(5), label) for label in range(10)]
+        >>> loader = torch.utils.data.DataLoader(pairs, batch_size=4, collate_fn=pv.data.collate(0))
+        >>> next(iter(loader)).shape
+        torch.Size([4, 5])
+    """
+    kinds = {type(column) for column in columns}
+    if kinds not in ({str}, {int}):
+        raise PyroVAEError(
+            f"expected columns to be keys of dictionaries, or places in tuples, got {shown(columns)}. Pass "
+            'pv.data.collate("x"), or pv.data.collate(0).'
+        )
+    return functools.partial(_collated, columns)
+
+
+def _collated(columns: tuple[Any, ...], rows: Sequence[Any]) -> Any:
+    by_key = isinstance(columns[0], str)
+    try:
+        kept = [{c: row[c] for c in columns} if by_key else tuple(row[c] for c in columns) for row in rows]
+    except (KeyError, IndexError, TypeError) as error:
+        raise PyroVAEError(
+            f"expected data with the {'keys' if by_key else 'places'} {list(columns)}, got {shown(rows[0])} "
+            f"({type(error).__name__}: {error}). Pass those that each datum has to pv.data.collate."
+        ) from error
+    found = default_collate(kept)
+    return found if by_key or len(columns) > 1 else found[0]
 
 
 def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,31 +1,36 @@
-"""Training and evaluation data (tensors, splits, tuples, a DataLoader) as one stream of minibatches."""
+"""Training and evaluation data by minibatch: tensors, arrays, splits, tuples and dictionaries of them, a DataLoader."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from pyro_vae.checks import how_to_make_dense, is_dense, shown
+from pyro_vae.checks import with_article
 from pyro_vae.devices import moved
 from pyro_vae.engine import rng
+from pyro_vae.engine.columns import ArrayRows, at_rows, check_finite, column_of, tensor_of
+from pyro_vae.engine.naming import in_order
 from pyro_vae.errors import PyroVAEError, require_count
 
 Batch = tuple[Any, ...]  # a program's arguments
 
 
 class Minibatches:
-    """The data of :func:`pyro_vae.fit` or of an evaluation as minibatches: tuples of a program's arguments."""
+    """The data of :func:`pyro_vae.fit` or of an evaluation as minibatches: tuples of a program's arguments.
+
+    Dictionaries become tuples by the names of the parameters of `model`. Rows of arrays become tensors.
+    """
 
     device: torch.device | None = None  # where minibatches go; None leaves them where the data are
 
-    def __init__(self, data: Any, batch_size: int | None, name: str) -> None:
+    def __init__(self, data: Any, batch_size: int | None, name: str, model: Any = None, guide: Any = None) -> None:
+        self.program = model, guide
         self.loader = data if isinstance(data, DataLoader) else None
         if self.loader is not None:
             if batch_size is not None and name == "data":
@@ -39,16 +44,10 @@ class Minibatches:
             return
         self.batch_size = 128 if batch_size is None else batch_size
         require_count("batch_size", self.batch_size)
-        self.columns: Sequence[Any] = data if isinstance(data, tuple | list) else (data,)
-        wrong = next((column for column in self.columns or [None] if not _is_column(column)), self)
-        if wrong is not self:
-            raise PyroVAEError(
-                f"expected {name} to be a dense tensor of one row or more, a split of pv.data, a tuple of tensors or a "
-                f"DataLoader, got {shown(wrong)}. {how_to_make_dense(wrong)}"
-            )
-        # A tensor that was made in inference mode can't be used where gradients are recorded; its copy can.
-        inference = (isinstance(column, Tensor) and column.is_inference() for column in self.columns)
-        self.columns = tuple(c.clone() if copied else c for c, copied in zip(self.columns, inference, strict=True))
+        if isinstance(data, Mapping):
+            data = in_order(data, *self.program, name)
+        given = data if isinstance(data, tuple | list) else (data,)
+        self.columns: Sequence[Any] = tuple(column_of(column, name) for column in given or [None])
         sizes = {len(column) for column in self.columns}
         if len(sizes) > 1:
             raise PyroVAEError(
@@ -58,15 +57,8 @@ class Minibatches:
         if self.size == 0 and name == "data":
             raise PyroVAEError("expected data to train on, got none.")
         for column in self.columns:
-            if isinstance(column, Tensor) and not bool(torch.isfinite(column).all()):
-                missing = (
-                    "; or, where they are missing values, pass (x.nan_to_num(), ~x.isnan()) to a model with a mask"
-                )
-                found = {"NaN": bool(column.isnan().any()), "infinity": bool(column.isinf().any())}
-                raise PyroVAEError(
-                    f"expected {name} to be finite, got {' and '.join(what for what in found if found[what])}. Drop "
-                    f"those rows{', or correct them' if found['infinity'] else f'{missing}, such as pv.VAE'}."
-                )
+            if isinstance(column, Tensor):
+                check_finite(column, name)
         self.steps = math.ceil(self.size / self.batch_size)
 
     @property
@@ -98,12 +90,23 @@ class Minibatches:
     @property
     def ends_in_one_row(self) -> bool:
         """Whether the last of several minibatches, or the only one, has a single row."""
-        size = self.size
-        if self.loader is not None:  # one with a batch_sampler, or a stream, does not say
-            says = self.steps is not None and self.batch_size is not None and not self.loader.drop_last
-            sampler: Any = self.loader.sampler
-            size = len(sampler) if says else None
+        size = self.number
         return bool(size) and (size or 0) % (self.batch_size or 1) == 1 % (self.batch_size or 1)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether minibatches are read when they are needed, and the data are not all in memory."""
+        return self.loader is not None or any(isinstance(column, ArrayRows) for column in self.columns)
+
+    @property
+    def number(self) -> int | None:
+        """The number of data, as far as it is known before they are read."""
+        if self.loader is None:
+            return self.size
+        if self.steps is None or self.batch_size is None:  # a stream, or one with a batch_sampler, does not say
+            return None
+        sampler: Any = self.loader.sampler
+        return self.steps * self.batch_size if self.loader.drop_last else len(sampler)
 
     @property
     def cuts_rows(self) -> bool:
@@ -163,11 +166,15 @@ class Minibatches:
         """A DataLoader's minibatch as a program's arguments."""
         if batch is None:
             raise PyroVAEError("expected a DataLoader with a minibatch, got an empty one.")
-        columns = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-        if not isinstance(columns[0], Tensor):
+        if isinstance(batch, Mapping):
+            batch = in_order(batch, *self.program, "minibatches")
+        given = batch if isinstance(batch, tuple | list) else (batch,)
+        columns = tuple(map(tensor_of, given))
+        if not columns or not isinstance(columns[0], Tensor):
             raise PyroVAEError(
-                "expected a DataLoader of tensors, or of tuples that begin with one, got minibatches of "
-                f"{type(batch).__name__}. Set its collate_fn."
+                "expected a DataLoader of tensors, or of tuples or dictionaries that begin with one, got minibatches "
+                f"that begin with {with_article(type(columns[0]).__name__) if columns else 'nothing'}. Set its "
+                "collate_fn; of a data set of Hugging Face, call with_format('torch')."
             )
         return moved(columns, self.device)
 
@@ -190,22 +197,6 @@ class Minibatches:
 
     def _take(self, index: Any) -> Batch:
         return moved(tuple(at_rows(column, index) for column in self.columns), self.device)
-
-
-def _is_column(column: Any) -> bool:
-    """Whether it has rows that can be taken out by their numbers."""
-    if isinstance(column, Tensor):
-        return is_dense(column) and column.dim() > 0 and not column.is_meta
-    others = (Dataset, np.ndarray, pd.DataFrame, pd.Series, str, dict, type)
-    sized = hasattr(column, "__len__") and not hasattr(column, "toarray")  # SciPy's sparse matrices refuse len
-    return sized and hasattr(column, "__getitem__") and not isinstance(column, others)
-
-
-def at_rows(column: Any, index: Any) -> Any:
-    """Some rows of a column: a tensor, a split, or a list, such as one of strings."""
-    if isinstance(column, list | tuple) and isinstance(index, Tensor):
-        return type(column)(column[i] for i in index.tolist())
-    return column[index]
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -25,7 +25,8 @@ from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, ST
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence
 from pyro_vae.evaluation.hamiltonian import Chains, trial_length
-from pyro_vae.evaluation.pieces import Args, checked, progress_bar
+from pyro_vae.evaluation.parts import checked_parts
+from pyro_vae.evaluation.pieces import Args, progress_bar
 from pyro_vae.evaluation.simulation import simulate_data
 
 Schedule = Literal["sigmoid", "linear"]
@@ -253,27 +254,31 @@ def _annealed(
     if start == "guide" and guide is None:
         raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
     temperatures = _temperatures(settings.schedule, num_steps)
-    forward, accepted, backward, simulated, evaluate = [], [], [], [], None
+    forward, backward, simulated, evaluate = [], [], [], None
+    accepted: Any = 0.0  # the sum over data
+    used = guide if start == "guide" else None
+    steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
     instead = "pv.ais with start='guide', whose chains start at the guide's draws"
-    with prior_that_draws(instead), checked(model, guide if start == "guide" else None, x, seed) as data:
-        programs = data.programs(num_chains, settings.vectorize)
-        steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
-        with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:
-            for program in programs:
-                args, latents = simulate_data(program.model, program.args) if simulate else (program.args, {})
-                chains = Chains(program.on(args), num_chains, settings.num_leapfrog, settings.vectorize, bar, evaluate)
-                if settings.compile and evaluate is None:
-                    evaluate = chains.evaluate = CompiledFunction(chains.evaluated, program.modules())
-                steps = chains.adapt(temperatures, settings.step_size)
-                log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)
-                forward.append(log_w)
-                accepted.append(acceptance)
-                if simulate:
-                    reverse, _ = chains.anneal(chains.start(latents), temperatures.flip(0), steps.flip(0))
-                    backward.append(-Evidence.from_weights(reverse).per_datum)
-                    simulated.append(args)
-    acceptance = torch.cat(accepted, 1).mean(1)
-    return AnnealedLikelihood.from_weights(torch.cat(forward, 1), acceptance=acceptance), backward, simulated
+    with prior_that_draws(instead), checked_parts(model, used, x, seed, progress=progress) as parts:
+        for data in parts:
+            programs = data.programs(num_chains, settings.vectorize)
+            with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:
+                for program in programs:
+                    args, latents = simulate_data(program.model, program.args) if simulate else (program.args, {})
+                    program = program.on(args)
+                    chains = Chains(program, num_chains, settings.num_leapfrog, settings.vectorize, bar, evaluate)
+                    if settings.compile and evaluate is None:
+                        evaluate = chains.evaluate = CompiledFunction(chains.evaluated, program.modules())
+                    steps = chains.adapt(temperatures, settings.step_size)
+                    log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)
+                    forward.append(log_w)
+                    accepted = accepted + acceptance.sum(1)
+                    if simulate:
+                        reverse, _ = chains.anneal(chains.start(latents), temperatures.flip(0), steps.flip(0))
+                        backward.append(-Evidence.from_weights(reverse).per_datum)
+                        simulated.append(args)
+    log_w = torch.cat(forward, 1)
+    return AnnealedLikelihood.from_weights(log_w, acceptance=accepted / log_w.shape[1]), backward, simulated
 
 
 def _temperatures(schedule: Any, num_steps: int) -> Tensor:

@@ -21,7 +21,8 @@ from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, warn_of_high_k, warn
 from pyro_vae.evaluation.draws import draw_weights, in_portions
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import LogLikelihood
-from pyro_vae.evaluation.pieces import checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.parts import checked_parts
+from pyro_vae.evaluation.pieces import Pieces, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.search import Search, Settings
 
 ADVICE = "So (rest) is too low for them. Take more num_samples."
@@ -87,38 +88,12 @@ def blame(
     References:
         Cremer, Li and Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, ICML (the gap).
     """
-    parts: list[tuple[Tensor, ...]] = []
-    with checked(model, guide, x, seed, least=2) as data:
-        search = Search(data, Settings(vectorize=vectorize_particles))
-        names = [part.name for part in search.layout.parts]
-        if not search.has_guide:
-            raise PyroVAEError(
-                f"expected a guide whose sites are the model's latents {names} and have densities at any "
-                "value, got auxiliary sites, or a flow without an inverse. Compare pv.log_likelihood with and without "
-                "refine=True instead."
-            )
-        steps = 2 * len(search.programs) * search.settings.num_steps
-        rows = rows_at_once(data.program.args) // num_samples
-        with progress_bar(steps, "step", "blaming", progress) as bar:
-            for program in search.programs:
-                found = search.proposals(program, bar)
-                near = replace(program, guide=search.normal(program, found, bar))
-                portions = in_portions(program, num_draws, vectorize_particles, partial(_terms, near=near))
-                drawn = [each for portion in portions for each in portion]
-                terms = torch.cat([wide(each) for each, _ in drawn], 1).mean(1)  # (sites, N)
-                log_w = torch.cat([wide(each) for _, each in drawn])
-                evidence = [
-                    LogLikelihood.from_weights(draw_weights(each, num_samples, vectorize_particles))
-                    for each in search.parts(program, found.mixture, rows)
-                ]
-                log_p, error, shapes, zeros = (
-                    torch.cat([getattr(each, name) for each in evidence])
-                    for name in ("per_datum", "per_datum_error", "pareto_k", "zero_weights")
-                )
-                rest = log_p - log_w.mean(0) - terms.sum(0)
-                noise = error.square() + log_w.var(0) / len(log_w)  # of the gap, over draws
-                parts.append((torch.cat([terms, rest[None]]), noise, shapes, zeros))
-    terms, noise, shapes, zeros = (torch.cat(column, -1) for column in zip(*parts, strict=True))
+    found: list[tuple[Tensor, ...]] = []
+    with checked_parts(model, guide, x, seed, least=2, progress=progress) as parts:
+        for data in parts:
+            names, of_part = _blamed(data, num_draws, num_samples, vectorize_particles, progress)
+            found += of_part
+    terms, noise, shapes, zeros = (torch.cat(column, -1) for column in zip(*found, strict=True))
     warn_of_zero_weights(zeros, num_samples, ADVICE)
     warn_of_high_k(shapes, ADVICE)
     gap = terms.sum(0).mean().item()
@@ -126,6 +101,40 @@ def blame(
     estimates = [Estimate.of(term) for term in terms]
     table = [(each.value, each.standard_error, each.value / gap if seen else math.nan) for each in estimates]
     return pd.DataFrame(table, pd.Index([*names, REST], name="site"), ["kl", "kl_se", "share"])
+
+
+def _blamed(
+    data: Pieces, num_draws: int, num_samples: int, vectorize: bool, progress: bool
+) -> tuple[list[str], list[tuple[Tensor, ...]]]:
+    """The names of the sites; and the terms of sites and rest, the gap's noise, k-hat and zeros of each minibatch."""
+    found: list[tuple[Tensor, ...]] = []
+    search = Search(data, Settings(vectorize=vectorize))
+    names = [part.name for part in search.layout.parts]
+    if not search.has_guide:
+        raise PyroVAEError(
+            f"expected a guide whose sites are the model's latents {names} and have densities at any "
+            "value, got auxiliary sites, or a flow without an inverse. Compare pv.log_likelihood with and without "
+            "refine=True instead."
+        )
+    rows = rows_at_once(data.program.args) // num_samples
+    with progress_bar(2 * len(search.programs) * search.settings.num_steps, "step", "blaming", progress) as bar:
+        for program in search.programs:
+            proposals = search.proposals(program, bar)
+            near = replace(program, guide=search.normal(program, proposals, bar))
+            portions = in_portions(program, num_draws, vectorize, partial(_terms, near=near))
+            drawn = [each for portion in portions for each in portion]
+            terms = torch.cat([wide(each) for each, _ in drawn], 1).mean(1)  # (sites, N)
+            log_w = torch.cat([wide(each) for _, each in drawn])
+            evidence = LogLikelihood.together(
+                [
+                    LogLikelihood.from_weights(draw_weights(each, num_samples, vectorize))
+                    for each in search.parts(program, proposals.mixture, rows)
+                ]
+            )
+            rest = evidence.per_datum - log_w.mean(0) - terms.sum(0)
+            noise = evidence.per_datum_error.square() + log_w.var(0) / len(log_w)  # of the gap, over draws
+            found.append((torch.cat([terms, rest[None]]), noise, evidence.pareto_k, evidence.zero_weights))
+    return names, found
 
 
 def _terms(drawn: Run, near: Program) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ from pyro_vae.evaluation.defaults import CALIBRATION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_latents
-from pyro_vae.evaluation.pieces import Args, checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.parts import checked_parts
+from pyro_vae.evaluation.pieces import Args, Pieces, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.search import Search, Settings
 from pyro_vae.evaluation.runs import run, run_at
 from pyro_vae.evaluation.simulation import simulate_data
@@ -247,38 +248,26 @@ def calibrate(
         for General Inference*, ICML.
     """
     require_count("num_samples", num_samples, least=2)
-    parts: list[_Part] = []
+    found: list[_Part] = []
     instead = "pv.log_likelihood, on data"
-    with prior_that_draws(instead), checked(model, guide, like, seed, least=2) as data:
-        search = Search(data, Settings(vectorize=vectorize_particles)) if refine else None
-        rows = len(data.minibatches(rows_at_once(data.program.args) // num_samples)[0][0])
-        if search is not None:
-            rows = min(rows, search.rows)
-        programs = data.programs(num_samples, vectorize_particles, rows)
-        scales = _scales(programs[0], vectorize_particles)
-        steps = len(programs) * (search.settings.num_steps if search else 1)
-        with progress_bar(steps, "step", "calibrating", progress) as bar:
-            for program in programs:
-                args, latents = simulate_data(program.model, program.args)
-                simulated = program.on(args)
-                if search is not None:
-                    mixture = search.proposals(simulated, bar).mixture
-                    simulated = replace(simulated, guide=search.guide(mixture))
-                parts.append(_calibrated(simulated, latents, num_samples, vectorize_particles, scales))
-                if search is None:
-                    bar.update()
-    columns = tuple(torch.cat(column) for column in zip(*(part.args for part in parts), strict=True))
-    index = pd.MultiIndex.from_tuples(parts[0].names, names=["site", "dimension"])
+    with (
+        prior_that_draws(instead),
+        checked_parts(model, guide, like, seed, least=2, progress=progress) as parts,
+    ):
+        for data in parts:
+            found += _simulated(data, num_samples, refine, vectorize_particles, progress)
+    columns = tuple(torch.cat(column) for column in zip(*(part.args for part in found), strict=True))
+    index = pd.MultiIndex.from_tuples(found[0].names, names=["site", "dimension"])
 
     def table(ranks: Iterable[Tensor]) -> pd.DataFrame:
         return pd.DataFrame(torch.cat([*ranks]).cpu().numpy(), columns=index)
 
     return Calibration(
-        log_weights=torch.cat([part.log_w for part in parts], 1),
-        true_log_weights=torch.cat([part.true for part in parts]),
-        ranks=table(part.ranks for part in parts),
-        weighted_ranks=table(part.weighted for part in parts),
-        distance_ranks=torch.cat([part.distances for part in parts]),
+        log_weights=torch.cat([part.log_w for part in found], 1),
+        true_log_weights=torch.cat([part.true for part in found]),
+        ranks=table(part.ranks for part in found),
+        weighted_ranks=table(part.weighted for part in found),
+        distance_ranks=torch.cat([part.distances for part in found]),
         x=columns[0] if len(columns) == 1 else columns,
         refined=refine,
     )
@@ -294,6 +283,29 @@ class _Part(NamedTuple):
     distances: Tensor  # (N,)
     names: list[tuple[str, int]]
     args: Args
+
+
+def _simulated(data: Pieces, number: int, refine: bool, vectorize: bool, progress: bool) -> list[_Part]:
+    """The parts of a calibration on data like these, a minibatch each."""
+    found: list[_Part] = []
+    search = Search(data, Settings(vectorize=vectorize)) if refine else None
+    rows = len(data.minibatches(rows_at_once(data.program.args) // number)[0][0])
+    if search is not None:
+        rows = min(rows, search.rows)
+    programs = data.programs(number, vectorize, rows)
+    scales = _scales(programs[0], vectorize)
+    steps = len(programs) * (search.settings.num_steps if search else 1)
+    with progress_bar(steps, "step", "calibrating", progress) as bar:
+        for program in programs:
+            args, latents = simulate_data(program.model, program.args)
+            simulated = program.on(args)
+            if search is not None:
+                mixture = search.proposals(simulated, bar).mixture
+                simulated = replace(simulated, guide=search.guide(mixture))
+            found.append(_calibrated(simulated, latents, number, vectorize, scales))
+            if search is None:
+                bar.update()
+    return found
 
 
 def _scales(program: Program, vectorize: bool) -> Tensor:

@@ -1,50 +1,34 @@
 """The table of compare: objectives on one model and guide by bound, noise, gradient, time and gap to log p(x)."""
 
-import copy
-import math
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from pyro import poutine
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.checks import Seed, shown
-from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.compiled.step import check_compiled
-from pyro_vae.devices import wide
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.modules import PyroFunction, eval_mode
 from pyro_vae.engine.parameters import find_parameters
 from pyro_vae.engine.program import Program
-from pyro_vae.engine.sites import is_factor
+from pyro_vae.engine.sites import Sites, is_factor
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
-from pyro_vae.evaluation.evidence import Evidence, check_same_data
-from pyro_vae.evaluation.likelihood import estimate_evidence
-from pyro_vae.evaluation.pieces import (
-    Pieces,
-    checked_sites,
-    is_divisible,
-    memory_of,
-    program_on,
-    same_supports,
-    warn_of_missed,
-)
+from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
+from pyro_vae.evaluation.likelihood import Draw, estimate_evidence
+from pyro_vae.evaluation.measured import Measured
+from pyro_vae.evaluation.parts import Parts
+from pyro_vae.evaluation.pieces import Pieces, checked_sites, is_divisible, memory_of, same_supports, warn_of_missed
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 from pyro_vae.objectives.base import Options
-
-ROWS_AT_ONCE = 2**15  # data times particles in one run: 100 MB for each float32 tensor of 784 pixels
 
 
 @takes_program
@@ -95,7 +79,8 @@ def compare(
         objectives: one objective, a list, or a dictionary from names to objectives. None stands for the ELBO with
             closed-form KL, the ELBO with Monte Carlo KL and 1 and 16 particles, and IWAE with 1, 4, 16, 64 and 256.
         repeats: R, at least 2.
-        log_likelihood: an estimate of log p(x) of the same data, for example by :func:`pyro_vae.ais`.
+        log_likelihood: an estimate of log p(x) of the same data in the same order, for example by
+            :func:`pyro_vae.ais`.
         compile: whether to compute the gradients by compiled code, see :func:`pyro_vae.compile_step`. `milliseconds` is
             then its time. Compiling the default rows takes minutes.
         vectorize_particles: see :func:`pyro_vae.log_weights`, for the default rows and the estimate of log p(x). False
@@ -122,39 +107,79 @@ def compare(
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
     """
     require_count("repeats", repeats, least=2, why=", whose spread is the estimator's")
-    program = program_on(model, guide, x)
-    check_same_data(log_likelihood, program.args)
-    with eval_mode(program.modules()):
-        program, (model_sites, guide_sites) = placed(program, checked_sites)
-        data = Pieces(program, is_divisible(program), same_supports(model_sites, guide_sites))
-        factors = [name for name, site in guide_sites.items() if is_factor(site)]
-        named = _named(program, objectives, compile, vectorize_particles)
-        keys = [(name, objective.num_particles) for name, objective in named]
-        if len(set(keys)) < len(keys):
-            raise PyroVAEError(f"expected objectives with different names or particles, got {keys}. Pass a dictionary.")
-        parameters = find_parameters(program)
+    parts, table = Parts(model, guide, x), None
+    check_same_data(log_likelihood, parts.sure_number)
+    with memory_of(parts.number), eval_mode(parts.modules()), rng.seeded(seed):
+        for program in parts:
+            program, sites = placed(program, checked_sites)
+            divisible = is_divisible(program) if parts.divisible is None else parts.divisible
+            data = Pieces(program, divisible, same_supports(*sites))
+            if table is None:
+                named = _named(program, objectives, compile, vectorize_particles)
+                table = _Table(data, sites[1], named, repeats, compile, vectorize_particles, seed)
+            table.add(data, sites, progress)
+    check_same_data(log_likelihood, parts.seen)
+    if table is None:
+        raise RuntimeError("expected a part of the data.")
+    return table.rows(log_likelihood)
+
+
+class _Table:
+    """The table of some objectives, from the parts of the data."""
+
+    def __init__(
+        self,
+        data: Pieces,
+        guide_sites: Sites,
+        named: list[tuple[str, Objective]],
+        repeats: int,
+        compile: bool,
+        vectorize: bool,
+        seed: int | None,
+    ) -> None:
+        self.keys = [(name, objective.num_particles) for name, objective in named]
+        if len(set(self.keys)) < len(self.keys):
+            raise PyroVAEError(
+                f"expected objectives with different names or particles, got {self.keys}. Pass a dictionary."
+            )
+        parameters = find_parameters(data.program)
         if not any(parameters):
             raise PyroVAEError(
                 "expected a program with parameters, whose gradients can be measured, got none: neither model nor "
                 "guide has a pyro.param or pyro.module statement. Add one."
             )
-        with memory_of(program), torch.no_grad(), rng.seeded(seed):
-            vectorize = vectorize_particles and all(objective.vectorize_particles for _, objective in named)
-            whole = data if not factors else replace(data, program=_without(factors, program))
-            warn_of_missed(whole.program, model_sites, guide_sites)
-            evidence = estimate_evidence(whole, COMPARE_SAMPLES, vectorize, progress, compile and vectorize)
-        best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
-        rows = []
-        bar = tqdm(named, leave=False, disable=None if progress else True, unit="objective")
-        for name, objective in bar:
+        self.named, self.said = named, set[str]()
+        self.factors = [name for name, site in guide_sites.items() if is_factor(site)]
+        vectorize = vectorize and all(objective.vectorize_particles for _, objective in named)
+        self.draw = Draw(COMPARE_SAMPLES, vectorize, compile and vectorize)
+        self.numbers = rng.Continued(seed)
+        self.evidence: list[LogLikelihood] = []
+        self.measured = [Measured(each, parameters, repeats, compile, rng.Continued(seed)) for _, each in named]
+
+    def add(self, data: Pieces, sites: tuple[Sites, Sites], progress: bool) -> None:
+        """Measure the objectives on a part of the data."""
+        with torch.no_grad(), self.numbers.inside():
+            whole = data
+            if self.factors:
+                whole = replace(data, program=_without(self.factors, data.program))
+            warn_of_missed(whole.program, *sites, self.said)
+            self.evidence.append(estimate_evidence(whole, self.draw, progress))
+        bar = tqdm(self.named, leave=False, disable=None if progress else True, unit="objective")
+        for (name, objective), measured in zip(bar, self.measured, strict=True):
             bar.set_description(f"{name}, K = {objective.num_particles}")
-            with rng.seeded(seed):
-                row, per_datum = _measure(data, objective, parameters, repeats, compile)
+            measured.add(data)
+
+    def rows(self, log_likelihood: Evidence | None) -> pd.DataFrame:
+        """The table."""
+        evidence, rows = LogLikelihood.together(self.evidence), []
+        best = max((each for each in (evidence, log_likelihood) if each is not None), key=lambda each: each.mean)
+        for (_, objective), measured in zip(self.named, self.measured, strict=True):
+            row, per_datum = measured.row()
             gap = Estimate.of(best.per_datum - per_datum)
             k_hat = evidence.pareto_k.nanmedian().item()
             row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": k_hat}
-            rows.append(row | {"is_bound": objective.is_bound and not factors})
-    return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=["objective", "particles"]))
+            rows.append(row | {"is_bound": objective.is_bound and not self.factors})
+        return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(self.keys, names=["objective", "particles"]))
 
 
 def _without(factors: list[str], program: Program) -> Program:
@@ -192,103 +217,3 @@ def _defaults(program: Program, vectorize: bool) -> list[Objective]:
         warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=5)
         return others
     return [closed_form, *others]
-
-
-def _measure(
-    data: Pieces,
-    objective: Objective,
-    parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
-    repeats: int,
-    compile: bool,
-) -> tuple[dict[str, float], Tensor]:
-    """A row of the table, and the bound of each datum, averaged over repeats."""
-    objective = copy.copy(objective)  # with fixed settings, since a measured loss is not a step of its schedules
-    vars(objective).update(objective.scheduled())
-    program, chunks = data.program, data.minibatches(ROWS_AT_ONCE // objective.num_samples)
-    leaves, own = ([value for group in groups for value in group.values()] for groups in (parameters, parameters[1:]))
-    in_model = sum(value.numel() for value in parameters[0].values())
-
-    @torch.enable_grad()
-    def gradient_of(objective: Objective, leaves: list[Tensor], *chunk: Tensor) -> Tensor:
-        loss = objective.differentiable_loss(program.model, program.guide, *chunk)
-        parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        return torch.cat([part.flatten() for part in parts])
-
-    gradient: Callable[..., Tensor] = partial(gradient_of, objective, leaves)
-    if compile:
-        gradient = CompiledFunction(gradient, program.modules())
-        with rng.preserved():  # compile before the timing
-            for chunk in {len(chunk[0]): chunk for chunk in chunks}.values():
-                gradient(*chunk)
-    bounds, seconds, gradients, first = [], [], [], []
-    for _ in range(repeats):
-        with torch.no_grad():
-            bounds.append(wide(torch.cat([objective.bound(program.model, program.guide, *c) for c in chunks])))
-        started = _now(program.args[0])
-        parts = list(map(gradient, *zip(*chunks, strict=True)))
-        gradients.append(torch.stack(parts).sum(0))
-        seconds.append(_now(program.args[0]) - started)
-        first.append(parts[0])
-
-    def of_guide(other: Objective) -> Tensor:
-        return gradient_of(other, own, *chunks[0])
-
-    per_repeat = torch.stack(bounds)
-    per_datum = per_repeat.mean(0)
-    stacked = torch.stack(gradients)
-    bound = Estimate.of(per_datum)
-    row = {
-        "bound": bound.value,
-        "bound_se": bound.standard_error,
-        "estimator_std": per_repeat.var(0).mean().sqrt().item(),
-        "grad_snr_model": _signal_to_noise(stacked[:, :in_model]),
-        "grad_snr_guide": _signal_to_noise(stacked[:, in_model:]),
-        "grad_bias_z": _bias([part[in_model:] for part in first], objective, of_guide),
-        "milliseconds": 1e3 * statistics.median(seconds),
-    }
-    return row, per_datum
-
-
-def _now(x: Tensor) -> float:
-    """The time after all work queued on x's device has finished."""
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()
-
-
-def _bias(paths: list[Tensor], objective: Objective, gradient: Callable[[Objective], Tensor]) -> float:
-    """How far gradients along paths are from the score function's, in standard errors; NaN where one does not exist."""
-    score = "vimco" if objective.num_samples > 1 and "vimco" in objective.gradients else "score"
-    free_bits = isinstance(objective, ELBO) and objective.free_bits
-    if objective.estimator.path != "all" or score not in objective.gradients or free_bits or not paths[0].numel():
-        return math.nan
-    if len(paths) < 5:  # of few repeats, the standard error is no guide
-        return math.nan
-    try:
-        scored = [gradient(_with_gradient(objective, score)) for _ in paths]
-    except PyroVAEError:  # there is no score function, such as where a support depends on parameters
-        return math.nan
-    direction = torch.randn(paths[0].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    along = [wide(torch.stack(each)).cpu() @ direction for each in (paths, scored)]
-    error = torch.stack([each.var() / len(each) for each in along]).sum().sqrt().item()
-    # Both may be zero but for rounding, as at the exact posterior. The pathwise gradient has the terms that cancel.
-    whole = gradient(_with_gradient(objective, "pathwise")) if "pathwise" in objective.gradients else paths[0]
-    rounding = 100 * torch.finfo(whole.dtype).eps * whole.norm().item()
-    size = math.hypot(error, rounding)
-    return (along[0].mean() - along[1].mean()).item() / size if size else math.nan  # a fixed guide has no gradient
-
-
-def _with_gradient(objective: Objective, gradient: str) -> Objective:
-    other = copy.copy(objective)
-    other.gradient = gradient
-    return other
-
-
-def _signal_to_noise(gradients: Tensor) -> float:
-    """The signal-to-noise ratio of gradients (R, P), corrected for the noise in their mean; NaN if P is 0."""
-    if gradients.shape[1] == 0:
-        return math.nan
-    gradients = wide(gradients)
-    noise = gradients.var(0).sum()
-    signal = (gradients.mean(0).square().sum() - noise / len(gradients)).clamp(min=0)
-    return (signal / noise).sqrt().item()

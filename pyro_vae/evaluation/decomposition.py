@@ -1,6 +1,7 @@
 """The parts of the ELBO: reconstruction, mutual information, and the KL of the aggregate posterior to the prior."""
 
 import math
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -19,7 +20,8 @@ from pyro_vae.evaluation import runs
 from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_latents, same_for_all_particles, univariate
-from pyro_vae.evaluation.pieces import Args, checked, progress_bar
+from pyro_vae.evaluation.parts import checked_parts
+from pyro_vae.evaluation.pieces import Pieces, progress_bar
 
 DENSITIES_AT_ONCE = 2**21  # log-densities in memory: samples times data times dimensions
 DATA_AT_ONCE = 512  # data in one run of the guide on a block of samples
@@ -81,7 +83,8 @@ def decompose_elbo(
     number of data, not the distance of q(z) from p(z). Of one datum, q(z) is q(z|x), and mutual information is zero.
 
     Arguments:
-        model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
+        model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`. A ``DataLoader`` and arrays
+            in files are read twice, since each sample is compared with all data. The samples of z are in memory.
         guide: its guide. It must be a density of the model's latents alone.
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
 
@@ -102,24 +105,17 @@ def decompose_elbo(
         NeurIPS.
     """
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
-    with checked(model, guide, x, seed) as data:
-        programs = data.programs(num_samples, vectorize_particles)
-        samples = [_Samples.draw(program, num_samples, vectorize_particles) for program in programs]
-        only_guide = replace(programs[0], model=programs[0].guide_or_prior, guide=None)
-        size = max(1, samples[0].prior_by_dimension.shape[-1])
-        columns = data.minibatches(min(DATA_AT_ONCE, DENSITIES_AT_ONCE // size))
-        step = max(1, DENSITIES_AT_ONCE // (size * len(columns[0][0])))
-        blocks = [torch.arange(drawn.log_guide.numel()).split(step) for drawn in samples]
-        parts = []
-        with progress_bar(sum(map(len, blocks)) * len(columns), "block", "q(z)", progress) as bar:
-            for drawn, block in zip(samples, blocks, strict=True):
-                mixed = [_mixture(only_guide, columns, drawn, rows, vectorize_particles, bar) for rows in block]
-                log_q, marginals = (torch.cat(part) for part in zip(*mixed, strict=True))
-                marginals = marginals.reshape(drawn.prior_by_dimension.shape)
-                dimension_wise = (marginals - drawn.prior_by_dimension).sum(-1)
-                log_q = log_q.reshape(drawn.log_guide.shape)
-                parts.append((drawn.log_likelihood, drawn.log_prior, drawn.log_guide, log_q, dimension_wise))
-    likelihood, prior, own, log_q, dimension_wise = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    samples: list[_Samples] = []
+    with checked_parts(model, guide, x, seed, progress=progress) as parts:
+        for data in parts:
+            programs = data.programs(num_samples, vectorize_particles)
+            samples += [_Samples.draw(program, num_samples, vectorize_particles) for program in programs]
+        mixtures = [_Mixture.of(drawn) for drawn in samples]
+        with closing(parts.again()) as once_more:
+            for data in once_more:
+                _add(data, programs[0], mixtures, vectorize_particles, progress)
+    columns = [mixture.densities(parts.seen) for mixture in mixtures]
+    likelihood, prior, own, log_q, dimension_wise = (torch.cat(column, 1) for column in zip(*columns, strict=True))
     elbo, reconstruction = _stratified(likelihood + prior - own), _stratified(likelihood)
     mutual_information, marginal_kl = _stratified(own - log_q), _stratified(log_q - prior)
     known = _stratified(dimension_wise) if samples[0].prior_by_dimension.numel() else None
@@ -175,21 +171,51 @@ def _marginals(run: Run, sites: Sites) -> Tensor:
     return wide(torch.cat([by_dimension(run, site, density) for site, density in densities], -1))
 
 
-def _mixture(
-    guide: Program, columns: list[Args], drawn: _Samples, rows: Tensor, vectorize: bool, bar: Any
-) -> tuple[Tensor, Tensor]:
-    """The log-densities of samples under q(z), (rows,), and under each marginal q(z_j), (rows, D)."""
-    joint, each = [], []
-    for column in columns:
-        values = drawn.at(rows, len(column[0]))
-        run = runs.run_at(guide.on(column), values, len(rows), vectorize)
-        joint.append(wide(log_density(run, terms(run.guide))).logsumexp(1))
-        if drawn.prior_by_dimension.numel():
-            each.append(_marginals(run, run.guide).logsumexp(1))
-        bar.update()
-    log_number = math.log(sum(len(column[0]) for column in columns))
-    log_joint = torch.stack(joint).logsumexp(0) - log_number
-    return log_joint, torch.stack(each).logsumexp(0) - log_number if each else log_joint.new_zeros(len(rows), 0)
+@dataclass(frozen=True)
+class _Mixture:
+    """The log-densities of samples under the sum of the q(z|x_n) of some data, and under that of each marginal."""
+
+    drawn: _Samples
+    joint: Tensor  # (S n,)
+    each: Tensor  # (S n, D)
+
+    @classmethod
+    def of(cls, drawn: _Samples) -> Self:
+        """Of no data yet."""
+        joint = torch.full_like(drawn.log_guide.flatten(), -math.inf)
+        return cls(drawn, joint, torch.full_like(drawn.prior_by_dimension.flatten(0, 1), -math.inf))
+
+    def add(self, guide: Program, rows: Tensor, vectorize: bool) -> None:
+        """Add the data of a program to the sums of these samples."""
+        run = runs.run_at(guide, self.drawn.at(rows, len(guide.args[0])), len(rows), vectorize)
+        rows = rows.to(self.joint.device)
+        joint = wide(log_density(run, terms(run.guide))).logsumexp(1)
+        self.joint[rows] = torch.logaddexp(self.joint[rows], joint)
+        if self.each.numel():
+            self.each[rows] = torch.logaddexp(self.each[rows], _marginals(run, run.guide).logsumexp(1))
+
+    def densities(self, number: int) -> tuple[Tensor, ...]:
+        """The log-densities (S, n) of x given z, of prior, guide and q(z); and the dimension-wise log-ratio."""
+        drawn, log_number = self.drawn, math.log(number)
+        log_q = (self.joint - log_number).reshape(drawn.log_guide.shape)
+        marginals = (self.each - log_number).reshape(drawn.prior_by_dimension.shape)
+        dimension_wise = (marginals - drawn.prior_by_dimension).sum(-1)
+        return drawn.log_likelihood, drawn.log_prior, drawn.log_guide, log_q, dimension_wise
+
+
+def _add(data: Pieces, program: Program, mixtures: list[_Mixture], vectorize: bool, progress: bool) -> None:
+    """Add some data to the mixtures of all samples, block by block."""
+    size = max(1, mixtures[0].each.shape[-1])
+    columns = data.minibatches(min(DATA_AT_ONCE, DENSITIES_AT_ONCE // size))
+    step = max(1, DENSITIES_AT_ONCE // (size * len(columns[0][0])))
+    only_guide = replace(program, model=program.guide_or_prior, guide=None)
+    blocks = [torch.arange(len(mixture.joint)).split(step) for mixture in mixtures]
+    with progress_bar(sum(map(len, blocks)) * len(columns), "block", "q(z)", progress) as bar:
+        for mixture, block in zip(mixtures, blocks, strict=True):
+            for column in columns:
+                for rows in block:
+                    mixture.add(only_guide.on(column), rows, vectorize)
+                    bar.update()
 
 
 def _stratified(values: Tensor) -> Estimate:

@@ -1,7 +1,7 @@
 """Records of estimates of log p(x) for each datum, with errors and diagnostics, made from importance weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -13,7 +13,6 @@ from pyro_vae.devices import of_float64, wide
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k
 from pyro_vae.evaluation.estimate import Estimate
-from pyro_vae.evaluation.pieces import Args
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,14 @@ class LogLikelihood(Evidence):
         columns |= {name: columns[name].long() for name in ("zero_weights", "drawn")}
         return cls(**columns, num_samples=num_samples)
 
+    @classmethod
+    def together(cls, parts: Sequence[Self]) -> Self:
+        """One record of the data of several ones; `num_samples` is the largest."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {n: torch.cat([getattr(part, n) for part in parts], -1) for n in cls._per_datum_fields()}
+        return replace(parts[0], **columns, num_samples=max(part.num_samples for part in parts))
+
     def into(self, whole: Self | None, rows: Tensor, num_data: int) -> Self:
         """A record of so many data, with these values at some rows, and those of `whole`, if any, elsewhere."""
         found: dict[str, Any] = {}
@@ -200,15 +207,15 @@ def check_finite(log_w: Tensor) -> None:
         )
 
 
-def check_same_data(evidence: Evidence | None, args: Args) -> None:
-    """Raise an error if there are estimates, and they are not as many as the data."""
+def check_same_data(evidence: Evidence | None, number: int | None) -> None:
+    """Raise an error if there are estimates, and they are not as many as the data; None is not known yet."""
     if evidence is not None and not isinstance(evidence, Evidence):
         raise PyroVAEError(
             f"expected log_likelihood to be the result of pv.log_likelihood, pv.ais or pv.bdmc, got {shown(evidence)}. "
             "Pass one."
         )
-    if evidence is not None and len(evidence.per_datum) != len(args[0]):
+    if evidence is not None and number is not None and len(evidence.per_datum) != number:
         raise PyroVAEError(
-            f"expected log_likelihood to be of the same data, got {len(evidence.per_datum)} of them for {len(args[0])} "
-            "data. Estimate it on x."
+            f"expected log_likelihood to be of the same data, got {len(evidence.per_datum)} of them for {number} data. "
+            "Estimate it on x."
         )

@@ -24,7 +24,8 @@ from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k, warn_of_high_k
 from pyro_vae.evaluation.draws import in_portions
 from pyro_vae.evaluation.evidence import check_finite
 from pyro_vae.evaluation.families import refuse_masks, require_latents
-from pyro_vae.evaluation.pieces import checked, progress_bar, rows_at_once
+from pyro_vae.evaluation.parts import checked_parts
+from pyro_vae.evaluation.pieces import Pieces, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.search import Search, Settings
 from pyro_vae.evaluation.runs import laid_out
 
@@ -137,24 +138,34 @@ def expect(
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR (k-hat of f).
     """
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
-    parts = []
-    with checked(model, guide, x, seed) as data:
-        search = Search(data, Settings(vectorize=vectorize_particles)) if refine else None
-        programs = data.programs(num_samples, vectorize_particles) if search is None else search.programs
-        read = _Reader(programs[0], function)
-        rows = rows_at_once(data.program.args) // num_samples
-        steps = search.settings.num_steps if search else 1
-        with progress_bar(len(programs) * steps, "step", "E[f(z) | x]", progress) as bar:
-            for program in programs:
-                on_parts = iter([program])
-                if search is not None:
-                    on_parts = search.parts(program, search.proposals(program, bar).mixture, rows)
-                parts += [_expectation(each, read, num_samples, vectorize_particles) for each in on_parts]
-                if search is None:
-                    bar.update()
-    value, error, ess, shapes = (torch.cat(column) for column in zip(*parts, strict=True))
-    found = Expectation(value, error, ess, shapes, num_samples)
-    warn_of_high_k(found.pareto_k, REFINED_ADVICE if refine else ADVICE, OF_MEAN)
+    found = []
+    with checked_parts(model, guide, x, seed, progress=progress) as parts:
+        for data in parts:
+            found += _expectations(data, function, num_samples, refine, vectorize_particles, progress)
+    value, error, ess, shapes = (torch.cat(column) for column in zip(*found, strict=True))
+    result = Expectation(value, error, ess, shapes, num_samples)
+    warn_of_high_k(result.pareto_k, REFINED_ADVICE if refine else ADVICE, OF_MEAN)
+    return result
+
+
+def _expectations(
+    data: Pieces, function: Function, num_samples: int, refine: bool, vectorize: bool, progress: bool
+) -> list[tuple[Tensor, ...]]:
+    """The fields of an :class:`Expectation` for each minibatch of some data."""
+    found: list[tuple[Tensor, ...]] = []
+    search = Search(data, Settings(vectorize=vectorize)) if refine else None
+    programs = data.programs(num_samples, vectorize) if search is None else search.programs
+    read = _Reader(programs[0], function)
+    rows = rows_at_once(data.program.args) // num_samples
+    steps = search.settings.num_steps if search else 1
+    with progress_bar(len(programs) * steps, "step", "E[f(z) | x]", progress) as bar:
+        for program in programs:
+            on_parts = iter([program])
+            if search is not None:
+                on_parts = search.parts(program, search.proposals(program, bar).mixture, rows)
+            found += [_expectation(each, read, num_samples, vectorize) for each in on_parts]
+            if search is None:
+                bar.update()
     return found
 
 

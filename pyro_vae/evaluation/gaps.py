@@ -23,7 +23,8 @@ from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
 from pyro_vae.evaluation.families import constructor_arguments, require_latents, same_for_all_particles, suffices
 from pyro_vae.evaluation.fitting import minimise
-from pyro_vae.evaluation.pieces import checked, progress_bar
+from pyro_vae.evaluation.parts import checked_parts
+from pyro_vae.evaluation.pieces import progress_bar
 from pyro_vae.evaluation.proposals.guide import RefinedGuide
 from pyro_vae.evaluation.runs import run
 from pyro_vae.objectives import ELBO
@@ -139,21 +140,24 @@ def inference_gaps(
     require_count("num_steps", num_steps)
     if not 0 < lr <= torch.finfo(torch.float32).max:
         raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {GAPS_LR}.")
-    parts: list[tuple[LogLikelihood, LogLikelihood]] = []
-    with checked(model, guide, x, seed) as data:
-        args = data.program.args
-        check_same_data(log_likelihood, args)
-        programs = data.programs(PARTICLES, vectorize_particles)
-        with progress_bar(len(programs) * num_steps, "step", "gaps", progress) as bar:
-            for program in programs:
-                if isinstance(guide, RefinedGuide):
-                    own = LogLikelihood.from_weights(draw_weights(program, num_samples, vectorize_particles))
-                    parts.append((own, own))
-                    continue
-                local = _FreeSites(program, vectorize_particles)
-                local.fit(num_steps, lr, bar)
-                parts.append(_best_and_own(program, local.guide, num_samples, vectorize_particles))
-    best, own = (LogLikelihood.joined(each, len(args[0]), data.device) for each in zip(*parts, strict=True))
+    results: list[list[LogLikelihood]] = []
+    with checked_parts(model, guide, x, seed, progress=progress) as parts:
+        check_same_data(log_likelihood, parts.sure_number)
+        for data in parts:
+            programs, found = data.programs(PARTICLES, vectorize_particles), []
+            with progress_bar(len(programs) * num_steps, "step", "gaps", progress) as bar:
+                for program in programs:
+                    if isinstance(guide, RefinedGuide):
+                        own = LogLikelihood.from_weights(draw_weights(program, num_samples, vectorize_particles))
+                        found.append((own, own))
+                        continue
+                    local = _FreeSites(program, vectorize_particles)
+                    local.fit(num_steps, lr, bar)
+                    found.append(_best_and_own(program, local.guide, num_samples, vectorize_particles))
+            number = len(data.program.args[0])
+            results.append([LogLikelihood.joined(each, number, data.device) for each in zip(*found, strict=True)])
+        check_same_data(log_likelihood, parts.seen)
+    best, own = (LogLikelihood.together(each) for each in zip(*results, strict=True))
     if log_likelihood is None:
         warn_of_high_k(best.pareto_k, ADVICE)
     return Gaps((log_likelihood or best).per_datum, best.elbo, own.elbo)

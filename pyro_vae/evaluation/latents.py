@@ -15,9 +15,9 @@ from pyro_vae.engine.program import Run
 from pyro_vae.engine.sites import family
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
-from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
-from pyro_vae.evaluation.pieces import checked
+from pyro_vae.evaluation.moments import Moments
+from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.runs import run
 from pyro_vae.objectives.elbo import NoClosedFormError, closed_form
 
@@ -68,19 +68,20 @@ def active_units(
         raise PyroVAEError(
             f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
         )
-    with checked(model, guide, x, seed, least=2) as data:
-        programs = data.programs(num_samples, vectorize_particles)
-        parts = [_read(run(program, num_samples, vectorize_particles)) for program in programs]
-    rows = {}
-    for name in parts[0]:
-        means, noise, kl = (torch.cat([part[name][i] for part in parts]) for i in range(3))
-        for j in range(means.shape[1]):
-            square = (means[:, j] - means[:, j].mean()).square()
-            # The Monte Carlo variance of a mean is not variance over data.
-            variance = square.sum().item() / (len(square) - 1) - noise[:, j].mean().item()
-            mean_kl = Estimate.of(kl[:, j])
-            error = Estimate.of(square).standard_error
-            rows[name, j] = variance, error, mean_kl.value, mean_kl.standard_error, variance > threshold
+    moments: dict[str, tuple[Moments, Moments, Moments]] = {}
+    with checked_parts(model, guide, x, seed, least=2) as parts:
+        for data in parts:
+            for program in data.programs(num_samples, vectorize_particles):
+                for name, values in _read(run(program, num_samples, vectorize_particles)).items():
+                    of_site = moments.setdefault(name, (Moments(), Moments(), Moments()))
+                    for kept, value in zip(of_site, values, strict=True):
+                        kept.add(value)
+    rows: dict[tuple[str, int], tuple[Any, ...]] = {}
+    for name, (means, noise, kl) in moments.items():
+        # The Monte Carlo variance of a mean is not variance over data.
+        variance = means.variance - noise.mean
+        columns = variance, means.variance_error, kl.mean, kl.standard_error, variance > threshold
+        rows |= {(name, j): each for j, each in enumerate(zip(*(c.tolist() for c in columns), strict=True))}
     index = pd.MultiIndex.from_tuples(rows, names=["site", "dimension"])
     return pd.DataFrame(list(rows.values()), index, ["variance", "variance_se", "kl", "kl_se", "active"])
 

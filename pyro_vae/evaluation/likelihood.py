@@ -21,7 +21,8 @@ from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.draws import WEIGHTS_AT_ONCE, draw_weights, even_chunks
 from pyro_vae.evaluation.evidence import LogLikelihood
-from pyro_vae.evaluation.pieces import Args, Pieces, checked, progress_bar, require_vectorized, rows_at_once
+from pyro_vae.evaluation.parts import checked_parts
+from pyro_vae.evaluation.pieces import Args, Pieces, progress_bar, require_vectorized, rows_at_once
 from pyro_vae.evaluation.proposals.refine import refined_guide
 from pyro_vae.evaluation.proposals.search import Settings
 
@@ -60,9 +61,10 @@ def log_likelihood(
     Arguments:
         model: a Pyro model with a batch plate; or a model/guide pair, or a tuple `(model, guide)`, in place of both.
         guide: its guide.
-        x: data (N, ...), a split of :mod:`pyro_vae.data`, or a tuple of tensors that are passed as several arguments.
-            The program's modules are in evaluation mode. Minibatches are moved to the device of the parameters, where
-            the results are too; on Apple's MPS, which has no float64, these are on the CPU.
+        x: data of the kinds that :func:`pyro_vae.fit` takes. A ``DataLoader`` and arrays in files are read in one pass,
+            of which as many rows are in memory as a run takes. Results are in the order of reading, so a loader that
+            shuffles serves for means. The program's modules are in evaluation mode. Minibatches are moved to the device
+            of the parameters, where the results are too; on Apple's MPS, which has no float64, these are on the CPU.
         num_samples: K, at least 2. With `error`, a datum gets at most 20 times as many.
         refine: whether to fit a proposal to each datum first, as :func:`pyro_vae.refine` does with its defaults, and to
             sample from it in place of the guide. It takes two to three times as long, and most k-hats become low.
@@ -120,16 +122,20 @@ def log_likelihood(
         )
     if error is not None and not 0 < error < math.inf:
         raise PyroVAEError(f"expected error to be a positive number of nats, got {error!r}. Try 0.02.")
-    with checked(model, guide, x, seed) as data:
-        if refine and compile:
-            refined = refined_guide(data, Settings(compile=True), progress)
-            data = replace(data, program=replace(data.program, guide=refined))
-            result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
-        elif refine or error is not None:
-            goal = None if error is None else Goal(error, error_of, len(data.program.args[0]))
-            result = sample_as_needed(data, num_samples, goal, refine, vectorize_particles, progress)
-        else:
-            result = estimate_evidence(data, num_samples, vectorize_particles, progress, compile)
+    results = []
+    with checked_parts(model, guide, x, seed, progress=progress) as parts:
+        goal = None if error is None else _goal(error, error_of, parts.number)
+        draw = Draw(num_samples, vectorize_particles, compile and not refine)
+        for data in parts:
+            if refine and compile:  # the proposals are of this part, and so is the compiled code
+                refined = refined_guide(data, Settings(compile=True), progress)
+                data = replace(data, program=replace(data.program, guide=refined))
+                results.append(estimate_evidence(data, Draw(num_samples, vectorize_particles, compile), progress))
+            elif refine or goal is not None:
+                results.append(sample_as_needed(data, num_samples, goal, refine, vectorize_particles, progress))
+            else:
+                results.append(estimate_evidence(data, draw, progress))
+    result = LogLikelihood.together(results)
     advice = REFINED_ADVICE if refine else ADVICE
     warn_of_zero_weights(result.zero_weights, result.drawn, advice)
     warn_of_high_k(result.pareto_k, advice)
@@ -138,18 +144,41 @@ def log_likelihood(
     return result
 
 
-def estimate_evidence(data: Pieces, num_samples: int, vectorize: bool, progress: bool, compile: bool) -> LogLikelihood:
+def _goal(error: float, of: Literal["datum", "mean"], number: int | None) -> Goal:
+    if of == "mean" and number is None:
+        raise PyroVAEError(
+            "an error of the mean is shared out over all data: expected x whose number of data is known before it is "
+            "read, got a DataLoader that does not say. Pass error_of='datum', or tensors."
+        )
+    return Goal(error, of, number or 0)
+
+
+class Draw:
+    """Draws the log-weights (K, N) of minibatches, by compiled code if it is asked for, which all of them share."""
+
+    def __init__(self, num_samples: int, vectorize: bool, compile: bool) -> None:
+        self.num_samples, self.vectorize, self.compile = num_samples, vectorize, compile
+        self.compiled: Callable[[Args], Tensor] | None = None
+
+    def of(self, program: Program, data: Pieces) -> Tensor:
+        """The log-weights of a minibatch of some data."""
+        if not self.compile:
+            return draw_weights(program, self.num_samples, self.vectorize)
+        if self.compiled is None:
+            self.compiled = _compiled_draw(program, data, self.num_samples)
+        return self.compiled(program.args)
+
+
+def estimate_evidence(data: Pieces, draw: Draw, progress: bool) -> LogLikelihood:
     """Estimate log p(x) of all data, one minibatch after another; see :func:`pyro_vae.log_likelihood`."""
-    args = data.program.args
-    size = None if vectorize else min(rows_at_once(args), WEIGHTS_AT_ONCE // num_samples)
-    programs = data.programs(num_samples, vectorize, size)
-    compiled = _compiled_draw(programs[0], data, num_samples) if compile else None
+    args, num_samples = data.program.args, draw.num_samples
+    size = None if draw.vectorize else min(rows_at_once(args), WEIGHTS_AT_ONCE // num_samples)
+    programs = data.programs(num_samples, draw.vectorize, size)
     with progress_bar(len(args[0]), "datum", "log p(x)", progress) as bar:
 
         def estimates() -> Iterator[LogLikelihood]:
             for program in programs:
-                log_w = compiled(program.args) if compiled else draw_weights(program, num_samples, vectorize)
-                yield LogLikelihood.from_weights(log_w)
+                yield LogLikelihood.from_weights(draw.of(program, data))
                 bar.update(len(program.args[0]))
 
         return LogLikelihood.joined(estimates(), len(args[0]), data.device)

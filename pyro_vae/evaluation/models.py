@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 from pyro_vae.checks import MAX_SEED, Seed, checked, shown
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.columns import ArrayRows, column_of, tensor_of
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import element_weights, is_deterministic, is_factor
@@ -23,8 +26,8 @@ from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, pareto_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.likelihood import log_likelihood
+from pyro_vae.evaluation.pieces import ELEMENTS_AT_ONCE, has_no_tensors, require_data, rows_at_once
 from pyro_vae.evaluation.pieces import checked as checked_program
-from pyro_vae.evaluation.pieces import read_once, rows_at_once
 from pyro_vae.evaluation.runs import laid_out
 from pyro_vae.evaluation.simulation import copies_of, places_in
 
@@ -64,8 +67,8 @@ def compare_models(
 
     Arguments:
         models: model/guide pairs, or tuples (model, guide), by name.
-        x, num_samples, vectorize_particles, progress: see :func:`pyro_vae.log_likelihood`. A split that is drawn anew
-            at each reading is read once.
+        x, num_samples, vectorize_particles, progress: see :func:`pyro_vae.log_likelihood`. What may be other data at
+            each reading is read once, and is then in memory: a ``DataLoader``, and a split that is drawn anew.
         seed: the seed of the first model's random numbers; each later model has the next one.
         refine: whether to sample from proposals that are fitted to each datum, see :func:`pyro_vae.refine`. False
             serves discrete latents, and models whose k-hat is low without it.
@@ -106,11 +109,12 @@ def compare_models(
             f"expected models to be a dictionary of at least two models by name, got {got}. Pass {{'A': a, 'B': b}}, "
             "where a and b are pairs, or tuples (model, guide)."
         )
-    x = read_once(x)
+    x = _kept(x)
     for what, value in (("error", error), ("claim", claim)):
         if value is not None and not 0 < value < math.inf:
             raise PyroVAEError(f"expected {what} to be a positive number of nats, got {value!r}. Try 0.1.")
-    _check_observations(models, x)
+    for part in _parts(x):
+        _check_observations(models, part)
     pareto_k(torch.arange(FEWEST_SAMPLES)[:, None])  # imports ArviZ, which takes seconds that are no model's
     found, seconds = dict[str, LogLikelihood](), dict[str, float]()
     options: dict[str, Any] = {"vectorize_particles": vectorize_particles, "progress": progress}
@@ -147,6 +151,47 @@ def _row(own: LogLikelihood, best: LogLikelihood, claim: float | None) -> dict[s
         row["data_needed"] = of_first * len(own.per_datum) * (SURE * paired.standard_error / claim) ** 2
         row["samples_needed"] = of_first * samples * (noise / (PART_OF_CLAIM * claim)) ** 2
     return row
+
+
+def _kept(x: Any) -> Any:
+    """What gives the same rows in the same order at each reading: of a DataLoader, its minibatches joined."""
+    if has_no_tensors(x):
+        return x
+    if isinstance(x, DataLoader):
+        batches = list(x)
+        require_data(len(batches), 1)
+        if isinstance(batches[0], Mapping):
+            return {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
+        columns = zip(*(each if isinstance(each, tuple | list) else (each,) for each in batches), strict=True)
+        return tuple(map(_joined, columns))
+    if isinstance(x, Mapping):
+        return {key: _kept(value) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        return tuple(map(_kept, x))
+    column = column_of(x, "x")
+    return x if isinstance(column, Tensor | ArrayRows) else column[:]
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    values = [tensor_of(value) for value in values]
+    return torch.cat(values) if all(isinstance(value, Tensor) for value in values) else values
+
+
+def _parts(x: Any) -> Iterator[Any]:
+    """All of x if it is in memory, else parts that fit there."""
+    columns = [*x.values()] if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
+    if all(isinstance(each, Tensor | int | float | str | None | list) or type(each) is np.ndarray for each in columns):
+        yield x
+        return
+    size = max(2, ELEMENTS_AT_ONCE // max(1, *(math.prod(column.shape[1:]) for column in columns)))
+    for start in range(0, columns[0].shape[0], size):
+        yield _rows(x, slice(start, start + size))
+
+
+def _rows(x: Any, rows: slice) -> Any:
+    if isinstance(x, Mapping):
+        return {key: tensor_of(value[rows]) for key, value in x.items()}
+    return tuple(tensor_of(value[rows]) for value in x) if isinstance(x, tuple) else tensor_of(x[rows])
 
 
 def _check_observations(models: Mapping[str, Any], x: Any) -> None:

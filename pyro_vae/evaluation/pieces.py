@@ -1,4 +1,4 @@
-"""The data x of an evaluation: accepted types (tensors, no DataLoader), checks, and pieces that fit in memory."""
+"""The data x of an evaluation: all of it as tensors, checks, and pieces that fit in memory."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from pyro_vae.checks import how_to_make_dense, is_dense, shown
 from pyro_vae.devices import OtherDeviceError, memory_for
 from pyro_vae.engine import rng
 from pyro_vae.engine.batch_plate import check_order, check_rows, find_batch_plate
+from pyro_vae.engine.columns import check_finite
 from pyro_vae.engine.coverage import check_covers, missed
 from pyro_vae.engine.first_run import placed, refusal
 from pyro_vae.engine.minibatches import Minibatches
@@ -33,19 +34,40 @@ PART_OF_P = -20.0  # in nats beside the guide's draw: less than 1e-8 of p(x) is 
 Args = tuple[Tensor, ...]  # the program's arguments; the rows of every tensor are the data
 
 
-def arguments(x: Any, least: int = 2) -> Args:
-    """The program's arguments as tensors, with at least so many data, all finite."""
-    data = Minibatches(x, None, "x")
+def arguments(x: Any, least: int = 2, model: Any = None, guide: Any = None) -> Args:
+    """The program's arguments as tensors, with at least so many data, all finite; what a DataLoader reads, joined."""
+    data = Minibatches(x, None, "x", model, guide)
     if data.size is None:
-        raise PyroVAEError("expected x to be tensors, got a DataLoader. Pass a split of pv.data, or its tensors.")
-    if data.size < least:
+        batches = [dense(batch, "minibatches") for batch in data.in_order()]
+        args = tuple(map(torch.cat, zip(*batches, strict=True)))
+        require_data(len(args[0]) if args else 0, least)
+        for column in args:
+            check_finite(column, "x")
+        return args
+    require_data(data.size, least)
+    (args,) = Minibatches(x, data.size, "x", model, guide).in_order()
+    return dense(args, "x")
+
+
+def require_data(number: int, least: int) -> None:
+    """Refuse too few data."""
+    if number < least:
         wanted = "a datum" if least == 1 else f"at least {least} data, since their spread is the error bar"
-        raise PyroVAEError(f"expected {wanted}, got {data.size}. Pass more rows.")
-    (args,) = Minibatches(x, data.size, "x").in_order()
+        raise PyroVAEError(f"expected {wanted}, got {number}. Pass more rows.")
+
+
+def dense(args: tuple[Any, ...], name: str) -> Args:
+    """The arguments, which must be dense tensors with one number of rows."""
     for each in args:
         if not is_dense(each):
             raise PyroVAEError(
-                f"expected x to be a dense tensor, or a tuple of them, got {shown(each)}. {how_to_make_dense(each)}"
+                f"expected {name} to be a dense tensor, or a tuple of them, got {shown(each)}. "
+                f"{how_to_make_dense(each)}"
+            )
+        if each.dim() == 0 or len(each) != len(args[0]):
+            raise PyroVAEError(
+                f"expected {name} to be tensors with a row for each datum, got {shown(each)} beside "
+                f"{shown(args[0])}. Set the DataLoader's collate_fn."
             )
     return args
 
@@ -56,9 +78,9 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     A program that is conditioned on its data may have numbers as its arguments, or none. Its rows are then those of
     its batch plate, and zeros stand for them.
     """
-    given, without_tensors = x if isinstance(x, tuple) else (x,), _has_no_tensors(x)
+    given, without_tensors = x if isinstance(x, tuple) else (x,), has_no_tensors(x)
     if not without_tensors:
-        given = arguments(x, least)
+        given = arguments(x, least, model, guide)
     for name, function in (("model", model), *([] if guide is None else [("guide", guide)])):
         error = refusal(function, given)
         if error is not None:
@@ -92,16 +114,12 @@ def program_on(model: PyroFunction, guide: PyroFunction | None, x: Any, least: i
     return Program(without_rows(model), None if guide is None else without_rows(whole.guide_or_prior), rows)
 
 
-def _has_no_tensors(x: Any) -> bool:
+def has_no_tensors(x: Any) -> bool:
+    """Whether it is numbers or words alone, as the arguments of a program that is conditioned on its data may be."""
     return all(isinstance(each, int | float | str | None) for each in (x if isinstance(x, tuple) else (x,)))
 
 
-def read_once(x: Any) -> Any:
-    """The data as tensors, of which a split may draw others at each reading."""
-    return x if _has_no_tensors(x) else arguments(x, 1)
-
-
-def progress_bar(total: int, unit: str, what: str, progress: bool) -> Any:
+def progress_bar(total: int | None, unit: str, what: str, progress: bool) -> Any:
     """The bar of an evaluation, which goes at its end."""
     return tqdm(total=total, leave=False, disable=None if progress else True, unit=unit, desc=what)
 
@@ -116,12 +134,13 @@ def on_rows(program: Program, rows: Tensor) -> Program:
     return program.on(tuple(argument[rows.to(argument.device)] for argument in program.args))
 
 
-def memory_of(program: Program) -> AbstractContextManager[None]:
-    """Around an evaluation: says beside an error of memory what to make smaller."""
+def memory_of(rows: int | None) -> AbstractContextManager[None]:
+    """Around an evaluation of so many rows: says beside an error of memory what to make smaller."""
+    now = "" if rows is None else f" (now {rows})"
     return memory_for(
         "an evaluation",
-        f"Pass fewer rows of x (now {len(program.args[0])}), or set pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE, the "
-        f"data elements times particles of a run, to less than {ELEMENTS_AT_ONCE}.",
+        f"Pass fewer rows of x{now}, or set pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE, the data "
+        f"elements times particles of a run, to less than {ELEMENTS_AT_ONCE}.",
     )
 
 
@@ -184,22 +203,35 @@ def checked(
     Inside, the random numbers have the seed, modules are in evaluation mode, and no gradients are recorded. Pyro's
     validation is off: it checks every density and would take a third of the time.
     """
-    program = program_on(model, guide, x, least)
+    with checked_program(program_on(model, guide, x, least), seed) as pieces:
+        yield pieces
+
+
+@contextmanager
+def checked_program(program: Program, seed: int | None) -> Iterator[Pieces]:
+    """The same of a program on its data."""
     # Freeing this tensor makes glibc's malloc keep up to 62 MiB. Otherwise each run returns its memory to the system
     # and fetches it again page by page, which takes a third of the time.
     torch.empty(31 * 2**20, dtype=torch.uint8)
-    with memory_of(program), eval_mode(program.modules()), torch.no_grad():
-        pieces = Pieces(*placed(program, is_divisible, whole=False))
-        with pyro.validation_enabled():
-            batches = pieces.minibatches(rows_at_once(program.args))
-            same = True
-            for part in map(pieces.program.on, batches):
-                sites = checked_sites(part)
-                same = same_supports(*sites) and same
-                warn_of_missed(part, *sites)
+    with memory_of(len(program.args[0])), eval_mode(program.modules()), torch.no_grad():
+        pieces = with_checks(Pieces(*placed(program, is_divisible, whole=False)), set())
         # Where the guide's support exceeds the model's, Pyro must check every sample.
-        with pyro.validation_enabled(not same), rng.seeded(seed):
-            yield replace(pieces, same_supports=same)
+        with pyro.validation_enabled(not pieces.same_supports), rng.seeded(seed):
+            yield pieces
+
+
+def with_checks(pieces: Pieces, said: set[str]) -> Pieces:
+    """The same after a run on all its data with Pyro's validation, which tells whether the supports are the same.
+
+    A site in `said` gets no warning again.
+    """
+    same = True
+    with pyro.validation_enabled():
+        for part in map(pieces.program.on, pieces.minibatches(rows_at_once(pieces.program.args))):
+            sites = checked_sites(part)
+            same = same_supports(*sites) and same
+            warn_of_missed(part, *sites, said)
+    return replace(pieces, same_supports=same)
 
 
 def is_divisible(program: Program) -> bool:
@@ -235,11 +267,13 @@ def same_supports(model: Sites, guide: Sites) -> bool:
     return all(same)
 
 
-def warn_of_missed(program: Program, model: Sites, guide: Sites) -> None:
-    """Warn where the guide gives probability 0 to a value of a latent that has a part of p(x)."""
+def warn_of_missed(program: Program, model: Sites, guide: Sites, said: set[str]) -> None:
+    """Warn where the guide gives probability 0 to a value of a latent that has a part of p(x), once for each site."""
     values = {name: site["value"] for name, site in guide.items() if name in model}
     plate = find_batch_plate(labelled(model, guide))
     for name, value in values.items():
+        if name in said:
+            continue
         here = None
         for other, changed in missed(model[name]["fn"], guide[name]["fn"], value, plate):
             here = _log_p(program, values) if here is None else here
@@ -251,6 +285,7 @@ def warn_of_missed(program: Program, model: Sites, guide: Sites) -> None:
                 "sum the site out of the model.",
                 stacklevel=4,
             )
+            said.add(name)
             break
 
 

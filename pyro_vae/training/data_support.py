@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.engine.columns import at_rows
 from pyro_vae.engine.coverage import is_circular
-from pyro_vae.engine.minibatches import Batch, Minibatches, at_rows
+from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, masks, validates
 from pyro_vae.engine.supports import Unknown, plain, support_of

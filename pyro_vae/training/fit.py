@@ -71,9 +71,12 @@ def fit(
     Arguments:
         model: a Pyro model, called with each minibatch; or a pair, or a tuple ``(model, guide)``, in place of both.
         guide: its guide, called with the same arguments.
-        data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, a tuple of tensors with one length, whose minibatches
-            are passed as several arguments, or a ``DataLoader``. Minibatches are moved to the device of the parameters,
-            if all are on one.
+        data: a tensor (N, ...), a split of :mod:`pyro_vae.data`, or an array that gives rows: NumPy's, also
+            memory-mapped, Zarr's, HDF5's, or a csr matrix such as AnnData's ``.X``. Or a tuple of these with one
+            length, for several arguments, or a dictionary, for arguments by name. Or any ``DataLoader`` of tensors,
+            tuples or dictionaries; :func:`pyro_vae.data.collate` leaves labels out. Rows of arrays become tensors, and
+            those in files are read, by minibatch. Minibatches are moved to the device of the parameters, if all are on
+            one.
         objective: the bound, such as :class:`pyro_vae.ELBO`, or any ``pyro.infer.ELBO`` with a differentiable loss.
         epochs: the total number of passes over the data, those in the checkpoint included.
         steps: the total number of steps of the optimiser, in place of `epochs`. The last epoch may be a part of one.
@@ -134,8 +137,8 @@ def fit(
     fixed latents. For that the program runs two more times after each epoch, in evaluation mode, and leaves the random
     numbers of training as they are. Log-densities may differ by half of their digits, since processors round
     differently. What depends on other noise, such as dropout that is always on, is not compared. Data are compared by
-    their number and by sums of blocks of rows. Of a custom column or data set, or a stream, the number is compared, and
-    the first minibatch if two epochs began with the same one.
+    their number and by sums of blocks of rows. Of an array in a file, your own data set, or a stream, the number is
+    compared, and the first minibatch if two epochs began with the same one.
 
     Returns:
         A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without validation data),
@@ -182,8 +185,8 @@ def fit(
             "training needs gradients: expected a call outside of torch.no_grad() and torch.inference_mode(), got one "
             "inside. Call pv.fit before."
         )
-    batches = Minibatches(data, batch_size, "data")
-    held_out = None if validation is None else Minibatches(validation, batch_size, "validation")
+    batches = Minibatches(data, batch_size, "data", model, guide)
+    held_out = None if validation is None else Minibatches(validation, batch_size, "validation", model, guide)
     if held_out is not None and held_out.steps == 0:
         held_out = None
     if patience is not None:

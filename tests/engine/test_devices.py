@@ -268,14 +268,19 @@ EVALUATIONS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["tensor", "loader"])
 @pytest.mark.parametrize("name", EVALUATIONS)
 @pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
-def test_evaluations_move_minibatches_and_take_float64_to_the_cpu(name):
+def test_evaluations_move_minibatches_and_take_float64_to_the_cpu(name, kind, monkeypatch):
     """The results are those of the CPU, bit for bit: no operation on float64 has run on the device, which has none."""
     vae = program("pair", "cpu")
-    expected = torch.as_tensor(EVALUATIONS[name](vae, X[:4], "cpu"))
+    x = X[:4]
+    if kind == "loader":
+        monkeypatch.setattr("pyro_vae.evaluation.parts.rows_at_once", lambda args: 2)
+        x = DataLoader(x, batch_size=2)
+    expected = torch.as_tensor(EVALUATIONS[name](vae, x, "cpu"))
     with pretended_gpu() as gpu:
-        found = torch.as_tensor(EVALUATIONS[name](vae.to(gpu), X[:4], gpu))
+        found = torch.as_tensor(EVALUATIONS[name](vae.to(gpu), x, gpu))
     assert torch.equal(found, expected)
 
 

@@ -12,7 +12,7 @@ import torch
 from helpers.programs import LinearGaussian
 
 import pyro_vae as pv
-from pyro_vae.evaluation.comparison import _signal_to_noise
+from pyro_vae.evaluation.measured import _signal_to_noise
 
 
 def parametrised(program):
@@ -167,7 +167,7 @@ def test_signal_to_noise_of_pure_noise_is_not_overstated():
 def test_large_batches_are_measured_in_parts(monkeypatch):
     program = LinearGaussian(3, 2, 30)
     whole = pv.compare(*parametrised(program), program.x, [pv.IWAE(4)], repeats=2)
-    monkeypatch.setattr("pyro_vae.evaluation.comparison.ROWS_AT_ONCE", 28)
+    monkeypatch.setattr("pyro_vae.evaluation.measured.ROWS_AT_ONCE", 28)
     parts = pv.compare(*parametrised(program), program.x, [pv.IWAE(4)], repeats=2)
     # with the exact posterior as guide, neither bound has noise
     assert whole.bound.item() == pytest.approx(parts.bound.item(), abs=1e-9)

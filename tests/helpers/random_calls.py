@@ -94,7 +94,9 @@ POOLS: dict[str, tuple[str, str]] = {
         "torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]); TensorDataset(torch.randn(6, 4))",
     ),
     "data": (
-        "torch.randn(6, 4); (torch.randn(6, 4),); DataLoader(torch.randn(6, 4), batch_size=4)",
+        "torch.randn(6, 4); (torch.randn(6, 4),); DataLoader(torch.randn(6, 4), batch_size=4); "
+        "torch.randn(6, 4).numpy(); {'x': torch.randn(6, 4)}; "
+        "DataLoader([{'x': row, 'y': 1} for row in torch.randn(6, 4)], batch_size=4, collate_fn=pv.data.collate('x'))",
         "torch.randn(6, 5); torch.randn(0, 4); DataLoader(torch.randn(2, 4), batch_size=4, drop_last=True); "
         "torch.full((6, 4), NAN); np.zeros((6, 4)); None; 'x'; []; torch.tensor(1.0); iter([1]); "
         "DataLoader([{'x': torch.zeros(4)}] * 6); torch.randn(6, 4).to_sparse(); "
@@ -124,6 +126,7 @@ POOLS: dict[str, tuple[str, str]] = {
         "(4,); [4]; torch.Size([4]); np.array([4]); range(4, 5)",
         "(); 4; None; '4'; (0,); (-4,); (4.0,); (True,); {4}; (None,); (10**12,); (NAN,)",
     ),
+    "columns": ("'x'; 'x', 'mask'; 0; 0, 1", "None; 1.5; 'x', 0; [0]; True"),
     "functions": (
         "model, guide; *both(vae())",
         "vae().model, guide; model, other_guide; None, None; 3, 4",
@@ -302,6 +305,8 @@ CALLS: list[tuple[int, str]] = [
     (2, "pv.plots.latent_grid(images(3, 3, 6, 6), extent={extent})"),
     (2, "pv.plots.training_curve({table})"),
     (2, "pv.plots.pareto_k({values})"),
+    (1, "pv.data.collate({columns})"),
+    (2, "pv.active_units({program}, {data}, {count})"),
     (2, "pv.data.load('digits', validation={count}, seed={count}).train[:3]"),
     (2, "pv.data.Split({grey}, None, dynamic={flag})[{count}]"),
 ]
