@@ -39,7 +39,7 @@ class CompiledStep:
     on_compile: OnCompile | None = None
     with_parts: bool = False  # whether each loss leaves its reconstruction and KL in `parts`
     parts: Tensor | None = field(default=None, init=False)  # of the last loss, undivided
-    _numbers: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _numbers: dict[float, Tensor] = field(default_factory=dict, init=False)
     parameters: list[Tensor] = field(default_factory=list, init=False)  # those that the optimiser steps
     loss_and_gradients: CompiledFunction = field(init=False)  # with the compiling time of each shape
 
@@ -107,11 +107,14 @@ class CompiledStep:
             self.objective.step += 1
             return loss, gradients
 
-    def _number(self, value: int, device: torch.device) -> Tensor:
-        """A number of data as a tensor, which is made once."""
-        if value not in self._numbers:
-            self._numbers[value] = torch.tensor(value, dtype=torch.float64, device=device)
-        return self._numbers[value]
+    def _number(self, value: float, device: torch.device) -> Tensor:
+        """A number of data as a tensor, which is made once; a sum of weights is another one each time."""
+        found = self._numbers.get(value)
+        if found is None:
+            found = torch.tensor(value, dtype=torch.float64, device=device)
+            if isinstance(value, int):
+                self._numbers[value] = found
+        return found
 
     def _loss_and_gradients(
         self, settings: dict[str, Tensor], data: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]

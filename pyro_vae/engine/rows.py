@@ -16,8 +16,8 @@ Place = tuple[int, int]  # the position of a tensor among those in the arguments
 class Count(NamedTuple):
     """How many data a minibatch has, and how many its loss stands for."""
 
-    own: int
-    whole: int
+    own: float  # an integer, or a sum of weights
+    whole: float
 
     @property
     def share(self) -> float:

@@ -18,10 +18,10 @@ class Accumulated:
     def clear(self) -> None:
         """Begin anew."""
         self.sums: dict[Tensor, Tensor] = {}
-        self.data = 0
+        self.data = 0.0
         self.number = 0  # of minibatches
 
-    def add(self, parameters: Iterable[Tensor], data: int) -> None:
+    def add(self, parameters: Iterable[Tensor], data: float) -> None:
         """Add the gradients of a minibatch with so many data."""
         with torch.no_grad():
             for parameter in parameters:

@@ -189,9 +189,9 @@ class Callbacks:
     def _clear(self) -> None:
         self.total: Any = 0.0
         self.parts: Tensor | None = None
-        self.count = 0
+        self.count = 0.0
 
-    def see(self, loss: Any, parts: Tensor | None, own: int, settings: Mapping[str, float]) -> None:
+    def see(self, loss: Any, parts: Tensor | None, own: float, settings: Mapping[str, float]) -> None:
         """Take the loss of a minibatch of the coming step, and its parts, as sums over its data."""
         self.total, self.count, self.settings = self.total + loss, self.count + own, settings
         if parts is not None:

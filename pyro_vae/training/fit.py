@@ -27,7 +27,7 @@ from pyro_vae.errors import CallbackError, NotWrittenError, PyroVAEError, requir
 from pyro_vae.files import one_writer
 from pyro_vae.signals import name_of, taken_for_ctrl_c
 from pyro_vae.training import checkpoint as checkpoints
-from pyro_vae.training import learning_rates, optimizers, resuming, schedule_values, surroundings
+from pyro_vae.training import learning_rates, optimizers, resuming, schedule_values, surroundings, weighing
 from pyro_vae.training.calling import Callback, Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
@@ -53,6 +53,7 @@ def fit(
     scheduler_every: Literal["epoch", "step"] = "epoch",
     clip_norm: float | None = None,
     accumulate: Count = 1,
+    weights: Any = None,
     validation: Any = None,
     patience: int | None = None,
     callbacks: Callback | Sequence[Callback] = (),
@@ -94,6 +95,10 @@ def fit(
         accumulate: how many minibatches a step adds up. The gradient is the mean over all their data, also where their
             sizes differ; the last step of an epoch may have fewer. Schedules of the objective count minibatches. Free
             bits, the baseline of ``"score"`` and batch norm stay those of each minibatch.
+        weights: a number for each datum, at least 0, as the scale of its bound. The gradient is that of the mean
+            :math:`\sum_n w_n \mathcal L(x_n) / \sum_n w_n` for every objective, and ``train_bound`` is this mean.
+            Validation has no weights. The baseline of ``"score"`` and batch norm take no notice of them; free bits are
+            refused.
         validation: held-out data, of the same kinds. Their bound is measured after each epoch, with the same noise
             each time, and leaves the random numbers of training as they are.
         patience: stop when the validation bound has not risen for so many epochs. Parameters and buffers are then those
@@ -201,6 +206,7 @@ def fit(
 
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
+    of_data = weighing.check(weights, batches, objective)
     put_back = store_as_it_is()
     with surroundings.memory_of(objective, batches):
         program = Program(model, guide, batches.example())
@@ -208,6 +214,10 @@ def fit(
             program = surroundings.moved_to(there, program)
         program, found = placed(program, lambda it: first_run(it, objective, batches))
     parameters, model_sites, likelihoods, rows_of = found
+    unweighed = program, rows_of
+    if of_data is not None:
+        program, rows_of = weighing.weighed(program, rows_of, batches, of_data)
+        program.trace()  # refuses a program with sites outside of the plate
     batches.device = program.device
     own_device = program.device or next(iter(parameters.values())).device
     context = surroundings.precision_on(own_device, precision)
@@ -267,6 +277,7 @@ def fit(
         Scales(program, objective, likelihoods, optimizers.lr_of(made)),
         fingerprint,
         called,
+        unweighed,
         by_step,
         clip_norm,
         accumulate,
@@ -291,8 +302,8 @@ def fit(
         if compile:
             on_compile = surroundings.teller(bar, batches)
             loop.compiled = CompiledStep(
-                model,
-                guide,
+                program.model,
+                program.guide_or_prior,
                 objective,
                 made,
                 own=parameters,

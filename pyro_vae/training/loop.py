@@ -51,7 +51,7 @@ class Epoch:
     start: dict[str, Any]  # the states of the random number generators before its first minibatch
     minibatches: int = 0  # how many were taken
     total: Any = 0.0  # their losses
-    count: int = 0  # their data
+    count: float = 0  # their data, or the sum of their weights
     parts: Tensor | None = None  # of the losses, if there are callbacks
     settings: list[dict[str, float]] = field(default_factory=list)  # the objective's, each once
     seconds: float = 0.0  # before it went on from a checkpoint
@@ -77,6 +77,7 @@ class Loop:
     scales: Scales  # the likelihoods' learned scales
     fingerprint: Fingerprint | None  # what identifies the training, with a checkpoint
     callbacks: Callbacks
+    unweighed: tuple[Program, Rows]  # the program for validation, which has no weights, and what counts its data
     scheduled_by_step: bool = False
     clip_norm: float | None = None
     accumulate: int = 1
@@ -305,7 +306,7 @@ class Loop:
         require_same(self.parameters, found)
         program = self.program.on(batch)
         if self.batches.moves_rows:
-            check_row_parameters(program, trial(program, self.rows_of.of(batch).own))
+            check_row_parameters(program, trial(program, self.rows_of.number))
         for name, parameter in sorted(found.items()):
             parameter.grad = None  # of an earlier training
             if self.best is not None:
@@ -321,7 +322,7 @@ class Loop:
 
     def validate(self, held_out: Minibatches) -> float:
         """The mean bound of held-out data, with the same noise each time; training does not notice."""
-        total, count = 0.0, 0
+        total, count, (program, rows_of) = 0.0, 0.0, self.unweighed
         own = held_out.generator_states()
         with (
             torch.no_grad(),
@@ -333,8 +334,8 @@ class Loop:
             for batch in held_out.in_order():
                 if self.unchecked_held_out is not None and held_out is self.held_out:
                     self.unchecked_held_out.check(batch)
-                loss = self.objective.loss(self.program.model, self.program.guide, *batch)
-                data = self.rows_of.of(batch)
+                loss = self.objective.loss(program.model, program.guide, *batch)
+                data = rows_of.of(batch)
                 total, count = total + loss * data.share, count + data.own
         held_out.set_generator_states(own)
         return -total / count
