@@ -196,7 +196,10 @@ class Minibatches:
         return list(dict.fromkeys(generator for generator in found if generator is not None))
 
     def _take(self, index: Any) -> Batch:
-        return moved(tuple(at_rows(column, index) for column in self.columns), self.device)
+        rows = tuple(at_rows(column, index) for column in self.columns)
+        if self.device is not None and self.device.type == "cuda":  # from pinned memory a copy waits for nothing
+            rows = tuple(r.pin_memory() if isinstance(r, Tensor) and not r.is_cuda else r for r in rows)
+        return moved(rows, self.device)
 
 
 def _same(first: Any, second: Any) -> bool:

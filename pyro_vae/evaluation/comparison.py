@@ -8,11 +8,10 @@ from typing import Any
 import pandas as pd
 import torch
 from pyro import poutine
-from tqdm.auto import tqdm
 
 from pyro_vae.checks import Seed, shown
 from pyro_vae.compiled.step import check_compiled
-from pyro_vae.engine import rng
+from pyro_vae.engine import bars, rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.modules import PyroFunction, eval_mode
@@ -164,7 +163,7 @@ class _Table:
                 whole = replace(data, program=_without(self.factors, data.program))
             warn_of_missed(whole.program, *sites, self.said)
             self.evidence.append(estimate_evidence(whole, self.draw, progress))
-        bar = tqdm(self.named, leave=False, disable=None if progress else True, unit="objective")
+        bar = bars.progress_bar(progress, iterable=self.named, leave=False, unit="objective")
         for (name, objective), measured in zip(bar, self.measured, strict=True):
             bar.set_description(f"{name}, K = {objective.num_particles}")
             measured.add(data)

@@ -9,11 +9,10 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae.checks import how_to_make_dense, is_dense, shown
 from pyro_vae.devices import OtherDeviceError, memory_for
-from pyro_vae.engine import rng
+from pyro_vae.engine import bars, rng
 from pyro_vae.engine.batch_plate import check_order, check_rows, find_batch_plate
 from pyro_vae.engine.columns import check_finite
 from pyro_vae.engine.coverage import check_covers, missed
@@ -121,7 +120,7 @@ def has_no_tensors(x: Any) -> bool:
 
 def progress_bar(total: int | None, unit: str, what: str, progress: bool) -> Any:
     """The bar of an evaluation, which goes at its end."""
-    return tqdm(total=total, leave=False, disable=None if progress else True, unit=unit, desc=what)
+    return bars.progress_bar(progress, total=total, leave=False, unit=unit, desc=what)
 
 
 def rows_at_once(args: Args, elements: int = 1) -> int:

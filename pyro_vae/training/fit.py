@@ -13,11 +13,11 @@ import pandas as pd
 import pyro
 import torch
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 
 from pyro_vae.checks import Count, Seed
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.engine.arguments import takes_program
+from pyro_vae.engine.bars import progress_bar
 from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
@@ -296,7 +296,7 @@ def fit(
             checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
 
         total = batches.steps and epochs * batches.steps if steps is None and epochs else steps and steps * accumulate
-        bar = tqdm(total=total, disable=None if progress else True, unit="step")
+        bar = progress_bar(progress, total=total, unit="step")
         bar.update(loop.minibatches)
         loop.with_parts = bool(called) or not bar.disable
         if compile:
