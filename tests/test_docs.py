@@ -45,7 +45,7 @@ def test_the_example_on_one_screen_runs():
 
 def test_every_public_name_has_a_page():
     listed = set(re.findall(r"^   ([\w.]+)$", (DOCS / "api" / "index.md").read_text(), re.M))
-    modules = {"data", "networks", "plots", "schedules", "testing"}
+    modules = {"callbacks", "data", "networks", "plots", "schedules", "testing"}
     assert set(pv.__all__) - modules - listed == set()
     for module in modules:
         assert any(name.startswith(f"{module}.") for name in listed), module
