@@ -5,11 +5,8 @@ import sys
 from importlib.metadata import version as installed
 from pathlib import Path
 
-import pyro_vae
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_extensions"))
-sys.modules.setdefault("pyro_vae.callbacks", pyro_vae.callbacks)  # an attribute of the package; autodoc imports modules
 # The gallery's scripts run in processes of their own, which inherit this: one thread each, and no search for modules.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE / "_extensions"), os.environ.get("PYTHONPATH")]))
 

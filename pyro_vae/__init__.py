@@ -17,6 +17,7 @@ In six lines::
 """
 
 from pyro_vae import (
+    callbacks,
     data,
     evaluation,
     likelihoods,
@@ -46,7 +47,7 @@ from pyro_vae.objectives import *
 from pyro_vae.pairs import *
 from pyro_vae.posteriors import *
 from pyro_vae.priors import *
-from pyro_vae.training import callbacks, fit
+from pyro_vae.training import fit
 from pyro_vae.training.calling import Callback
 from pyro_vae.training.checkpoint import load_parameters
 from pyro_vae.training.scales import fit_scale

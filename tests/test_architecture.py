@@ -39,6 +39,7 @@ ALLOWED = {
     "objectives": {"engine"},
     "compiled": {"engine", "objectives"},
     "training": {"engine", "objectives", "compiled", "files", "signals"},
+    "callbacks": {"training"},
     "evaluation": {"engine", "objectives", "compiled"},
     "arviz_io": {"engine", "evaluation"},
     "schedules": set(),

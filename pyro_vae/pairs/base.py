@@ -203,7 +203,7 @@ class Pair(nn.Module):
                 like = isinstance(mask, Tensor) and mask.shape == x.shape
                 raise PyroVAEError(
                     f"expected mask to be booleans of x's shape {tuple(x.shape)}, True where an element is observed, "
-                    f"got {described(mask)}. {'Pass mask.bool(), if it is one.' if like else ''} If these are a "
+                    f"got {described(mask)}. {'Pass mask.bool(), if it is one. ' if like else ''}If these are a "
                     "DataLoader's labels, drop them, or use pv.ConditionalVAE. If these are minibatches, join them "
                     "with torch.cat."
                 )

@@ -1,7 +1,4 @@
-"""Callbacks for :func:`pyro_vae.fit`: logs, averages of the weights, frozen parts, more validation, the best epochs.
-
-Each is passed in ``callbacks=[...]``. For anything else, write a subclass of :class:`pyro_vae.Callback`.
-"""
+"""The callbacks that come with the package; ``pyro_vae.callbacks`` is their public place."""
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +12,8 @@ from torch import Tensor, nn
 from pyro_vae.checks import Count, checked, shown
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.files import written_whole
-from pyro_vae.training.calling import Callback, Record
-
-__all__ = ["CSV", "EMA", "Callback", "Freeze", "KeepBest", "Record", "TensorBoard", "Validate"]
+from pyro_vae.training.calling import Callback
+from pyro_vae.training.record import Record
 
 COLUMNS = (
     "bound",
@@ -238,12 +234,17 @@ class EMA(Callback):
             self._parameters[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average."""
-        return dict(self.averages)
+        """The average, and its decay."""
+        return {"decay": self.decay, "averages": dict(self.averages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the average of a checkpoint."""
-        self.averages = dict(state)
+        """Take the average of a checkpoint; refuse one of another decay."""
+        if state["decay"] != self.decay:
+            raise PyroVAEError(
+                f"the checkpoint has an average of another decay: expected decay={state['decay']}, got {self.decay}. "
+                "Pass the same, in the same order."
+            )
+        self.averages = dict(state["averages"])
 
 
 class Freeze(Callback):
@@ -341,7 +342,7 @@ class Validate(Callback):
 class KeepBest(Callback):
     """Keep checkpoints of the k epochs with the highest validation bound, ``epoch-0007.pt`` and so on.
 
-    :func:`pyro_vae.load_parameters` reads each.
+    :func:`pyro_vae.load_parameters` reads each. Training goes on from one, without `patience`.
 
     Arguments:
         folder: where they go.

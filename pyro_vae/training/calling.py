@@ -1,116 +1,21 @@
-"""Callbacks of a training: what `fit` calls at each step and epoch, and the record that it gives them."""
+"""Callbacks of a training: what `fit` calls at each step and epoch."""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
 from torch import Tensor
 
 from pyro_vae.checks import shown
 from pyro_vae.engine import rng
-from pyro_vae.engine.minibatches import Batch, Minibatches
+from pyro_vae.engine.minibatches import Batch
 from pyro_vae.errors import CallbackError, PyroVAEError
-from pyro_vae.training import optimizers
+from pyro_vae.training.record import Record
 
 if TYPE_CHECKING:
     from pyro_vae.training.loop import Loop
-
-Data = Any  # what `fit` takes as data
-
-
-class Record:
-    r"""What a callback is given: where the training is, its numbers, and the parts that it works on.
-
-    After a step, the numbers are those of the step's minibatch; after an epoch, the means of the epoch. All of them are
-    nats per datum unless stated.
-
-    Attributes:
-        epoch: the current epoch, from 1.
-        step: the number of steps of the optimiser so far.
-        beta: the weight of the KL in this step's loss; NaN of an objective without one.
-        lr: the step size of the optimiser's first group.
-        examples_per_second: data trained on in a second.
-        validation_bound: the bound of the validation data, after an epoch or :class:`Validate`; NaN otherwise.
-        batch: the arguments of the program in this step, a tuple.
-        validates: whether `fit` has validation data.
-        model, guide, objective, optimizer: as `fit` got or made them.
-    """
-
-    epoch: int
-    step: int
-    beta: float = math.nan
-    lr: float = math.nan
-    examples_per_second: float = math.nan
-    validation_bound: float = math.nan
-    batch: Batch = ()
-
-    def __init__(self, loop: "Loop") -> None:
-        self._loop, self.validates = loop, loop.held_out is not None
-        self.epoch, self.step = loop.epoch, loop.steps
-        self.model, self.guide = loop.program.model, loop.program.guide
-        self.objective, self.optimizer = loop.objective, loop.optimizer
-        self.lr = float(loop.optimizer.param_groups[0].get("lr", math.nan))
-        self._mean: Any = None  # the bound, and its parts, as tensors, which are read when they are asked for
-        self._parts: Tensor | None = None
-        self._norm: Tensor | None = None
-
-    @property
-    def bound(self) -> float:
-        """The mean bound, the objective that is trained."""
-        return math.nan if self._mean is None else float(self._mean)
-
-    @property
-    def reconstruction(self) -> float:
-        """The mean of log p(x|z) under the guide; NaN of an objective of another package."""
-        return math.nan if self._parts is None else float(self._parts[0])
-
-    @property
-    def kl(self) -> float:
-        """The mean KL of the guide to the prior; NaN of an objective of another package."""
-        return math.nan if self._parts is None else float(self._parts[1])
-
-    @property
-    def gradient_norm(self) -> float:
-        """The Euclidean norm of the gradient before clipping; NaN after an epoch."""
-        if self._norm is None and self.batch:
-            gradients = [p.grad for p in optimizers.parameters_of(self.optimizer) if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
-        return math.nan if self._norm is None else float(self._norm)
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters in training, by name, such as ``"likelihood.decoder.1.weight"``."""
-        return {optimizers.plain(name): value for name, value in self._loop.parameters.items()}
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """The table of the finished epochs, as `fit` returns it."""
-        return self._loop.history()
-
-    def numbers(self) -> dict[str, float]:
-        """The numbers that are known here, by name, as a logger takes them."""
-        names = ("bound", "reconstruction", "kl", "beta", "lr", "gradient_norm", "examples_per_second")
-        found = {name: getattr(self, name) for name in (*names, "validation_bound")}
-        return {name: value for name, value in found.items() if not math.isnan(value)}
-
-    def validate(self, data: Data, batch_size: int | None = None) -> float:
-        """The mean bound of these data, without gradients, in evaluation mode, with the same noise each time."""
-        held_out = data if isinstance(data, Minibatches) else Minibatches(data, batch_size, "data")
-        held_out.device = self._loop.program.device
-        return self._loop.validate(held_out)
-
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint, which `fit` goes on from and `load_parameters` reads."""
-        self._loop.save(self._loop.rows, path)
-
-    def stop(self, reason: str = "a callback ended it") -> None:
-        """End the training after this step, or this epoch."""
-        self._loop.stopped = reason
 
 
 class Callback:
@@ -162,6 +67,9 @@ class Callback:
         """Take the state from a checkpoint, before :meth:`on_start`."""
 
 
+HOOKS = ("on_start", "before_step", "on_step", "on_epoch", "on_end")
+
+
 class Callbacks:
     """The callbacks of a training, which cost nothing where there are none."""
 
@@ -169,12 +77,19 @@ class Callbacks:
         self.all = [given] if isinstance(given, Callback) else list(given) if isinstance(given, list | tuple) else given
         wrong = self.all if not isinstance(self.all, list) else [c for c in self.all if not isinstance(c, Callback)]
         if wrong or not isinstance(self.all, list):
-            what = shown(wrong[0] if isinstance(wrong, list) else wrong)
+            first = wrong[0] if isinstance(wrong, list) else wrong
+            what = f"the class {first.__name__}" if isinstance(first, type) else shown(first)
             raise PyroVAEError(
                 f"expected callbacks to be pv.Callback objects, got {what}. Write a subclass of pv.Callback that "
                 "defines on_step(self, record) or on_epoch(self, record), and pass an instance."
             )
         for callback in self.all:
+            kind = type(callback)
+            if all(getattr(kind, name) is getattr(Callback, name) for name in HOOKS):
+                raise PyroVAEError(
+                    f"expected a callback that defines one of {', '.join(HOOKS)}, got {kind.__name__}, which defines "
+                    "none of them: it would never be called. Rename its methods."
+                )
             if not isinstance(callback.every, int) or callback.every < 1:
                 raise PyroVAEError(
                     f"expected {type(callback).__name__}.every to be a positive number of steps, got "
@@ -226,7 +141,7 @@ class Callbacks:
         """Call what comes after an epoch, with its row of the history."""
         if not self.all:
             return
-        record = Record(loop)
+        record = Record(loop, epoch=len(loop.rows))
         record._mean, record.validation_bound = row["train_bound"], row["validation_bound"]
         record._parts = None if epoch.parts is None else epoch.parts / epoch.count
         record.examples_per_second = epoch.count / max(row["seconds"], 1e-9)

@@ -323,7 +323,7 @@ def fit(
                 bar.write(moving, file=sys.stderr)
         except KeyboardInterrupt:
             best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
-            kept = f"; the checkpoint {checkpoint} holds epoch {len(loop.rows)}" if checkpoint and loop.rows else ""
+            kept = f"; the checkpoint {checkpoint} holds {loop.saved}" if checkpoint and loop.saved else ""
             warnings.warn(
                 f"training stopped by {name_of(received)} in epoch {loop.epoch}, step {loop.step}: the parameters are "
                 f"those of the last step{best}{kept}.",

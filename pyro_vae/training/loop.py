@@ -32,6 +32,7 @@ from pyro_vae.training.accumulation import Accumulated
 from pyro_vae.training.calling import Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
+from pyro_vae.training.resuming import Epoch
 from pyro_vae.training.scales import Scales
 
 
@@ -42,19 +43,6 @@ class Limits:
     epochs: float = math.inf
     steps: float = math.inf
     patience: int | None = None  # how many epochs without a better validation bound; None never ends it
-
-
-@dataclass
-class Epoch:
-    """The epoch in progress, as a checkpoint inside of it keeps it."""
-
-    start: dict[str, Any]  # the states of the random number generators before its first minibatch
-    minibatches: int = 0  # how many were taken
-    total: Any = 0.0  # their losses
-    count: float = 0  # their data, or the sum of their weights
-    parts: Tensor | None = None  # of the losses, if there are callbacks
-    settings: list[dict[str, float]] = field(default_factory=list)  # the objective's, each once
-    seconds: float = 0.0  # before it went on from a checkpoint
 
 
 @dataclass
@@ -100,6 +88,7 @@ class Loop:
         self.unchecked = self.support.check_at_once(self.batches)
         self.unchecked_held_out = None if self.held_out is None else self.support.check_at_once(self.held_out)
         self.saved_at = time.monotonic()
+        self.saved = f"epoch {len(self.rows)}" if self.rows else ""  # what the checkpoint holds
 
     @property
     def epoch(self) -> int:
@@ -246,15 +235,17 @@ class Loop:
         if self.scheduler is not None and not self.scheduled_by_step:
             learning_rates.step(self.scheduler, row["validation_bound"], anew)
         self._keep_if_best(row, anew)
+        self.rows.append(row)
+        self.current = None
         try:
             self.callbacks.end_epoch(self, row, epoch)
         finally:
-            self.current = None
-            try:
-                if self.checkpoint:
-                    self.save([*self.rows, row])
-            finally:
-                self.rows.append(row)  # last, so that the history never runs ahead of the checkpoint
+            if self.checkpoint:
+                try:
+                    self.save(self.rows)
+                except KeyboardInterrupt:
+                    self.rows.pop()  # the history never runs ahead of the checkpoint
+                    raise
 
     def finish(self) -> None:
         """End the training, which may be inside of an epoch: its row is of what was trained."""
@@ -380,15 +371,12 @@ class Loop:
             self.save(self.rows)
 
     def save(self, rows: list[dict[str, float]], path: str | Path | None = None) -> None:
-        """Write a checkpoint with this history, by default the training's own."""
-        checkpoints.save(path or self.checkpoint or "", resuming.state_of(self, rows))
-        self.saved_at = time.monotonic()
-
-    def set_current(self, saved: dict[str, Any] | None) -> None:
-        """Go on in an epoch from what a checkpoint has of it."""
-        if saved is not None:
-            parts = None if saved["parts"] is None else torch.tensor(saved["parts"], dtype=torch.float64)
-            self.current = Epoch(**(saved | {"parts": parts}))
+        """Write a checkpoint with this history, by default the training's own; another has no best epoch."""
+        state = resuming.state_of(self, rows)
+        checkpoints.save(path or self.checkpoint or "", state if path is None else state | {"best": None})
+        if path is None:
+            inside = "" if self.current is None else f"step {self.steps}, in epoch "
+            self.saved_at, self.saved = time.monotonic(), f"{inside or 'epoch '}{len(rows) + bool(inside)}"
 
     def _not_finite(self, what: str) -> NotFiniteError:
         before, lr = self.epoch - 1, optimizers.lr_of(self.optimizer)

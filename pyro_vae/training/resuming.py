@@ -3,9 +3,12 @@
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from pyro_vae.engine import rng
 from pyro_vae.engine.modules import buffers
@@ -28,6 +31,19 @@ EARLIER: Mapping[str, Any] = {
     "accumulate": 1,
     "precision": None,
 }
+
+
+@dataclass
+class Epoch:
+    """The epoch in progress, as a checkpoint inside of it keeps it."""
+
+    start: dict[str, Any]  # the states of the random number generators before its first minibatch
+    minibatches: int = 0  # how many were taken
+    total: Any = 0.0  # their losses
+    count: float = 0  # their data, or the sum of their weights
+    parts: Tensor | None = None  # of the losses, if there are callbacks
+    settings: list[dict[str, float]] = field(default_factory=list)  # the objective's, each once
+    seconds: float = 0.0  # before it went on from a checkpoint
 
 
 def state_of(loop: "Loop", rows: list[dict[str, float]]) -> dict[str, Any]:
@@ -95,7 +111,11 @@ def resume(loop: "Loop", path: str | Path) -> None:
     if state["step"] is not None:
         loop.objective.step = state["step"]
     loop.rows, loop.best, loop.steps = list(state["history"]), best, steps
-    loop.set_current(state.get("current"))
+    current = state.get("current")
+    if current is not None:
+        parts = None if current["parts"] is None else torch.tensor(current["parts"], dtype=torch.float64)
+        loop.current = Epoch(**(current | {"parts": parts}))
+    loop.saved = f"epoch {len(loop.rows)}" if loop.rows else ""
     loop.callbacks.load(path, state.get("callbacks", {}))
 
 
@@ -104,8 +124,8 @@ def _restore_recognised(loop: "Loop", path: str | Path, state: dict[str, Any]) -
     saved, own_buffers = state.get("fingerprint"), buffers(loop.modules)
     if saved is None or loop.fingerprint is None:
         warnings.warn(
-            f"the checkpoint {path} was written by an earlier version: whether program, data and schedules are those "
-            "that were trained is not known. Pass the same.",
+            f"the checkpoint {path} was written by an earlier version, or by a callback without a checkpoint: whether "
+            "program, data and schedules are those that were trained is not known. Pass the same.",
             stacklevel=5,
         )
         _check_parts(loop, path, state)

@@ -9,6 +9,7 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
 
 import pyro_vae as pv
@@ -170,7 +171,8 @@ def test_a_callback_that_raises(where, tmp_path):
     [
         (print, "got a builtin_function_or_method"),
         ([lambda record: None], "got a function"),
-        (pv.Callback, "got a type|got <class"),
+        (pv.Callback, "got the class Callback"),
+        ([pv.callbacks.EMA], "got the class EMA"),
         (3, "got 3"),
         ([pv.Callback(), "log"], "got 'log'"),
     ],
@@ -178,6 +180,26 @@ def test_a_callback_that_raises(where, tmp_path):
 def test_what_is_no_callback(callbacks, words):
     with pytest.raises(pv.PyroVAEError, match="expected callbacks to be pv.Callback objects, " + words):
         pv.fit(small_vae(), X, pv.ELBO(), epochs=1, callbacks=callbacks)
+
+
+def test_a_misnamed_method_is_refused():
+    class Lightning(pv.Callback):
+        def on_epoch_end(self, record):
+            pass
+
+    with pytest.raises(pv.PyroVAEError, match="got Lightning, which defines none of them"):
+        pv.fit(small_vae(), X, pv.ELBO(), epochs=1, callbacks=Lightning())
+
+
+def test_the_history_has_the_epoch_that_has_ended():
+    lengths = []
+
+    class Look(pv.Callback):
+        def on_epoch(self, record):
+            lengths.append((record.epoch, len(record.history), record.history.train_bound.iloc[-1] == record.bound))
+
+    pv.fit(small_vae(), X, pv.ELBO(), epochs=2, callbacks=Look())
+    assert lengths == [(1, 1, True), (2, 2, True)]
 
 
 def test_every():
@@ -322,6 +344,29 @@ def test_the_best_epochs(tmp_path):
     assert found == pytest.approx(max(bounds.values()), rel=1e-6)
     with pytest.raises(pv.CallbackError, match="expected validation data, got none"):
         pv.fit(vae, X, pv.ELBO(), epochs=1, callbacks=pv.callbacks.KeepBest(tmp_path))
+
+
+@pytest.mark.parametrize("settings", [{"patience": 5}, {"lr_scheduler": functools.partial(ExponentialLR, gamma=0.9)}])
+def test_files_of_the_best_epochs_serve(settings, tmp_path):
+    """Each has the parameters of its own epoch; without patience, training goes on from it."""
+    shared = {"batch_size": 25, "validation": X[:20], "seed": 1}
+    best, kept = pv.callbacks.KeepBest(tmp_path, k=4), []
+
+    class Keep(pv.Callback):
+        def on_epoch(self, record):
+            kept.append([p.detach().clone() for p in vae.parameters()])
+
+    vae = small_vae()
+    pv.fit(vae, X, pv.ELBO(), epochs=4, callbacks=[best, Keep()], checkpoint=tmp_path / "run.pt", **shared, **settings)
+    assert len(best.bounds) == 4
+    for epoch, parameters in enumerate(kept, 1):
+        other = small_vae(5)
+        pv.load_parameters(tmp_path / f"epoch-{epoch:04d}.pt", other, X)
+        assert all(map(torch.equal, other.parameters(), parameters))
+    if "patience" not in settings:
+        again, states = small_vae(5), pv.callbacks.KeepBest(tmp_path / "more", k=4)
+        pv.fit(again, X, pv.ELBO(), epochs=4, checkpoint=best._file(2), callbacks=states, **shared, **settings)
+        assert same(again, vae)
 
 
 def test_callbacks_over_a_loader_of_uneven_minibatches():
