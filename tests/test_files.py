@@ -194,6 +194,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_gives_the_history(tmp_path):
     assert len(fit(path, 4)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
 def test_a_signal_ends_the_program_after_fit_has_kept_its_work(tmp_path, ignored):
     code = (

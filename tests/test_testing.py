@@ -694,6 +694,7 @@ def test_a_sound_posterior(family, latent_dim):
     pv.testing.check_posterior(family, latent_dim=latent_dim)
 
 
+@pytest.mark.slow
 def test_a_compiled_posterior(without_inductor):
     pv.testing.check_posterior(Diagonal, compiled=True)
     pv.testing.check_posterior(OnOff, compiled=True)

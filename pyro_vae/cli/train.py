@@ -24,6 +24,7 @@ from pyro_vae.errors import PyroVAEError
 from pyro_vae.files import one_writer
 from pyro_vae.signals import name_of
 from pyro_vae.training import checkpoint as checkpoints
+from pyro_vae.training.optimizers import check_clip
 from pyro_vae.training.surroundings import device_of
 
 MAX_FLOAT32 = torch.finfo(torch.float32).max
@@ -106,6 +107,7 @@ def train(
     """Train a VAE and write its run folder. The same command continues a run that was stopped."""
     if device is not None:
         device_of(device)  # before the data are read
+    check_clip(clip_norm)
     _check_unused(context)
     if not 0 < lr < math.inf:
         raise PyroVAEError(f"expected --lr to be a positive, finite number, got {lr:g}. Try 1e-3.")

@@ -18,6 +18,7 @@ from pyro_vae import cli
 from pyro_vae.cli import report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "owner", "name", "error"),
     [

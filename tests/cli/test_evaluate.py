@@ -14,6 +14,7 @@ import pyro_vae as pv
 EVALUATED = {"bounds_and_log_likelihood.png", "pareto_k.png", "active_units.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:arviz")
 def test_evaluate_prints_what_it_writes(run):
     status, out, err = pyro_vae("evaluate", run, *QUICK)

@@ -51,6 +51,7 @@ def test_another_seed_gives_another_run(trained, tmp_path):
     assert not np.isclose(bounds(tmp_path / "other").loc[1], bounds(trained[0]).loc[1]).any()
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_to_where_an_unbroken_run_ends(trained, tmp_path):
     run = tmp_path / "run"
     pyro_vae("train", "digits", *TINY, "--epochs", 1, "--out", run)
@@ -71,6 +72,7 @@ def test_more_epochs_go_on_to_where_an_unbroken_run_ends(trained, tmp_path):
     assert (run / "compare.csv").exists()
 
 
+@pytest.mark.slow
 def test_every_kind_of_network_likelihood_and_objective(tmp_path):
     conv = ["--network", "conv", "--channels", "4", "--latent-dim", 3, "--validation", 0, "--batch-size", 512]
     gaussian = ["--likelihood", "gaussian", "--scale", "0.5", "--objective", "iwae", "--particles", 2]
@@ -86,6 +88,7 @@ def test_every_kind_of_network_likelihood_and_objective(tmp_path):
     assert pyro_vae("compare", run, "--num-images", 5, "--repeats", 2)[0] == 0
 
 
+@pytest.mark.slow
 def test_binarized_mnist_without_labels(tmp_path):
     (tmp_path / "data" / "binarized_mnist").mkdir(parents=True)
     bits = np.packbits(np.random.default_rng(0).integers(0, 2, (20, 784), dtype=np.uint8), axis=1)
@@ -103,6 +106,7 @@ def test_binarized_mnist_without_labels(tmp_path):
     assert pyro_vae("sample", "runs/binarized_mnist")[0] == 0
 
 
+@pytest.mark.slow
 def test_warm_up_and_free_bits_are_those_of_the_library(tmp_path):
     run = tmp_path / "run"
     command = ["train", "digits", *TINY, "--warm-up", 2, "--free-bits", "0.25", "--out", run]

@@ -148,6 +148,7 @@ QUICK += [(name, mlp) for name in ("TVO covariance", "RWS sleep")]
 QUICK += [("ELBO analytic 1", conv), ("ELBO analytic 1", flow), ("IWAE dreg", two_sites)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize(("objective", "program"), QUICK, ids=lambda value: getattr(value, "__name__", value))
 def test_traced_steps_agree_with_uncompiled_ones(objective, program, dtype, default_dtype, without_inductor):
@@ -185,6 +186,7 @@ def test_all_compiled_steps_agree_with_uncompiled_ones(objective, program, dtype
     check_all(objective, program, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("toy", [pytest.param(Discrete, marks=pytest.mark.slow), Mixed], ids=lambda toy: toy.__name__)
 @pytest.mark.parametrize("objective", ["ELBO score", "IWAE vimco", "TVO covariance", "RWS"])
 def test_guides_that_cannot_be_reparameterised(objective, toy, without_inductor):
@@ -199,6 +201,7 @@ class Program:
         self.model, self.guide, self.parameters = model, guide, lambda: list(parameters)
 
 
+@pytest.mark.slow
 def test_global_latents_masks_scales_subsamples_and_constrained_parameters(without_inductor):
     pyro.param("scale", torch.tensor(0.8, dtype=torch.float64), constraint=dist.constraints.positive)
     gain = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
@@ -352,6 +355,7 @@ def test_compiling_leaves_the_generators_alone(without_inductor):
     assert first.item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_arguments_of_several_shapes_by_keyword_and_constants(without_inductor):
     program, x = mlp(torch.float64)
     step = compile_sgd(program, pv.ELBO())
@@ -581,6 +585,7 @@ def test_what_a_program_writes_in_place_is_written_once_a_step(inductor, monkeyp
         assert (state.item(), x[0].item()) == (number, number)
 
 
+@pytest.mark.slow
 def test_changes_of_program_and_optimiser_are_noticed(without_inductor):
     program, x = mlp(torch.float64)
     decoder = program.likelihood.decoder[-1]
@@ -797,6 +802,7 @@ def test_a_program_without_parameters():
         pv.compile_step(reading(lambda z, x: z), guide, pv.ELBO(), pyro.optim.Adam({"lr": 0.1}))(torch.randn(4))
 
 
+@pytest.mark.slow
 def test_a_constant_that_was_read_and_changes_is_refused(without_inductor):
     program, x = flow(torch.float32)
     step = compile_sgd(program, pv.ELBO(gradient="stl"))
@@ -823,6 +829,7 @@ def test_fit_compiled_ends_where_fit_does(without_inductor, tmp_path):
     torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_goes_on_from_its_checkpoint_bit_for_bit(without_inductor, tmp_path):
     x, ends = torch.randn(40, 6), []
     for pieces in ((4,), (1, 4)):
@@ -904,6 +911,7 @@ def test_compiled_log_likelihood_of_several_portions_and_batches(without_inducto
         assert ((ll.per_datum - program.log_evidence()).abs() / ll.per_datum_error).max() < 5
 
 
+@pytest.mark.slow
 def test_compiled_log_likelihood_of_refined_proposals_in_several_batches(without_inductor, monkeypatch):
     monkeypatch.setattr("pyro_vae.evaluation.pieces.ELEMENTS_AT_ONCE", 3 * 700)
     program = LinearGaussian(3, 2, 7, wrong=True)
@@ -912,6 +920,7 @@ def test_compiled_log_likelihood_of_refined_proposals_in_several_batches(without
     assert (ll.ess > 130).all()  # the guide's own is 16 to 180
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "inductor"), slow_but([("prior", False)], product(("prior", "guide"), (False, True)))
 )
@@ -974,6 +983,7 @@ def _off_grid(_):
     return vae, (x,), r"data in the support of model site 'x'.*row \d+|DiscretizedLogistic likelihood expected x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", [False, True])
 @pytest.mark.parametrize("make", [_conditional, _semi_supervised, _masked, _off_grid])
 def test_compiled_fit_refuses_what_the_pair_refuses(make, loader, without_inductor):
@@ -1000,6 +1010,7 @@ def test_the_line_named_is_the_users_own_also_below_a_function_of_the_package():
     assert "in my_model" in users_line(error.value)
 
 
+@pytest.mark.slow
 def test_modules_that_a_run_makes_anew_do_not_compile_it_anew(without_inductor):
     """A conditioned flow is a module of each run; minibatches of two sizes take turns."""
     torch.manual_seed(0)

@@ -141,6 +141,7 @@ def test_log_likelihood_by_compiled_proposals_and_draws_is_exact():
     assert (compiled.pareto_k < 0.7).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Pareto k-hat")
 @pytest.mark.parametrize("name", slow_but(["linear"], ["linear", "flow"]))
 def test_log_likelihood_compiles_the_fit(name, graphs):

@@ -264,6 +264,7 @@ def test_sites_that_only_some_particles_have():
     torch.testing.assert_close(log_w, torch.zeros(8, 6))
 
 
+@pytest.mark.slow
 def test_sites_after_a_branch_draw_noise_of_their_own():
     """The first run draws twelve numbers where others draw one: what they draw next must not be of those twelve."""
     seen = []
@@ -415,6 +416,7 @@ def test_module_local_parameters():
         assert local.loc.item() != 0
 
 
+@pytest.mark.slow
 def test_a_guide_with_a_parameter_for_each_datum():
     """All data in one minibatch keep their order, and compare looks at them all."""
     autoguide = AutoNormal(model)

@@ -77,6 +77,7 @@ def test_a_guide_on_many_periods_is_refused(prior, call):
         call(*angles(prior, lambda x: dist.Normal(x, 1.0)))
 
 
+@pytest.mark.slow
 def test_a_guide_on_a_part_of_a_period_bounds_log_p_and_does_not_estimate_it():
     parts = angles(von_mises, lambda x: dist.Uniform(torch.zeros_like(x), 1.0))
     bound = torch.stack([pv.IWAE(50).bound(*parts, X) for _ in range(100)]).double()

@@ -154,6 +154,7 @@ def autoregressive(transform):
     return model, guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stl", "dreg"])
 def test_a_learned_flow_with_an_inverse(kind):
     """DReG and pathwise agree in the mean; at one particle STL's difference to pathwise is the score."""

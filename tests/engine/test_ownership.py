@@ -184,6 +184,7 @@ def test_pyros_own_training_sees_the_networks_made_anew(loss):
         assert not torch.equal(decoder.weight, before)
 
 
+@pytest.mark.slow
 def test_compiled_steps_train_the_networks_made_anew(without_inductor):
     for _ in range(2):
         model, guide, decoder = linear()
@@ -194,6 +195,7 @@ def test_compiled_steps_train_the_networks_made_anew(without_inductor):
             assert not torch.equal(decoder.weight, before)
 
 
+@pytest.mark.slow
 def test_compiled_steps_train_a_new_part_of_a_pair(without_inductor):
     vae, other = (pv.mlp_vae((3,), latent_dim=2, likelihood="gaussian") for _ in range(2))
     step = pv.compile_step(vae, pv.ELBO(), pyro.optim.Adam({"lr": 0.1}))

@@ -213,6 +213,7 @@ def by_index(x, index):
         pyro.sample("u", dist.Normal(pyro.param("all", lambda: torch.zeros(N))[index], 0.5))
 
 
+@pytest.mark.slow
 def test_parameters_of_all_data_are_trained_each_with_its_datum():
     autoguide = AutoNormal(subsampled, create_plates=lambda x, index: pyro.plate("rows", N, subsample=index))
     for guide in (in_rows, by_index, autoguide):

@@ -229,6 +229,7 @@ ANNEALED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["bounded"], ANNEALED))
 def test_annealing_moves_on_the_true_support(name):
     prior, low, high = ANNEALED[name]

@@ -71,6 +71,7 @@ def scenes(weight):
     return model, guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"chunk_size": 7_000}, {"vectorize_particles": False}], ids=str)
 def test_a_latent_of_an_absent_object_needs_no_mask_around_x(options):
     number = 300 if options.get("vectorize_particles") is False else 20_000

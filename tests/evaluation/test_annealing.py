@@ -103,6 +103,7 @@ def beta_gamma(x):
             pyro.sample("flip", dist.Bernoulli(share), obs=x[:, :4].T)
 
 
+@pytest.mark.slow
 def test_constrained_latents():
     x = torch.tensor([[1, 0, 1, 1, 3, 0], [0, 0, 0, 1, 0, 2], [1, 1, 1, 1, 5, 1]], dtype=torch.float64).repeat(20, 1)
     annealed = pv.ais(beta_gamma, None, x, seed=0, **QUICK | {"num_steps": 60})

@@ -58,6 +58,7 @@ def test_each_site_has_its_own_divergence(wrong, shift, wide):
     assert table.share.sum() == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "wide"), [(2.5, 0.15), (0.0, 8.0)])
 def test_a_guide_that_is_far_off_is_blamed_and_not_the_rest(shift, wide):
     table = pv.blame(model, guide(("below",), shift, wide), X, **QUIET)
@@ -66,6 +67,7 @@ def test_a_guide_that_is_far_off_is_blamed_and_not_the_rest(shift, wide):
     assert table.share["below"] > 0.9
 
 
+@pytest.mark.slow
 def test_an_exact_guide_has_no_shares():
     table = pv.blame(model, guide(), X, **QUIET)
     assert table.share.isna().all()
@@ -75,6 +77,7 @@ def test_an_exact_guide_has_no_shares():
 ONE_BY_ONE = {"vectorize_particles": False, "num_draws": 20, "num_samples": 100}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, pytest.param(ONE_BY_ONE, marks=pytest.mark.slow)])
 def test_one_step_in_a_series_is_found(options):
     times, sd = 4, 0.5**0.5

@@ -174,6 +174,7 @@ def test_large_batches_are_measured_in_parts(monkeypatch):
     assert whole.bound_se.item() == pytest.approx(parts.bound_se.item(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_default_table():
     digits = pv.data.load("digits", binarize="fixed")
     vae = pv.mlp_vae(digits.event_shape, latent_dim=2, hidden_dims=(50,))

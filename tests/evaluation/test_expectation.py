@@ -158,6 +158,7 @@ def test_k_hat_is_of_the_function_too(power):
     assert (found.pareto_k - 2 * power).abs().max() < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Pareto k-hat above")
 @pytest.mark.parametrize("columns", [1, 50, 1000])
 def test_a_heavy_column_shows_among_many(columns):

@@ -85,6 +85,7 @@ def test_mean_field_gaps(size, seed):
     assert "approximation" in str(gaps)
 
 
+@pytest.mark.slow
 def test_exact_encoder_has_no_amortisation_gap():
     program = LinearGaussian(5, 3, 50)
     gaps = pv.inference_gaps(program.model, program.guide, program.x, 200, num_steps=200, seed=0)

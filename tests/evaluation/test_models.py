@@ -39,6 +39,7 @@ def exact(scale):
 SCALES = {"narrow": 0.5, "true": 1.0, "wide": 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine", [False, True])
 def test_differences_are_exact_within_their_errors(refine):
     models = {name: program(scale) for name, scale in SCALES.items()}
@@ -67,6 +68,7 @@ def test_a_claim_says_what_it_takes():
     assert row.difference_mc * (500 / row.samples_needed) ** 0.5 == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine", [False, True])
 def test_a_stated_error_is_that_of_the_difference(refine):
     models = {"true": program(1.0), "wide": program(2.0)}

@@ -75,6 +75,7 @@ def test_log_p_over_a_shuffled_loader():
     assert not torch.equal(result.per_datum, pv.log_likelihood(PROGRAM, loader, 400, seed=1).per_datum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"refine": True}, {"error": 0.02}, {"error": 0.005, "error_of": "mean"}])
 def test_log_p_by_other_numbers_of_samples(options):
     result = pv.log_likelihood(PROGRAM, DataLoader(X, batch_size=8), 200, seed=0, **options)
@@ -84,6 +85,7 @@ def test_log_p_by_other_numbers_of_samples(options):
         assert found < 1.3 * options["error"]
 
 
+@pytest.mark.slow
 def test_annealing():
     for start in ("prior", "guide"):
         result = pv.ais(PROGRAM, DataLoader(X, batch_size=16), 15, 64, start=start, num_leapfrog=3, seed=0)
@@ -183,6 +185,7 @@ def test_posterior_means(refine):
     assert (((found.value - truth) / found.standard_error).abs() < 4.5).all()
 
 
+@pytest.mark.slow
 def test_the_other_evaluations():
     loader = DataLoader(X, batch_size=8)
     gaps = pv.inference_gaps(PROGRAM, loader, 100, num_steps=20, seed=0)
@@ -442,6 +445,7 @@ def test_what_fits_in_memory_is_one_part(monkeypatch):
     assert re.fullmatch(r"log p\(x\) = .*", str(on_disk))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_code_serves_all_parts(without_inductor):
     loader = DataLoader(X, batch_size=8)

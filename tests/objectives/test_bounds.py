@@ -89,6 +89,7 @@ def test_two_particles_have_the_exact_mean_and_its_gradients(objective):
     pv.testing.check_objective(objective, programs=[toy() for toy in CONTINUOUS + DISCRETE])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [pv.MIWAE(2, 2), pv.PIWAE(2, 2), pv.JVI(4, 2), pv.RWS(3, sleep=0.5)], ids=repr)
 def test_more_particles_have_the_exact_mean_and_its_gradients(objective):
     pv.testing.check_objective(objective)

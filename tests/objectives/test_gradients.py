@@ -260,6 +260,7 @@ def test_no_noise_is_left_at_the_exact_posterior_of_two_dependent_sites(objectiv
     assert torch.autograd.grad(noisy, program.p)[0].abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_score_function_is_noisier_and_a_baseline_of_other_particles_helps():
     """On the same bound, the order of the gradients that the docstrings state."""
     program = TwoSites()
