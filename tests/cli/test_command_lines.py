@@ -203,7 +203,11 @@ def refused(arguments, said, place):
     return err
 
 
-@pytest.mark.parametrize(("arguments", "said"), ROWS, ids=[named(row[0]) for row in ROWS])
+# Of so many rows of one kind, the quick suite has each fourth.
+SOME = [pytest.param(*row, id=named(row[0]), marks=[pytest.mark.slow] if i % 4 else []) for i, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize(("arguments", "said"), SOME)
 def test_a_wrong_command_line(arguments, said, place, monkeypatch):
     monkeypatch.chdir(place)
     refused(arguments, said, place)

@@ -148,6 +148,7 @@ def parametrised(program):
     return program.model, guide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["read once", "on disk"])
 def test_the_table_of_objectives(kind):
     objectives = {"elbo": pv.ELBO(2, "monte_carlo"), "iwae": pv.IWAE(8)}
@@ -177,6 +178,7 @@ def test_groups_of_arviz():
     assert pv.to_arviz(exact, DataLoader(exact.x), 2, coords=coords)["posterior"]["data"].values[-1] == 100 + N - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine", [False, True])
 def test_posterior_means(refine):
     exact = LinearGaussian(4, 2, N)
@@ -226,7 +228,10 @@ EVALUATIONS = {
     "refine": lambda program, x: pv.refine(*program, x, num_steps=3, seed=0),
     "compare_models": lambda program, x: pv.compare_models({"a": program, "b": program}, x, 30, refine=False, seed=0),
 }
-every = pytest.mark.parametrize("name", EVALUATIONS)
+LONG = ("blame", "calibrate", "compare_models")
+every = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in EVALUATIONS]
+)
 
 
 @every
