@@ -3,8 +3,9 @@
 Each is passed in ``callbacks=[...]``. For anything else, write a subclass of :class:`pyro_vae.Callback`.
 """
 
-from pyro_vae.training.callbacks import CSV, EMA, Freeze, KeepBest, TensorBoard, Validate
+from pyro_vae.training.callbacks import EMA, Freeze, KeepBest, Validate
 from pyro_vae.training.calling import Callback
+from pyro_vae.training.loggers import CSV, TensorBoard
 from pyro_vae.training.record import Record
 
 __all__ = ["CSV", "EMA", "Callback", "Freeze", "KeepBest", "Record", "TensorBoard", "Validate"]

@@ -124,7 +124,7 @@ class CompiledStep:
             reading = collected(self._compiled_objective) if self.with_parts else nullcontext()
             with NewParameters(self.own) as new, reading as found:
                 loss = self._compiled_objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                parts = None if found is None else found.of(loss)
+                parts = None if found is None else found.sums()
             if self.own and new.found:
                 names = ", ".join(f"'{name}'" for name in sorted(new.found))
                 raise PyroVAEError(

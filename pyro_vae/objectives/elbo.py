@@ -189,16 +189,21 @@ class ELBO(Objective):
         for name, site in guide.items():
             if site["is_observed"]:  # a factor, which has no KL
                 yield site, site["unscaled_log_prob"]
-            elif self.free_bits:
-                yield site, self._weighed(self._free_kl(run, name))
-            elif self.kl == "monte_carlo":
+            elif self.kl == "monte_carlo" and not self.free_bits:
                 yield site, self._weighed(site["unscaled_log_prob"])
             else:
-                q, p = _both_sites(run, name)
-                if not any(mask is False for mask in masks(q)):  # which no density counts, whatever the families
-                    kl = closed_form(q["fn"], p["fn"], name)
-                    _check_finite(kl, q, p, name)
-                    yield site, self._weighed(kl)
+                yield site, self._weighed(self.kl_at(run, name))
+
+    def kl_at(self, run: Run, name: str) -> Tensor:
+        """The KL of a site without beta, in the shape of its batch."""
+        if self.free_bits:
+            return self._free_kl(run, name)
+        q, p = _both_sites(run, name)
+        if any(mask is False for mask in masks(q)):  # which no density counts, whatever the families
+            return torch.zeros(())
+        kl = closed_form(q["fn"], p["fn"], name)
+        _check_finite(kl, q, p, name)
+        return kl
 
     def _weighed(self, term: Tensor) -> Tensor:
         beta = self._beta()

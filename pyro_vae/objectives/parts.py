@@ -9,7 +9,8 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.engine.program import Run
-from pyro_vae.engine.sites import Sites, is_factor
+from pyro_vae.engine.sites import is_factor
+from pyro_vae.engine.weights import Terms, terms
 from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.elbo import ELBO
 
@@ -19,25 +20,23 @@ class Parts:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self.runs: list[tuple[Tensor, Tensor | None]] = []
+        self.runs: list[Tensor] = []  # reconstruction and KL of each
 
     def see(self, run: Run) -> None:
         """Add a run of the program."""
         observed = {name: site for name, site in run.model.items() if site["is_observed"]}
         latent = {name: site for name, site in run.model.items() if not site["is_observed"]}
         guide = {name: site for name, site in run.guide.items() if not is_factor(site)}
-        sampled = all("unscaled_log_prob" in site for site in (*latent.values(), *guide.values()))
-        self.runs.append((_sum(observed), _sum(guide) - _sum(latent) if sampled else None))
+        with torch.no_grad():
+            if isinstance(self.objective, ELBO) and self.objective.kl == "analytic":
+                kl = _total((site, self.objective.kl_at(run, name)) for name, site in guide.items())
+            else:
+                kl = _total(terms(guide)) - _total(terms(latent))
+            self.runs.append(torch.stack([*torch.broadcast_tensors(_total(terms(observed)), kl)]))
 
-    def of(self, loss: Tensor) -> Tensor:
-        """Reconstruction and KL of this loss, summed over data as it is: a tensor of two numbers."""
-        number, objective = self.objective.num_samples, self.objective
-        reconstruction = torch.stack([each for each, _ in self.runs]).sum() / number
-        if isinstance(objective, ELBO) and objective.kl == "analytic":
-            kl = (reconstruction + loss.detach()) / torch.as_tensor(objective.scheduled()["beta"])
-        else:
-            kl = torch.stack([each for _, each in self.runs if each is not None]).sum() / number
-        return torch.stack([reconstruction, kl.to(reconstruction)])
+    def sums(self) -> Tensor:
+        """Reconstruction and KL, summed over data: a tensor of two numbers."""
+        return torch.stack(self.runs).sum(0) / self.objective.num_samples
 
 
 @contextmanager
@@ -46,8 +45,8 @@ def collected(objective: Any) -> Iterator[Parts | None]:
 
     .. math:: \\text{reconstruction} = \\sum_n \\frac1K \\sum_k \\log p(x_n \\mid z_{kn})
 
-    The KL is that in closed form where the loss has it, with its free bits; otherwise it is the mean of
-    log q(z|x) - log p(z) over the particles.
+    The KL is that in closed form where the loss has it, with its free bits and without beta; otherwise it is the mean
+    of log q(z|x) - log p(z) over the particles.
     """
     if not isinstance(objective, Objective):
         yield None
@@ -60,7 +59,7 @@ def collected(objective: Any) -> Iterator[Parts | None]:
         objective._on_run = None
 
 
-def _sum(sites: Sites) -> Tensor:
-    """The sum of the sites' log-densities, each with its scale and mask, without its gradient."""
-    values = (scale_and_mask(s["unscaled_log_prob"].detach(), s["scale"], s["mask"]).sum() for s in sites.values())
+def _total(summands: Terms) -> Tensor:
+    """The sum of terms, each with its site's scale and mask."""
+    values = (scale_and_mask(value, site["scale"], site["mask"]).sum() for site, value in summands)
     return sum(values, torch.zeros(()))

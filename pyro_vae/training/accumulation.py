@@ -37,5 +37,5 @@ class Accumulated:
         """Make the mean each parameter's ``grad``, and begin anew."""
         for parameter in parameters:
             total = self.sums.get(parameter)
-            parameter.grad = None if total is None else total.div_(self.data)
+            parameter.grad = None if total is None else total.div_(self.data or 1.0)  # weights may all be zero
         self.clear()

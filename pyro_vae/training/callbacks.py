@@ -1,7 +1,6 @@
 """The callbacks that come with the package; ``pyro_vae.callbacks`` is their public place."""
 
-import csv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,157 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.checks import Count, checked, shown
+from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.files import written_whole
 from pyro_vae.training.calling import Callback
 from pyro_vae.training.record import Record
-
-COLUMNS = (
-    "bound",
-    "reconstruction",
-    "kl",
-    "beta",
-    "lr",
-    "gradient_norm",
-    "examples_per_second",
-    "validation_bound",
-)
-
-
-class CSV(Callback):
-    """Write the numbers of steps and epochs to a file of comma-separated values.
-
-    A row has ``event`` ("step" or "epoch"), ``epoch``, ``step``, and the numbers of :class:`Record`, empty where they
-    are not known. A training that goes on from a checkpoint drops the rows after that checkpoint.
-
-    Arguments:
-        path: the file.
-        every: write each so many steps.
-        overwrite: whether a new training may replace a file that exists.
-
-    Raises:
-        ValueError: a new training finds the file, without `overwrite`.
-
-    Example:
-        >>> import pandas as pd, tempfile, torch, pyro_vae as pv
-        >>> path = tempfile.mkdtemp() + "/log.csv"
-        >>> vae = pv.mlp_vae((5,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-        >>> _ = pv.fit(vae, torch.randn(64, 5), pv.ELBO(), epochs=1, batch_size=32, callbacks=pv.callbacks.CSV(path))
-        >>> pd.read_csv(path).event.tolist()
-        ['step', 'step', 'epoch']
-    """
-
-    draws = False
-
-    @checked
-    def __init__(self, path: str | Path, *, every: Count = 1, overwrite: bool = False) -> None:
-        self.path, self.every, self.overwrite = Path(path), every, overwrite
-        if self.path.exists() and not overwrite and not self.path.is_file():
-            raise PyroVAEError(f"expected a file as the path of CSV, got the folder {self.path}. Pass a file in it.")
-
-    def on_start(self, record: Record) -> None:
-        """Begin the file, or drop the rows after the checkpoint."""
-        rows: list[dict[str, str]] = []
-        if self.path.exists() and record.step:
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= record.step]
-        elif self.path.exists() and not self.overwrite:
-            raise PyroVAEError(
-                f"expected a new file for a new training, got {self.path}, which exists. Pass another path, or "
-                "CSV(path, overwrite=True)."
-            )
-        with written_whole(self.path) as unfinished, unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ("event", "epoch", "step", *COLUMNS), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def on_step(self, record: Record) -> None:
-        """Write a row."""
-        self._write("step", record)
-
-    def on_epoch(self, record: Record) -> None:
-        """Write a row."""
-        self._write("epoch", record)
-
-    def _write(self, event: str, record: Record) -> None:
-        with self.path.open("a", newline="") as file:
-            numbers = record.numbers()
-            csv.writer(file).writerow([event, record.epoch, record.step, *(numbers.get(name, "") for name in COLUMNS)])
-
-
-class TensorBoard(Callback):
-    """Write the numbers of steps and epochs, and images, for TensorBoard.
-
-    Steps are under ``step/``, epochs under ``epoch/``. Show them with ``tensorboard --logdir FOLDER``. A training that
-    goes on from a checkpoint hides what was written after that checkpoint.
-
-    Arguments:
-        folder: where event files go.
-        every: write the numbers of each so many steps.
-        images: by name, functions of no argument, such as ``{"samples": lambda: vae.generate(16)}``. Each returns
-            images of shape (N, C, H, W) from 0 to 1, or a Matplotlib figure. They draw the same random numbers each
-            time.
-        images_every: how many epochs lie between images.
-
-    Raises:
-        ValueError: the package `tensorboard` is not there.
-    """
-
-    @checked
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        every: Count = 1,
-        images: Mapping[str, Callable[[], Any]] | None = None,
-        images_every: Count = 1,
-    ) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise PyroVAEError(
-                "expected the package tensorboard for the callback TensorBoard, got none. Install it: pip install "
-                "tensorboard. Or use pv.callbacks.CSV."
-            ) from error
-        self._writer_class: Any = SummaryWriter
-        self.folder, self.every = Path(folder), every
-        self.images, self.images_every = dict(images or {}), images_every
-
-    def on_start(self, record: Record) -> None:
-        """Open the event file."""
-        purge = record.step + 1 if record.step else None
-        self.writer = self._writer_class(str(self.folder), purge_step=purge)
-
-    def on_step(self, record: Record) -> None:
-        """Write the step's numbers."""
-        self._write("step", record)
-
-    def on_epoch(self, record: Record) -> None:
-        """Write the epoch's numbers, and images."""
-        self._write("epoch", record)
-        if record.epoch % self.images_every == 0:
-            for name, function in self.images.items():
-                self._draw(name, function(), record.step)
-        self.writer.flush()
-
-    def on_end(self, record: Record) -> None:
-        """Close the event file."""
-        self.writer.close()
-
-    def _write(self, event: str, record: Record) -> None:
-        for name, value in record.numbers().items():
-            self.writer.add_scalar(f"{event}/{name}", value, record.step)
-
-    def _draw(self, name: str, picture: Any, step: int) -> None:
-        if isinstance(picture, Tensor):
-            if picture.dim() != 4:
-                raise PyroVAEError(
-                    f"expected images '{name}' of shape (N, C, H, W), or a figure, got {shown(picture)}. Reshape them."
-                )
-            self.writer.add_images(name, picture.detach().clamp(0, 1), step)
-        else:
-            self.writer.add_figure(name, picture, step)
 
 
 class EMA(Callback):
@@ -281,12 +133,17 @@ class Freeze(Callback):
                 f"expected parameters of the part to freeze, {what}, got none among {', '.join(record.parameters)}. "
                 "Pass another part."
             )
+        record.keep(self._frozen(record), still=record.epoch <= self.epochs)
 
     def before_step(self, record: Record) -> None:
         """Take the gradients away, so that the optimiser steps over these parameters."""
         if record.epoch <= self.epochs:
             for parameter in self._frozen(record):
                 parameter.grad = None
+
+    def on_epoch(self, record: Record) -> None:
+        """Let a learned scale move again after the last of the epochs."""
+        record.keep(self._frozen(record), still=record.epoch < self.epochs)
 
     def _frozen(self, record: Record) -> list[Tensor]:
         if isinstance(self.part, str):
@@ -323,12 +180,13 @@ class Validate(Callback):
         self.bounds: dict[int, float] = {}
 
     def on_start(self, record: Record) -> None:
-        """Forget the bounds of another training."""
+        """Check the data, and forget the bounds of another training."""
+        self._held_out = record.held_out(self.data, self.batch_size)
         self.bounds = {step: bound for step, bound in self.bounds.items() if step <= record.step}
 
     def on_step(self, record: Record) -> None:
         """Measure the bound."""
-        record.validation_bound = self.bounds[record.step] = record.validate(self.data, self.batch_size)
+        record.validation_bound = self.bounds[record.step] = record.validate(self._held_out)
 
     def state_dict(self) -> dict[str, Any]:
         """The bounds so far."""

@@ -96,6 +96,7 @@ class Callbacks:
                     f"{callback.every!r}. 1 is each step."
                 )
         self._clear()
+        self.settings: Mapping[str, float] = {}
         self.before = time.perf_counter()
 
     def __bool__(self) -> bool:
@@ -119,8 +120,9 @@ class Callbacks:
         record = Record(loop)
         record.step += 1
         record.batch = batch
-        record._mean = -self.total / self.count
-        record._parts = None if self.parts is None else self.parts / self.count
+        count = self.count or math.nan  # weights may all be zero
+        record._mean = -self.total / count
+        record._parts = None if self.parts is None else self.parts / count
         record.beta = float(self.settings.get("beta", math.nan))
         now = time.perf_counter()
         record.examples_per_second, self.before = self.count / max(now - self.before, 1e-9), now
@@ -145,13 +147,13 @@ class Callbacks:
         record._mean, record.validation_bound = row["train_bound"], row["validation_bound"]
         record._parts = None if epoch.parts is None else epoch.parts / epoch.count
         record.examples_per_second = epoch.count / max(row["seconds"], 1e-9)
-        record.beta = float(epoch.settings[-1].get("beta", math.nan))
+        record.beta, record.lr = float(self.settings.get("beta", math.nan)), row.get("lr", record.lr)
         self._call("on_epoch", record)
 
     def end(self, loop: "Loop") -> None:
         """Call what comes at the end."""
         if self.all:
-            self._call("on_end", Record(loop))
+            self._call("on_end", Record(loop, epoch=len(loop.history())))
 
     def _call(self, name: str, record: Record, due: Callable[[Callback], bool] = lambda _: True) -> None:
         for callback in self.all:

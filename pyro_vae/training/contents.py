@@ -103,7 +103,7 @@ EPOCH = Parts(
         "start": Parts(STATES.needed | {"loader_rng": [Tensor]}),
         "minibatches": Where(int, "an integer, at least 1", lambda n: n >= 1),
         "total": float,
-        "count": Where(float, "a number above 0", lambda n: n > 0),
+        "count": Where(float, "a number, at least 0", lambda n: n >= 0),
         "parts": (None, [float]),
         "settings": [Each(str, float)],
         "seconds": float,

@@ -96,13 +96,15 @@ def fit(
             sizes differ; the last step of an epoch may have fewer. Schedules of the objective count minibatches. Free
             bits, the baseline of ``"score"`` and batch norm stay those of each minibatch.
         weights: a number for each datum, at least 0, as the scale of its bound. The gradient is that of the mean
-            :math:`\sum_n w_n \mathcal L(x_n) / \sum_n w_n` for every objective, and ``train_bound`` is this mean.
+            :math:`\sum_n w_n \mathcal L(x_n) / \sum_n w_n` over the data of a step, for every objective, and
+            ``train_bound`` is that of the epoch. So a minibatch should hold many data.
             Validation has no weights. The baseline of ``"score"`` and batch norm take no notice of them; free bits are
             refused.
         validation: held-out data, of the same kinds. Their bound is measured after each epoch, with the same noise
             each time, and leaves the random numbers of training as they are.
         patience: stop when the validation bound has not risen for so many epochs. Parameters and buffers are then those
-            of the best epoch, also if all epochs ran. The best epoch is the first with the highest validation bound.
+            of the best epoch, also if all epochs ran. The best epoch is the first with the highest validation bound,
+            among whole epochs.
         callbacks: what to call at each step and epoch: :class:`Callback` objects, such as those of
             :mod:`pyro_vae.callbacks`.
         device: where to train, such as ``"cuda"``: moves the program's modules and parameters there, and each
@@ -292,8 +294,10 @@ def fit(
             except Exception:
                 put_back()
                 raise
-        elif checkpoint and scheduler is not None:
-            checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
+        elif checkpoint:
+            checkpoints.check_readable("optimizer", made.state_dict())
+            if scheduler is not None:
+                checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
 
         total = batches.steps and epochs * batches.steps if steps is None and epochs else steps and steps * accumulate
         bar = progress_bar(progress, total=total, unit="step")
@@ -313,6 +317,8 @@ def fit(
             )
         try:
             called.start(loop)
+            if checkpoint:
+                checkpoints.check_readable("callbacks", called.state())
             with surroundings.flushing_denormals(), surroundings.memory_of(objective, batches):
                 while not loop.ended:
                     bar.set_description(f"epoch {loop.epoch}" + (f"/{epochs}" if epochs else ""))
@@ -330,7 +336,13 @@ def fit(
                 stacklevel=3,
             )
         except CallbackError as error:
-            if checkpoint and loop.current is not None and loop.between_steps and loop.can_go_on_inside:
+            if (
+                checkpoint
+                and loop.current is not None
+                and loop.between_steps
+                and loop.can_go_on_inside
+                and not loop.finished
+            ):
                 loop.save(loop.rows)
             error.history = loop.history()
             raise

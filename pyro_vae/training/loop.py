@@ -80,6 +80,9 @@ class Loop:
     steps: int = 0  # how many were taken in all
     between_steps: bool = True  # whether a checkpoint may be written now
     moves: list[dict[str, float]] = field(default_factory=list)  # of each epoch, what may still move at the end
+    partial: dict[str, float] | None = None  # the row of an epoch in which the training has ended
+    finished: bool = False
+    still: set[int] = field(default_factory=set)  # the identities of parameters that a callback keeps as they are
     stopped: str | None = None  # why a callback has ended the training
 
     def __post_init__(self) -> None:
@@ -123,8 +126,7 @@ class Loop:
         for batch in self._minibatches(epoch):
             self.step, self.between_steps = epoch.minibatches + 1, False
             settings = self._scheduled()
-            if settings not in epoch.settings:
-                epoch.settings.append(settings)
+            epoch.see(settings)
             loss, data, parts = self._loss(batch)
             if parts is not None:
                 parts = wide(parts) * data.share
@@ -132,7 +134,7 @@ class Loop:
             if self.callbacks:
                 self.callbacks.see(loss * data.share, parts, data.own, settings)
             if self.accumulate > 1:
-                sums.add(self.parameters.values(), data.own)
+                sums.add(dict.fromkeys(self.parameters.values()), data.own)  # a shared one once
             epoch.minibatches, epoch.count = self.step, epoch.count + data.own
             epoch.total = epoch.total + loss * data.share
             if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
@@ -153,8 +155,9 @@ class Loop:
 
     def _shown(self, epoch: Epoch) -> dict[str, str]:
         """What the progress bar shows of an epoch."""
-        shown = {"bound": f"{-epoch.total / epoch.count:.2f}"}
-        return shown if epoch.parts is None else shown | {"KL": f"{epoch.parts[1] / epoch.count:.2f}"}
+        count = epoch.count or math.nan  # the first data may weigh nothing
+        shown = {"bound": f"{-epoch.total / count:.2f}"}
+        return shown if epoch.parts is None else shown | {"KL": f"{epoch.parts[1] / count:.2f}"}
 
     def _minibatches(self, epoch: Epoch) -> Iterator[Batch]:
         """The minibatches of an epoch that were not taken yet."""
@@ -179,7 +182,7 @@ class Loop:
         first = not self.rows and self.step == 1
         with nullcontext() if self.compiled else pyro.distributions.validation_enabled(first):
             with self.precision:
-                self.scales.before_step(self.steps, batch, data.own / self.rows_of.number)
+                self.scales.before_step(self.steps, batch, data.own / self.rows_of.number, self._moves)
                 if self.compiled is None:
                     loss, parts = self._uncompiled(batch)
                 else:
@@ -196,13 +199,18 @@ class Loop:
             raise self._not_finite(f"the loss is {value:g}")
         return value, data, parts
 
+    def _moves(self, likelihood: torch.nn.Module) -> bool:
+        """Whether the likelihood's own parameters, such as its scale, are in training now."""
+        own = {id(parameter) for parameter in likelihood.parameters(recurse=False)}
+        return bool(own & set(map(id, optimizers.parameters_of(self.optimizer))) - self.still)
+
     def _uncompiled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         for parameter in self.parameters.values():
             parameter.grad = None
         reading = collected(self.objective) if self.with_parts else nullcontext()
         with NewParameters(self.parameters) as new, reading as found:
             loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
-            parts = None if found is None else found.of(loss)
+            parts = None if found is None else found.sums()
         if new.found:
             self._add(new.found, batch)
         return loss, parts
@@ -210,7 +218,7 @@ class Loop:
     def _step(self, sums: Accumulated, batch: Batch) -> None:
         """Step the optimiser by the gradients, and tell the callbacks."""
         if self.accumulate > 1:
-            sums.put(self.parameters.values())
+            sums.put(dict.fromkeys(self.parameters.values()))
         record = self.callbacks.before_step(self, batch)
         if self.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(optimizers.parameters_of(self.optimizer), self.clip_norm)
@@ -253,9 +261,8 @@ class Loop:
         if epoch is not None and epoch.minibatches:
             if self.checkpoint:
                 self.save(self.rows)
-            row = self._row(epoch)
-            self._keep_if_best(row, anew=any(before != self._scheduled() for before in epoch.settings))
-            self.rows.append(row)
+            self.partial = self._row(epoch)
+        self.finished = True
         self.restore_best()
         self.scales.at_end()
         self.callbacks.end(self)
@@ -268,8 +275,9 @@ class Loop:
         for name, parameter in self.parameters.items():
             if not bool(torch.isfinite(parameter).all()):
                 raise self._not_finite(f"parameter '{name}' is not finite")
-        row = {"train_bound": -float(epoch.total) / epoch.count, "validation_bound": self._validate()}
-        parts = {} if epoch.parts is None else {"KL": float(epoch.parts[1]) / epoch.count}
+        count = epoch.count or math.nan
+        row = {"train_bound": -float(epoch.total) / count, "validation_bound": self._validate()}
+        parts = {} if epoch.parts is None else {"KL": float(epoch.parts[1]) / count}
         self.moves.append({"bound": row["train_bound"]} | parts | self.scales.values())
         row["seconds"] = epoch.seconds + time.perf_counter() - started
         if self.scheduler is not None:
@@ -283,8 +291,8 @@ class Loop:
 
     def history(self) -> pd.DataFrame:
         """The table that `fit` returns."""
-        index = pd.RangeIndex(1, len(self.rows) + 1, name="epoch")
-        table = pd.DataFrame(self.rows, index=index, columns=self.columns())
+        rows = [*self.rows, *([self.partial] if self.partial else [])]
+        table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"), columns=self.columns())
         table.attrs["quantity"] = getattr(self.objective, "quantity", "bound on log p(x)")
         return table
 

@@ -94,9 +94,21 @@ class Record:
 
     def validate(self, data: Data, batch_size: int | None = None) -> float:
         """The mean bound of these data, without gradients, in evaluation mode, with the same noise each time."""
-        held_out = data if isinstance(data, Minibatches) else Minibatches(data, batch_size, "data")
-        held_out.device = self._loop.program.device
-        return self._loop.validate(held_out)
+        return self._loop.validate(self.held_out(data, batch_size))
+
+    def held_out(self, data: Data, batch_size: int | None = None) -> Minibatches:
+        """These data in minibatches, checked."""
+        if isinstance(data, Minibatches):
+            return data
+        program, _ = self._loop.unweighed
+        found = Minibatches(data, batch_size, "data", program.model, program.guide)
+        found.device = self._loop.program.device
+        return found
+
+    def keep(self, parameters: list[Tensor], still: bool) -> None:
+        """Say whether a callback keeps parameters as they are, so that no closed form moves them either."""
+        own = set(map(id, parameters))
+        self._loop.still = self._loop.still | own if still else self._loop.still - own
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint, from which `load_parameters` reads the parameters that they are now.

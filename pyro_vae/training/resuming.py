@@ -42,8 +42,16 @@ class Epoch:
     total: Any = 0.0  # their losses
     count: float = 0  # their data, or the sum of their weights
     parts: Tensor | None = None  # of the losses, if there are callbacks
-    settings: list[dict[str, float]] = field(default_factory=list)  # the objective's, each once
+    # The objective's settings of the first minibatch, and of the last one in which they were others.
+    settings: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0  # before it went on from a checkpoint
+
+    def see(self, settings: dict[str, float]) -> None:
+        """Look at the objective's settings in a minibatch."""
+        if not self.settings:
+            self.settings.append(settings)
+        elif settings != self.settings[0]:
+            self.settings[1:] = [settings]
 
 
 def state_of(loop: "Loop", rows: list[dict[str, float]]) -> dict[str, Any]:

@@ -68,14 +68,15 @@ class Scales:
         self.learned = self.learned or any(each.likelihood.has_learned_scale for each in fitted)
         self.floors = self.floors or any(each.likelihood.floor for each in fitted)
 
-    def before_step(self, number: int, batch: Batch, share: float) -> None:
+    def before_step(self, number: int, batch: Batch, share: float, moves: Callable[[Any], bool]) -> None:
         """Move the scales before the step of that number, from 0, if it is time.
 
-        `share` is the minibatch's size as part of a whole one.
+        `share` is the minibatch's size as part of a whole one; `moves` says whether a likelihood is in training.
         """
         if self.learned and number <= self.last and is_due(number):
             for each in residuals(self.program.on(batch), self.objective):
-                each.move(1.0 if number == 0 else RATE * min(1.0, share))
+                if moves(each.likelihood):
+                    each.move(1.0 if number == 0 else RATE * min(1.0, share))
 
     def values(self) -> dict[str, float]:
         """The learned scales, by name; of several in one likelihood, their mean."""

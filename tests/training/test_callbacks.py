@@ -62,7 +62,7 @@ def test_the_order_of_calls():
     pv.fit(small_vae(), X, pv.ELBO(), epochs=2, batch_size=25, callbacks=recorder)
     steps = [("before", 1, 1), ("step", 1, 1), ("before", 1, 2), ("step", 1, 2), ("epoch", 1, 2)]
     later = [(name, epoch + 1, step + 2) for name, epoch, step in steps]
-    assert recorder.calls == [("start", 1, 0), *steps, *later, ("end", 3, 4)]
+    assert recorder.calls == [("start", 1, 0), *steps, *later, ("end", 2, 4)]
 
 
 @pytest.mark.parametrize("compile", COMPILED)
@@ -85,6 +85,75 @@ def test_the_parts_of_the_elbo(beta, compile):
     weights = [16, 16, 16, 2]
     mean = sum(w * n["kl"] for w, n in zip(weights, recorder.steps, strict=False)) / 50
     assert recorder.epochs[0]["kl"] == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("beta", [lambda step: min(1.0, step / 6), 0.0])
+@pytest.mark.parametrize("compile", COMPILED)
+def test_the_kl_has_no_beta(beta, compile):
+    """Also in the first steps of a warm-up, where beta is zero."""
+    vae = small_vae()
+    recorder = Recorder(vae)
+    settings = {"epochs": 2, "batch_size": 16, "callbacks": recorder, "compile": compile}
+    pv.fit(vae, X, pv.ELBO(beta=beta), **settings)
+    for step, (numbers, kl) in enumerate(zip(recorder.steps, recorder.kl, strict=True)):
+        assert numbers["kl"] == pytest.approx(kl, rel=1e-4)
+        assert numbers["beta"] == pytest.approx(beta(step) if callable(beta) else beta)
+
+
+def test_the_step_size_of_an_epoch_is_that_of_its_row():
+    recorder = Recorder()
+    history = pv.fit(
+        small_vae(),
+        X,
+        pv.ELBO(),
+        epochs=3,
+        callbacks=recorder,
+        lr_scheduler=functools.partial(ExponentialLR, gamma=0.5),
+    )
+    assert [numbers["lr"] for numbers in recorder.epochs] == history.lr.tolist()
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_learned_scale_stays_where_its_part_does(freeze):
+    vae = pv.mlp_vae((6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian", scale="learned")
+    seen = []
+
+    class Look(pv.Callback):
+        def on_epoch(self, record):
+            seen.append(vae.likelihood.log_scale.item())
+
+    options = {"epochs": 3, "batch_size": 25, "lr": 1e-3}
+    if freeze:
+        pv.fit(vae, 0.1 * X, pv.ELBO(), callbacks=[pv.callbacks.Freeze(vae.likelihood, epochs=2), Look()], **options)
+        assert seen[:2] == [0.0, 0.0]
+        assert seen[2] < -0.3
+    else:
+        options.pop("lr")
+        make = lambda _: torch.optim.Adam(vae.posterior.parameters(), lr=1e-3)  # noqa: E731
+        pv.fit(vae, 0.1 * X, pv.ELBO(), callbacks=Look(), optimizer=make, **options)
+        assert seen == [0.0, 0.0, 0.0]
+
+
+def test_validation_by_step_takes_dictionaries_and_checks_them_first():
+    validate = pv.callbacks.Validate({"x": X[:20]}, every=1)
+    pv.fit(small_vae(), {"x": X}, pv.ELBO(), epochs=1, batch_size=25, callbacks=validate)
+    assert list(validate.bounds) == [1, 2]
+    with pytest.raises(pv.CallbackError, match=r"failed in on_start.*finite"):
+        pv.fit(small_vae(), X, pv.ELBO(), epochs=1, callbacks=pv.callbacks.Validate(X / 0, every=50))
+
+
+def test_a_callback_that_fails_at_the_end_leaves_a_checkpoint_that_goes_on(tmp_path):
+    class Fails(pv.Callback):
+        def on_end(self, record):
+            raise RuntimeError("no")
+
+    settings = {"batch_size": 16, "seed": 1, "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(pv.CallbackError, match="failed in on_end"):
+        pv.fit(small_vae(), X, pv.ELBO(), steps=3, callbacks=Fails(), **settings)
+    again, whole = small_vae(5), small_vae()
+    pv.fit(again, X, pv.ELBO(), steps=8, **settings)
+    pv.fit(whole, X, pv.ELBO(), steps=8, batch_size=16, seed=1)
+    assert same(again, whole)
 
 
 @pytest.mark.parametrize("compile", COMPILED)

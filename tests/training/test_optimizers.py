@@ -175,6 +175,45 @@ def test_accumulated_minibatches_of_uneven_sizes_have_the_mean_over_data():
     torch.testing.assert_close(pyro.param("loc").detach(), 0.1 * X.double().mean(0), rtol=1e-12, atol=1e-15)
 
 
+def test_a_shared_tensor_is_accumulated_once():
+    """One tensor under two names."""
+    shared = torch.nn.Linear(6, 6, bias=False).double()
+    start, found = shared.weight.detach().clone(), []
+
+    def model(x):
+        pyro.module("m", shared)
+        pyro.module("g", shared)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(shared(x.flip(1)), 1.0).to_event(1), obs=x)
+
+    for batch_size, accumulate in ((50, 1), (10, 5)):
+        pyro.clear_param_store()
+        with torch.no_grad():
+            shared.weight.copy_(start)
+        options = {"batch_size": batch_size, "accumulate": accumulate, "optimizer": OPTIMIZERS["plain SGD"]}
+        pv.fit(model, lambda x: None, X.double(), pv.ELBO(), epochs=1, **options)
+        found.append(shared.weight.detach().clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+    assert not torch.equal(found[0], start)
+
+
+@pytest.mark.parametrize("patience", [None, 3])
+def test_the_best_of_whole_epochs_is_left_and_loaded(patience, tmp_path):
+    vae, other, path = small_vae(), small_vae(5), tmp_path / "run.pt"
+    settings = {"batch_size": 16, "validation": X[:20], "patience": patience, "checkpoint": path}
+    pv.fit(vae, X, pv.ELBO(), steps=7, **settings)
+    pv.load_parameters(path, other, X)
+    assert same(vae, other)
+
+
+def test_what_a_checkpoint_can_not_keep_is_refused_first(tmp_path):
+    import numpy as np
+
+    make = lambda p: torch.optim.AdamW(p, lr=np.float64(1e-3))  # noqa: E731
+    with pytest.raises(pv.PyroVAEError, match="expected optimizer of tensors and plain Python values"):
+        pv.fit(small_vae(), X, pv.ELBO(), epochs=1, optimizer=make, checkpoint=tmp_path / "run.pt")
+
+
 def test_a_later_minibatch_may_add_parameters_to_the_groups():
     pyro.clear_param_store()
 

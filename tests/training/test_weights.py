@@ -102,6 +102,21 @@ def test_accumulated_minibatches_have_the_mean_over_the_sum_of_weights():
             torch.testing.assert_close(parts[parameter], value, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_minibatches_without_weight(accumulate):
+    weights = torch.zeros(30)
+    weights[:2] = 1.0
+
+    class Numbers(pv.Callback):
+        def on_step(self, record):
+            record.numbers()
+
+    vae = pv.mlp_vae((3,), latent_dim=1, hidden_dims=(4,), likelihood="gaussian")
+    settings = {"epochs": 2, "batch_size": 4, "weights": weights, "accumulate": accumulate, "callbacks": Numbers()}
+    history = pv.fit(vae, X.float(), pv.ELBO(), **settings)
+    assert history.train_bound.notna().all()
+
+
 def test_a_subsampled_plate():
     """Where the loss is scaled to all data, weights of one change nothing, and others are those of the mean."""
 
