@@ -110,6 +110,12 @@ def terms(sites: Sites) -> Terms:
     return ((site, site["unscaled_log_prob"]) for site in sites.values())
 
 
+def total(summands: Terms) -> Tensor:
+    """The sum of all terms, each with its site's scale and mask: a tensor without dimensions."""
+    sums = [scale_and_mask(value, site["scale"], site["mask"]).sum() for site, value in summands]
+    return sum(sums[1:], sums[0]) if sums else torch.zeros(())
+
+
 def log_density(run: Run, terms: Terms, *, scaled: bool = True) -> Tensor:
     """The sum of terms for each particle and datum, (K, N)."""
     site = next(iter((run.model or run.guide).values()))

@@ -16,7 +16,7 @@ from torch import distributions as td
 from pyro_vae.checks import Count, checked, refuse_call
 from pyro_vae.engine.program import Needs, Program, Run
 from pyro_vae.engine.sites import Site, Sites, being_recorded, equal, family, masks, same_masks, unwrapped
-from pyro_vae.engine.weights import Terms
+from pyro_vae.engine.weights import Terms, total
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives.base import Gradient, Objective, Options
 from pyro_vae.objectives.densities import densities, of_log_weights, with_gradient
@@ -171,10 +171,10 @@ class ELBO(Objective):
         """The sum of all terms of a run, each masked and scaled."""
         if self._on_run is not None:
             self._on_run(run)
-        total = _sum(self._model_terms(run)) - _sum(self._guide_terms(run, run.guide))
+        found = total(self._model_terms(run)) - total(self._guide_terms(run, run.guide))
         if run.stopped is None:
-            return total
-        return with_gradient(total, total + _sum(self._guide_terms(run, densities(run.stopped))))
+            return found
+        return with_gradient(found, found + total(self._guide_terms(run, densities(run.stopped))))
 
     def _model_terms(self, run: Run) -> Terms:
         for name, site in run.model.items():
@@ -234,11 +234,6 @@ class ELBO(Objective):
         average = kl.flatten(0, kl.dim() - event_dim - 1).mean(0) if kl.dim() > event_dim else kl
         kl = torch.where(average > self.free_bits, kl, self.free_bits)
         return sum_rightmost(kl, event_dim)
-
-
-def _sum(terms: Terms) -> Tensor:
-    sums = [scale_and_mask(value, site["scale"], site["mask"]).sum() for site, value in terms]
-    return sum(sums[1:], sums[0]) if sums else torch.zeros(())
 
 
 def _check_beta(beta: Any) -> Any:

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.engine.program import Run
 from pyro_vae.engine.sites import is_factor
-from pyro_vae.engine.weights import Terms, terms
+from pyro_vae.engine.weights import terms, total
 from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.elbo import ELBO
 
@@ -29,10 +28,11 @@ class Parts:
         guide = {name: site for name, site in run.guide.items() if not is_factor(site)}
         with torch.no_grad():
             if isinstance(self.objective, ELBO) and self.objective.kl == "analytic":
-                kl = _total((site, self.objective.kl_at(run, name)) for name, site in guide.items())
+                kl = total((site, self.objective.kl_at(run, name)) for name, site in guide.items())
             else:
-                kl = _total(terms(guide)) - _total(terms(latent))
-            self.runs.append(torch.stack([*torch.broadcast_tensors(_total(terms(observed)), kl)]))
+                kl = total(terms(guide)) - total(terms(latent))
+            reconstruction = total(terms(observed))
+            self.runs.append(torch.stack([reconstruction, kl.to(reconstruction)]))  # without latents, it is on the CPU
 
     def sums(self) -> Tensor:
         """Reconstruction and KL, summed over data: a tensor of two numbers."""
@@ -57,9 +57,3 @@ def collected(objective: Any) -> Iterator[Parts | None]:
         yield parts
     finally:
         objective._on_run = None
-
-
-def _total(summands: Terms) -> Tensor:
-    """The sum of terms, each with its site's scale and mask."""
-    values = (scale_and_mask(value, site["scale"], site["mask"]).sum() for site, value in summands)
-    return sum(values, torch.zeros(()))
