@@ -28,6 +28,7 @@ class Minibatches:
     """
 
     device: torch.device | None = None  # where minibatches go; None leaves them where the data are
+    begins_again = True  # whether another pass has the same minibatches; not so for a stream that can be read once
 
     def __init__(self, data: Any, batch_size: int | None, name: str, model: Any = None, guide: Any = None) -> None:
         self.program = model, guide
@@ -85,6 +86,7 @@ class Minibatches:
             _, again = self._begin(self.loader)
             if not _same(first, again):  # a stream that can't begin again: no minibatch may be lost
                 self.begun = chain([first] if again is None else [first, again], rest)
+                self.begins_again = False
         return self._checked(first)
 
     @property

@@ -74,11 +74,9 @@ class Callbacks:
     """The callbacks of a training, which cost nothing where there are none."""
 
     def __init__(self, given: Callback | Sequence[Callback]) -> None:
-        self.all = [given] if isinstance(given, Callback) else list(given) if isinstance(given, list | tuple) else given
-        wrong = self.all if not isinstance(self.all, list) else [c for c in self.all if not isinstance(c, Callback)]
-        if wrong or not isinstance(self.all, list):
-            first = wrong[0] if isinstance(wrong, list) else wrong
-            what = f"the class {first.__name__}" if isinstance(first, type) else shown(first)
+        self.all: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+        for wrong in (each for each in self.all if not isinstance(each, Callback)):
+            what = f"the class {wrong.__name__}" if isinstance(wrong, type) else shown(wrong)
             raise PyroVAEError(
                 f"expected callbacks to be pv.Callback objects, got {what}. Write a subclass of pv.Callback that "
                 "defines on_step(self, record) or on_epoch(self, record), and pass an instance."
@@ -145,7 +143,7 @@ class Callbacks:
             return
         record = Record(loop, epoch=len(loop.rows))
         record._mean, record.validation_bound = row["train_bound"], row["validation_bound"]
-        record._parts = None if epoch.parts is None else epoch.parts / epoch.count
+        record._parts = epoch.mean_parts
         record.examples_per_second = epoch.count / max(row["seconds"], 1e-9)
         record.beta, record.lr = float(self.settings.get("beta", math.nan)), row.get("lr", record.lr)
         self._call("on_epoch", record)

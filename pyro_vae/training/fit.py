@@ -157,11 +157,10 @@ def fit(
         ValueError: an argument is out of range; both or none of `epochs` and `steps`; the optimiser is of other
             parameters, or runs the loss several times; the machine has no such device; data have unequal lengths, are
             empty or hold NaN; there is no parameter to train; a parameter has a value for each row of a minibatch,
-            where rows are shuffled; `patience` or
-            ``ReduceLROnPlateau`` has no validation data; the scheduler belongs to another optimiser; the checkpoint
-            can't be read, or belongs to another program, other data or other settings; data are outside the support of
-            the site that observes them; another thread runs a program meanwhile. With `compile`: the program can't be
-            compiled.
+            where rows are shuffled; `patience` or ``ReduceLROnPlateau`` has no validation data; the scheduler belongs
+            to another optimiser; the checkpoint can't be read, or belongs to another program, other data or other
+            settings; data are outside the support of the site that observes them; another thread runs a program
+            meanwhile. With `compile`: the program can't be compiled.
         CallbackError: a callback has failed. Its ``history`` has the finished epochs, and the checkpoint the last step.
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
@@ -223,7 +222,7 @@ def fit(
     batches.device = program.device
     own_device = program.device or next(iter(parameters.values())).device
     context = surroundings.precision_on(own_device, precision)
-    if checkpoint_every is not None and batches.loader is not None and batches.begun is not None:
+    if checkpoint_every is not None and not batches.begins_again:
         raise PyroVAEError(
             "checkpoint_every goes on in the middle of an epoch: expected a DataLoader that begins again with the same "
             "minibatches, got a stream that does not. Drop checkpoint_every, or use a data set with a length."
@@ -336,14 +335,7 @@ def fit(
                 stacklevel=3,
             )
         except CallbackError as error:
-            if (
-                checkpoint
-                and loop.current is not None
-                and loop.between_steps
-                and loop.can_go_on_inside
-                and not loop.finished
-            ):
-                loop.save(loop.rows)
+            loop.keep_last_step()
             error.history = loop.history()
             raise
         except NotWrittenError as error:

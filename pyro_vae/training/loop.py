@@ -104,11 +104,6 @@ class Loop:
         return len(self.rows) * (self.batches.steps or 0) + (self.current.minibatches if self.current else 0)
 
     @property
-    def can_go_on_inside(self) -> bool:
-        """Whether an epoch's first minibatches can be left out when it begins again."""
-        return self.batches.loader is None or self.batches.begun is None
-
-    @property
     def ended(self) -> bool:
         """Whether the training is at its end."""
         limits = self.limits
@@ -155,9 +150,8 @@ class Loop:
 
     def _shown(self, epoch: Epoch) -> dict[str, str]:
         """What the progress bar shows of an epoch."""
-        count = epoch.count or math.nan  # the first data may weigh nothing
-        shown = {"bound": f"{-epoch.total / count:.2f}"}
-        return shown if epoch.parts is None else shown | {"KL": f"{epoch.parts[1] / count:.2f}"}
+        parts = epoch.mean_parts
+        return {"bound": f"{epoch.bound:.2f}"} | ({} if parts is None else {"KL": f"{parts[1]:.2f}"})
 
     def _minibatches(self, epoch: Epoch) -> Iterator[Batch]:
         """The minibatches of an epoch that were not taken yet."""
@@ -250,7 +244,7 @@ class Loop:
         finally:
             if self.checkpoint:
                 try:
-                    self.save(self.rows)
+                    self.save()
                 except KeyboardInterrupt:
                     self.rows.pop()  # the history never runs ahead of the checkpoint
                     raise
@@ -260,7 +254,7 @@ class Loop:
         epoch = self.current
         if epoch is not None and epoch.minibatches:
             if self.checkpoint:
-                self.save(self.rows)
+                self.save()
             self.partial = self._row(epoch)
         self.finished = True
         self.restore_best()
@@ -275,10 +269,9 @@ class Loop:
         for name, parameter in self.parameters.items():
             if not bool(torch.isfinite(parameter).all()):
                 raise self._not_finite(f"parameter '{name}' is not finite")
-        count = epoch.count or math.nan
-        row = {"train_bound": -float(epoch.total) / count, "validation_bound": self._validate()}
-        parts = {} if epoch.parts is None else {"KL": float(epoch.parts[1]) / count}
-        self.moves.append({"bound": row["train_bound"]} | parts | self.scales.values())
+        row, parts = {"train_bound": epoch.bound, "validation_bound": self._validate()}, epoch.mean_parts
+        kl = {} if parts is None else {"KL": float(parts[1])}
+        self.moves.append({"bound": row["train_bound"]} | kl | self.scales.values())
         row["seconds"] = epoch.seconds + time.perf_counter() - started
         if self.scheduler is not None:
             row["lr"] = float(self.optimizer.param_groups[0]["lr"])
@@ -376,15 +369,21 @@ class Loop:
             return
         seconds = time.monotonic() - self.saved_at
         if seconds >= every.total_seconds() if isinstance(every, timedelta) else self.steps % every == 0:
-            self.save(self.rows)
+            self.save()
 
-    def save(self, rows: list[dict[str, float]], path: str | Path | None = None) -> None:
-        """Write a checkpoint with this history, by default the training's own; another has no best epoch."""
-        state = resuming.state_of(self, rows)
+    def keep_last_step(self) -> None:
+        """Write a checkpoint of the last step inside of an epoch, if training can go on from it."""
+        inside = self.current is not None and self.between_steps and not self.finished
+        if self.checkpoint and inside and self.batches.begins_again:
+            self.save()
+
+    def save(self, path: str | Path | None = None) -> None:
+        """Write a checkpoint, by default the training's own; another has no best epoch."""
+        state = resuming.state_of(self)
         checkpoints.save(path or self.checkpoint or "", state if path is None else state | {"best": None})
         if path is None:
             inside = "" if self.current is None else f"step {self.steps}, in epoch "
-            self.saved_at, self.saved = time.monotonic(), f"{inside or 'epoch '}{len(rows) + bool(inside)}"
+            self.saved_at, self.saved = time.monotonic(), f"{inside or 'epoch '}{len(self.rows) + bool(inside)}"
 
     def _not_finite(self, what: str) -> NotFiniteError:
         before, lr = self.epoch - 1, optimizers.lr_of(self.optimizer)

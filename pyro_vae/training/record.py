@@ -115,7 +115,7 @@ class Record:
 
         `fit` goes on from it too, without `patience`.
         """
-        self._loop.save(self._loop.rows, path)
+        self._loop.save(path)
 
     def stop(self, reason: str = "a callback ended it") -> None:
         """End the training after this step, or this epoch."""

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,22 @@ class Epoch:
         elif settings != self.settings[0]:
             self.settings[1:] = [settings]
 
+    @property
+    def bound(self) -> float:
+        """The mean bound so far; NaN while all data weigh nothing."""
+        return -float(self.total) / (self.count or math.nan)
 
-def state_of(loop: "Loop", rows: list[dict[str, float]]) -> dict[str, Any]:
-    """The contents of a checkpoint with this history."""
+    @property
+    def mean_parts(self) -> Tensor | None:
+        """The mean reconstruction and KL so far."""
+        return None if self.parts is None else self.parts / (self.count or math.nan)
+
+
+def state_of(loop: "Loop") -> dict[str, Any]:
+    """The contents of a checkpoint."""
     state = {
         "settings": loop.settings,
-        "history": rows,
+        "history": loop.rows,
         "parameters": {name: value.detach() for name, value in loop.parameters.items()},
         "buffers": buffers(loop.modules),
         "best": loop.best,
@@ -72,9 +82,8 @@ def state_of(loop: "Loop", rows: list[dict[str, float]]) -> dict[str, Any]:
         "callbacks": loop.callbacks.state(),
     }
     if loop.current is not None:
-        epoch = asdict(loop.current)
         parts = None if loop.current.parts is None else loop.current.parts.tolist()
-        state["current"] = epoch | {"total": float(loop.current.total), "parts": parts}
+        state["current"] = vars(loop.current) | {"total": float(loop.current.total), "parts": parts}
     return state
 
 
@@ -103,11 +112,10 @@ def resume(loop: "Loop", path: str | Path) -> None:
         )
     # Version 0.1.0 did not count; a stream's epochs have no known number of steps.
     steps = state.get("steps", len(state["history"]) * (loop.batches.steps or 1))
-    for name, unit, holds in (("epochs", "epochs", len(state["history"])), ("steps", "steps", steps)):
-        most = getattr(limits, name)
+    for unit, holds, most in (("epochs", len(state["history"]), limits.epochs), ("steps", steps, limits.steps)):
         if holds > most:
             raise PyroVAEError(
-                f"the checkpoint {path} holds {holds} {unit}: expected at least as many in all, got {name}={most}. "
+                f"the checkpoint {path} holds {holds} {unit}: expected at least as many in all, got {unit}={most}. "
                 f"Pass more {unit}, or a new path."
             )
     _restore_recognised(loop, path, state)
