@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.programs import LinearGaussian
+from helpers.programs import LinearGaussian, gamma_poisson
 from helpers.quick import slow_but
 from torch import nn
 
@@ -48,16 +48,7 @@ def chain():
 
 
 def positive():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("rate", dist.LogNormal((0.8 * x + 1).log(), 0.3))
-
-    return model, guide, torch.arange(8.0)
+    return gamma_poisson(8)[:3]
 
 
 def ordered():

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.programs import gamma_poisson
 from helpers.quick import slow_but
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
@@ -86,17 +87,7 @@ def two_sites():
 
 
 def positive():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
-            pyro.sample("x", dist.Poisson(rate), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("rate", dist.LogNormal((0.8 * x + 1).log(), 0.3))
-
-    x = torch.arange(12.0)
-    return model, guide, x, dist.NegativeBinomial(2.0, probs=torch.tensor(0.5)).log_prob(x)
+    return gamma_poisson(12)
 
 
 def simplex():

@@ -100,3 +100,19 @@ def wide(size, seed=0, factor=1.2):
     program.L = factor * program.L
     program.c = program.c + 0.1 * program.L.diagonal()
     return program
+
+
+def gamma_poisson(number):
+    """A program with a positive latent, counts, and their exact log p(x)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.LogNormal((0.8 * x + 1).log(), 0.3))
+
+    x = torch.arange(float(number))
+    return model, guide, x, dist.NegativeBinomial(2.0, probs=torch.tensor(0.5)).log_prob(x)

@@ -7,24 +7,12 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import pyro
 import pytest
 import torch
+from helpers.training import X, same, small_vae
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_vae as pv
-
-X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-
-
-def small_vae(seed=0):
-    pyro.set_rng_seed(seed)
-    pyro.clear_param_store()
-    return pv.mlp_vae((6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 class Interrupt(pv.Callback):

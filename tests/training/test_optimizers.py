@@ -9,28 +9,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.training import X, same, small_vae
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 
-X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
 OPTIMIZERS = {
     "AdamW": functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
     "SGD": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True),
     "RMSprop": functools.partial(torch.optim.RMSprop, lr=1e-3),
     "plain SGD": functools.partial(torch.optim.SGD, lr=1e-2),
 }
-
-
-def small_vae(seed=0):
-    pyro.set_rng_seed(seed)
-    pyro.clear_param_store()
-    return pv.mlp_vae((6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def by_hand(vae, make, *, epochs=10**9, steps=10**9, batch_size=16, clip_norm=None, schedule=None):

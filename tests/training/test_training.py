@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import LinearGaussian
+from helpers.training import X, same, small_vae
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,18 +43,6 @@ def linear_program():
             pyro.sample("z", dist.Normal(x @ A.T + c, scale).to_event(1))
 
     return model, guide, truth
-
-
-def small_vae(seed=0):
-    pyro.set_rng_seed(seed)
-    return pv.mlp_vae((6,), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
-X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
 
 
 def test_it_reaches_the_maximum_of_the_likelihood():
