@@ -237,6 +237,7 @@ class Interrupted:
             signal.raise_signal(signal.SIGTERM)
         return self.file.write(data)
 def saving(state, file):
+    if "format" not in state: return save(state, file)  # not a checkpoint: a trial in memory
     saves.append(state)
     save(state, Interrupted(file))
 torch.save = saving

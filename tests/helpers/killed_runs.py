@@ -43,8 +43,10 @@ def train(place, path, out):
     saves = []
 
     def save(state, file):
-        saves.append(state)
         torch_save(state, file)
+        if "format" not in state:  # a trial in memory
+            return
+        saves.append(state)
         if place == "half-written" and len(saves) == 2:
             file.truncate(file.tell() // 2)
             file.flush()
