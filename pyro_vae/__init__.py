@@ -19,6 +19,7 @@ In six lines::
 from pyro_vae import (
     callbacks,
     data,
+    distributed,
     evaluation,
     likelihoods,
     networks,
@@ -39,6 +40,7 @@ from pyro_vae.errors import (
     NoDensityError,
     NotFiniteError,
     NotWrittenError,
+    OtherRankError,
     PyroVAEError,
 )
 from pyro_vae.evaluation import *
@@ -52,7 +54,7 @@ from pyro_vae.training.calling import Callback
 from pyro_vae.training.checkpoint import load_parameters
 from pyro_vae.training.scales import fit_scale
 
-__all__ = ["callbacks", "data", "networks", "plots", "schedules", "testing"]
+__all__ = ["callbacks", "data", "distributed", "networks", "plots", "schedules", "testing"]
 __all__ += ["Callback", "compile_step", "fit", "fit_scale", "load_parameters", "log_weights", "to_arviz"]
 __all__ += [
     "CallbackError",
@@ -60,6 +62,7 @@ __all__ += [
     "NoDensityError",
     "NotFiniteError",
     "NotWrittenError",
+    "OtherRankError",
     "PyroVAEError",
 ]
 __all__ += evaluation.__all__

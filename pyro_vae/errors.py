@@ -61,6 +61,10 @@ class CallbackError(PyroVAEError, RuntimeError):
     history: Any = None
 
 
+class OtherRankError(PyroVAEError, RuntimeError):
+    """Another process of the group has failed, has left, or does not make the call that this one makes."""
+
+
 class NoDensityError(PyroVAEError, NotImplementedError):
     """A site's distribution can't compute the density of a value."""
 

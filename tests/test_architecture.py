@@ -12,12 +12,13 @@ import pyro_vae
 
 PACKAGE = Path(pyro_vae.__file__).parent
 ROOT = Path(__file__).parents[1]
-# Each module or folder of the package, with the others that it may import; all may import the first three.
-FOR_ALL = ("errors", "checks", "devices")
+# Each module or folder of the package, with the others that it may import; all may import the first four.
+FOR_ALL = ("errors", "checks", "devices", "distributed")
 ALLOWED = {
     "errors": set(),
     "checks": set(),
     "devices": set(),
+    "distributed": set(),
     "files": set(),
     "signals": set(),
     "networks": set(),
