@@ -46,6 +46,11 @@ def alone() -> Iterator[None]:
         _ALONE.reset(before)
 
 
+def is_alone() -> bool:
+    """Whether this is inside of :func:`alone`."""
+    return _ALONE.get()
+
+
 @dataclass
 class Group:
     """The ranks that work together; this process is one of them."""
@@ -168,7 +173,7 @@ def group_of(distributed: bool | None, doing: str) -> Group | None:
             f"expected distributed to be True, False or None, got {distributed!r}. None takes the process group, if "
             "there is one."
         )
-    if distributed is False or _ALONE.get():
+    if distributed is False or is_alone():
         return None
     group = _group()
     if group is None:

@@ -1,7 +1,7 @@
 """Training and evaluation data by minibatch: tensors, arrays, splits, tuples and dictionaries of them, a DataLoader."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from pyro_vae.checks import with_article
 from pyro_vae.devices import moved
+from pyro_vae.distributed import mixed
 from pyro_vae.engine import rng
 from pyro_vae.engine.columns import ArrayRows, at_rows, check_finite, column_of, tensor_of
 from pyro_vae.engine.naming import in_order
 from pyro_vae.errors import PyroVAEError, require_count
 
 Batch = tuple[Any, ...]  # a program's arguments
+Share = Callable[[int], slice]  # a process's part of so many rows
 
 
 class Minibatches:
@@ -28,6 +30,7 @@ class Minibatches:
     """
 
     device: torch.device | None = None  # where minibatches go; None leaves them where the data are
+    share: Share | None = None  # of each minibatch's rows; None takes all
     begins_again = True  # whether another pass has the same minibatches; not so for a stream that can be read once
 
     def __init__(self, data: Any, batch_size: int | None, name: str, model: Any = None, guide: Any = None) -> None:
@@ -66,7 +69,7 @@ class Minibatches:
     def moves_rows(self) -> bool:
         """Whether other data come to a row of a minibatch from step to step."""
         if self.loader is None or self.steps != 1:
-            return self.steps != 1
+            return self.steps != 1 or self.share is not None
         if isinstance(self.loader.dataset, IterableDataset):
             return True
         sampler: Any = self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler
@@ -144,16 +147,27 @@ class Minibatches:
         finally:
             self.set_generator_states(states)
 
-    def shuffled(self, skip: int = 0) -> Iterator[Batch | None]:
-        """One epoch in a new random order. A single minibatch keeps its order, since its rows may have parameters.
+    def shuffled(self, key: int, epoch: int, skip: int = 0) -> Iterator[Batch | None]:
+        """An epoch in its random order. A single minibatch keeps its order, since its rows may have parameters.
 
-        In place of the first `skip` minibatches there is None; a DataLoader makes them all the same.
+        The order depends on `key` and on the number of the epoch alone, so that all processes have the same one. In
+        place of the first `skip` minibatches there is None; a DataLoader makes them all the same. None stands also for
+        a minibatch of which this process has no row.
         """
-        if self.loader is not None or self.steps == 1:
+        if self.loader is not None:
+            samplers: tuple[Any, ...] = self.loader.sampler, self.loader.batch_sampler
+            for sampler in samplers:
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(epoch)
             yield from (None if i < skip else batch for i, batch in enumerate(self.in_order()))
             return
-        for i, index in enumerate(torch.randperm(self.size or 0).split(self.batch_size or 1)):
-            yield None if i < skip else self._take(index)
+        if self.steps == 1:
+            yield from (None if skip else batch for batch in self.shared(self.share))
+            return
+        order = torch.randperm(self.size or 0, generator=torch.Generator().manual_seed(mixed(key, epoch)))
+        for i, index in enumerate(order.split(self.batch_size or 1)):
+            own = index if self.share is None else index[self.share(len(index))]
+            yield None if i < skip or not len(own) else self._take(own)
 
     def in_order(self) -> Iterator[Batch]:
         """One pass in the data's own order."""
@@ -163,6 +177,16 @@ class Minibatches:
             return
         for start in range(0, self.size or 0, self.batch_size or 1):
             yield self._take(slice(start, start + (self.batch_size or 1)))
+
+    def shared(self, share: Share | None) -> Iterator[Batch]:
+        """One pass in the data's own order over a process's rows of each minibatch; a DataLoader's are its own."""
+        for batch in self.in_order():
+            if share is None or self.loader is not None:
+                yield batch
+                continue
+            rows = share(len(batch[0]))
+            if rows.stop > rows.start:
+                yield tuple(at_rows(column, rows) for column in batch)
 
     def _checked(self, batch: Any) -> Batch:
         """A DataLoader's minibatch as a program's arguments."""

@@ -39,6 +39,7 @@ class EMA(Callback):
     """
 
     draws = False
+    on_all_ranks = True
 
     @checked
     def __init__(self, decay: float = 0.999, *, at_end: bool = False) -> None:
@@ -120,6 +121,7 @@ class Freeze(Callback):
     """
 
     draws = False
+    on_all_ranks = True
 
     @checked
     def __init__(self, part: nn.Module | str, epochs: Count) -> None:
@@ -173,6 +175,8 @@ class Validate(Callback):
         >>> list(validate.bounds)
         [2, 4]
     """
+
+    on_all_ranks = True
 
     @checked
     def __init__(self, data: Any, *, every: Count, batch_size: Count | None = None) -> None:

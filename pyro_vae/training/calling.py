@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from pyro_vae.checks import shown
+from pyro_vae.distributed import alone
 from pyro_vae.engine import rng
 from pyro_vae.engine.minibatches import Batch
 from pyro_vae.errors import CallbackError, PyroVAEError
+from pyro_vae.training.accumulation import Accumulated
 from pyro_vae.training.record import Record
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class Callback:
         every: :meth:`on_step` is called after each so many steps.
         draws: whether it may draw random numbers. To keep those of training takes some tenths of a millisecond a call,
             which a callback without any saves by False.
+        on_all_ranks: with several processes, whether all of them call it, as one that changes parameters or gradients
+            needs. Otherwise rank 0 calls it alone, as loggers need, and what it calls is its own process's.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -43,6 +45,7 @@ class Callback:
 
     every: int = 1
     draws: bool = True
+    on_all_ranks: bool = False
 
     def on_start(self, record: Record) -> None:
         """Before the first step; `record.step` is above 0 if the training goes on from a checkpoint."""
@@ -93,38 +96,34 @@ class Callbacks:
                     f"expected {type(callback).__name__}.every to be a positive number of steps, got "
                     f"{callback.every!r}. 1 is each step."
                 )
-        self._clear()
-        self.settings: Mapping[str, float] = {}
+        named = [(type(c).__name__, c) for c in self.all if type(c).state_dict is not Callback.state_dict]
+        self.with_state = {f"{name} {i}" if i else name: c for i, (name, c) in enumerate(named)}
+        self.is_first = True  # whether this process calls all of them
+        self.beta = math.nan  # of the last step
         self.before = time.perf_counter()
+
+    def keep_those_on_all_ranks(self) -> None:
+        """Keep those that other ranks than the first one call, too."""
+        self.all = [each for each in self.all if each.on_all_ranks]
+        self.with_state = {name: each for name, each in self.with_state.items() if each.on_all_ranks}
+        self.is_first = False
 
     def __bool__(self) -> bool:
         return bool(self.all)
 
-    def _clear(self) -> None:
-        self.total: Any = 0.0
-        self.parts: Tensor | None = None
-        self.count = 0.0
-
-    def see(self, loss: Any, parts: Tensor | None, own: float, settings: Mapping[str, float]) -> None:
-        """Take the loss of a minibatch of the coming step, and its parts, as sums over its data."""
-        self.total, self.count, self.settings = self.total + loss, self.count + own, settings
-        if parts is not None:
-            self.parts = parts if self.parts is None else self.parts + parts
-
-    def before_step(self, loop: "Loop", batch: Batch) -> Record | None:
-        """Make the record of a step, and call what comes before it."""
+    def before_step(self, loop: "Loop", batch: Batch | None, sums: Accumulated) -> Record | None:
+        """Make the record of a step, from the sums over its data, and call what comes before it."""
         if not self.all:
             return None
         record = Record(loop)
         record.step += 1
-        record.batch = batch
-        count = self.count or math.nan  # weights may all be zero
-        record._mean = -self.total / count
-        record._parts = None if self.parts is None else self.parts / count
-        record.beta = float(self.settings.get("beta", math.nan))
+        record.batch = batch or ()
+        count = sums.count or math.nan  # weights may all be zero
+        record._mean = -sums.total / count
+        record._parts = None if sums.parts is None else sums.parts / count
+        record.beta = self.beta = float(loop.scheduled.get("beta", math.nan))
         now = time.perf_counter()
-        record.examples_per_second, self.before = self.count / max(now - self.before, 1e-9), now
-        self._clear()
+        record.examples_per_second, self.before = sums.count / max(now - self.before, 1e-9), now
         self._call("before_step", record)
         return record
 
@@ -145,7 +144,7 @@ class Callbacks:
         record._mean, record.validation_bound = row["train_bound"], row["validation_bound"]
         record._parts = epoch.mean_parts
         record.examples_per_second = epoch.count / max(row["seconds"], 1e-9)
-        record.beta, record.lr = float(self.settings.get("beta", math.nan)), row.get("lr", record.lr)
+        record.beta, record.lr = self.beta, row.get("lr", record.lr)
         self._call("on_epoch", record)
 
     def end(self, loop: "Loop") -> None:
@@ -158,7 +157,8 @@ class Callbacks:
             if not due(callback) or getattr(type(callback), name) is getattr(Callback, name):
                 continue
             try:
-                with rng.preserved() if callback.draws else nullcontext():
+                own = nullcontext() if callback.on_all_ranks else alone()
+                with own, rng.preserved() if callback.draws else nullcontext():
                     getattr(callback, name)(record)
             except Exception as error:
                 raise CallbackError(
@@ -168,19 +168,15 @@ class Callbacks:
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint keeps of those that have a state."""
-        return {name: callback.state_dict() for name, callback in self._with_state().items()}
+        return {name: callback.state_dict() for name, callback in self.with_state.items()}
 
     def load(self, path: Any, saved: dict[str, dict[str, Any]]) -> None:
         """Give them their states from a checkpoint; refuse one without some, or with others."""
-        own = self._with_state()
-        if own.keys() != saved.keys():
+        own = self.with_state
+        if own.keys() != saved.keys() and self.is_first:
             raise PyroVAEError(
                 f"the checkpoint {path} was written with other callbacks that have a state: expected "
                 f"{', '.join(saved) or 'none'}, got {', '.join(own) or 'none'}. Pass the same, or a new path."
             )
         for name, callback in own.items():
             callback.load_state_dict(saved[name])
-
-    def _with_state(self) -> dict[str, Callback]:
-        named = [(type(c).__name__, c) for c in self.all if type(c).state_dict is not Callback.state_dict]
-        return {f"{name} {i}" if i else name: c for i, (name, c) in enumerate(named)}

@@ -98,9 +98,10 @@ FIRST = {  # what the first version had
 SECOND = {"best": (None, BEST), "scheduler": (None, dict)}  # version 0.1.0
 THIRD = {"steps": COUNT, "fingerprint": (None, FINGERPRINT)}  # None: saved by a callback, without a checkpoint
 STATES = Parts({"rng": Where(RNG, "states of random number generators", lambda state: _are_states(state))})
+START = Parts(STATES.needed | {"loader_rng": [Tensor]})
 EPOCH = Parts(
     {
-        "start": Parts(STATES.needed | {"loader_rng": [Tensor]}),
+        "start": START,
         "minibatches": Where(int, "an integer, at least 1", lambda n: n >= 1),
         "total": float,
         "count": Where(float, "a number, at least 0", lambda n: n >= 0),
@@ -109,7 +110,13 @@ EPOCH = Parts(
         "seconds": float,
     }
 )
-LATER = {"current": EPOCH, "callbacks": Each(str, dict)}  # in a file of which each may be missing
+RANK = Parts(STATES.needed | {"loader_rng": [Tensor], "start": (None, START)})
+LATER = {
+    "current": EPOCH,
+    "callbacks": Each(str, dict),
+    "key": COUNT,
+    "ranks": Where([RANK], "ranks", len),
+}  # in a file of which each may be missing
 
 
 def check(path: str | Path, state: dict[str, Any]) -> None:

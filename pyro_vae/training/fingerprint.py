@@ -67,7 +67,7 @@ class Fingerprint:
         warnings.warn(
             f"a checkpoint can't tell this program from another with the same parameters: {why}. When training goes "
             "on, pass the program that was trained.",
-            stacklevel=4,
+            stacklevel=6,
         )
         return cls(program, None, parameters, fixed)
 

@@ -1,6 +1,5 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments."""
 
-import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,31 +9,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import pyro
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.checks import Count, Seed
 from pyro_vae.compiled.step import CompiledStep
+from pyro_vae.distributed import group_of
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.bars import progress_bar
-from pyro_vae.engine.first_run import placed
-from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.parameters import store_as_it_is
-from pyro_vae.engine.program import Program
-from pyro_vae.errors import CallbackError, NotWrittenError, PyroVAEError, require_count
+from pyro_vae.errors import CallbackError, NotWrittenError
 from pyro_vae.files import one_writer
 from pyro_vae.signals import name_of, taken_for_ctrl_c
 from pyro_vae.training import checkpoint as checkpoints
-from pyro_vae.training import learning_rates, optimizers, resuming, schedule_values, surroundings, weighing
-from pyro_vae.training.calling import Callback, Callbacks
-from pyro_vae.training.data_support import DataSupport
-from pyro_vae.training.fingerprint import Fingerprint
-from pyro_vae.training.first_run import check_columns, first_run
-from pyro_vae.training.loop import Limits, Loop
+from pyro_vae.training import optimizers, resuming, surroundings
+from pyro_vae.training.calling import Callback
 from pyro_vae.training.moving import still_moving
-from pyro_vae.training.scales import Scales
+from pyro_vae.training.setup import Asked, prepared
 
 
 @takes_program
@@ -64,6 +56,7 @@ def fit(
     checkpoint_every: int | timedelta | None = None,
     seed: Seed | None = None,
     progress: bool = True,
+    distributed: bool | None = None,
 ) -> pd.DataFrame:
     r"""Maximise an objective over the parameters of a Pyro model and guide, by minibatches.
 
@@ -127,9 +120,17 @@ def fit(
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal, with the bound and the KL. At the end, a line says what
             was still moving: the bound, the KL or a learned scale.
+        distributed: whether several processes train together, see below. None: they do if there is a process group of
+            ``torch.distributed``, or if ``torchrun`` has started this program. False trains in this process alone.
 
     A parameter that the first minibatch does not use, such as a classifier of labelled rows, is trained from the first
     minibatch on that uses it. With `compile` it is refused.
+
+    **Several processes.** Under ``torchrun --nproc-per-node 4 train.py``, each process is a rank and makes the same
+    call. All start with rank 0's parameters. Each rank has a share of every minibatch, of `batch_size` data in all;
+    a ``DataLoader`` is each rank's own, with data of its own. A step follows the gradient of the mean over the data of
+    all ranks, also where shares differ in size. Samples have other noise on each rank. Rank 0 writes the checkpoint and
+    calls the callbacks. The history is the same on all ranks.
 
     While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable:
     `patience` and ``ReduceLROnPlateau`` start anew at each epoch.
@@ -161,6 +162,7 @@ def fit(
             to another optimiser; the checkpoint can't be read, or belongs to another program, other data or other
             settings; data are outside the support of the site that observes them; another thread runs a program
             meanwhile. With `compile`: the program can't be compiled.
+        OtherRankError: another rank has failed, or does not make this call.
         CallbackError: a callback has failed. Its ``history`` has the finished epochs, and the checkpoint the last step.
         FloatingPointError: the loss or a parameter is NaN or infinite; the checkpoint is that of the epoch before.
 
@@ -179,145 +181,68 @@ def fit(
     References:
         Kingma and Ba (2015), *Adam: A Method for Stochastic Optimization*, ICLR.
     """
-    making, called = optimizers.Making(optimizer, lr), Callbacks(callbacks)
-    optimizers.check_clip(clip_norm)
-    if (epochs is None) == (steps is None):
-        got = "none" if epochs is None else f"epochs={epochs} and steps={steps}"
-        raise PyroVAEError(f"expected one of epochs and steps, got {got}. Pass epochs=10, say.")
-    _check_every(checkpoint_every, checkpoint)
-    there = None if device is None else surroundings.device_of(device)
-    if not torch.is_grad_enabled():
-        raise PyroVAEError(
-            "training needs gradients: expected a call outside of torch.no_grad() and torch.inference_mode(), got one "
-            "inside. Call pv.fit before."
-        )
-    batches = Minibatches(data, batch_size, "data", model, guide)
-    held_out = None if validation is None else Minibatches(validation, batch_size, "validation", model, guide)
-    if held_out is not None and held_out.steps == 0:
-        held_out = None
-    if patience is not None:
-        require_count("patience", patience, "None never stops early.", why=", a number of epochs")
-        if held_out is None:
-            raise PyroVAEError(
-                "patience counts epochs without a higher validation bound: expected validation data with it, got none. "
-                "Pass validation=..., or drop patience."
-            )
-    if seed is not None and not (checkpoint and Path(checkpoint).exists()):
-        pyro.set_rng_seed(seed)
-
-    if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
-        raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")
-    of_data = weighing.check(weights, batches, objective)
-    put_back = store_as_it_is()
-    with surroundings.memory_of(objective, batches):
-        program = Program(model, guide, batches.example())
-        if there is not None:
-            program = surroundings.moved_to(there, program)
-        program, found = placed(program, lambda it: first_run(it, objective, batches))
-    parameters, model_sites, likelihoods, rows_of = found
-    unweighed = program, rows_of
-    if of_data is not None:
-        program, rows_of = weighing.weighed(program, rows_of, batches, of_data)
-        program.trace()  # refuses a program with sites outside of the plate
-    batches.device = program.device
-    own_device = program.device or next(iter(parameters.values())).device
-    context = surroundings.precision_on(own_device, precision)
-    if checkpoint_every is not None and not batches.begins_again:
-        raise PyroVAEError(
-            "checkpoint_every goes on in the middle of an epoch: expected a DataLoader that begins again with the same "
-            "minibatches, got a stream that does not. Drop checkpoint_every, or use a data set with a length."
-        )
-    if batches.ends_in_one_row:  # batch norm fails on it, after an epoch's work
-        program.on(batches.of_one(batches.example())).trace(training=True)
-    support = DataSupport(program, model_sites)
-    if held_out is not None:
-        held_out.device = program.device
-        check_columns(model, held_out)
-    made = making(parameters)
-    described = making.describe(made)  # before a scheduler adds to its settings
-    by_step = scheduler_every == "step"
-    scheduler = None
-    if lr_scheduler is not None:
-        scheduler = learning_rates.make(lr_scheduler, made, held_out is not None, by_step=by_step)
-    settings = {
-        "objective": _describe(objective),
-        "batch_size": batches.batch_size,
-        "lr": making.lr,
-        "optimizer": described,
-        "lr_scheduler": scheduler and learning_rates.describe(scheduler),
-        "scheduler_every": scheduler_every,
-        "clip_norm": None if clip_norm is None else float(clip_norm),
-        "accumulate": accumulate,
-        "precision": precision,
-        "seed": seed,
-        "N": batches.size,
-        "compile": compile,
-    }
-    if isinstance(getattr(objective, "step", None), int):
-        objective.step = 0
-    fingerprint = None
-    if checkpoint:
-        planned = _epochs(epochs, steps, accumulate, batches)
-        schedules = schedule_values.scheduled_values(objective, batches.steps, planned)
-        schedules |= {"lr": schedule_values.learning_rates(scheduler, (steps or planned) if by_step else planned)}
-        fingerprint = Fingerprint.of(program, parameters, batches, held_out, schedules)
-    loop = Loop(
-        program,
+    group = group_of(distributed, "pv.fit")
+    asked = Asked(
+        model,
+        guide,
+        data,
         objective,
-        batches,
-        held_out,
-        parameters,
-        making,
-        made,
-        scheduler,
-        Limits(math.inf if epochs is None else epochs, math.inf if steps is None else steps, patience),
-        checkpoint,
-        settings,
-        support,
-        rows_of,
-        Scales(program, objective, likelihoods, optimizers.lr_of(made)),
-        fingerprint,
-        called,
-        unweighed,
-        by_step,
+        epochs,
+        steps,
+        batch_size,
+        lr,
+        optimizer,
+        lr_scheduler,
+        scheduler_every,
         clip_norm,
         accumulate,
+        weights,
+        validation,
+        patience,
+        callbacks,
+        device,
+        precision,
+        compile,
+        checkpoint,
         checkpoint_every,
-        context,
+        seed,
     )
-    alone = one_writer(checkpoint, "training into") if checkpoint else nullcontext()
-    with taken_for_ctrl_c(then_obeyed=True) as received, alone:
-        if checkpoint and Path(checkpoint).exists():
+    put_back = store_as_it_is()
+    loop, going_on = prepared(asked, group)
+    ranks, batches, called = loop.ranks, loop.batches, loop.callbacks
+    alone = one_writer(checkpoint, "training into") if checkpoint and ranks.is_first else nullcontext()
+    with taken_for_ctrl_c(then_obeyed=True) as received, ranks.entering(alone):
+        if checkpoint and going_on:
             try:
                 resuming.resume(loop, checkpoint)
             except Exception:
                 put_back()
                 raise
         elif checkpoint:
-            checkpoints.check_readable("optimizer", made.state_dict())
-            if scheduler is not None:
-                checkpoints.check_readable("lr_scheduler", scheduler.state_dict())
+            checkpoints.check_readable("optimizer", loop.optimizer.state_dict())
+            if loop.scheduler is not None:
+                checkpoints.check_readable("lr_scheduler", loop.scheduler.state_dict())
 
         total = batches.steps and epochs * batches.steps if steps is None and epochs else steps and steps * accumulate
-        bar = progress_bar(progress, total=total, unit="step")
+        bar = progress_bar(progress and ranks.is_first, total=total, unit="step")
         bar.update(loop.minibatches)
-        loop.with_parts = bool(called) or not bar.disable
+        loop.with_parts = any(ranks.gather(bool(called) or not bar.disable))
         if compile:
-            on_compile = surroundings.teller(bar, batches)
             loop.compiled = CompiledStep(
-                program.model,
-                program.guide_or_prior,
+                loop.program.model,
+                loop.program.guide_or_prior,
                 objective,
-                made,
-                own=parameters,
-                rows=rows_of,
-                on_compile=on_compile,
+                loop.optimizer,
+                own=loop.parameters,
+                rows=loop.rows_of,
+                on_compile=surroundings.teller(bar, batches),
                 with_parts=loop.with_parts,
             )
         try:
-            called.start(loop)
+            ranks.attempt(called.start, loop)
             if checkpoint:
-                checkpoints.check_readable("callbacks", called.state())
+                ranks.attempt(checkpoints.check_readable, "callbacks", called.state())
+            ranks.settle()
             with surroundings.flushing_denormals(), surroundings.memory_of(objective, batches):
                 while not loop.ended:
                     bar.set_description(f"epoch {loop.epoch}" + (f"/{epochs}" if epochs else ""))
@@ -344,35 +269,3 @@ def fit(
         finally:
             bar.close()
     return loop.history()
-
-
-def _epochs(epochs: int | None, steps: int | None, accumulate: int, batches: Minibatches) -> int:
-    """How many epochs there will be at most; of a stream, as many as schedules are compared for."""
-    if epochs is not None:
-        return epochs
-    each = math.ceil(batches.steps / accumulate) if batches.steps else 0
-    return math.ceil((steps or 0) / each) if each else schedule_values.MOST_EPOCHS
-
-
-def _check_every(every: int | timedelta | None, checkpoint: Any) -> None:
-    if every is None:
-        return
-    if isinstance(every, timedelta):
-        if every <= timedelta(0):
-            raise PyroVAEError(f"expected checkpoint_every to be a positive time, got {every}. Pass minutes=10, say.")
-    else:
-        require_count("checkpoint_every", every, why=" of steps, or a datetime.timedelta")
-    if not checkpoint:
-        raise PyroVAEError("expected a checkpoint with checkpoint_every, got none. Pass checkpoint='run.pt', say.")
-
-
-def _describe(objective: Any) -> str:
-    """An objective's type and settings, by which a checkpoint recognises it; without Pyro's switches."""
-    left_out = (vars(pyro.infer.Trace_ELBO()).keys() - {"num_particles"}) | {"step", "name"}
-    settings = [
-        f"{name}={getattr(value, '__qualname__', None) or repr(value)}"
-        for name, value in sorted(vars(objective).items())
-        if name not in left_out and not name.startswith("_")
-        if isinstance(value, bool | int | float | str | tuple) or callable(value)
-    ]
-    return f"{type(objective).__name__}({', '.join(settings)})"

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,9 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae.compiled.step import CompiledStep
 from pyro_vae.devices import wide
-from pyro_vae.engine import rng
 from pyro_vae.engine.minibatches import Batch, Minibatches
-from pyro_vae.engine.modules import buffers, eval_mode
+from pyro_vae.engine.modules import buffers
 from pyro_vae.engine.parameters import NewParameters, require_kept, require_same
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.row_parameters import check_row_parameters, trial
@@ -32,8 +30,10 @@ from pyro_vae.training.accumulation import Accumulated
 from pyro_vae.training.calling import Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
+from pyro_vae.training.ranks import Ranks
 from pyro_vae.training.resuming import Epoch
 from pyro_vae.training.scales import Scales
+from pyro_vae.training.validation import validate
 
 
 @dataclass
@@ -66,6 +66,8 @@ class Loop:
     fingerprint: Fingerprint | None  # what identifies the training, with a checkpoint
     callbacks: Callbacks
     unweighed: tuple[Program, Rows]  # the program for validation, which has no weights, and what counts its data
+    ranks: Ranks  # the other processes of the training
+    key: int  # by which each epoch has its order of the data
     scheduled_by_step: bool = False
     clip_norm: float | None = None
     accumulate: int = 1
@@ -83,7 +85,9 @@ class Loop:
     partial: dict[str, float] | None = None  # the row of an epoch in which the training has ended
     finished: bool = False
     still: set[int] = field(default_factory=set)  # the identities of parameters that a callback keeps as they are
-    stopped: str | None = None  # why a callback has ended the training
+    scheduled: dict[str, float] = field(default_factory=dict)  # the objective's settings in the last minibatch
+    asked: str | None = None  # why a callback of this process wants the training to end
+    stopped: str | None = None  # why it has ended
 
     def __post_init__(self) -> None:
         self.modules = self.program.modules()
@@ -116,34 +120,27 @@ class Loop:
 
     def train_epoch(self, bar: Any) -> None:
         """One pass over the data, or what is left of it, its row in the history, and a checkpoint."""
-        epoch = self.current = self.current or Epoch(self._generators())
-        started, sums, batch = time.perf_counter() - epoch.seconds, Accumulated(), None
-        for batch in self._minibatches(epoch):
+        epoch = self.current = self.current or Epoch(resuming.generators(self))
+        started, batch, inside = time.perf_counter() - epoch.seconds, None, False
+        sums = Accumulated(self.accumulate == 1 and self.ranks.group is None, self.ranks.buffers)
+        for batch in resuming.minibatches(self, epoch):
             self.step, self.between_steps = epoch.minibatches + 1, False
-            settings = self._scheduled()
-            epoch.see(settings)
-            loss, data, parts = self._loss(batch)
-            if parts is not None:
-                parts = wide(parts) * data.share
-                epoch.parts = parts if epoch.parts is None else epoch.parts + parts
-            if self.callbacks:
-                self.callbacks.see(loss * data.share, parts, data.own, settings)
-            if self.accumulate > 1:
-                sums.add(dict.fromkeys(self.parameters.values()), data.own)  # a shared one once
-            epoch.minibatches, epoch.count = self.step, epoch.count + data.own
-            epoch.total = epoch.total + loss * data.share
+            self.scheduled = self._scheduled()
+            epoch.see(self.scheduled)
+            self._take_in(batch, sums)
+            epoch.minibatches, sums.number = self.step, sums.number + 1
             if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
                 bar.set_postfix(self._shown(epoch), refresh=False)
             bar.update()
-            if self.accumulate == 1 or sums.number == self.accumulate:
-                self._step(sums, batch)
-                epoch.seconds = time.perf_counter() - started
-                self._save_inside()
-                if self.ended and epoch.minibatches != self.batches.steps:
+            if sums.number == self.accumulate:
+                going_on = self._step(epoch, sums, batch, started)
+                inside = self.ended and epoch.minibatches != self.batches.steps
+                if inside or not going_on:
                     break
-        else:
-            if sums.number and batch is not None:
-                self._step(sums, batch)  # the last minibatches of the epoch, fewer than `accumulate`
+        if sums.number:  # the last minibatches of the epoch, fewer than `accumulate`
+            self._step(epoch, sums, batch, started)
+            inside = self.stopped is not None and epoch.minibatches != self.batches.steps
+        if not inside:
             self.unchecked = None
             epoch.seconds = time.perf_counter() - started
             self._finish(epoch)
@@ -153,45 +150,49 @@ class Loop:
         parts = epoch.mean_parts
         return {"bound": f"{epoch.bound:.2f}"} | ({} if parts is None else {"KL": f"{parts[1]:.2f}"})
 
-    def _minibatches(self, epoch: Epoch) -> Iterator[Batch]:
-        """The minibatches of an epoch that were not taken yet."""
-        taken = epoch.minibatches
-        now = self._generators() if taken else None
-        if now is not None:
-            self._set_generators(epoch.start)
-        for i, batch in enumerate(self.batches.shuffled(taken), 1):
-            if i == taken and now is not None:
-                self._set_generators(now)  # as the steps since then have left them
-            if i == 1 and batch is not None and self.fingerprint is not None:
-                self.fingerprint.see_first(batch)
-            if batch is not None:
-                yield batch
-
-    def _loss(self, batch: Batch) -> tuple[Any, Count, Tensor | None]:
-        """The loss of a minibatch, the number of its data, and its parts; each parameter's ``grad`` is the mean's."""
-        data = self.rows_of.of(batch)
-        if self.unchecked is not None:
-            self.unchecked.check(batch)
+    def _take_in(self, batch: Batch | None, sums: Accumulated) -> None:
+        """Add the loss of a minibatch and its gradients to those of the step; None is one without a row here."""
+        data = None if batch is None else self.ranks.attempt(self._counted, batch)
         # The first step validates the program's distributions, before any work; its own checks stay on.
         first = not self.rows and self.step == 1
         with nullcontext() if self.compiled else pyro.distributions.validation_enabled(first):
             with self.precision:
-                self.scales.before_step(self.steps, batch, data.own / self.rows_of.number, self._moves)
-                if self.compiled is None:
-                    loss, parts = self._uncompiled(batch)
-                else:
-                    loss = self.compiled.compute(*batch)
-                    parts = self.compiled.parts
-            if self.compiled is None:
-                (loss / data.whole).backward()  # outside of autocast, which would round it
+                self.scales.before_step(self.steps, batch if data else None, data, self._moves, self.ranks)
+            if batch is not None and data is not None:
+                self.ranks.attempt(self._add_loss, batch, data, sums)
+            elif isinstance(getattr(self.objective, "step", None), int):
+                self.objective.step += 1  # as on the other ranks
         if first:
             require_kept(self.parameters)
-        if loss.is_cuda:  # to read a GPU's value would wait for it at each step
-            return wide(loss.detach()), data, parts
-        value = loss.item()
-        if not math.isfinite(value):
+
+    def _counted(self, batch: Batch) -> Count:
+        """The number of a minibatch's data, which are checked."""
+        data = self.rows_of.of(batch)
+        if self.unchecked is not None:
+            self.unchecked.check(batch)
+        return data
+
+    def _add_loss(self, batch: Batch, data: Count, sums: Accumulated) -> None:
+        """Compute the loss; each parameter's ``grad`` becomes that of its mean over data."""
+        with self.precision:
+            if self.compiled is None:
+                loss, parts = self._uncompiled(batch)
+            else:
+                loss = self.compiled.compute(*batch)
+                parts = self.compiled.parts
+        if self.compiled is None:
+            (loss / data.whole).backward()  # outside of autocast, which would round it
+        # To read a GPU's value would wait for it at each step.
+        value = wide(loss.detach()) if loss.is_cuda else loss.item()
+        if self.ranks.group is None:
+            self._require_finite(value)
+        late = (each for found, _ in self.ranks.new for each in found.values())
+        parameters = dict.fromkeys([*self.parameters.values(), *late])  # a shared one once
+        sums.add(parameters, value, data, None if parts is None else wide(parts))
+
+    def _require_finite(self, value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
             raise self._not_finite(f"the loss is {value:g}")
-        return value, data, parts
 
     def _moves(self, likelihood: torch.nn.Module) -> bool:
         """Whether the likelihood's own parameters, such as its scale, are in training now."""
@@ -205,15 +206,27 @@ class Loop:
         with NewParameters(self.parameters) as new, reading as found:
             loss = self.objective.differentiable_loss(self.program.model, self.program.guide, *batch)
             parts = None if found is None else found.sums()
-        if new.found:
-            self._add(new.found, batch)
+        if new.found and self.ranks.group is None:
+            self.add(new.found, batch)
+        elif new.found:
+            self.ranks.new.append((dict(new.found), batch))  # which the other ranks don't know yet
         return loss, parts
 
-    def _step(self, sums: Accumulated, batch: Batch) -> None:
-        """Step the optimiser by the gradients, and tell the callbacks."""
-        if self.accumulate > 1:
-            sums.put(dict.fromkeys(self.parameters.values()))
-        record = self.callbacks.before_step(self, batch)
+    def _step(self, epoch: Epoch, sums: Accumulated, batch: Batch | None, started: float) -> bool:
+        """Step the optimiser by the gradients, and tell the callbacks; False if the epoch ends without this step."""
+        self.ranks.provide(self.parameters)
+        agreed = self.ranks.sum(sums, stop=self.asked is not None, save=self._is_due())
+        if agreed.stop or not agreed.any_minibatch:
+            epoch.minibatches -= sums.number
+            self._agree_to_stop()
+            return False
+        if agreed.new:
+            self.ranks.find_new(self, sums)
+        self._require_finite(sums.total)
+        epoch.add(sums)
+        sums.put(dict.fromkeys(self.parameters.values()))
+        record = self.ranks.attempt(self.callbacks.before_step, self, batch, sums)
+        sums.clear()
         if self.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(optimizers.parameters_of(self.optimizer), self.clip_norm)
             if record is not None:
@@ -223,10 +236,26 @@ class Loop:
         if self.scheduler is not None and self.scheduled_by_step:
             self.scheduler.step()
         if record is not None:
-            self.callbacks.after_step(record)
+            self.ranks.attempt(self.callbacks.after_step, record)
+        epoch.seconds = time.perf_counter() - started
+        if agreed.save and epoch.minibatches != self.batches.steps:  # the end of the epoch writes one too
+            self.save()
+        return True
+
+    def ask_to_stop(self, reason: str) -> None:
+        """End the training after this step, or this epoch; with other ranks, as soon as they know of it."""
+        if self.ranks.group is None:
+            self.stopped = reason
+        else:
+            self.asked = reason
+
+    def _agree_to_stop(self) -> None:
+        self.stopped = self.stopped or self.ranks.any_of(self.asked)
 
     def _finish(self, epoch: Epoch) -> None:
         """End an epoch that had its last minibatch."""
+        self.ranks.settle()
+        self.ranks.hold_together(self.parameters, self.epoch)
         if not epoch.minibatches:
             raise PyroVAEError(
                 f"expected minibatches in epoch {self.epoch}, got none: the DataLoader can be read only once. Give it "
@@ -240,7 +269,7 @@ class Loop:
         self.rows.append(row)
         self.current = None
         try:
-            self.callbacks.end_epoch(self, row, epoch)
+            self.ranks.attempt(self.callbacks.end_epoch, self, row, epoch)
         finally:
             if self.checkpoint:
                 try:
@@ -248,6 +277,8 @@ class Loop:
                 except KeyboardInterrupt:
                     self.rows.pop()  # the history never runs ahead of the checkpoint
                     raise
+        self.ranks.settle()
+        self._agree_to_stop()
 
     def finish(self) -> None:
         """End the training, which may be inside of an epoch: its row is of what was trained."""
@@ -259,7 +290,8 @@ class Loop:
         self.finished = True
         self.restore_best()
         self.scales.at_end()
-        self.callbacks.end(self)
+        self.ranks.attempt(self.callbacks.end, self)
+        self.ranks.settle()
 
     def _row(self, epoch: Epoch) -> dict[str, float]:
         """The row of the history of an epoch."""
@@ -293,7 +325,7 @@ class Loop:
         """The names of the history's columns."""
         return ["train_bound", "validation_bound", "seconds", *(["lr"] if self.scheduler else [])]
 
-    def _add(self, found: dict[str, Tensor], batch: Batch) -> None:
+    def add(self, found: dict[str, Tensor], batch: Batch) -> None:
         """Train parameters that no earlier minibatch has used, from this step on."""
         require_same(self.parameters, found)
         program = self.program.on(batch)
@@ -312,30 +344,10 @@ class Loop:
         self.parameters.update(parameters)
         self.making.regroup(self.optimizer, parameters)
 
-    def validate(self, held_out: Minibatches) -> float:
-        """The mean bound of held-out data, with the same noise each time; training does not notice."""
-        total, count, (program, rows_of) = 0.0, 0.0, self.unweighed
-        own = held_out.generator_states()
-        with (
-            torch.no_grad(),
-            rng.preserved(seed=0),
-            eval_mode(self.modules),
-            self.precision,
-            pyro.distributions.validation_enabled(not self.rows),  # the data are the same in each epoch
-        ):
-            for batch in held_out.in_order():
-                if self.unchecked_held_out is not None and held_out is self.held_out:
-                    self.unchecked_held_out.check(batch)
-                loss = self.objective.loss(program.model, program.guide, *batch)
-                data = rows_of.of(batch)
-                total, count = total + loss * data.share, count + data.own
-        held_out.set_generator_states(own)
-        return -total / count
-
     def _validate(self) -> float:
         if self.held_out is None:
             return math.nan
-        bound = self.validate(self.held_out)
+        bound = validate(self, self.held_out)
         self.unchecked_held_out = None
         return bound
 
@@ -355,35 +367,33 @@ class Loop:
         if self.best is not None:
             checkpoints.restore("of the best epoch", self.best, self.parameters, buffers(self.modules))
 
-    def _generators(self) -> dict[str, Any]:
-        return {"rng": rng.get_state(), "loader_rng": self.batches.generator_states()}
-
-    def _set_generators(self, states: dict[str, Any]) -> None:
-        rng.set_state(states["rng"])
-        self.batches.set_generator_states(states["loader_rng"])
-
-    def _save_inside(self) -> None:
-        """Write a checkpoint inside of an epoch, if it is time."""
+    def _is_due(self) -> bool:
+        """Whether it is time for a checkpoint inside of an epoch, after the coming step."""
         every = self.checkpoint_every
-        if every is None or self.checkpoint is None:
-            return
-        seconds = time.monotonic() - self.saved_at
-        if seconds >= every.total_seconds() if isinstance(every, timedelta) else self.steps % every == 0:
-            self.save()
+        if every is None or not self.ranks.is_first:
+            return False
+        if isinstance(every, timedelta):
+            return time.monotonic() - self.saved_at >= every.total_seconds()
+        return (self.steps + 1) % every == 0
 
     def keep_last_step(self) -> None:
         """Write a checkpoint of the last step inside of an epoch, if training can go on from it."""
         inside = self.current is not None and self.between_steps and not self.finished
-        if self.checkpoint and inside and self.batches.begins_again:
+        # Other ranks may have taken another step, so that they can't write one together.
+        if self.checkpoint and inside and self.batches.begins_again and self.ranks.group is None:
             self.save()
 
     def save(self, path: str | Path | None = None) -> None:
         """Write a checkpoint, by default the training's own; another has no best epoch."""
-        state = resuming.state_of(self)
-        checkpoints.save(path or self.checkpoint or "", state if path is None else state | {"best": None})
-        if path is None:
-            inside = "" if self.current is None else f"step {self.steps}, in epoch "
-            self.saved_at, self.saved = time.monotonic(), f"{inside or 'epoch '}{len(self.rows) + bool(inside)}"
+        if path is not None:
+            checkpoints.save(path, resuming.state_of(self) | {"best": None})
+            return
+        others = self.ranks.gather(resuming.generators_now(self))
+        with self.ranks.together():
+            if self.ranks.is_first:
+                checkpoints.save(self.checkpoint or "", resuming.state_of(self, others))
+        inside = "" if self.current is None else f"step {self.steps}, in epoch "
+        self.saved_at, self.saved = time.monotonic(), f"{inside or 'epoch '}{len(self.rows) + bool(inside)}"
 
     def _not_finite(self, what: str) -> NotFiniteError:
         before, lr = self.epoch - 1, optimizers.lr_of(self.optimizer)

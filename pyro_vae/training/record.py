@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.training import optimizers
+from pyro_vae.training.validation import validate
 
 if TYPE_CHECKING:
     from pyro_vae.training.loop import Loop
@@ -94,7 +95,7 @@ class Record:
 
     def validate(self, data: Data, batch_size: int | None = None) -> float:
         """The mean bound of these data, without gradients, in evaluation mode, with the same noise each time."""
-        return self._loop.validate(self.held_out(data, batch_size))
+        return validate(self._loop, self.held_out(data, batch_size))
 
     def held_out(self, data: Data, batch_size: int | None = None) -> Minibatches:
         """These data in minibatches, checked."""
@@ -119,4 +120,4 @@ class Record:
 
     def stop(self, reason: str = "a callback ended it") -> None:
         """End the training after this step, or this epoch."""
-        self._loop.stopped = reason
+        self._loop.ask_to_stop(reason)

@@ -2,20 +2,24 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.distributed import mixed
 from pyro_vae.engine import rng
+from pyro_vae.engine.minibatches import Batch
 from pyro_vae.engine.modules import buffers
 from pyro_vae.engine.ownership import parameters_of
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import contents, learning_rates, optimizers
+from pyro_vae.training.accumulation import Accumulated
 from pyro_vae.training.fingerprint import PASS_THE_SAME
 
 if TYPE_CHECKING:
@@ -53,6 +57,12 @@ class Epoch:
         elif settings != self.settings[0]:
             self.settings[1:] = [settings]
 
+    def add(self, sums: Accumulated) -> None:
+        """Add what the minibatches of a step have given."""
+        self.count, self.total = self.count + sums.count, self.total + sums.total
+        if sums.parts is not None:
+            self.parts = sums.parts if self.parts is None else self.parts + sums.parts
+
     @property
     def bound(self) -> float:
         """The mean bound so far; NaN while all data weigh nothing."""
@@ -64,8 +74,49 @@ class Epoch:
         return None if self.parts is None else self.parts / (self.count or math.nan)
 
 
-def state_of(loop: "Loop") -> dict[str, Any]:
-    """The contents of a checkpoint."""
+def generators(loop: "Loop") -> dict[str, Any]:
+    """The states of this process's random number generators."""
+    return {"rng": rng.get_state(), "loader_rng": loop.batches.generator_states()}
+
+
+def set_generators(loop: "Loop", states: dict[str, Any]) -> None:
+    """Restore the states of :func:`generators`."""
+    rng.set_state(states["rng"])
+    loop.batches.set_generator_states(states["loader_rng"])
+
+
+def generators_now(loop: "Loop") -> dict[str, Any]:
+    """What a checkpoint keeps of each rank: its generators now, and before the epoch in progress."""
+    return generators(loop) | {"start": loop.current and loop.current.start}
+
+
+def minibatches(loop: "Loop", epoch: Epoch) -> Iterator[Batch | None]:
+    """The minibatches of an epoch that were not taken yet; None where other ranks have one, and this one has none."""
+    taken, batches = epoch.minibatches, loop.batches
+    now = generators(loop) if taken else None
+    if now is not None:
+        set_generators(loop, epoch.start)
+
+    def own() -> Iterator[Batch | None]:
+        nonlocal now
+        for i, batch in enumerate(batches.shuffled(loop.key, loop.epoch, taken), 1):
+            if i == taken and now is not None:
+                set_generators(loop, now)  # as the steps since then have left them
+                now = None
+            if i == 1 and batch is not None and loop.fingerprint is not None:
+                loop.fingerprint.see_first(batch)
+            if i > taken:
+                yield batch
+        if now is not None:  # this rank's had ended before
+            set_generators(loop, now)
+
+    if loop.ranks.group is None:
+        return own()
+    return loop.ranks.reading(own(), None if batches.steps is None else batches.steps - taken)
+
+
+def state_of(loop: "Loop", ranks: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """The contents of a checkpoint; `ranks` are the generators of several processes."""
     state = {
         "settings": loop.settings,
         "history": loop.rows,
@@ -74,13 +125,14 @@ def state_of(loop: "Loop") -> dict[str, Any]:
         "best": loop.best,
         "optimizer": loop.optimizer.state_dict(),
         "scheduler": loop.scheduler and loop.scheduler.state_dict(),
-        "rng": rng.get_state(),
         "steps": loop.steps,
-        "loader_rng": loop.batches.generator_states(),
+        "key": loop.key,
         "step": loop.objective.step if isinstance(getattr(loop.objective, "step", None), int) else None,
         "fingerprint": loop.fingerprint and loop.fingerprint.state(),
         "callbacks": loop.callbacks.state(),
-    }
+    } | generators(loop)
+    if ranks and len(ranks) > 1:
+        state["ranks"] = ranks
     if loop.current is not None:
         parts = None if loop.current.parts is None else loop.current.parts.tolist()
         state["current"] = vars(loop.current) | {"total": float(loop.current.total), "parts": parts}
@@ -88,8 +140,13 @@ def state_of(loop: "Loop") -> dict[str, Any]:
 
 
 def resume(loop: "Loop", path: str | Path) -> None:
-    """Restore the loop's state from the checkpoint."""
-    state = checkpoints.load(path)
+    """Restore the loop's state from the checkpoint, which rank 0 reads."""
+    state = loop.ranks.first_does(lambda: checkpoints.load(path))
+    with loop.ranks.together():
+        _resume(loop, path, state)
+
+
+def _resume(loop: "Loop", path: str | Path, state: dict[str, Any]) -> None:
     saved = EARLIER | state["settings"]
     for name in saved:
         if name not in loop.settings:
@@ -122,8 +179,6 @@ def resume(loop: "Loop", path: str | Path) -> None:
     optimizers.restore(loop.optimizer, state["optimizer"])
     if loop.scheduler is not None:
         loop.scheduler.load_state_dict(state["scheduler"])
-    loop.batches.set_generator_states(state["loader_rng"])
-    rng.set_state(state["rng"])
     if state["step"] is not None:
         loop.objective.step = state["step"]
     loop.rows, loop.best, loop.steps = list(state["history"]), best, steps
@@ -131,18 +186,47 @@ def resume(loop: "Loop", path: str | Path) -> None:
     if current is not None:
         parts = None if current["parts"] is None else torch.tensor(current["parts"], dtype=torch.float64)
         loop.current = Epoch(**(current | {"parts": parts}))
+    loop.key = state.get("key", loop.key)  # earlier versions took each order from the generators
+    _restore_generators(loop, path, state)
     loop.saved = f"epoch {len(loop.rows)}" if loop.rows else ""
     loop.callbacks.load(path, state.get("callbacks", {}))
+
+
+def _restore_generators(loop: "Loop", path: str | Path, state: dict[str, Any]) -> None:
+    """Restore this rank's generators; among another number of ranks, begin with new noise."""
+    group, saved = loop.ranks.group, state.get("ranks", [state])
+    now = 1 if group is None else group.size
+    if len(saved) == now:
+        own = saved[loop.ranks.rank]
+        set_generators(loop, own)
+        if loop.current is not None and own.get("start") is not None:
+            loop.current.start = own["start"]
+        return
+    if loop.ranks.is_first:
+        warnings.warn(
+            f"the checkpoint {path} was written by {len(saved)} process{'es' * (len(saved) > 1)}, and {now} go on with "
+            "it: the noise of samples is new, so that the training does not end where an unbroken one would.",
+            stacklevel=6,
+        )
+    pyro.set_rng_seed(mixed(loop.key, loop.steps, loop.ranks.rank))
+    if loop.current is not None:
+        loop.current.start = generators(loop)
+        if loop.batches.loader is not None and loop.current.minibatches:  # the ranks' minibatches are others
+            loop.current = None
 
 
 def _restore_recognised(loop: "Loop", path: str | Path, state: dict[str, Any]) -> None:
     """Restore parameters and buffers; those of another program keep the values that they have."""
     saved, own_buffers = state.get("fingerprint"), buffers(loop.modules)
+    if not loop.ranks.is_first:  # rank 0 compares, and tells what it refuses
+        _find(loop, state["parameters"])
+        checkpoints.restore(path, state, loop.parameters, own_buffers)
+        return
     if saved is None or loop.fingerprint is None:
         warnings.warn(
             f"the checkpoint {path} was written by an earlier version, or by a callback without a checkpoint: whether "
             "program, data and schedules are those that were trained is not known. Pass the same.",
-            stacklevel=5,
+            stacklevel=6,
         )
         _check_parts(loop, path, state)
         checkpoints.restore(path, state, loop.parameters, own_buffers)

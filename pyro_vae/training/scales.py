@@ -15,10 +15,12 @@ from pyro_vae.engine.minibatches import Batch
 from pyro_vae.engine.modules import PyroFunction, likelihood_calls
 from pyro_vae.engine.particles import Particles
 from pyro_vae.engine.program import Program
+from pyro_vae.engine.rows import Count
 from pyro_vae.engine.sites import Sites, element_weights, unwrapped
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.objectives import ELBO, Objective, gradients
+from pyro_vae.training.ranks import Ranks
 
 EVERY_STEP = 16  # after so many steps, at each 8th part of an octave of them
 RATE = 0.5  # after the first step: a mean over a few minibatches, of which the last ones count most
@@ -55,28 +57,51 @@ class Fitted:
 class Scales:
     """The likelihoods of a program with a learned scale, or a floor under it, as `fit` treats them."""
 
-    def __init__(self, program: Program, objective: Any, fitted: list[Fitted], lr: float) -> None:
-        self.program, self.objective = program, objective
+    def __init__(self, program: Program, objective: Any, fitted: list[Fitted], lr: float, whole: int) -> None:
+        self.program, self.objective, self.whole = program, objective, whole
+        self.known = [each.likelihood for each in fitted]  # in one order on all ranks
         self.learned = any(each.likelihood.has_learned_scale for each in fitted)
         self.floors = any(each.likelihood.floor for each in fitted)
         self.last = 1 / lr  # from this step on, gradients move a scale as fast as residuals change
-        self.announced = announce(fitted, of_data=True)
+        self.announced = announce(fitted, of_data=True, stacklevel=7)
 
     def see(self, program: Program) -> None:
         """Treat the likelihoods of a run that takes another path than the first one, too."""
         fitted = residuals(program)
+        self.known += [each.likelihood for each in fitted if each.likelihood not in self.known]
         self.learned = self.learned or any(each.likelihood.has_learned_scale for each in fitted)
         self.floors = self.floors or any(each.likelihood.floor for each in fitted)
 
-    def before_step(self, number: int, batch: Batch, share: float, moves: Callable[[Any], bool]) -> None:
-        """Move the scales before the step of that number, from 0, if it is time.
+    def before_step(
+        self, number: int, batch: Batch | None, data: Count | None, moves: Callable[[Any], bool], ranks: Ranks
+    ) -> None:
+        """Move the scales before the step of that number, from 0, if it is time, by the residuals of all ranks.
 
-        `share` is the minibatch's size as part of a whole one; `moves` says whether a likelihood is in training.
+        `moves` says whether a likelihood is in training.
         """
-        if self.learned and number <= self.last and is_due(number):
-            for each in residuals(self.program.on(batch), self.objective):
-                if moves(each.likelihood):
-                    each.move(1.0 if number == 0 else RATE * min(1.0, share))
+        if not (self.learned and number <= self.last and is_due(number)):
+            return
+        own = None if batch is None else ranks.attempt(residuals, self.program.on(batch), self.objective)
+        fitted, count = self._of_all(own or [], 0.0 if data is None else data.own, ranks)
+        for each in fitted:
+            if moves(each.likelihood):
+                ranks.attempt(each.move, 1.0 if number == 0 else RATE * min(1.0, count / self.whole))
+
+    def _of_all(self, own: list[Fitted], count: float, ranks: Ranks) -> tuple[list[Fitted], float]:
+        """The likelihoods with the rows of all ranks, and the number of these."""
+        if ranks.group is None:
+            return own, count
+        sent = [(self.known.index(each.likelihood), (each.mean, each.x, each.weights)) for each in own]
+        found, rows = ranks.gather((count, sent)), dict[int, list[Any]]()
+        for _, fits in found:
+            for place, columns in fits:
+                rows.setdefault(place, []).append(columns)
+        device = self.program.device or "cpu"
+        joined_rows = [
+            Fitted(self.known[place], *(torch.cat(column).to(device) for column in zip(*parts, strict=True)))
+            for place, parts in sorted(rows.items())
+        ]
+        return joined_rows, sum(each for each, _ in found)
 
     def values(self) -> dict[str, float]:
         """The learned scales, by name; of several in one likelihood, their mean."""
@@ -89,7 +114,7 @@ class Scales:
     def at_end(self) -> None:
         """Warn of a floor above the residuals of the first minibatch, unless there was a warning at the start."""
         if self.floors and not self.announced:
-            announce(residuals(self.program))
+            announce(residuals(self.program), stacklevel=6)
 
 
 def is_due(number: int) -> bool:
@@ -170,7 +195,7 @@ def _same_location(first: Any, second: Any) -> bool:
     return both and mine.data_ptr() == its.data_ptr()  # type: ignore[union-attr]
 
 
-def announce(fitted: list[Fitted], *, of_data: bool = False) -> bool:
+def announce(fitted: list[Fitted], *, of_data: bool = False, stacklevel: int = 4) -> bool:
     """Warn of floors above the residuals, or above the deviations of the data. Return whether it did."""
     told = False
     for each in fitted:
@@ -183,7 +208,7 @@ def announce(fitted: list[Fitted], *, of_data: bool = False) -> bool:
                 f"and {what} at {number} of {whole} elements that vary (the least is {least:.2g}), so the "
                 "bound is lower than it could be. Divide x by its standard deviation, or pass "
                 f"min_scale={least / 10:.1g}.",
-                stacklevel=5,
+                stacklevel=stacklevel,
             )
     return told
 

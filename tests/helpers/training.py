@@ -4,8 +4,15 @@ import pyro
 import torch
 
 import pyro_vae as pv
+from pyro_vae.distributed import mixed
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+
+
+def shuffled(number, seed, epoch, batch_size):
+    """The minibatches of an epoch of `fit` with a seed: their order does not depend on the generators' states."""
+    generator = torch.Generator().manual_seed(mixed(seed, epoch))
+    return torch.randperm(number, generator=generator).split(batch_size)
 
 
 def small_vae(seed=0):

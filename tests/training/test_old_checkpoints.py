@@ -28,20 +28,19 @@ def test_parameters_of_version_0_1_0_load():
 
 
 def test_a_training_of_version_0_1_0_goes_on(tmp_path):
-    """It ends with the parameters of an unbroken training, up to the rounding of another processor."""
+    """It goes on from the file's parameters and noise; the order of the data is that of later versions."""
     path = shutil.copy(OLD, tmp_path / "checkpoint.pt")
     options = {"epochs": 4, "batch_size": 8, "seed": 0, "validation": X[:4], "patience": 5, "progress": False}
-    pyro.set_rng_seed(0)
-    unbroken = program()
-    whole = pv.fit(unbroken, X, pv.IWAE(3, "dreg"), **options)
-    pyro.clear_param_store()
+    saved = torch.load(path, weights_only=True)
     resumed = program()
     with pytest.warns(UserWarning, match="written by an earlier version"):
         history = pv.fit(resumed, X, pv.IWAE(3, "dreg"), checkpoint=path, **options)
     assert len(history) == 4
-    torch.testing.assert_close(*(torch.tensor(h.train_bound.to_numpy()) for h in (history, whole)), rtol=1e-4, atol=0)
-    for own, other in zip(resumed.parameters(), unbroken.parameters(), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
+    assert history.train_bound.tolist()[:2] == [row["train_bound"] for row in saved["history"]]
+    # Each of the four steps of Adam since then moves a parameter by at most about lr.
+    before = sorted(saved["parameters"].items())
+    for (name, old), (_, own) in zip(before, sorted(resumed.named_parameters()), strict=True):
+        assert 0 < (own - old).abs().max() < 8 * 1e-3, name
 
 
 def test_a_flipped_byte_of_a_tensor_is_refused(tmp_path):

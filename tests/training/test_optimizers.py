@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.training import X, same, small_vae
+from helpers.training import X, same, shuffled, small_vae
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,8 +29,8 @@ def by_hand(vae, make, *, epochs=10**9, steps=10**9, batch_size=16, clip_norm=No
     parameters = list(dict(sorted(vae.named_parameters())).values())  # a norm is summed up in their order
     optimizer, objective, taken = make(parameters), pv.ELBO(), 0
     scheduler = schedule(optimizer) if schedule else None
-    for _ in range(epochs):
-        for rows in torch.randperm(len(X)).split(batch_size):
+    for epoch in range(epochs):
+        for rows in shuffled(len(X), 3, epoch + 1, batch_size):
             optimizer.zero_grad()
             (objective.differentiable_loss(vae.model, vae.guide, X[rows]) / len(rows)).backward()
             if clip_norm is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from helpers.training import shuffled
 from torch.optim import lr_scheduler as schedulers
 
 import pyro_vae as pv
@@ -54,8 +55,8 @@ def train_by_hand(vae, objective, epochs, end_epoch=lambda optimizer: None):
     pyro.set_rng_seed(3)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True)
     scheduler, step = end_epoch(optimizer), 0
-    for _ in range(epochs):
-        for index in torch.randperm(50).split(16):
+    for epoch in range(epochs):
+        for index in shuffled(50, 3, epoch + 1, 16):
             optimizer.zero_grad()
             (objective(step).differentiable_loss(vae.model, vae.guide, X[index]) / len(index)).backward()
             optimizer.step()
