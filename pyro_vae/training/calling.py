@@ -22,8 +22,10 @@ class Callback:
     """What `fit` calls while it trains: a subclass defines the methods that it needs.
 
     Random numbers that a callback draws leave those of the training as they are. An exception in a callback ends the
-    training with a :class:`CallbackError`. The parameters are those of the last step. After a step or an epoch, the
-    checkpoint, if there is one, is written before.
+    training with a :class:`CallbackError`, after the same method of all other callbacks: so the states that the
+    checkpoint keeps are all of one step. The first exception is raised, and later ones are its notes. In
+    :meth:`on_start` and :meth:`before_step`, it ends the training at once. The parameters are those of the last step.
+    After a step or an epoch, the checkpoint, if there is one, is written before.
 
     Attributes:
         every: :meth:`on_step` is called after each so many steps.
@@ -68,6 +70,7 @@ class Callback:
 
 
 HOOKS = ("on_start", "before_step", "on_step", "on_epoch", "on_end")
+AT_ONCE = ("on_start", "before_step")  # an error ends these at once, since what they come before does not happen
 
 
 class Callbacks:
@@ -154,17 +157,37 @@ class Callbacks:
             self._call("on_end", Record(loop, epoch=len(loop.history())))
 
     def _call(self, name: str, record: Record, due: Callable[[Callback], bool] = lambda _: True) -> None:
+        """Call a hook of all callbacks that it is due for, then raise the first error, if there is one.
+
+        A hook that comes after something is called also where one before it in the list has failed: the checkpoint that
+        is written then has the states of all callbacks, which must be of one step.
+        """
+        errors: list[CallbackError] = []
+        interrupt: KeyboardInterrupt | None = None
         for callback in self.all:
             if not due(callback) or getattr(type(callback), name) is getattr(Callback, name):
                 continue
             try:
                 with rng.preserved() if callback.draws else nullcontext():
                     getattr(callback, name)(record)
+            except KeyboardInterrupt as error:
+                interrupt = error
             except Exception as error:
-                raise CallbackError(
-                    f"callback {type(callback).__name__} failed in {name}, in epoch {record.epoch}, step "
-                    f"{record.step}: {type(error).__name__}: {error}"
-                ) from error
+                errors.append(
+                    CallbackError(
+                        f"callback {type(callback).__name__} failed in {name}, in epoch {record.epoch}, step "
+                        f"{record.step}: {type(error).__name__}: {error}"
+                    )
+                )
+                errors[-1].__cause__ = error
+            if (errors or interrupt) and name in AT_ONCE:
+                break
+        for another in errors[1:]:
+            errors[0].add_note(f"After it, {another}")
+        if errors:
+            raise errors[0]  # it ends the training too, so an interrupt beside it is no loss
+        if interrupt is not None:
+            raise interrupt
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint keeps of those that have a state."""
