@@ -342,6 +342,7 @@ def fit(
             error.history = loop.history()
             raise
         finally:
+            loop.kept.release_all()
             bar.close()
     return loop.history()
 

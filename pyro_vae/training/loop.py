@@ -32,6 +32,7 @@ from pyro_vae.training.accumulation import Accumulated
 from pyro_vae.training.calling import Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
+from pyro_vae.training.freezing import Kept
 from pyro_vae.training.resuming import Epoch
 from pyro_vae.training.scales import Scales
 
@@ -82,7 +83,7 @@ class Loop:
     moves: list[dict[str, float]] = field(default_factory=list)  # of each epoch, what may still move at the end
     partial: dict[str, float] | None = None  # the row of an epoch in which the training has ended
     finished: bool = False
-    still: set[int] = field(default_factory=set)  # the identities of parameters that a callback keeps as they are
+    kept: Kept = field(default_factory=Kept)  # what callbacks keep as it is
     stopped: str | None = None  # why a callback has ended the training
 
     def __post_init__(self) -> None:
@@ -196,7 +197,7 @@ class Loop:
     def _moves(self, likelihood: torch.nn.Module) -> bool:
         """Whether the likelihood's own parameters, such as its scale, are in training now."""
         own = {id(parameter) for parameter in likelihood.parameters(recurse=False)}
-        return bool(own & set(map(id, optimizers.parameters_of(self.optimizer))) - self.still)
+        return bool(own & set(map(id, optimizers.parameters_of(self.optimizer))) - self.kept.parameters)
 
     def _uncompiled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         for parameter in self.parameters.values():

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae.engine.minibatches import Batch, Minibatches
-from pyro_vae.training import optimizers
+from pyro_vae.training import freezing, optimizers
 
 if TYPE_CHECKING:
     from pyro_vae.training.loop import Loop
@@ -105,10 +105,21 @@ class Record:
         found.device = self._loop.program.device
         return found
 
-    def keep(self, parameters: list[Tensor], still: bool) -> None:
-        """Say whether a callback keeps parameters as they are, so that no closed form moves them either."""
-        own = set(map(id, parameters))
-        self._loop.still = self._loop.still | own if still else self._loop.still - own
+    def modules(self, parameters: list[Tensor]) -> list[nn.Module]:
+        """The program's modules whose parameters in training are all among these, with their parts."""
+        program, _ = self._loop.unweighed
+        return list(freezing.modules_of(program, parameters, self._loop.parameters.values()))
+
+    def keep(self, who: Any, parameters: list[Tensor], modules: list[nn.Module]) -> None:
+        """Say that a callback keeps parameters as they are, so that no closed form moves them either.
+
+        Those of the modules that have buffers go into evaluation mode, until :meth:`release`, or the training's end.
+        """
+        self._loop.kept.keep(who, parameters, freezing.with_buffers(modules))
+
+    def release(self, who: Any) -> None:
+        """Undo :meth:`keep`."""
+        self._loop.kept.release(who)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint, from which `load_parameters` reads the parameters that they are now.
