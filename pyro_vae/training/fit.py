@@ -1,7 +1,6 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments."""
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -33,7 +32,6 @@ from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.first_run import check_columns, first_run
 from pyro_vae.training.loop import Limits, Loop
-from pyro_vae.training.moving import still_moving
 from pyro_vae.training.scales import Scales
 
 
@@ -126,7 +124,7 @@ def fit(
         seed: seeds the random number generators for minibatches and samples; None leaves their state. Networks draw
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal, with the bound and the KL. At the end, a line says what
-            was still moving: the bound, the KL or a learned scale.
+            was still moving: the bound, the KL or a learned scale. Another one says why a callback has ended it.
 
     A parameter that the first minibatch does not use, such as a classifier of labelled rows, is trained from the first
     minibatch on that uses it. With `compile` it is refused.
@@ -150,8 +148,9 @@ def fit(
     Returns:
         A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without validation data),
         the mean bound per datum in nats, times the program's own scale, if it has one; ``seconds``, with the time to
-        compile; with a scheduler also ``lr``, the step size in that epoch. Ctrl-C ends training with a warning and
-        returns the finished epochs. The parameters are then those of the last step, also with `patience`.
+        compile; with a scheduler also ``lr``, the step size in that epoch. Its ``attrs["stopped"]`` is the reason of a
+        callback that ended the training, or None. Ctrl-C ends training with a warning and returns the finished epochs.
+        The parameters are then those of the last step, also with `patience`.
 
     Raises:
         ValueError: an argument is out of range; both or none of `epochs` and `steps`; the optimiser is of other
@@ -323,9 +322,7 @@ def fit(
                     bar.set_description(f"epoch {loop.epoch}" + (f"/{epochs}" if epochs else ""))
                     loop.train_epoch(bar)
             loop.finish()
-            moving = None if bar.disable else still_moving(loop.moves)
-            if moving:
-                bar.write(moving, file=sys.stderr)
+            surroundings.tell_end(bar, loop.moves, loop.steps, loop.stopped)
         except KeyboardInterrupt:
             best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
             kept = f"; the checkpoint {checkpoint} holds {loop.saved}" if checkpoint and loop.saved else ""

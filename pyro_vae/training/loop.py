@@ -134,25 +134,21 @@ class Loop:
             epoch.minibatches, epoch.count = self.step, epoch.count + data.own
             epoch.total = epoch.total + loss * data.share
             if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
-                bar.set_postfix(self._shown(epoch), refresh=False)
+                bar.set_postfix(epoch.shown, refresh=False)
             bar.update()
             if self.accumulate == 1 or sums.number == self.accumulate:
                 self._step(sums, batch)
                 epoch.seconds = time.perf_counter() - started
-                self._save_inside()
-                if self.ended and epoch.minibatches != self.batches.steps:
-                    break
+                if epoch.minibatches != self.batches.steps:  # the end of an epoch, and of the training, writes its own
+                    if self.ended:
+                        break
+                    self._save_inside()
         else:
             if sums.number and batch is not None:
                 self._step(sums, batch)  # the last minibatches of the epoch, fewer than `accumulate`
             self.unchecked = None
             epoch.seconds = time.perf_counter() - started
             self._finish(epoch)
-
-    def _shown(self, epoch: Epoch) -> dict[str, str]:
-        """What the progress bar shows of an epoch."""
-        parts = epoch.mean_parts
-        return {"bound": f"{epoch.bound:.2f}"} | ({} if parts is None else {"KL": f"{parts[1]:.2f}"})
 
     def _minibatches(self, epoch: Epoch) -> Iterator[Batch]:
         """The minibatches of an epoch that were not taken yet."""
@@ -288,6 +284,7 @@ class Loop:
         rows = [*self.rows, *([self.partial] if self.partial else [])]
         table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"), columns=self.columns())
         table.attrs["quantity"] = getattr(self.objective, "quantity", "bound on log p(x)")
+        table.attrs["stopped"] = self.stopped
         return table
 
     def columns(self) -> list[str]:

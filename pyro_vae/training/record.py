@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.checks import checked
 from pyro_vae.engine.minibatches import Batch, Minibatches
 from pyro_vae.training import freezing, optimizers
 
@@ -128,6 +129,10 @@ class Record:
         """
         self._loop.save(path)
 
+    @checked
     def stop(self, reason: str = "a callback ended it") -> None:
-        """End the training after this step, or this epoch."""
+        """End the training after this step, or this epoch.
+
+        The progress bar's last line shows the reason, and ``history.attrs["stopped"]`` has it.
+        """
         self._loop.stopped = reason
