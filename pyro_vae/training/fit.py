@@ -274,7 +274,7 @@ def fit(
         settings,
         support,
         rows_of,
-        Scales(program, objective, likelihoods, optimizers.lr_of(made)),
+        Scales(program, objective, likelihoods, optimizers.own_lr_of(made)),
         fingerprint,
         called,
         unweighed,
