@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.files import one_writer
 from pyro_vae.training.calling import Callback
 from pyro_vae.training.record import Record
 
@@ -219,7 +220,7 @@ class KeepBest(Callback):
         k: how many.
 
     Raises:
-        ValueError: `fit` has no validation data.
+        ValueError: `fit` has no validation data; or another training keeps its epochs in this folder meanwhile.
     """
 
     @checked
@@ -234,6 +235,7 @@ class KeepBest(Callback):
                 "KeepBest compares validation bounds: expected validation data, got none. Pass validation=... to fit."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        record.enter(one_writer(self.folder, "keeping its best epochs in", inside=True))
         if not record.step:
             self.bounds = {}
 

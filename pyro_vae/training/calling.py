@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -59,7 +59,10 @@ class Callback:
         """After an epoch."""
 
     def on_end(self, record: Record) -> None:
-        """At the end of the training, also of one that a callback ended; not after an error."""
+        """At the end of the training, also of one that a callback ended; not after an error or Ctrl-C.
+
+        What must be closed in any case goes to ``record.enter`` in :meth:`on_start`.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: tensors, numbers, strings, lists and dictionaries."""
@@ -96,6 +99,7 @@ class Callbacks:
                     f"expected {type(callback).__name__}.every to be a positive number of steps, got "
                     f"{callback.every!r}. 1 is each step."
                 )
+        self.ending = ExitStack()  # what is left when the training ends, however it ends
         self._clear()
         self.settings: Mapping[str, float] = {}
         self.before = time.perf_counter()
@@ -138,6 +142,7 @@ class Callbacks:
     def start(self, loop: "Loop") -> None:
         """Call what comes before the first step."""
         if self.all:
+            self.ending.callback(loop.kept.release_all)
             self._call("on_start", Record(loop))
 
     def end_epoch(self, loop: "Loop", row: Mapping[str, float], epoch: Any) -> None:

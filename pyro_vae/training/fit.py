@@ -332,14 +332,17 @@ def fit(
                 stacklevel=3,
             )
         except CallbackError as error:
-            loop.keep_last_step()
             error.history = loop.history()
+            try:
+                loop.keep_last_step()
+            except NotWrittenError as another:  # the disk may be full for both
+                error.add_note(str(another))
             raise
         except NotWrittenError as error:
             error.history = loop.history()
             raise
         finally:
-            loop.kept.release_all()
+            called.ending.close()
             bar.close()
     return loop.history()
 

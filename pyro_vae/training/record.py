@@ -1,8 +1,9 @@
 """The record of a training that callbacks are given."""
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
@@ -15,6 +16,7 @@ from pyro_vae.training import freezing, optimizers
 if TYPE_CHECKING:
     from pyro_vae.training.loop import Loop
 
+T = TypeVar("T")
 Data = Any  # what `fit` takes as data
 
 
@@ -121,6 +123,10 @@ class Record:
     def release(self, who: Any) -> None:
         """Undo :meth:`keep`."""
         self._loop.kept.release(who)
+
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """Enter a context that is left when the training ends, however it ends, such as an open file."""
+        return self._loop.callbacks.ending.enter_context(context)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint, from which `load_parameters` reads the parameters that they are now.
