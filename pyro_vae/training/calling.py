@@ -196,7 +196,7 @@ class Callbacks:
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint keeps of those that have a state."""
-        return {name: callback.state_dict() for name, callback in self._with_state().items()}
+        return {name: _done("state_dict", callback) for name, callback in self._with_state().items()}
 
     def load(self, path: Any, saved: dict[str, dict[str, Any]]) -> None:
         """Give them their states from a checkpoint; refuse one without some, or with others."""
@@ -207,8 +207,20 @@ class Callbacks:
                 f"{', '.join(saved) or 'none'}, got {', '.join(own) or 'none'}. Pass the same, or a new path."
             )
         for name, callback in own.items():
-            callback.load_state_dict(saved[name])
+            _done("load_state_dict", callback, saved[name])
 
     def _with_state(self) -> dict[str, Callback]:
         named = [(type(c).__name__, c) for c in self.all if type(c).state_dict is not Callback.state_dict]
         return {f"{name} {i}" if i else name: c for i, (name, c) in enumerate(named)}
+
+
+def _done(name: str, callback: Callback, *args: Any) -> Any:
+    """What a method about the state returns; an error names the callback, unless it is a refusal."""
+    try:
+        return getattr(callback, name)(*args)
+    except PyroVAEError:
+        raise
+    except Exception as error:
+        raise CallbackError(
+            f"callback {type(callback).__name__} failed in {name}: {type(error).__name__}: {error}"
+        ) from error

@@ -335,7 +335,7 @@ def fit(
             error.history = loop.history()
             try:
                 loop.keep_last_step()
-            except NotWrittenError as another:  # the disk may be full for both
+            except (NotWrittenError, CallbackError) as another:  # a full disk, or the same callback's state
                 error.add_note(str(another))
             raise
         except NotWrittenError as error:

@@ -102,3 +102,28 @@ def test_a_failure_at_the_end_leaves_no_callback_out():
         pv.fit(small_vae(), X, pv.ELBO(), epochs=1, callbacks=[Fails("on_end", 1), counts, average])
     assert counts.calls["on_end"] == 1
     assert all(torch.equal(average._parameters[name], mean) for name, mean in average.averages.items())
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_state_that_fails_names_the_callback(step, tmp_path):
+    class Broken(Counts):
+        def state_dict(self):
+            if self.calls["on_step"] == step:
+                raise KeyError("no such key")
+            return super().state_dict()
+
+    settings = {"epochs": 1, "batch_size": 25, "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(
+        pv.CallbackError, match="callback Broken failed in state_dict: KeyError: 'no such key'"
+    ) as raised:
+        pv.fit(small_vae(), X, pv.ELBO(), callbacks=Broken(), **settings)
+    assert len(raised.value.history) == (step == 2)
+
+    class Counter(Counts):
+        def load_state_dict(self, state):
+            raise TypeError("no")
+
+    Counter.__name__ = "Counts"
+    pv.fit(small_vae(), X, pv.ELBO(), callbacks=Counts(), **settings)
+    with pytest.raises(pv.CallbackError, match="callback Counts failed in load_state_dict: TypeError: no"):
+        pv.fit(small_vae(), X, pv.ELBO(), callbacks=Counter(), **(settings | {"epochs": 2}))
