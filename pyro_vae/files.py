@@ -85,6 +85,20 @@ def _lives(process: int) -> bool:
     return True
 
 
+@contextmanager
+def writing_to(path: str | Path) -> Iterator[None]:
+    """Around writes to a path: an error names it, which that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, PyroVAEError):
+            raise
+        raise NotWrittenError(
+            f"{path} can't be written ({error.strerror or error}): expected room, and the permission to write there. "
+            "Remove the cause, or pass another path."
+        ) from error
+
+
 _HELD: set[Path] = set()  # the places of this process, whose own locks do not exclude each other
 _HOLDING = threading.Lock()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from pyro_vae.checks import with_article
+from pyro_vae.checks import how_to_make_dense, shown, with_article
 from pyro_vae.devices import moved
 from pyro_vae.distributed import mixed
 from pyro_vae.engine import rng
@@ -202,6 +202,11 @@ class Minibatches:
                 f"that begin with {with_article(type(columns[0]).__name__) if columns else 'nothing'}. Set its "
                 "collate_fn; of a data set of Hugging Face, call with_format('torch')."
             )
+        for column in columns:
+            if isinstance(column, Tensor) and column.is_meta:
+                raise PyroVAEError(
+                    f"expected minibatches with values, got {shown(column)}. {how_to_make_dense(column)}"
+                )
         return moved(columns, self.device)
 
     def generator_states(self) -> list[Tensor]:

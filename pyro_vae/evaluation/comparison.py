@@ -85,7 +85,7 @@ def compare(
         vectorize_particles: see :func:`pyro_vae.log_weights`, for the default rows and the estimate of log p(x). False
             is slow. An objective that you pass has a setting of its own.
         seed: the seed of each objective's random numbers; None continues from the generators' state.
-        progress: whether to show the current row, in a terminal.
+        progress: whether to show the current row, in a terminal; and of data that are read, how many were.
 
     Raises:
         ValueError: fewer than 2 repeats or data, two objectives with the same name and number of particles, or a
@@ -108,7 +108,7 @@ def compare(
     require_count("repeats", repeats, least=2, why=", whose spread is the estimator's")
     parts, table = Parts(model, guide, x), None
     check_same_data(log_likelihood, parts.sure_number)
-    with memory_of(parts.number), eval_mode(parts.modules()), rng.seeded(seed):
+    with memory_of(parts.number), eval_mode(parts.modules()), rng.seeded(seed), parts.bar(progress) as bar:
         for program in parts:
             program, sites = placed(program, checked_sites)
             divisible = is_divisible(program) if parts.divisible is None else parts.divisible
@@ -117,6 +117,7 @@ def compare(
                 named = _named(program, objectives, compile, vectorize_particles)
                 table = _Table(data, sites[1], named, repeats, compile, vectorize_particles, seed)
             table.add(data, sites, progress)
+            bar.update(len(program.args[0]))
     check_same_data(log_likelihood, parts.seen)
     if table is None:
         raise RuntimeError("expected a part of the data.")

@@ -65,6 +65,10 @@ class Parts:
         """The number of data; None where a DataLoader's `collate_fn` may give others than its sampler says."""
         return None if isinstance(self.x, DataLoader) else self.number
 
+    def bar(self, progress: bool) -> Any:
+        """A progress bar over all data, where these are read; those in memory have the bars of their evaluation."""
+        return progress_bar(self.number, "datum", "x", progress and self.whole is None)
+
     def modules(self) -> list[torch.nn.Module]:
         """The modules that model and guide are, or are methods of."""
         return Program(self.model, self.guide).modules()
@@ -172,7 +176,7 @@ def checked_parts(
         eval_mode(parts.modules()),
         torch.no_grad(),
         rng.seeded(seed),
-        progress_bar(parts.number, "datum", "x", progress) as bar,
+        parts.bar(progress) as bar,
         closing(_checked(parts, bar)) as each,
     ):
         yield Checked(parts, each)

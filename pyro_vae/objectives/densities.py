@@ -48,7 +48,7 @@ def of_log_weights(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if (
             not is_dense(log_weights)
             or not log_weights.is_floating_point()
-            or log_weights.dim() == 0
+            or log_weights.dim() not in (1, 2)
             or not log_weights.numel()
         ):
             raise PyroVAEError(

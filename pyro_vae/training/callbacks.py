@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import Count, checked
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.files import one_writer
 from pyro_vae.training.calling import Callback
 from pyro_vae.training.record import Record
 
@@ -103,6 +104,10 @@ class EMA(Callback):
 class Freeze(Callback):
     """Leave a part of the program as it is for some epochs.
 
+    Its modules that have buffers, such as batch norm, are in evaluation mode meanwhile: their statistics stay, and the
+    loss is computed with these. Other modules, such as dropout, stay in their mode. All are put back, however the
+    training ends.
+
     Arguments:
         part: a module, such as ``vae.posterior``, or the beginning of parameters' names, such as ``"likelihood"``.
         epochs: for how many epochs, from the first one.
@@ -135,7 +140,8 @@ class Freeze(Callback):
                 f"expected parameters of the part to freeze, {what}, got none among {', '.join(record.parameters)}. "
                 "Pass another part."
             )
-        record.keep(self._frozen(record), still=record.epoch <= self.epochs)
+        if record.epoch <= self.epochs:
+            self._keep(record)
 
     def before_step(self, record: Record) -> None:
         """Take the gradients away, so that the optimiser steps over these parameters."""
@@ -144,8 +150,15 @@ class Freeze(Callback):
                 parameter.grad = None
 
     def on_epoch(self, record: Record) -> None:
-        """Let a learned scale move again after the last of the epochs."""
-        record.keep(self._frozen(record), still=record.epoch < self.epochs)
+        """Let a learned scale, and batch norm, move again after the last of the epochs."""
+        if record.epoch < self.epochs:
+            self._keep(record)  # a later minibatch may have added parameters
+        else:
+            record.release(self)
+
+    def _keep(self, record: Record) -> None:
+        frozen, part = self._frozen(record), self.part
+        record.keep(self, frozen, record.modules(frozen) if isinstance(part, str) else list(part.modules()))
 
     def _frozen(self, record: Record) -> list[Tensor]:
         if isinstance(self.part, str):
@@ -211,7 +224,7 @@ class KeepBest(Callback):
         k: how many.
 
     Raises:
-        ValueError: `fit` has no validation data.
+        ValueError: `fit` has no validation data; or another training keeps its epochs in this folder meanwhile.
     """
 
     @checked
@@ -226,6 +239,7 @@ class KeepBest(Callback):
                 "KeepBest compares validation bounds: expected validation data, got none. Pass validation=... to fit."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        record.enter(one_writer(self.folder, "keeping its best epochs in", inside=True))
         if not record.step:
             self.bounds = {}
 

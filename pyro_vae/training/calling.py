@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.checks import shown
@@ -22,8 +22,10 @@ class Callback:
     """What `fit` calls while it trains: a subclass defines the methods that it needs.
 
     Random numbers that a callback draws leave those of the training as they are. An exception in a callback ends the
-    training with a :class:`CallbackError`. The parameters are those of the last step. After a step or an epoch, the
-    checkpoint, if there is one, is written before.
+    training with a :class:`CallbackError`, after the same method of all other callbacks: so the states that the
+    checkpoint keeps are all of one step. The first exception is raised, and later ones are its notes. In
+    :meth:`on_start` and :meth:`before_step`, it ends the training at once. The parameters are those of the last step.
+    After a step or an epoch, the checkpoint, if there is one, is written before.
 
     Attributes:
         every: :meth:`on_step` is called after each so many steps.
@@ -60,7 +62,10 @@ class Callback:
         """After an epoch."""
 
     def on_end(self, record: Record) -> None:
-        """At the end of the training, also of one that a callback ended; not after an error."""
+        """At the end of the training, also of one that a callback ended; not after an error or Ctrl-C.
+
+        What must be closed in any case goes to ``record.enter`` in :meth:`on_start`.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: tensors, numbers, strings, lists and dictionaries."""
@@ -71,6 +76,7 @@ class Callback:
 
 
 HOOKS = ("on_start", "before_step", "on_step", "on_epoch", "on_end")
+AT_ONCE = ("on_start", "before_step")  # an error ends these at once, since what they come before does not happen
 
 
 class Callbacks:
@@ -99,6 +105,7 @@ class Callbacks:
         named = [(type(c).__name__, c) for c in self.all if type(c).state_dict is not Callback.state_dict]
         self.with_state = {f"{name} {i}" if i else name: c for i, (name, c) in enumerate(named)}
         self.is_first = True  # whether this process calls all of them
+        self.ending = ExitStack()  # what is left when the training ends, however it ends
         self.beta = math.nan  # of the last step
         self.before = time.perf_counter()
 
@@ -134,6 +141,7 @@ class Callbacks:
     def start(self, loop: "Loop") -> None:
         """Call what comes before the first step."""
         if self.all:
+            self.ending.callback(loop.kept.release_all)
             self._call("on_start", Record(loop))
 
     def end_epoch(self, loop: "Loop", row: Mapping[str, float], epoch: Any) -> None:
@@ -153,6 +161,13 @@ class Callbacks:
             self._call("on_end", Record(loop, epoch=len(loop.history())))
 
     def _call(self, name: str, record: Record, due: Callable[[Callback], bool] = lambda _: True) -> None:
+        """Call a hook of all callbacks that it is due for, then raise the first error, if there is one.
+
+        A hook that comes after something is called also where one before it in the list has failed: the checkpoint that
+        is written then has the states of all callbacks, which must be of one step.
+        """
+        errors: list[CallbackError] = []
+        interrupt: KeyboardInterrupt | None = None
         for callback in self.all:
             if not due(callback) or getattr(type(callback), name) is getattr(Callback, name):
                 continue
@@ -160,15 +175,28 @@ class Callbacks:
                 own = nullcontext() if callback.on_all_ranks else alone()
                 with own, rng.preserved() if callback.draws else nullcontext():
                     getattr(callback, name)(record)
+            except KeyboardInterrupt as error:
+                interrupt = error
             except Exception as error:
-                raise CallbackError(
-                    f"callback {type(callback).__name__} failed in {name}, in epoch {record.epoch}, step "
-                    f"{record.step}: {type(error).__name__}: {error}"
-                ) from error
+                errors.append(
+                    CallbackError(
+                        f"callback {type(callback).__name__} failed in {name}, in epoch {record.epoch}, step "
+                        f"{record.step}: {type(error).__name__}: {error}"
+                    )
+                )
+                errors[-1].__cause__ = error
+            if (errors or interrupt) and name in AT_ONCE:
+                break
+        for another in errors[1:]:
+            errors[0].add_note(f"After it, {another}")
+        if errors:
+            raise errors[0]  # it ends the training too, so an interrupt beside it is no loss
+        if interrupt is not None:
+            raise interrupt
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint keeps of those that have a state."""
-        return {name: callback.state_dict() for name, callback in self.with_state.items()}
+        return {name: _done("state_dict", callback) for name, callback in self.with_state.items()}
 
     def load(self, path: Any, saved: dict[str, dict[str, Any]]) -> None:
         """Give them their states from a checkpoint; refuse one without some, or with others."""
@@ -179,4 +207,16 @@ class Callbacks:
                 f"{', '.join(saved) or 'none'}, got {', '.join(own) or 'none'}. Pass the same, or a new path."
             )
         for name, callback in own.items():
-            callback.load_state_dict(saved[name])
+            _done("load_state_dict", callback, saved[name])
+
+
+def _done(name: str, callback: Callback, *args: Any) -> Any:
+    """What a method about the state returns; an error names the callback, unless it is a refusal."""
+    try:
+        return getattr(callback, name)(*args)
+    except PyroVAEError:
+        raise
+    except Exception as error:
+        raise CallbackError(
+            f"callback {type(callback).__name__} failed in {name}: {type(error).__name__}: {error}"
+        ) from error

@@ -1,6 +1,5 @@
 """`fit`: trains any Pyro model and guide by minibatches; the place of its arguments."""
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,7 +24,6 @@ from pyro_vae.signals import name_of, taken_for_ctrl_c
 from pyro_vae.training import checkpoint as checkpoints
 from pyro_vae.training import optimizers, resuming, surroundings
 from pyro_vae.training.calling import Callback
-from pyro_vae.training.moving import still_moving
 from pyro_vae.training.setup import Asked, prepared
 
 
@@ -119,7 +117,7 @@ def fit(
         seed: seeds the random number generators for minibatches and samples; None leaves their state. Networks draw
             their initial weights before `fit`: call ``pyro.set_rng_seed`` before you build them too.
         progress: whether to show a progress bar, in a terminal, with the bound and the KL. At the end, a line says what
-            was still moving: the bound, the KL or a learned scale.
+            was still moving: the bound, the KL or a learned scale. Another one says why a callback has ended it.
         distributed: whether several processes train together, see below. None: they do if there is a process group of
             ``torch.distributed``, or if ``torchrun`` has started this program. False trains in this process alone.
 
@@ -151,8 +149,9 @@ def fit(
     Returns:
         A table with a row for each ``epoch``: ``train_bound`` and ``validation_bound`` (NaN without validation data),
         the mean bound per datum in nats, times the program's own scale, if it has one; ``seconds``, with the time to
-        compile; with a scheduler also ``lr``, the step size in that epoch. Ctrl-C ends training with a warning and
-        returns the finished epochs. The parameters are then those of the last step, also with `patience`.
+        compile; with a scheduler also ``lr``, the step size in that epoch. Its ``attrs["stopped"]`` is the reason of a
+        callback that ended the training, or None. Ctrl-C ends training with a warning and returns the finished epochs.
+        The parameters are then those of the last step, also with `patience`.
 
     Raises:
         ValueError: an argument is out of range; both or none of `epochs` and `steps`; the optimiser is of other
@@ -248,9 +247,7 @@ def fit(
                     bar.set_description(f"epoch {loop.epoch}" + (f"/{epochs}" if epochs else ""))
                     loop.train_epoch(bar)
             loop.finish()
-            moving = None if bar.disable else still_moving(loop.moves)
-            if moving:
-                bar.write(moving, file=sys.stderr)
+            surroundings.tell_end(bar, loop.moves, loop.steps, loop.stopped)
         except KeyboardInterrupt:
             best = f", not those of the best epoch, {loop.best['epoch']}" if loop.best else ""
             kept = f"; the checkpoint {checkpoint} holds {loop.saved}" if checkpoint and loop.saved else ""
@@ -260,12 +257,16 @@ def fit(
                 stacklevel=3,
             )
         except CallbackError as error:
-            loop.keep_last_step()
             error.history = loop.history()
+            try:
+                loop.keep_last_step()
+            except (NotWrittenError, CallbackError) as another:  # a full disk, or the same callback's state
+                error.add_note(str(another))
             raise
         except NotWrittenError as error:
             error.history = loop.history()
             raise
         finally:
+            called.ending.close()
             bar.close()
     return loop.history()

@@ -1,7 +1,9 @@
 """Callbacks that log a training: to a file of comma-separated values, and to TensorBoard."""
 
 import csv
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.checks import Count, checked, shown
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.files import written_whole
+from pyro_vae.files import one_writer, writing_to, written_whole
 from pyro_vae.training.calling import Callback
 from pyro_vae.training.record import Record
 
@@ -23,6 +25,7 @@ COLUMNS = (
     "examples_per_second",
     "validation_bound",
 )
+HEADER = ("event", "epoch", "step", *COLUMNS)
 
 
 class CSV(Callback):
@@ -37,7 +40,7 @@ class CSV(Callback):
         overwrite: whether a new training may replace a file that exists.
 
     Raises:
-        ValueError: a new training finds the file, without `overwrite`.
+        ValueError: a new training finds the file, without `overwrite`; or another training logs to it meanwhile.
 
     Example:
         >>> import pandas as pd, tempfile, torch, pyro_vae as pv
@@ -58,23 +61,31 @@ class CSV(Callback):
 
     def on_start(self, record: Record) -> None:
         """Begin the file, or drop the rows after the checkpoint."""
+        record.enter(one_writer(self.path, "logging to"))
         rows: list[dict[str, str]] = []
         if self.path.exists() and record.step:
-            with self.path.open(newline="") as file:
-                rows = [
-                    row
-                    for row in csv.DictReader(file)
-                    if (row["step"] or "").isdigit() and int(row["step"]) <= record.step
-                ]
+            rows = self._rows(record.step)
         elif self.path.exists() and not self.overwrite:
             raise PyroVAEError(
                 f"expected a new file for a new training, got {self.path}, which exists. Pass another path, or "
                 "CSV(path, overwrite=True)."
             )
-        with written_whole(self.path) as unfinished, unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ("event", "epoch", "step", *COLUMNS), extrasaction="ignore")
+        with writing_to(self.path), written_whole(self.path) as unfinished, unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, HEADER)
             writer.writeheader()
             writer.writerows(rows)
+
+    def _rows(self, last: int) -> list[dict[str, str]]:
+        """The rows of the file up to a step."""
+        with self.path.open(newline="") as file:
+            lines = [line for line in file if line.endswith("\n")]  # a writer that was killed may have cut the last one
+        reader = csv.DictReader(lines)
+        if lines and tuple(reader.fieldnames or ()) != HEADER:
+            raise PyroVAEError(
+                f"expected {self.path} to be a log of pv.callbacks.CSV, got a file with other columns. Pass another "
+                "path."
+            )
+        return [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) <= last]
 
     def on_step(self, record: Record) -> None:
         """Write a row."""
@@ -85,9 +96,17 @@ class CSV(Callback):
         self._write("epoch", record)
 
     def _write(self, event: str, record: Record) -> None:
-        with self.path.open("a", newline="") as file:
-            numbers = record.numbers()
-            csv.writer(file).writerow([event, record.epoch, record.step, *(numbers.get(name, "") for name in COLUMNS)])
+        numbers = record.numbers()
+        with writing_to(self.path):
+            before = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with self.path.open("a", newline="") as file:
+                    row = event, record.epoch, record.step, *(numbers.get(name, "") for name in COLUMNS)
+                    csv.writer(file).writerow(row)
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(self.path, before)  # no part of a row stays
+                raise
 
 
 class TensorBoard(Callback):
@@ -131,7 +150,9 @@ class TensorBoard(Callback):
     def on_start(self, record: Record) -> None:
         """Open the event file."""
         purge = record.step + 1 if record.step else None
-        self.writer = self._writer_class(str(self.folder), purge_step=purge)
+        with writing_to(self.folder):
+            self.writer = self._writer_class(str(self.folder), purge_step=purge)
+        record.enter(self._closed())
 
     def on_step(self, record: Record) -> None:
         """Write the step's numbers."""
@@ -142,16 +163,29 @@ class TensorBoard(Callback):
         self._write("epoch", record)
         if record.epoch % self.images_every == 0:
             for name, function in self.images.items():
-                self._draw(name, function(), record.step)
-        self.writer.flush()
+                picture = function()
+                with writing_to(self.folder):
+                    self._draw(name, picture, record.step)
+        with writing_to(self.folder):
+            self.writer.flush()
 
     def on_end(self, record: Record) -> None:
-        """Close the event file."""
-        self.writer.close()
+        """Write what is left: the file itself is closed however the training ends."""
+        with writing_to(self.folder):
+            self.writer.flush()
+
+    @contextmanager
+    def _closed(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the error that ended the training says more
+                self.writer.close()
 
     def _write(self, event: str, record: Record) -> None:
-        for name, value in record.numbers().items():
-            self.writer.add_scalar(f"{event}/{name}", value, record.step)
+        with writing_to(self.folder):
+            for name, value in record.numbers().items():
+                self.writer.add_scalar(f"{event}/{name}", value, record.step)
 
     def _draw(self, name: str, picture: Any, step: int) -> None:
         if isinstance(picture, Tensor):

@@ -30,6 +30,7 @@ from pyro_vae.training.accumulation import Accumulated
 from pyro_vae.training.calling import Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
+from pyro_vae.training.freezing import Kept
 from pyro_vae.training.ranks import Ranks
 from pyro_vae.training.resuming import Epoch
 from pyro_vae.training.scales import Scales
@@ -84,7 +85,7 @@ class Loop:
     moves: list[dict[str, float]] = field(default_factory=list)  # of each epoch, what may still move at the end
     partial: dict[str, float] | None = None  # the row of an epoch in which the training has ended
     finished: bool = False
-    still: set[int] = field(default_factory=set)  # the identities of parameters that a callback keeps as they are
+    kept: Kept = field(default_factory=Kept)  # what callbacks keep as it is
     scheduled: dict[str, float] = field(default_factory=dict)  # the objective's settings in the last minibatch
     asked: str | None = None  # why a callback of this process wants the training to end
     stopped: str | None = None  # why it has ended
@@ -130,7 +131,7 @@ class Loop:
             self._take_in(batch, sums)
             epoch.minibatches, sums.number = self.step, sums.number + 1
             if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
-                bar.set_postfix(self._shown(epoch), refresh=False)
+                bar.set_postfix(epoch.shown, refresh=False)
             bar.update()
             if sums.number == self.accumulate:
                 going_on = self._step(epoch, sums, batch, started)
@@ -144,11 +145,6 @@ class Loop:
             self.unchecked = None
             epoch.seconds = time.perf_counter() - started
             self._finish(epoch)
-
-    def _shown(self, epoch: Epoch) -> dict[str, str]:
-        """What the progress bar shows of an epoch."""
-        parts = epoch.mean_parts
-        return {"bound": f"{epoch.bound:.2f}"} | ({} if parts is None else {"KL": f"{parts[1]:.2f}"})
 
     def _take_in(self, batch: Batch | None, sums: Accumulated) -> None:
         """Add the loss of a minibatch and its gradients to those of the step; None is one without a row here."""
@@ -197,7 +193,7 @@ class Loop:
     def _moves(self, likelihood: torch.nn.Module) -> bool:
         """Whether the likelihood's own parameters, such as its scale, are in training now."""
         own = {id(parameter) for parameter in likelihood.parameters(recurse=False)}
-        return bool(own & set(map(id, optimizers.parameters_of(self.optimizer))) - self.still)
+        return bool(own & set(map(id, optimizers.parameters_of(self.optimizer))) - self.kept.parameters)
 
     def _uncompiled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         for parameter in self.parameters.values():
@@ -319,6 +315,7 @@ class Loop:
         rows = [*self.rows, *([self.partial] if self.partial else [])]
         table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="epoch"), columns=self.columns())
         table.attrs["quantity"] = getattr(self.objective, "quantity", "bound on log p(x)")
+        table.attrs["stopped"] = self.stopped
         return table
 
     def columns(self) -> list[str]:
@@ -370,11 +367,9 @@ class Loop:
     def _is_due(self) -> bool:
         """Whether it is time for a checkpoint inside of an epoch, after the coming step."""
         every = self.checkpoint_every
-        if every is None or not self.ranks.is_first:
-            return False
         if isinstance(every, timedelta):
-            return time.monotonic() - self.saved_at >= every.total_seconds()
-        return (self.steps + 1) % every == 0
+            return self.ranks.is_first and time.monotonic() - self.saved_at >= every.total_seconds()
+        return every is not None and (self.steps + 1) % every == 0
 
     def keep_last_step(self) -> None:
         """Write a checkpoint of the last step inside of an epoch, if training can go on from it."""

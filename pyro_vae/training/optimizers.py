@@ -118,6 +118,11 @@ def lr_of(optimizer: torch.optim.Optimizer) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups) if "lr" in optimizer.param_groups[0] else LR
 
 
+def own_lr_of(optimizer: torch.optim.Optimizer) -> float:
+    """The same, or where a scheduler begins at 0, that which it scales."""
+    return lr_of(optimizer) or max(float(group.get("initial_lr", 0.0)) for group in optimizer.param_groups)
+
+
 def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Restore the optimiser's state, in memory laid out as the parameters': fused kernels take that for granted."""
     parameters = parameters_of(optimizer)

@@ -1,20 +1,23 @@
 """The record of a training that callbacks are given."""
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_vae.checks import checked
 from pyro_vae.engine.minibatches import Batch, Minibatches
-from pyro_vae.training import optimizers
+from pyro_vae.training import freezing, optimizers
 from pyro_vae.training.validation import validate
 
 if TYPE_CHECKING:
     from pyro_vae.training.loop import Loop
 
+T = TypeVar("T")
 Data = Any  # what `fit` takes as data
 
 
@@ -106,10 +109,25 @@ class Record:
         found.device = self._loop.program.device
         return found
 
-    def keep(self, parameters: list[Tensor], still: bool) -> None:
-        """Say whether a callback keeps parameters as they are, so that no closed form moves them either."""
-        own = set(map(id, parameters))
-        self._loop.still = self._loop.still | own if still else self._loop.still - own
+    def modules(self, parameters: list[Tensor]) -> list[nn.Module]:
+        """The program's modules whose parameters in training are all among these, with their parts."""
+        program, _ = self._loop.unweighed
+        return list(freezing.modules_of(program, parameters, self._loop.parameters.values()))
+
+    def keep(self, who: Any, parameters: list[Tensor], modules: list[nn.Module]) -> None:
+        """Say that a callback keeps parameters as they are, so that no closed form moves them either.
+
+        Those of the modules that have buffers go into evaluation mode, until :meth:`release`, or the training's end.
+        """
+        self._loop.kept.keep(who, parameters, freezing.with_buffers(modules))
+
+    def release(self, who: Any) -> None:
+        """Undo :meth:`keep`."""
+        self._loop.kept.release(who)
+
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """Enter a context that is left when the training ends, however it ends, such as an open file."""
+        return self._loop.callbacks.ending.enter_context(context)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint, from which `load_parameters` reads the parameters that they are now.
@@ -118,6 +136,10 @@ class Record:
         """
         self._loop.save(path)
 
+    @checked
     def stop(self, reason: str = "a callback ended it") -> None:
-        """End the training after this step, or this epoch."""
+        """End the training after this step, or this epoch.
+
+        The progress bar's last line shows the reason, and ``history.attrs["stopped"]`` has it.
+        """
         self._loop.ask_to_stop(reason)

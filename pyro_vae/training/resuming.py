@@ -73,6 +73,12 @@ class Epoch:
         """The mean reconstruction and KL so far."""
         return None if self.parts is None else self.parts / (self.count or math.nan)
 
+    @property
+    def shown(self) -> dict[str, str]:
+        """What the progress bar shows."""
+        parts = self.mean_parts
+        return {"bound": f"{self.bound:.2f}"} | ({} if parts is None else {"KL": f"{parts[1]:.2f}"})
+
 
 def generators(loop: "Loop") -> dict[str, Any]:
     """The states of this process's random number generators."""

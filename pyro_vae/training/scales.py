@@ -62,7 +62,8 @@ class Scales:
         self.known = [each.likelihood for each in fitted]  # in one order on all ranks
         self.learned = any(each.likelihood.has_learned_scale for each in fitted)
         self.floors = any(each.likelihood.floor for each in fitted)
-        self.last = 1 / lr  # from this step on, gradients move a scale as fast as residuals change
+        # From this step on, gradients move a scale as fast as residuals change; never without a step size.
+        self.last = 1 / lr if lr else math.inf
         self.announced = announce(fitted, of_data=True, stacklevel=7)
 
     def see(self, program: Program) -> None:

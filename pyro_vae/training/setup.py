@@ -179,7 +179,7 @@ def _local(asked: Asked, ranks: Ranks, going_on: bool) -> Loop:
         settings,
         support,
         rows_of,
-        Scales(program, objective, likelihoods, optimizers.lr_of(made), rows_of.number),
+        Scales(program, objective, likelihoods, optimizers.own_lr_of(made), rows_of.number),
         fingerprint,
         called,
         unweighed,

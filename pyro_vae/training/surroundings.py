@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import eval_mode
 from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.training.moving import still_moving
 
 
 def memory_of(objective: Any, batches: Minibatches) -> AbstractContextManager[None]:
@@ -51,6 +52,16 @@ def teller(bar: Any, batches: Minibatches) -> OnCompile | None:
         bar.write(line, file=sys.stderr)
 
     return tell
+
+
+def tell_end(bar: Any, epochs: Sequence[dict[str, float]], steps: int, stopped: str | None) -> None:
+    """Says beside the progress bar why a callback has ended the training, and what was still moving."""
+    if bar.disable:
+        return
+    why = None if stopped is None else f"stopped after {steps} step{'s' * (steps > 1)}: {stopped}"
+    for line in (why, still_moving(epochs)):
+        if line is not None:
+            bar.write(line, file=sys.stderr)
 
 
 @contextmanager

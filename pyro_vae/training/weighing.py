@@ -10,7 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.checks import shown
+from pyro_vae.checks import is_dense, shown
 from pyro_vae.engine.minibatches import Minibatches
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
@@ -66,7 +66,7 @@ def check(weights: Any, batches: Minibatches, objective: Any) -> Tensor | None:
         found = torch.as_tensor(weights)
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
-    column = found.shape == (batches.size,) and not found.is_complex()
+    column = is_dense(found) and found.shape == (batches.size,) and not (found.is_complex() or found.is_meta)
     if not (column and bool(found.isfinite().all()) and bool((found >= 0).all()) and bool((found > 0).any())):
         raise PyroVAEError(
             f"expected weights to be {batches.size} finite numbers of at least 0, one for each datum and not all 0, "

@@ -10,8 +10,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import LinearGaussian
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
+from pyro_vae.engine import bars
+from pyro_vae.evaluation import pieces
 from pyro_vae.evaluation.measured import _signal_to_noise
 
 
@@ -280,3 +283,24 @@ def test_compiled_code_is_refused_where_each_sample_must_be_checked(without_indu
     assert math.isfinite(pv.compare(model, guide, x, pv.IWAE(4), repeats=2, seed=0).bound.item())
     with pytest.raises(ValueError, match="compiled code does not check samples"):
         pv.compare(model, guide, x, pv.IWAE(4), repeats=2, compile=True, seed=0)
+
+
+def test_a_bar_over_all_data_that_are_read(monkeypatch):
+    """As pv.log_likelihood has it; data in memory have the bars of their rows alone."""
+    made, own = [], bars.progress_bar
+
+    def keep(progress, **options):
+        bar = own(progress, **options)
+        if progress and options.get("desc") == "x":
+            made.append(options | {"seen": 0})
+            bar.update = lambda n=1: made[-1].update(seen=made[-1]["seen"] + n)
+        return bar
+
+    monkeypatch.setattr(bars, "progress_bar", keep)
+    monkeypatch.setattr(pieces, "ELEMENTS_AT_ONCE", 60)  # 20 rows of 3
+    program = LinearGaussian(3, 2, 50)
+    loader = DataLoader(TensorDataset(program.x), batch_size=10)
+    for x, seen in ((loader, [50]), (program.x, [])):
+        made.clear()
+        pv.compare(*parametrised(program), x, pv.ELBO(), repeats=2, seed=0)
+        assert [bar["seen"] for bar in made] == [bar["total"] for bar in made] == seen

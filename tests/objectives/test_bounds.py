@@ -276,3 +276,13 @@ def test_tvo_of_a_weight_of_zero_is_minus_infinity(partitions):
     nearly = log_w.detach().masked_fill(log_w == -math.inf, -1e6).requires_grad_()
     (expected,) = torch.autograd.grad(objective.reduce(nearly).sum(), nearly)
     torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", REDUCTIONS, ids=repr)
+@pytest.mark.parametrize("method", ["reduce", "reduce_for_guide", "curvature"])
+def test_log_weights_of_more_dimensions_are_refused(objective, method):
+    """Some reductions took them, and no generic curvature did."""
+    with pytest.raises(
+        pv.PyroVAEError, match=r"expected log_weights to be a dense tensor \(K, N\) .* shape \(6, 3, 2\)"
+    ):
+        getattr(objective, method)(torch.zeros(6, 3, 2))

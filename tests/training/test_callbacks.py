@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 
 import pandas as pd
 import pyro
@@ -12,6 +13,7 @@ import torch
 from helpers.training import X, same, small_vae
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader
+from tqdm.std import tqdm
 
 import pyro_vae as pv
 
@@ -202,8 +204,30 @@ def test_a_callback_ends_training(where, epochs):
     recorder = Recorder()
     history = pv.fit(small_vae(), X, pv.ELBO(), epochs=9, batch_size=25, callbacks=[Stop(), recorder])
     assert len(history) == epochs
+    assert history.attrs["stopped"] == ("a callback ended it" if where == "on_step" else "enough")
     assert recorder.calls[-1][0] == "end"
     assert len(recorder.steps) == (3 if where == "on_step" else 2)
+
+
+def test_why_a_callback_ended_training_is_shown(monkeypatch, capsys):
+    class Stop(pv.Callback):
+        def on_epoch(self, record):
+            if record.epoch == 2:
+                record.stop(self.reason)
+
+    in_terminal = lambda progress, **options: tqdm(disable=not progress, **options)  # noqa: E731
+    monkeypatch.setattr(sys.modules["pyro_vae.training.fit"], "progress_bar", in_terminal)
+    stop, settings = Stop(), {"epochs": 9, "batch_size": 25}
+    stop.reason = "the KL is low"
+    history = pv.fit(small_vae(), X, pv.ELBO(), callbacks=stop, **settings)
+    assert history.attrs["stopped"] == "the KL is low"
+    assert "stopped after 4 steps: the KL is low\n" in capsys.readouterr().err
+    pv.fit(small_vae(), X, pv.ELBO(), callbacks=stop, progress=False, **settings)
+    assert "stopped" not in capsys.readouterr().err
+    assert pv.fit(small_vae(), X, pv.ELBO(), epochs=1).attrs["stopped"] is None
+    stop.reason = None
+    with pytest.raises(pv.CallbackError, match="expected reason to be a string, got None"):
+        pv.fit(small_vae(), X, pv.ELBO(), callbacks=stop, **settings)
 
 
 @pytest.mark.parametrize("where", ["on_start", "before_step", "on_step", "on_epoch"])

@@ -13,6 +13,7 @@ from helpers.training import X, same, small_vae
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_vae as pv
+from pyro_vae.training import checkpoint as checkpoints
 
 
 class Interrupt(pv.Callback):
@@ -85,6 +86,16 @@ def test_a_time_between_checkpoints(tmp_path):
     assert saved[2:] == [False, True]
     with pytest.raises(pv.PyroVAEError, match="expected checkpoint_every to be a positive time"):
         pv.fit(small_vae(), X, pv.ELBO(), checkpoint_every=timedelta(0), **settings)
+
+
+@pytest.mark.parametrize(("settings", "written"), [({"epochs": 2}, [2, 3, 4, 6]), ({"steps": 4}, [2, 3, 4])])
+def test_a_checkpoint_is_written_once_at_an_end(settings, written, tmp_path, monkeypatch):
+    """Also where an epoch, or the training, ends in a step after which it is time for one."""
+    steps = []
+    monkeypatch.setattr(checkpoints, "save", lambda path, state: steps.append(state["steps"]))
+    settings |= {"batch_size": 20, "checkpoint": tmp_path / "run.pt", "checkpoint_every": 2}
+    pv.fit(small_vae(), X, pv.ELBO(), **settings)
+    assert steps == written
 
 
 def test_a_stream_that_can_not_begin_again(tmp_path):

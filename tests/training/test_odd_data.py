@@ -74,6 +74,7 @@ def test_a_tensor_that_was_made_in_inference_mode_trains_as_its_copy():
         ((each for each in X), "got a generator"),
         (DataLoader(X[:0], batch_size=2), "expected a DataLoader with a minibatch, got an empty one"),
         (DataLoader(X[:2], batch_size=3, drop_last=True), "expected a DataLoader with a minibatch, got an empty one"),
+        (DataLoader(X.to("meta"), batch_size=3), "expected minibatches with values, got a tensor of .*, on meta. Pass"),
         (DataLoader([{"y": row} for row in X], batch_size=2), r"arguments, \['x', 'mask'\], got \['y'\] too. Leave"),
         (DataLoader([str(row) for row in X], batch_size=2), "minibatches that begin with a str. Set its collate_fn"),
         (TensorDataset(X), "got a TensorDataset. Pass a DataLoader of it, or its tensors"),

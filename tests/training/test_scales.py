@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pyro
@@ -409,3 +410,19 @@ def test_a_likelihood_of_a_pyro_model_of_your_own():
     x = 20 * torch.randn(100, 5)
     pv.fit((model, guide), x, pv.ELBO(), epochs=3, batch_size=40, seed=0, progress=False)
     assert 15 < likelihood.log_scale.exp() < 30
+
+
+def test_a_scheduler_may_begin_at_zero():
+    """The closed form goes on as long as it does with the step size that the scheduler scales."""
+    x = curves()
+
+    def train(factor):
+        vae = small_vae()
+        warm_up = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=factor)
+        pv.fit(vae, x, pv.ELBO(), epochs=3, lr=0.05, seed=0, lr_scheduler=warm_up)
+        return vae
+
+    vae = train(lambda epoch: float(epoch > 0))
+    assert 0.5 < sigma(vae) / residual(vae, x) < 2
+    still = train(lambda epoch: 0.0)
+    assert sigma(still) == pytest.approx(residual(still, x), rel=0.1)

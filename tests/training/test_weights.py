@@ -177,6 +177,8 @@ def guide_outside(x):
         (torch.full((30,), float("nan")), "expected weights to be 30 finite numbers"),
         (2.0, "expected weights to be 30 finite numbers"),
         ("w", "expected weights to be 30 finite numbers"),
+        (torch.ones(30, device="meta"), "expected weights to be 30 finite numbers.*on meta"),
+        (torch.ones(30).to_sparse(), "expected weights to be 30 finite numbers"),
     ],
 )
 def test_other_weights(weights, words):
@@ -201,3 +203,38 @@ def test_kinds_of_weights(weights):
     vae = pv.mlp_vae((3,), latent_dim=1, hidden_dims=(4,), likelihood="gaussian")
     history = pv.fit(vae, X.float(), pv.IWAE(2), epochs=1, batch_size=8, weights=weights)
     assert history.train_bound.notna().all()
+
+
+def masked_model(x, mask):
+    with pyro.plate("data", len(x), dim=-2):
+        u = pyro.sample("u", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("columns", 3, dim=-1), pyro.poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(u, 1.0))
+            pyro.sample("x", dist.Normal(z + pyro.param("loc", x.new_zeros(3)), 1.0), obs=x)
+
+
+def masked_guide(x, mask):
+    with pyro.plate("data", len(x), dim=-2):
+        mean = (x * mask).mean(1, keepdim=True)
+        pyro.sample("u", dist.Normal(mean * pyro.param("slope", x.new_ones(())), 0.8))
+        with pyro.plate("columns", 3, dim=-1), pyro.poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(x / 2, 0.9))
+
+
+@pytest.mark.parametrize("objective", [pv.ELBO(), pv.ELBO(2, "monte_carlo"), pv.IWAE(3), pv.IWAE(3, "vimco")], ids=repr)
+def test_a_plate_around_another_one_with_a_mask(objective):
+    """The bound and the gradient are the mean over the weights of those of each datum, with the same noise."""
+    mask = torch.rand(30, 3, generator=torch.Generator().manual_seed(2)) < 0.6
+
+    class Keep(pv.Callback):
+        def before_step(self, record):
+            self.found = [record.bound, *(p.grad.clone() for _, p in sorted(record.parameters.items()))]
+
+    def measured(weights):
+        start()
+        keep = Keep()
+        pv.fit(masked_model, masked_guide, (X, mask), objective, steps=1, weights=weights, callbacks=keep, seed=3)
+        return torch.cat([torch.as_tensor(each, dtype=X.dtype).flatten() for each in keep.found])
+
+    each = torch.stack([measured(row) for row in torch.eye(30)])
+    torch.testing.assert_close(measured(WEIGHTS), WEIGHTS @ each / WEIGHTS.sum())
