@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 from pyro.distributions.transforms import BatchNorm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
 from torch.utils.data import IterableDataset
 
 from pyro_vae.distributed import Group, mixed
@@ -96,7 +97,9 @@ def _content(batches: Minibatches) -> int:
             indices = sorted(i for each in order for i in each) if by_batch else sorted(order)
             content = [indices, loader.dataset[indices[0]] if indices else None]
     batches.set_generator_states(states)
-    return zlib.crc32(pickle.dumps(content))
+    leaves, shape = pytree.tree_flatten(content)
+    parts = (each.numpy(force=True).tobytes() if isinstance(each, Tensor) else pickle.dumps(each) for each in leaves)
+    return zlib.crc32(b"".join([repr(shape).encode(), *parts]))
 
 
 def _refuse_what_couples(group: Group, loop: "Loop") -> None:

@@ -234,7 +234,7 @@ class Loop:
         if record is not None:
             self.ranks.attempt(self.callbacks.after_step, record)
         epoch.seconds = time.perf_counter() - started
-        if agreed.save and epoch.minibatches != self.batches.steps:  # the end of the epoch writes one too
+        if agreed.save and epoch.minibatches != self.batches.steps and not self.ended:  # an end writes its own
             self.save()
         return True
 
