@@ -198,7 +198,7 @@ def _state(program: Program) -> dict[str, Tensor]:
     """The parameters of a program and the buffers of its modules, by name."""
     with eval_mode(program.modules()) as called:
         model, guide = find_parameters(program)
-    found = {f"parameter '{name}'": value for name, value in (model | guide).items()}
+    found = {f"parameter '{name.replace('$$$', '.')}'": value for name, value in (model | guide).items()}
     seen = {id(value) for value in found.values()}
     for module in dict.fromkeys([*program.modules(), *called]):
         named: Any = [("parameter", module.named_parameters()), ("buffer", module.named_buffers())]
@@ -257,7 +257,9 @@ def _words(value: Any, most: float = 200) -> str:
         text = ", ".join(f"{key}: {_words(each, math.inf)}" for key, each in value.items())
     elif isinstance(value, list | tuple):
         text = ", ".join(_words(each, math.inf) for each in value)
-    elif isinstance(value, Objective) or type(value).__module__.startswith("pyro_vae."):
+    elif isinstance(value, Objective):
+        text = f"{value.name} with {value.num_particles} particles, {_words(vars(value), 0)[-23:]}"
+    elif type(value).__module__.startswith("pyro_vae."):
         text = f"{type(value).__name__}({_words(vars(value), math.inf)})"
     else:
         return str(getattr(value, "__qualname__", type(value).__qualname__))
