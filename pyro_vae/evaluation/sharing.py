@@ -218,8 +218,9 @@ def _moved(value: Any, device: torch.device | None) -> Any:
         return value.detach().to(of_float64(device) if value.dtype is torch.float64 else device)
     if isinstance(value, dict):
         return {key: _moved(each, device) for key, each in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(_moved(each, device) for each in value)
+    if isinstance(value, list | tuple):
+        found = [_moved(each, device) for each in value]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
     if type(value).__module__.startswith("pyro_vae."):
         found = copy.copy(value)
         vars(found).update({name: _moved(each, device) for name, each in vars(value).items()})

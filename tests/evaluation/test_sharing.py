@@ -28,13 +28,14 @@ def on_ranks(number, folder, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     paths = os.pathsep.join(path for path in sys.path if path)
-    subprocess.run(
+    done = subprocess.run(
         [*command, str(SCRIPT), str(folder), *arguments],
         env=own | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        check=True,
         timeout=LIMIT,
         capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr
     ranks = range(number)
     return [[torch.load(folder / f"{what} {rank}", weights_only=False) for rank in ranks] for what in WRITTEN]
 
