@@ -165,10 +165,12 @@ def sharing(
     """Around a whole evaluation: its group, whose ranks have the same settings, and its random numbers.
 
     Without a seed, one number is drawn from the global generators, which go on from there; rank 0's serves all. Inside
-    they have states of their own. An exception of one rank is raised on all.
+    they have states of their own. A call that fails leaves them as they were. An exception of one rank is raised on
+    all.
     """
     group = group_of(distributed, doing)
     ranks = None if group is None else _ranks_of(group)
+    before = rng.get_state()
     try:
         key = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         if ranks is not None:
@@ -181,10 +183,9 @@ def sharing(
             yield Sharing(ranks, key, progress)
         if ranks is not None:
             ranks.gather(None)  # a failure after the last piece is known to all, too
-    except OtherRankError:
-        raise
     except Exception as error:
-        if ranks is not None:
+        rng.set_state(before)
+        if ranks is not None and not isinstance(error, OtherRankError):  # all ranks know of that one
             ranks.fail(error)
         raise
 
