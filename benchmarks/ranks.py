@@ -20,7 +20,7 @@ import torch.distributed as dist
 import pyro_vae as pv
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--rows", type=int, default=400)
+parser.add_argument("--rows", type=int, default=200)
 parser.add_argument("--num-samples", type=int, default=1000)
 parser.add_argument("--rounds", type=int, default=7)
 options = parser.parse_args()
