@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import Seed
-from pyro_vae.engine import rng
 from pyro_vae.engine.agreement import draws_otherwise
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import find_batch_plate
@@ -26,6 +25,7 @@ from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.parts import Parts
 from pyro_vae.evaluation.pieces import checked_sites, memory_of
 from pyro_vae.evaluation.runs import laid_out, run, simulate
+from pyro_vae.evaluation.sharing import Sharing, sharing
 from pyro_vae.evaluation.simulation import sites_that_read
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
@@ -46,6 +46,7 @@ def to_arviz(
     coords: dict[str, Any] | None = None,
     vectorize_particles: bool = True,
     seed: Seed | None = None,
+    distributed: bool | None = None,
 ) -> Any:
     r"""Draws, densities and log-weights of a program for ArviZ, as one chain of `num_samples` independent draws.
 
@@ -73,7 +74,7 @@ def to_arviz(
     :func:`pyro_vae.log_likelihood`.
 
     Arguments:
-        model, guide, x, vectorize_particles, seed: see :func:`pyro_vae.log_likelihood`.
+        model, guide, x, vectorize_particles, seed, distributed: see :func:`pyro_vae.log_likelihood`.
         num_samples: draws for each datum, at least 2. All of them are in memory.
         coords: coordinates by dimension, as in ArviZ; whole numbers from 0 by default. Where a site has the name of a
             dimension, such as ``data``, the dimension is ``data_dim``. Sites ``chain`` and ``draw`` are ``chain_site``
@@ -100,25 +101,28 @@ def to_arviz(
         Kumar, Carroll, Hartikainen and Martin (2019), *ArviZ: a unified library for exploratory analysis of Bayesian
         models in Python*, JOSS.
     """
-    require_count("num_samples", num_samples, least=2)
-    parts, groups, warned = Parts(model, guide, x), list[Groups](), False
-    with memory_of(parts.number), eval_mode(parts.modules()), torch.no_grad(), rng.seeded(seed):
-        for program in parts:
-            program, sites = placed(program, lambda it: checked_sites(it, observing=False))
-            plate = find_batch_plate(labelled(*sites))
-            shown = deterministic_shapes(program.trace()[0], plate)
-            program = replace(program.with_nesting(), deterministic=shown)
-            check_apart(program, together=vectorize_particles)
-            reading = sites_that_read(program)
-            if reading and not warned:
-                warnings.warn(
-                    f"model site '{reading[0]}' reads data that the model observes (teacher forcing), so that one run "
-                    "can't draw them: the groups of such draws are left out. Pass what the model reads of x as an "
-                    "argument of its own, such as x[:, :-1], to draw data given it.",
-                    stacklevel=3,
-                )
-                warned = True
-            groups.append(_groups(program, num_samples, vectorize_particles, reading))
+    settings = {"num_samples": num_samples, "vectorize_particles": vectorize_particles}
+    groups, warned = list[Groups](), False
+    with sharing(distributed, "pv.to_arviz", seed, settings) as share:
+        require_count("num_samples", num_samples, least=2)
+        parts = Parts(model, guide, x)
+        with memory_of(parts.number), eval_mode(parts.modules()), torch.no_grad():
+            for program in share.parts(parts):
+                program, sites = placed(program, lambda it: checked_sites(it, observing=False))
+                plate = find_batch_plate(labelled(*sites))
+                shown = deterministic_shapes(program.trace()[0], plate)
+                program = replace(program.with_nesting(), deterministic=shown)
+                check_apart(program, together=vectorize_particles)
+                reading = sites_that_read(program)
+                if reading and share.speaks and not warned:
+                    warnings.warn(
+                        f"model site '{reading[0]}' reads data that the model observes (teacher forcing), so that one "
+                        "run can't draw them: the groups of such draws are left out. Pass what the model reads of x as "
+                        "an argument of its own, such as x[:, :-1], to draw data given it.",
+                        stacklevel=3,
+                    )
+                    warned = True
+                groups.append(_groups(program, num_samples, vectorize_particles, reading, share))
     return _container(_together(groups), coords or {})
 
 
@@ -138,11 +142,12 @@ def _together(parts: list[Groups]) -> Groups:
     }
 
 
-def _groups(program: Program, number: int, vectorize: bool, reading: list[str]) -> Groups:
+def _groups(program: Program, number: int, vectorize: bool, reading: list[str], share: Sharing) -> Groups:
     """The variables of every group, each with the names of its dimensions."""
     sizes = [min(PARTICLES_AT_ONCE, number - start) for start in range(0, number, PARTICLES_AT_ONCE)]
-    drawn = (run(program, max(2, size), vectorize) for size in sizes)
-    runs = [list(_variables(program, each, vectorize, reading)) for each in drawn]
+    runs = share.each(
+        sizes, lambda size: [*_variables(program, run(program, max(2, size), vectorize), vectorize, reading)]
+    )
     groups: Groups = {}
     for pieces in zip(*runs, strict=True):
         group, name, (dims, first) = pieces[0]

@@ -232,9 +232,22 @@ def _start() -> bool:
                 "CUDA_VISIBLE_DEVICES= for training on CPUs."
             )
         torch.cuda.set_device(local)
-    dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on a GPU
+    # Gloo for tensors on the CPU, NCCL for those on a GPU.
+    dist.init_process_group(store=_store(), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     atexit.register(_end)
     return True
+
+
+def _store() -> Any:
+    """The store by which the processes meet, with names of their own for each restart by torchrun.
+
+    torchrun's own store stays from restart to restart, and would tell a process the addresses of dead ones.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    size, serves = int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0" and not of_agent
+    store = dist.TCPStore(address, port, size, serves, timeout=TIMEOUT)
+    return dist.PrefixStore(f"pyro_vae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _end() -> None:

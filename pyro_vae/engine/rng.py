@@ -41,24 +41,6 @@ def preserved(seed: int | None = None) -> Iterator[None]:
         set_state(state)
 
 
-class Continued:
-    """Random numbers that begin with a seed, and go on where they ended at each further use."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
-        self.state: State | None = None
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Take these numbers inside, and restore the generators afterwards; without a seed, change nothing."""
-        with seeded(self.seed):
-            if self.state is not None:
-                set_state(self.state)
-            yield
-            if self.seed is not None:
-                self.state = get_state()
-
-
 def seeded(seed: int | None) -> AbstractContextManager[None]:
     """Seed the generators inside and restore their states afterwards; without a seed, change nothing."""
     return nullcontext() if seed is None else preserved(seed)

@@ -20,11 +20,13 @@ from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.pieces import Pieces, on_rows, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.guide import Mixture
 from pyro_vae.evaluation.proposals.search import Search, Settings
+from pyro_vae.evaluation.sharing import Sharing
 
 PILOT = 1000  # samples that show the variance of a datum's weights
 FEWEST = 100  # samples of a datum
 MOST = 20  # how many times `num_samples` a datum may have
 SAFETY = 1.1  # how many more samples than the pilot says
+ORDERING, COUNTED = 1, 2  # uses of random numbers beside the pilots
 ROWS_AT_ONCE = 64  # data of a pilot of the guide
 NAMED = 10  # rows that a warning names
 
@@ -36,11 +38,12 @@ class _Piloted(NamedTuple):
 
 
 def sample_as_needed(
-    data: Pieces, num_samples: int, goal: "Goal | None", refine: bool, vectorize: bool, progress: bool
+    data: Pieces, num_samples: int, goal: "Goal | None", refine: bool, vectorize: bool, share: Sharing
 ) -> LogLikelihood:
     """The estimates of log p(x), with `num_samples` for each datum, or as many as a stated error takes."""
     order = None
     if goal is not None and goal.of_mean and data.divisible:  # so that the pilots so far stand for all of them
+        share.seed(0, ORDERING)
         order = torch.randperm(len(data.program.args[0]))
         args = tuple(column[order.to(column.device)] for column in data.program.args)
         data = replace(data, program=replace(data.program, args=args))
@@ -56,11 +59,29 @@ def sample_as_needed(
         bar.update()
         return _Piloted(program, None, relative_variance(draw_weights(program, PILOT, vectorize)))
 
+    def numbers_for(pilot: _Piloted | None) -> Tensor | None:
+        """How many samples each datum of a pilot gets; every process makes the same calls."""
+        if goal is None:
+            return None if pilot is None else torch.full_like(pilot.variance, num_samples, dtype=torch.long)
+        own = None if pilot is None else pilot.variance
+        # What the mean needs of a pilot depends on those before it, also on those of other processes.
+        each = share.all(own, None if own is None else own.device) if goal.of_mean else [own]
+        found = [
+            None if v is None else goal.numbers(SAFETY * v, MOST * num_samples, together=not data.divisible)
+            for v in each
+        ]
+        return found[share.rank if goal.of_mean else 0]
+
     def estimates() -> Iterator[LogLikelihood]:
-        for pilot in map(piloted, programs):
-            numbers = torch.full_like(pilot.variance, num_samples, dtype=torch.long)
-            if goal is not None:
-                numbers = goal.numbers(SAFETY * pilot.variance, MOST * num_samples, together=not data.divisible)
+        for first in range(0, len(programs), share.size):  # a minibatch for each process
+            i, pilot = first + share.rank, None
+            if i < len(programs):
+                share.seed(i)
+                pilot = piloted(programs[i])
+            numbers = numbers_for(pilot)
+            if pilot is None or numbers is None:
+                continue
+            share.seed(i, COUNTED)
             found: LogLikelihood | None = None
             for number in numbers.unique().tolist():
                 chosen = (numbers == number).nonzero()[:, 0]
@@ -73,8 +94,8 @@ def sample_as_needed(
             if found is not None:
                 yield found
 
-    with progress_bar(len(programs) * steps, "step", "log p(x)", progress) as bar:
-        found = LogLikelihood.joined(estimates(), len(data.program.args[0]), data.device)
+    with progress_bar(len(programs) * steps, "step", "log p(x)", share.progress) as bar:
+        found = share.records(programs, estimates(), data.device)
     return found if order is None else found.of(order.argsort().to(found.per_datum.device))
 
 

@@ -9,7 +9,7 @@ f_{b_t} / f_{b_{t-1}} at its states is its weight.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -19,6 +19,7 @@ from pyro_vae.checks import Seed
 from pyro_vae.compiled.function import CompiledFunction
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
+from pyro_vae.engine.program import Program
 from pyro_vae.engine.simulation import prior_that_draws
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
@@ -27,6 +28,7 @@ from pyro_vae.evaluation.evidence import Evidence
 from pyro_vae.evaluation.hamiltonian import Chains, trial_length
 from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.pieces import Args, progress_bar
+from pyro_vae.evaluation.sharing import Sharing, sharing
 from pyro_vae.evaluation.simulation import simulate_data
 
 Schedule = Literal["sigmoid", "linear"]
@@ -110,6 +112,7 @@ def ais(
     vectorize_particles: bool = True,
     compile: bool = False,
     seed: Seed | None = None,
+    distributed: bool | None = None,
     progress: bool = True,
 ) -> AnnealedLikelihood:
     r"""Estimate log p(x) of each datum by annealed importance sampling with Hamiltonian transitions.
@@ -124,7 +127,8 @@ def ais(
     constraints move in the unconstrained space.
 
     Arguments:
-        model, x, seed, progress: see :func:`pyro_vae.log_likelihood`. The model's latent sites must be continuous.
+        model, x, seed, distributed, progress: see :func:`pyro_vae.log_likelihood`. The model's latent sites must be
+            continuous.
         guide: its guide. It is not used, and may be None, where the chains start at the prior.
         num_steps: T, the number of temperatures after the base, at least 2.
         num_chains: C, at least 2.
@@ -154,8 +158,9 @@ def ais(
         Wu, Burda, Salakhutdinov and Grosse (2017), *On the Quantitative Analysis of Decoder-Based Generative Models*,
         ICLR.
     """
-    settings = _Settings(num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles, compile)
-    return _annealed(model, guide, x, settings, seed, progress, simulate=False)[0]
+    given = num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles, compile
+    with sharing(distributed, "pv.ais", seed, _named(given), progress) as share:
+        return _annealed(model, guide, x, _Settings(*given), share, simulate=False)[0]
 
 
 @takes_program
@@ -173,6 +178,7 @@ def bdmc(
     vectorize_particles: bool = True,
     compile: bool = False,
     seed: Seed | None = None,
+    distributed: bool | None = None,
     progress: bool = True,
 ) -> Sandwich:
     r"""Bound log p(x) from both sides by annealing and its reverse, on data that the model simulates.
@@ -186,7 +192,7 @@ def bdmc(
 
     Arguments:
         model, guide, num_steps, num_chains, start, schedule: see :func:`pyro_vae.ais`.
-        num_leapfrog, step_size, vectorize_particles, compile, seed, progress: see :func:`pyro_vae.ais`.
+        num_leapfrog, step_size, vectorize_particles, compile, seed, distributed, progress: see :func:`pyro_vae.ais`.
         x: data of the number and shapes to simulate. Arguments that the model observes, or elements of them such as
             ``x[:, t]``, are replaced by simulated ones; the others, such as labels, are kept.
 
@@ -205,8 +211,9 @@ def bdmc(
     References:
         Grosse, Ghahramani and Adams (2015), *Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo*.
     """
-    settings = _Settings(num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles, compile)
-    forward, backward, simulated = _annealed(model, guide, x, settings, seed, progress, simulate=True)
+    given = num_steps, num_chains, start, schedule, num_leapfrog, step_size, vectorize_particles, compile
+    with sharing(distributed, "pv.bdmc", seed, _named(given), progress) as share:
+        forward, backward, simulated = _annealed(model, guide, x, _Settings(*given), share, simulate=True)
     columns = tuple(torch.cat(column) for column in zip(*simulated, strict=True))
     return Sandwich(forward, torch.cat(backward), columns[0] if len(columns) == 1 else columns)
 
@@ -239,13 +246,17 @@ class _Settings:
             raise PyroVAEError(f"expected a positive step_size, got {self.step_size!r}. Try {STEP_SIZE}.")
 
 
+def _named(given: tuple[Any, ...]) -> dict[str, Any]:
+    """The settings by name, before they are checked."""
+    return dict(zip((each.name for each in fields(_Settings)), given, strict=True))
+
+
 def _annealed(
     model: PyroFunction,
     guide: PyroFunction | None,
     x: Any,
     settings: _Settings,
-    seed: int | None,
-    progress: bool,
+    share: Sharing,
     *,
     simulate: bool,
 ) -> tuple[AnnealedLikelihood, list[Tensor], list[Args]]:
@@ -254,31 +265,37 @@ def _annealed(
     if start == "guide" and guide is None:
         raise PyroVAEError("expected a guide to start from, got None. Pass it, or start='prior'.")
     temperatures = _temperatures(settings.schedule, num_steps)
-    forward, backward, simulated, evaluate = [], [], [], None
-    accepted: Any = 0.0  # the sum over data
+    found: list[tuple[Tensor, Tensor, Tensor | None, Args]] = []
+    evaluate: CompiledFunction | None = None
     used = guide if start == "guide" else None
     steps_of_each = (2 if simulate else 1) * num_steps + trial_length(num_steps - 1)
+
+    def annealed(program: Program) -> tuple[Tensor, Tensor, Tensor | None, Args]:
+        """The log-weights of a minibatch, the sum of its acceptance, the reverse chains' estimates, and their data."""
+        nonlocal evaluate
+        args, latents = simulate_data(program.model, program.args) if simulate else (program.args, {})
+        program = program.on(args)
+        chains = Chains(program, num_chains, settings.num_leapfrog, settings.vectorize, bar, evaluate)
+        if settings.compile and evaluate is None:
+            evaluate = chains.evaluate = CompiledFunction(chains.evaluated, program.modules())
+        steps = chains.adapt(temperatures, settings.step_size)
+        log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)
+        if not simulate:
+            return log_w, acceptance.sum(1), None, ()
+        reverse, _ = chains.anneal(chains.start(latents), temperatures.flip(0), steps.flip(0))
+        return log_w, acceptance.sum(1), -Evidence.from_weights(reverse).per_datum, args
+
     instead = "pv.ais with start='guide', whose chains start at the guide's draws"
-    with prior_that_draws(instead), checked_parts(model, used, x, seed, progress=progress) as parts:
-        for data in parts:
+    with prior_that_draws(instead), checked_parts(model, used, x, None, progress=share.progress) as parts:
+        for data in share.parts(parts):
             programs = data.programs(num_chains, settings.vectorize)
-            with progress_bar(len(programs) * steps_of_each, "step", "annealing", progress) as bar:
-                for program in programs:
-                    args, latents = simulate_data(program.model, program.args) if simulate else (program.args, {})
-                    program = program.on(args)
-                    chains = Chains(program, num_chains, settings.num_leapfrog, settings.vectorize, bar, evaluate)
-                    if settings.compile and evaluate is None:
-                        evaluate = chains.evaluate = CompiledFunction(chains.evaluated, program.modules())
-                    steps = chains.adapt(temperatures, settings.step_size)
-                    log_w, acceptance = chains.anneal(chains.start(), temperatures, steps)
-                    forward.append(log_w)
-                    accepted = accepted + acceptance.sum(1)
-                    if simulate:
-                        reverse, _ = chains.anneal(chains.start(latents), temperatures.flip(0), steps.flip(0))
-                        backward.append(-Evidence.from_weights(reverse).per_datum)
-                        simulated.append(args)
-    log_w = torch.cat(forward, 1)
-    return AnnealedLikelihood.from_weights(log_w, acceptance=accepted / log_w.shape[1]), backward, simulated
+            total = len(share.own(len(programs))) * steps_of_each
+            with progress_bar(total, "step", "annealing", share.progress) as bar:
+                found += share.each(programs, annealed, data.device)
+    log_w = torch.cat([each[0] for each in found], 1)
+    acceptance = sum(each[1] for each in found) / log_w.shape[1]
+    backward = [each[2] for each in found if each[2] is not None]
+    return AnnealedLikelihood.from_weights(log_w, acceptance=acceptance), backward, [each[3] for each in found]
 
 
 def _temperatures(schedule: Any, num_steps: int) -> Tensor:

@@ -11,7 +11,7 @@ from pyro import poutine
 
 from pyro_vae.checks import Seed, shown
 from pyro_vae.compiled.step import check_compiled
-from pyro_vae.engine import bars, rng
+from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.modules import PyroFunction, eval_mode
@@ -25,7 +25,16 @@ from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_dat
 from pyro_vae.evaluation.likelihood import Draw, estimate_evidence
 from pyro_vae.evaluation.measured import Measured
 from pyro_vae.evaluation.parts import Parts
-from pyro_vae.evaluation.pieces import Pieces, checked_sites, is_divisible, memory_of, same_supports, warn_of_missed
+from pyro_vae.evaluation.pieces import (
+    Pieces,
+    checked_sites,
+    is_divisible,
+    memory_of,
+    progress_bar,
+    same_supports,
+    warn_of_missed,
+)
+from pyro_vae.evaluation.sharing import Sharing, sharing
 from pyro_vae.objectives import ELBO, IWAE, NoClosedFormError, Objective
 from pyro_vae.objectives.base import Options
 
@@ -42,6 +51,7 @@ def compare(
     compile: bool = False,
     vectorize_particles: bool = True,
     seed: Seed | None = None,
+    distributed: bool | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     r"""Compare objectives on the same data: a table with rows by objective and number of particles.
@@ -84,7 +94,10 @@ def compare(
             then its time. Compiling the default rows takes minutes.
         vectorize_particles: see :func:`pyro_vae.log_weights`, for the default rows and the estimate of log p(x). False
             is slow. An objective that you pass has a setting of its own.
-        seed: the seed of each objective's random numbers; None continues from the generators' state.
+        seed: the seed of each objective's random numbers; None draws one from the generators. Repeats have numbers of
+            their own, and objectives have the same ones.
+        distributed: see :func:`pyro_vae.log_likelihood`. Processes share out the repeats of all objectives. The table
+            is the same for any number of them, but for the times.
         progress: whether to show the current row, in a terminal; and of data that are read, how many were.
 
     Raises:
@@ -105,23 +118,26 @@ def compare(
     References:
         Rainforth et al. (2018), *Tighter Variational Bounds are Not Necessarily Better*, ICML.
     """
-    require_count("repeats", repeats, least=2, why=", whose spread is the estimator's")
-    parts, table = Parts(model, guide, x), None
-    check_same_data(log_likelihood, parts.sure_number)
-    with memory_of(parts.number), eval_mode(parts.modules()), rng.seeded(seed), parts.bar(progress) as bar:
-        for program in parts:
-            program, sites = placed(program, checked_sites)
-            divisible = is_divisible(program) if parts.divisible is None else parts.divisible
-            data = Pieces(program, divisible, same_supports(*sites))
-            if table is None:
-                named = _named(program, objectives, compile, vectorize_particles)
-                table = _Table(data, sites[1], named, repeats, compile, vectorize_particles, seed)
-            table.add(data, sites, progress)
-            bar.update(len(program.args[0]))
-    check_same_data(log_likelihood, parts.seen)
-    if table is None:
-        raise RuntimeError("expected a part of the data.")
-    return table.rows(log_likelihood)
+    settings = {"objectives": objectives, "repeats": repeats, "log_likelihood": log_likelihood, "compile": compile}
+    settings["vectorize_particles"] = vectorize_particles
+    with sharing(distributed, "pv.compare", seed, settings, progress) as share:
+        require_count("repeats", repeats, least=2, why=", whose spread is the estimator's")
+        parts, table = Parts(model, guide, x), None
+        check_same_data(log_likelihood, parts.sure_number)
+        with memory_of(parts.number), eval_mode(parts.modules()), parts.bar(share.progress) as bar:
+            for program in share.parts(parts):
+                program, sites = placed(program, checked_sites)
+                divisible = is_divisible(program) if parts.divisible is None else parts.divisible
+                data = Pieces(program, divisible, same_supports(*sites))
+                if table is None:
+                    named = _named(program, objectives, compile, vectorize_particles, share.speaks)
+                    table = _Table(data, sites[1], named, repeats, compile, vectorize_particles, share)
+                table.add(data, sites)
+                bar.update(len(program.args[0]))
+        check_same_data(log_likelihood, parts.seen)
+        if table is None:
+            raise RuntimeError("expected a part of the data.")
+        return table.rows(log_likelihood)
 
 
 class _Table:
@@ -135,7 +151,7 @@ class _Table:
         repeats: int,
         compile: bool,
         vectorize: bool,
-        seed: int | None,
+        share: Sharing,
     ) -> None:
         self.keys = [(name, objective.num_particles) for name, objective in named]
         if len(set(self.keys)) < len(self.keys):
@@ -152,22 +168,25 @@ class _Table:
         self.factors = [name for name, site in guide_sites.items() if is_factor(site)]
         vectorize = vectorize and all(objective.vectorize_particles for _, objective in named)
         self.draw = Draw(COMPARE_SAMPLES, vectorize, compile and vectorize)
-        self.numbers = rng.Continued(seed)
         self.evidence: list[LogLikelihood] = []
-        self.measured = [Measured(each, parameters, repeats, compile, rng.Continued(seed)) for _, each in named]
+        self.share = share
+        self.measured = [
+            Measured(each, parameters, repeats, compile, share, place) for place, (_, each) in enumerate(named)
+        ]
 
-    def add(self, data: Pieces, sites: tuple[Sites, Sites], progress: bool) -> None:
+    def add(self, data: Pieces, sites: tuple[Sites, Sites]) -> None:
         """Measure the objectives on a part of the data."""
-        with torch.no_grad(), self.numbers.inside():
+        with torch.no_grad():
             whole = data
             if self.factors:
                 whole = replace(data, program=_without(self.factors, data.program))
             warn_of_missed(whole.program, *sites, self.said)
-            self.evidence.append(estimate_evidence(whole, self.draw, progress))
-        bar = bars.progress_bar(progress, iterable=self.named, leave=False, unit="objective")
-        for (name, objective), measured in zip(bar, self.measured, strict=True):
-            bar.set_description(f"{name}, K = {objective.num_particles}")
-            measured.add(data)
+            self.evidence.append(estimate_evidence(whole, self.draw, self.share))
+        with progress_bar(len(self.named), "objective", "", self.share.progress) as bar:
+            for (name, objective), measured in zip(self.named, self.measured, strict=True):
+                bar.set_description(f"{name}, K = {objective.num_particles}")
+                measured.add(data)
+                bar.update()
 
     def rows(self, log_likelihood: Evidence | None) -> pd.DataFrame:
         """The table."""
@@ -187,10 +206,12 @@ def _without(factors: list[str], program: Program) -> Program:
     return replace(program, guide=poutine.block(program.guide_or_prior, hide=factors))
 
 
-def _named(program: Program, objectives: Any, compile: bool, vectorize: bool) -> list[tuple[str, Objective]]:
+def _named(
+    program: Program, objectives: Any, compile: bool, vectorize: bool, speaks: bool
+) -> list[tuple[str, Objective]]:
     """The objectives with their names, the default ones for None; an error if one of them can't be measured."""
     if objectives is None:
-        objectives = _defaults(program, vectorize)
+        objectives = _defaults(program, vectorize, speaks)
     elif isinstance(objectives, Objective):
         objectives = [objectives]
     if isinstance(objectives, str) or not isinstance(objectives, Sequence | Mapping) or not objectives:
@@ -206,7 +227,7 @@ def _named(program: Program, objectives: Any, compile: bool, vectorize: bool) ->
     return list(objectives.items()) if isinstance(objectives, Mapping) else [(o.name, o) for o in objectives]
 
 
-def _defaults(program: Program, vectorize: bool) -> list[Objective]:
+def _defaults(program: Program, vectorize: bool, speaks: bool) -> list[Objective]:
     options: Options = {"vectorize_particles": vectorize}
     sampled = (ELBO(k, "monte_carlo", **options) for k in (1, 16))
     closed_form, others = ELBO(), [*sampled, *(IWAE(k, **options) for k in (1, 4, 16, 64, 256))]
@@ -214,6 +235,7 @@ def _defaults(program: Program, vectorize: bool) -> list[Objective]:
         with torch.no_grad(), rng.preserved():
             closed_form.bound(program.model, program.guide, *program.args)
     except NoClosedFormError as error:
-        warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=5)
+        if speaks:
+            warnings.warn(f"the table has no row '{closed_form.name}': {error}", stacklevel=5)
         return others
     return [closed_form, *others]

@@ -22,6 +22,7 @@ from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_latents, same_for_all_particles, univariate
 from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.pieces import Pieces, progress_bar
+from pyro_vae.evaluation.sharing import sharing
 
 DENSITIES_AT_ONCE = 2**21  # log-densities in memory: samples times data times dimensions
 DATA_AT_ONCE = 512  # data in one run of the guide on a block of samples
@@ -67,6 +68,7 @@ def decompose_elbo(
     *,
     vectorize_particles: bool = True,
     seed: Seed | None = None,
+    distributed: bool | None = None,
     progress: bool = True,
 ) -> Decomposition:
     r"""Decompose the ELBO, averaged over data, into reconstruction, mutual information and marginal KL.
@@ -83,8 +85,9 @@ def decompose_elbo(
     number of data, not the distance of q(z) from p(z). Of one datum, q(z) is q(z|x), and mutual information is zero.
 
     Arguments:
-        model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`. A ``DataLoader`` and arrays
-            in files are read twice, since each sample is compared with all data. The samples of z are in memory.
+        model, x, vectorize_particles, seed, distributed, progress: see :func:`pyro_vae.log_likelihood`. A
+            ``DataLoader`` and arrays in files are read twice, since each sample is compared with all data. The samples
+            of z are in memory; each process of a group has some of them, and compares those with all data.
         guide: its guide. It must be a density of the model's latents alone.
         num_samples: S, the number of samples from each q(z|x_n), at least 2.
 
@@ -104,21 +107,32 @@ def decompose_elbo(
         Chen, Li, Grosse and Duvenaud (2018), *Isolating Sources of Disentanglement in Variational Autoencoders*,
         NeurIPS.
     """
-    require_count("num_samples", num_samples, least=2, why=", to have an error bar")
-    samples: list[_Samples] = []
-    with checked_parts(model, guide, x, seed, progress=progress) as parts:
-        for data in parts:
-            programs = data.programs(num_samples, vectorize_particles)
-            samples += [_Samples.draw(program, num_samples, vectorize_particles) for program in programs]
-        mixtures = [_Mixture.of(drawn) for drawn in samples]
-        with closing(parts.again()) as once_more:
-            for data in once_more:
-                _add(data, programs[0], mixtures, vectorize_particles, progress)
-    columns = [mixture.densities(parts.seen) for mixture in mixtures]
-    likelihood, prior, own, log_q, dimension_wise = (torch.cat(column, 1) for column in zip(*columns, strict=True))
-    elbo, reconstruction = _stratified(likelihood + prior - own), _stratified(likelihood)
-    mutual_information, marginal_kl = _stratified(own - log_q), _stratified(log_q - prior)
-    known = _stratified(dimension_wise) if samples[0].prior_by_dimension.numel() else None
+    settings = {"num_samples": num_samples, "vectorize_particles": vectorize_particles}
+    with sharing(distributed, "pv.decompose_elbo", seed, settings, progress) as share:
+        require_count("num_samples", num_samples, least=2, why=", to have an error bar")
+        numbers, own = list[int](), list[list[_Mixture]]()  # by part, the minibatches and this process's own ones
+        with checked_parts(model, guide, x, None, progress=share.progress) as parts:
+            for data in share.parts(parts):
+                programs = data.programs(num_samples, vectorize_particles)
+                numbers.append(len(programs))
+                own.append([])
+                for i in share.own(len(programs)):
+                    share.seed(i)
+                    own[-1].append(_Mixture.of(_Samples.draw(programs[i], num_samples, vectorize_particles)))
+            device, mixtures = data.device, [mixture for of_part in own for mixture in of_part]
+            with closing(parts.again()) as once_more:
+                for data in once_more if mixtures else ():
+                    _add(data, programs[0], mixtures, vectorize_particles, share.progress)
+        densities = [[mixture.densities(parts.seen) for mixture in of_part] for of_part in own]
+        columns = [
+            each
+            for number, of_part in zip(numbers, densities, strict=True)
+            for each in share.in_order(of_part, number, device)
+        ]
+    likelihood, prior, own_q, log_q, dimension_wise = (torch.cat(column, 1) for column in zip(*columns, strict=True))
+    elbo, reconstruction = _stratified(likelihood + prior - own_q), _stratified(likelihood)
+    mutual_information, marginal_kl = _stratified(own_q - log_q), _stratified(log_q - prior)
+    known = None if bool(dimension_wise.isnan().all()) else _stratified(dimension_wise)
     return Decomposition(elbo, reconstruction, mutual_information, marginal_kl, known, log_q.shape[1])
 
 
@@ -200,6 +214,8 @@ class _Mixture:
         log_q = (self.joint - log_number).reshape(drawn.log_guide.shape)
         marginals = (self.each - log_number).reshape(drawn.prior_by_dimension.shape)
         dimension_wise = (marginals - drawn.prior_by_dimension).sum(-1)
+        if not marginals.numel():
+            dimension_wise = torch.full_like(log_q, math.nan)  # not known
         return drawn.log_likelihood, drawn.log_prior, drawn.log_guide, log_q, dimension_wise
 
 

@@ -27,6 +27,7 @@ from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.pieces import progress_bar
 from pyro_vae.evaluation.proposals.guide import RefinedGuide
 from pyro_vae.evaluation.runs import run
+from pyro_vae.evaluation.sharing import sharing
 from pyro_vae.objectives import ELBO
 
 PARTICLES = 8  # particles of the ELBO that is maximised for each datum
@@ -84,6 +85,7 @@ def inference_gaps(
     log_likelihood: Evidence | None = None,
     vectorize_particles: bool = True,
     seed: Seed | None = None,
+    distributed: bool | None = None,
     progress: bool = True,
 ) -> Gaps:
     r"""Split log p(x) - ELBO into the approximation gap of the guide's family and the amortisation gap of its encoder.
@@ -97,7 +99,7 @@ def inference_gaps(
     size falls to zero, and the last half of the iterates is averaged.
 
     Arguments:
-        model, x, vectorize_particles, seed, progress: see :func:`pyro_vae.log_likelihood`.
+        model, x, vectorize_particles, seed, distributed, progress: see :func:`pyro_vae.log_likelihood`.
         guide: its guide. The distributions at its sites must depend on the data alone, not on one another's samples.
             A guide of :func:`pyro_vae.refine` has its own proposal for each datum: it has no amortisation gap, and
             nothing is fitted.
@@ -136,30 +138,35 @@ def inference_gaps(
     References:
         Cremer, Li and Duvenaud (2018), *Inference Suboptimality in Variational Autoencoders*, ICML.
     """
-    require_count("num_samples", num_samples, least=2, why=", to have an error bar")
-    require_count("num_steps", num_steps)
-    if not 0 < lr <= torch.finfo(torch.float32).max:
-        raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {GAPS_LR}.")
-    results: list[list[LogLikelihood]] = []
-    with checked_parts(model, guide, x, seed, progress=progress) as parts:
-        check_same_data(log_likelihood, parts.sure_number)
-        for data in parts:
-            programs, found = data.programs(PARTICLES, vectorize_particles), []
-            with progress_bar(len(programs) * num_steps, "step", "gaps", progress) as bar:
-                for program in programs:
-                    if isinstance(guide, RefinedGuide):
-                        own = LogLikelihood.from_weights(draw_weights(program, num_samples, vectorize_particles))
-                        found.append((own, own))
-                        continue
-                    local = _FreeSites(program, vectorize_particles)
-                    local.fit(num_steps, lr, bar)
-                    found.append(_best_and_own(program, local.guide, num_samples, vectorize_particles))
-            number = len(data.program.args[0])
-            results.append([LogLikelihood.joined(each, number, data.device) for each in zip(*found, strict=True)])
-        check_same_data(log_likelihood, parts.seen)
-    best, own = (LogLikelihood.together(each) for each in zip(*results, strict=True))
-    if log_likelihood is None:
-        warn_of_high_k(best.pareto_k, ADVICE)
+    settings = {"num_samples": num_samples, "num_steps": num_steps, "lr": lr, "log_likelihood": log_likelihood}
+    settings["vectorize_particles"] = vectorize_particles
+    with sharing(distributed, "pv.inference_gaps", seed, settings, progress) as share:
+        require_count("num_samples", num_samples, least=2, why=", to have an error bar")
+        require_count("num_steps", num_steps)
+        if not 0 < lr <= torch.finfo(torch.float32).max:
+            raise PyroVAEError(f"expected a positive lr, got {lr!r}. Try {GAPS_LR}.")
+
+        def estimates(program: Program) -> tuple[LogLikelihood, LogLikelihood]:
+            if isinstance(guide, RefinedGuide):
+                own = LogLikelihood.from_weights(draw_weights(program, num_samples, vectorize_particles))
+                return own, own
+            local = _FreeSites(program, vectorize_particles)
+            local.fit(num_steps, lr, bar)
+            return _best_and_own(program, local.guide, num_samples, vectorize_particles)
+
+        results: list[list[LogLikelihood]] = []
+        with checked_parts(model, guide, x, None, progress=share.progress) as parts:
+            check_same_data(log_likelihood, parts.sure_number)
+            for data in share.parts(parts):
+                programs = data.programs(PARTICLES, vectorize_particles)
+                with progress_bar(len(share.own(len(programs))) * num_steps, "step", "gaps", share.progress) as bar:
+                    found = share.each(programs, estimates, data.device)
+                number = len(data.program.args[0])
+                results.append([LogLikelihood.joined(each, number, data.device) for each in zip(*found, strict=True)])
+            check_same_data(log_likelihood, parts.seen)
+        best, own = (LogLikelihood.together(each) for each in zip(*results, strict=True))
+        if log_likelihood is None and share.speaks:
+            warn_of_high_k(best.pareto_k, ADVICE)
     return Gaps((log_likelihood or best).per_datum, best.elbo, own.elbo)
 
 

@@ -11,7 +11,7 @@ from pyro_vae.checks import Seed
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
-from pyro_vae.engine.program import Run
+from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import family
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
@@ -19,6 +19,7 @@ from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
 from pyro_vae.evaluation.moments import Moments
 from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.runs import run
+from pyro_vae.evaluation.sharing import sharing
 from pyro_vae.objectives.elbo import NoClosedFormError, closed_form
 
 
@@ -32,6 +33,7 @@ def active_units(
     threshold: float = ACTIVE_THRESHOLD,
     vectorize_particles: bool = True,
     seed: Seed | None = None,
+    distributed: bool | None = None,
 ) -> pd.DataFrame:
     r"""The variance and KL of each latent dimension, to detect posterior collapse: a table with one row for each.
 
@@ -45,7 +47,7 @@ def active_units(
     - ``active``: whether :math:`A_j` is above the threshold. A collapsed dimension has neither variance nor KL.
 
     Arguments:
-        model, guide, x, vectorize_particles, seed: see :func:`pyro_vae.log_likelihood`.
+        model, guide, x, vectorize_particles, seed, distributed: see :func:`pyro_vae.log_likelihood`.
         num_samples: the number of samples to average over, at least 2. It matters only where means or KL depend on
             samples.
         threshold: the variance above which a dimension is active, in the squared units of z.
@@ -63,19 +65,25 @@ def active_units(
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
-    require_count("num_samples", num_samples, least=2)
-    if not threshold >= 0:
-        raise PyroVAEError(
-            f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
-        )
-    moments: dict[str, tuple[Moments, Moments, Moments]] = {}
-    with checked_parts(model, guide, x, seed, least=2) as parts:
-        for data in parts:
-            for program in data.programs(num_samples, vectorize_particles):
-                for name, values in _read(run(program, num_samples, vectorize_particles)).items():
-                    of_site = moments.setdefault(name, (Moments(), Moments(), Moments()))
-                    for kept, value in zip(of_site, values, strict=True):
-                        kept.add(value)
+    settings = {"num_samples": num_samples, "threshold": threshold, "vectorize_particles": vectorize_particles}
+    moments: dict[str, list[Moments]] = {}
+    with sharing(distributed, "pv.active_units", seed, settings) as share:
+        require_count("num_samples", num_samples, least=2)
+        if not threshold >= 0:
+            raise PyroVAEError(
+                f"expected a threshold of at least 0, got {threshold!r}. Burda et al. took {ACTIVE_THRESHOLD}."
+            )
+
+        def of(program: Program) -> dict[str, list[Moments]]:
+            found = _read(run(program, num_samples, vectorize_particles))
+            return {name: [Moments.of(values) for values in each] for name, each in found.items()}
+
+        with checked_parts(model, guide, x, None, least=2) as parts:
+            for data in share.parts(parts):
+                for found in share.each(data.programs(num_samples, vectorize_particles), of, data.device):
+                    for name, each in found.items():
+                        for kept, new in zip(moments.setdefault(name, [Moments() for _ in each]), each, strict=True):
+                            kept.merge(new)
     rows: dict[tuple[str, int], tuple[Any, ...]] = {}
     for name, (means, noise, kl) in moments.items():
         # The Monte Carlo variance of a mean is not variance over data.

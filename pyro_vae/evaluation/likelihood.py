@@ -25,6 +25,7 @@ from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.pieces import Args, Pieces, progress_bar, require_vectorized, rows_at_once
 from pyro_vae.evaluation.proposals.refine import refined_guide
 from pyro_vae.evaluation.proposals.search import Settings
+from pyro_vae.evaluation.sharing import Sharing, sharing
 
 ADVICE = (
     "Pass refine=True, which fits a proposal to each datum, take more samples, or check the number with pv.ais, which "
@@ -46,6 +47,7 @@ def log_likelihood(
     seed: Seed | None = None,
     vectorize_particles: bool = True,
     compile: bool = False,
+    distributed: bool | None = None,
     progress: bool = True,
 ) -> LogLikelihood:
     r"""Estimate log p(x) of each datum by importance sampling from the guide.
@@ -73,18 +75,25 @@ def log_likelihood(
             estimate, which it would bias. The result's `drawn` has the numbers.
         error_of: "datum" for an `error` of each datum, or "mean" for one of the mean over these data, the result's
             `monte_carlo_error`. That takes far fewer samples, and most of them where weights vary most.
-        seed: the seed of the random numbers; None continues from the generators' state.
+        seed: the seed of the random numbers; None draws one from the generators. Each minibatch has numbers of its own.
         vectorize_particles: see :func:`pyro_vae.log_weights`; False is slow.
         compile: whether to run the program as compiled code, see :func:`pyro_vae.compile_step`. Each call compiles
             anew, which pays off where the call takes minutes. The random numbers are drawn in portions of other sizes,
             so the estimate differs. With `refine`, all proposals are in memory at once; their fit is compiled too.
-        progress: whether to show a progress bar, in a terminal.
+        distributed: None shares out the data over the process group, if there is one, or if the variables of
+            ``torchrun`` start one: each process works on some minibatches, and all of them get the whole result. It is
+            the same to the last digit for any number of processes, and without a group, on machines of one kind with
+            equal numbers of threads. All processes make the call, with the same program, data and settings; others are
+            refused. False keeps the call to this process. True refuses to run without a group.
+        progress: whether to show a progress bar, in a terminal; of several processes, rank 0 shows one.
 
     Raises:
         ValueError: fewer than 2 samples, no data, NaN or infinity in the data, data outside the support of the
             likelihood, or a program without a log-weight per datum (see :func:`pyro_vae.log_weights`); with `compile`,
-            a program that can't be traced, with the line at fault.
+            a program that can't be traced, with the line at fault; processes of a group with different programs, data,
+            or settings.
         FloatingPointError: a log-weight is NaN or plus infinity.
+        RuntimeError: another process of the group has failed, or does not make the call.
 
     Warns:
         UserWarning: some data have a k-hat above 0.7, or only weights of zero, or `error` is not reached.
@@ -108,8 +117,36 @@ def log_likelihood(
     References:
         Burda, Grosse and Salakhutdinov (2016), *Importance Weighted Autoencoders*, ICLR.
     """
+    settings = {"num_samples": num_samples, "refine": refine, "error": error, "error_of": error_of}
+    settings |= {"vectorize_particles": vectorize_particles, "compile": compile}
+    with sharing(distributed, "pv.log_likelihood", seed, settings, progress) as share:
+        _check(num_samples, error, error_of, vectorize_particles, compile)
+        results = []
+        with checked_parts(model, guide, x, None, progress=share.progress) as parts:
+            goal = None if error is None else _goal(error, error_of, parts.number)
+            draw = Draw(num_samples, vectorize_particles, compile and not refine)
+            for data in share.parts(parts):
+                if refine and compile:  # the proposals are of this part, and so is the compiled code
+                    refined = refined_guide(data, Settings(compile=True), share.progress, share)
+                    data = replace(data, program=replace(data.program, guide=refined))
+                    results.append(estimate_evidence(data, Draw(num_samples, vectorize_particles, compile), share))
+                elif refine or goal is not None:
+                    results.append(sample_as_needed(data, num_samples, goal, refine, vectorize_particles, share))
+                else:
+                    results.append(estimate_evidence(data, draw, share))
+        result = LogLikelihood.together(results)
+        advice = REFINED_ADVICE if refine else ADVICE
+        if share.speaks:
+            warn_of_zero_weights(result.zero_weights, result.drawn, advice)
+            warn_of_high_k(result.pareto_k, advice)
+            if error is not None:
+                warn_of_larger_errors(result, error, error_of, num_samples, refine)
+    return result
+
+
+def _check(num_samples: int, error: float | None, error_of: str, vectorize: bool, compile: bool) -> None:
     require_count("num_samples", num_samples, least=2, why=", to have an error bar")
-    require_vectorized(compile, vectorize_particles)
+    require_vectorized(compile, vectorize)
     if compile and error is not None:
         raise PyroVAEError(
             "samples to a stated error are drawn by uncompiled code: expected compile=False with error=..., got True. "
@@ -122,26 +159,6 @@ def log_likelihood(
         )
     if error is not None and not 0 < error < math.inf:
         raise PyroVAEError(f"expected error to be a positive number of nats, got {error!r}. Try 0.02.")
-    results = []
-    with checked_parts(model, guide, x, seed, progress=progress) as parts:
-        goal = None if error is None else _goal(error, error_of, parts.number)
-        draw = Draw(num_samples, vectorize_particles, compile and not refine)
-        for data in parts:
-            if refine and compile:  # the proposals are of this part, and so is the compiled code
-                refined = refined_guide(data, Settings(compile=True), progress)
-                data = replace(data, program=replace(data.program, guide=refined))
-                results.append(estimate_evidence(data, Draw(num_samples, vectorize_particles, compile), progress))
-            elif refine or goal is not None:
-                results.append(sample_as_needed(data, num_samples, goal, refine, vectorize_particles, progress))
-            else:
-                results.append(estimate_evidence(data, draw, progress))
-    result = LogLikelihood.together(results)
-    advice = REFINED_ADVICE if refine else ADVICE
-    warn_of_zero_weights(result.zero_weights, result.drawn, advice)
-    warn_of_high_k(result.pareto_k, advice)
-    if error is not None:
-        warn_of_larger_errors(result, error, error_of, num_samples, refine)
-    return result
 
 
 def _goal(error: float, of: Literal["datum", "mean"], number: int | None) -> Goal:
@@ -169,19 +186,20 @@ class Draw:
         return self.compiled(program.args)
 
 
-def estimate_evidence(data: Pieces, draw: Draw, progress: bool) -> LogLikelihood:
+def estimate_evidence(data: Pieces, draw: Draw, share: Sharing) -> LogLikelihood:
     """Estimate log p(x) of all data, one minibatch after another; see :func:`pyro_vae.log_likelihood`."""
     args, num_samples = data.program.args, draw.num_samples
     size = None if draw.vectorize else min(rows_at_once(args), WEIGHTS_AT_ONCE // num_samples)
     programs = data.programs(num_samples, draw.vectorize, size)
-    with progress_bar(len(args[0]), "datum", "log p(x)", progress) as bar:
+    with progress_bar(len(args[0]), "datum", "log p(x)", share.progress) as bar:
 
         def estimates() -> Iterator[LogLikelihood]:
-            for program in programs:
-                yield LogLikelihood.from_weights(draw.of(program, data))
-                bar.update(len(program.args[0]))
+            for i in share.own(len(programs)):
+                share.seed(i)
+                yield LogLikelihood.from_weights(draw.of(programs[i], data))
+                bar.update(len(programs.batches[i][0]) * share.size)
 
-        return LogLikelihood.joined(estimates(), len(args[0]), data.device)
+        return share.records(programs, estimates(), data.device)
 
 
 def _compiled_draw(program: Program, data: Pieces, num_samples: int) -> Callable[[Args], Tensor]:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,12 @@ from pyro_vae.engine.program import Program
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.pieces import Pieces
+from pyro_vae.evaluation.sharing import Sharing
 from pyro_vae.objectives import ELBO, Objective
 
+T = TypeVar("T")
+
+REPEAT = 1  # a use of random numbers
 ROWS_AT_ONCE = 2**15  # data times particles in one run: 100 MB for each float32 tensor of 784 pixels
 
 
@@ -31,7 +36,8 @@ class Measured:
         parameters: tuple[dict[str, Tensor], dict[str, Tensor]],
         repeats: int,
         compile: bool,
-        numbers: rng.Continued,
+        share: Sharing,
+        place: int,
     ) -> None:
         self.objective = copy.copy(objective)  # with fixed settings, since a measured loss is not a step of schedules
         vars(self.objective).update(objective.scheduled())
@@ -39,35 +45,41 @@ class Measured:
             [v for group in groups for v in group.values()] for groups in (parameters, parameters[1:])
         )
         self.in_model = sum(value.numel() for value in parameters[0].values())
-        self.compile, self.numbers, self.sizes = compile, numbers, set[int]()
+        self.compile, self.share, self.sizes = compile, share, set[int]()
         self.gradient: Callable[..., Tensor] | None = None
-        self.seconds = [0.0] * repeats
-        self.gradients: list[Tensor | float] = [0.0] * repeats  # each the sum over data
+        self.repeats = repeats
+        self.own_repeats = [i for i in range(repeats) if (place * repeats + i) % share.size == share.rank]
+        self.seconds = dict.fromkeys(self.own_repeats, 0.0)
+        self.gradients: dict[int, Any] = dict.fromkeys(self.own_repeats, 0.0)  # each the sum over data
+        self.beside_score: dict[int, Tensor | None] = {}
         self.per_datum: list[Tensor] = []
         self.variance = 0.0  # the sum over data
-        self.bias: float | None = None
 
     def add(self, data: Pieces) -> None:
         """Measure it on a part of the data."""
-        with self.numbers.inside():
-            program, chunks = data.program, data.minibatches(ROWS_AT_ONCE // self.objective.num_samples)
+        program, chunks = data.program, data.minibatches(ROWS_AT_ONCE // self.objective.num_samples)
+        bounds = {}
+        for i in self.own_repeats:
             gradient = self._gradient(program, chunks)
-            bounds, first = [], []
-            for i in range(len(self.seconds)):
-                with torch.no_grad():
-                    parts = [self.objective.bound(program.model, program.guide, *chunk) for chunk in chunks]
-                    bounds.append(wide(torch.cat(parts)))
-                started = _now(program.args[0])
-                parts = list(map(gradient, *zip(*chunks, strict=True)))
-                self.gradients[i] = self.gradients[i] + torch.stack(parts).sum(0)
-                self.seconds[i] += _now(program.args[0]) - started
-                first.append(parts[0])
-            per_repeat = torch.stack(bounds)
-            self.per_datum.append(per_repeat.mean(0))
-            self.variance += per_repeat.var(0).sum().item()
-            if self.bias is None:
+            self.share.seed(i, REPEAT)
+            with torch.no_grad():
+                parts = [self.objective.bound(program.model, program.guide, *chunk) for chunk in chunks]
+                bounds[i] = wide(torch.cat(parts))
+            started = _now(program.args[0])
+            parts = list(map(gradient, *zip(*chunks, strict=True)))
+            self.gradients[i] = self.gradients[i] + torch.stack(parts).sum(0)
+            self.seconds[i] += _now(program.args[0]) - started
+            if i not in self.beside_score:
                 of_guide = partial(_gradient_of, program, leaves=self.own, chunk=chunks[0])
-                self.bias = _bias([part[self.in_model :] for part in first], self.objective, of_guide)
+                self.beside_score[i] = self._beside_score(parts[0][self.in_model :], of_guide, first=i == 0)
+        per_repeat = torch.stack(self._of_all_repeats(bounds, data.device))
+        self.per_datum.append(per_repeat.mean(0))
+        self.variance += per_repeat.var(0).sum().item()
+
+    def _of_all_repeats(self, own: dict[int, T], device: torch.device | None = None) -> list[T]:
+        """What all processes have, by repeat."""
+        found = {i: value for each in self.share.all(own, device) for i, value in each.items()}
+        return [found[i] for i in range(self.repeats)]
 
     def _gradient(self, program: Program, chunks: list[tuple[Tensor, ...]]) -> Callable[..., Tensor]:
         """A function of a minibatch; if it is compiled, it is so before the timing."""
@@ -87,7 +99,8 @@ class Measured:
     def row(self) -> tuple[dict[str, float], Tensor]:
         """The row, and the bound of each datum, averaged over repeats."""
         per_datum = torch.cat(self.per_datum)
-        stacked = torch.stack([torch.as_tensor(each) for each in self.gradients])
+        device = self.leaves[0].device
+        stacked = torch.stack([torch.as_tensor(each) for each in self._of_all_repeats(self.gradients, device)])
         bound = Estimate.of(per_datum)
         row = {
             "bound": bound.value,
@@ -95,10 +108,33 @@ class Measured:
             "estimator_std": math.sqrt(self.variance / len(per_datum)),
             "grad_snr_model": _signal_to_noise(stacked[:, : self.in_model]),
             "grad_snr_guide": _signal_to_noise(stacked[:, self.in_model :]),
-            "grad_bias_z": math.nan if self.bias is None else self.bias,
-            "milliseconds": 1e3 * statistics.median(self.seconds),
+            "grad_bias_z": _bias(self._of_all_repeats(self.beside_score)),
+            "milliseconds": 1e3 * statistics.median(self._of_all_repeats(self.seconds)),
         }
         return row, per_datum
+
+    def _beside_score(self, path: Tensor, gradient: Callable[[Objective], Tensor], *, first: bool) -> Tensor | None:
+        """A gradient along paths, and one by the score function, in a fixed random direction; None where one is not.
+
+        The third number is that of rounding; it is of the `first` repeat.
+        """
+        objective, size = self.objective, 0.0
+        score = "vimco" if objective.num_samples > 1 and "vimco" in objective.gradients else "score"
+        free_bits = isinstance(objective, ELBO) and objective.free_bits
+        if objective.estimator.path != "all" or score not in objective.gradients or free_bits or not path.numel():
+            return None
+        if self.repeats < 5:  # of few, the standard error is no guide
+            return None
+        try:
+            scored = gradient(_with_gradient(objective, score))
+        except PyroVAEError:  # there is no score function, such as where a support depends on parameters
+            return None
+        if first:
+            # Both may be zero but for rounding, as at the exact posterior. The pathwise gradient has terms that cancel.
+            whole = gradient(_with_gradient(objective, "pathwise")) if "pathwise" in objective.gradients else path
+            size = 100 * torch.finfo(whole.dtype).eps * whole.norm().item()
+        direction = torch.randn(path.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return torch.stack([*(wide(each).cpu() @ direction for each in (path, scored)), direction.new_tensor(size)])
 
 
 @torch.enable_grad()
@@ -116,26 +152,15 @@ def _now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-def _bias(paths: list[Tensor], objective: Objective, gradient: Callable[[Objective], Tensor]) -> float:
+def _bias(beside_score: list[Tensor | None]) -> float:
     """How far gradients along paths are from the score function's, in standard errors; NaN where one does not exist."""
-    score = "vimco" if objective.num_samples > 1 and "vimco" in objective.gradients else "score"
-    free_bits = isinstance(objective, ELBO) and objective.free_bits
-    if objective.estimator.path != "all" or score not in objective.gradients or free_bits or not paths[0].numel():
+    known = [each for each in beside_score if each is not None]
+    if len(known) < len(beside_score):
         return math.nan
-    if len(paths) < 5:  # of few repeats, the standard error is no guide
-        return math.nan
-    try:
-        scored = [gradient(_with_gradient(objective, score)) for _ in paths]
-    except PyroVAEError:  # there is no score function, such as where a support depends on parameters
-        return math.nan
-    direction = torch.randn(paths[0].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    along = [wide(torch.stack(each)).cpu() @ direction for each in (paths, scored)]
-    error = torch.stack([each.var() / len(each) for each in along]).sum().sqrt().item()
-    # Both may be zero but for rounding, as at the exact posterior. The pathwise gradient has the terms that cancel.
-    whole = gradient(_with_gradient(objective, "pathwise")) if "pathwise" in objective.gradients else paths[0]
-    rounding = 100 * torch.finfo(whole.dtype).eps * whole.norm().item()
-    size = math.hypot(error, rounding)
-    return (along[0].mean() - along[1].mean()).item() / size if size else math.nan  # a fixed guide has no gradient
+    paths, scored, rounding = torch.stack(known).T
+    error = torch.stack([each.var() / len(each) for each in (paths, scored)]).sum().sqrt().item()
+    size = math.hypot(error, rounding.sum().item())
+    return (paths.mean() - scored.mean()).item() / size if size else math.nan  # a fixed guide has no gradient
 
 
 def _with_gradient(objective: Objective, gradient: str) -> Objective:

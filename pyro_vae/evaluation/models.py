@@ -124,7 +124,7 @@ def compare_models(
         started = time.perf_counter()
         own = None if seed is None else (seed + place) % (MAX_SEED + 1)  # or the errors of two would be alike
         with _said_of(name, refine=refine):
-            found[name] = log_likelihood(program, x, num_samples, refine=refine, seed=own, **options)
+            found[name] = log_likelihood(program, x, num_samples, refine=refine, seed=own, distributed=False, **options)
         seconds[name] = time.perf_counter() - started
     order = sorted(found, key=lambda name: found[name].mean, reverse=True)
     best = found[order[0]]

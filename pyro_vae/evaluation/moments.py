@@ -17,12 +17,23 @@ class Moments:
     def __init__(self) -> None:
         self.number, self.mean, self.powers = 0, torch.zeros(()), torch.zeros(3, 1)
 
+    @classmethod
+    def of(cls, values: Tensor) -> "Moments":
+        """Those of rows (n, D)."""
+        found = cls()
+        found.number, found.mean = len(values), values.mean(0)
+        found.powers = torch.stack([(values - found.mean).pow(k).sum(0) for k in (2, 3, 4)])
+        return found
+
     def add(self, values: Tensor) -> None:
         """Add rows (n, D)."""
-        number, mean = len(values), values.mean(0)
-        second, third, fourth = torch.stack([(values - mean).pow(k).sum(0) for k in (2, 3, 4)])
+        self.merge(Moments.of(values))
+
+    def merge(self, other: "Moments") -> None:
+        """Add the rows of others."""
+        number, mean, (second, third, fourth) = other.number, other.mean, other.powers
         if not self.number:
-            self.number, self.mean, self.powers = number, mean, torch.stack([second, third, fourth])
+            self.number, self.mean, self.powers = number, mean, other.powers
             return
         a, b, (second_a, third_a, fourth_a) = self.number, number, self.powers
         total, apart = a + b, mean - self.mean

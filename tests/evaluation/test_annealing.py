@@ -29,12 +29,14 @@ def exact_of(size, seed, x):
 @pytest.mark.parametrize(("seed", "size"), slow_but(CASES[::4], CASES))
 def test_both_sides_are_exact_within_their_errors(seed, size):
     program = wide(size, seed)
-    annealed = pv.ais(program.model, None, program.x, seed=seed, **QUICK)
+    # With few steps, the ratios of the large sizes are so skewed that 30 of them often miss the large ones.
+    settings = QUICK | ({"num_steps": 300} if size[0] >= 10 else {})
+    annealed = pv.ais(program.model, None, program.x, seed=seed, **settings)
     # The weights are unbiased for p(x), not their logarithms, so the ratio has mean 1.
     ratio = (annealed.log_weights - program.log_evidence()).exp().mean(0)
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(ratio))
 
-    sandwich = pv.bdmc(program.model, None, program.x, seed=seed, **QUICK)
+    sandwich = pv.bdmc(program.model, None, program.x, seed=seed, **settings)
     exact = exact_of(size, seed, sandwich.x)
     reverse = (exact - sandwich.upper_per_datum).exp()  # unbiased for 1
     assert abs(reverse.mean() - 1) < 4 * reverse.std() / math.sqrt(len(reverse))

@@ -13,6 +13,7 @@ from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, warn_of_high_k
 from pyro_vae.evaluation.pieces import Pieces, checked, progress_bar, require_vectorized
 from pyro_vae.evaluation.proposals.guide import Mixture, RefinedGuide
 from pyro_vae.evaluation.proposals.search import Search, Settings
+from pyro_vae.evaluation.sharing import Sharing
 
 ADVICE = (
     "Take more num_steps, num_pilot or rounds, or anneal from the refined guide: pv.ais(model, refined, x, "
@@ -116,10 +117,13 @@ def refine(
     return refined
 
 
-def refined_guide(data: Pieces, settings: Settings, progress: bool) -> RefinedGuide:
-    """The guide with the proposals of all data."""
+def refined_guide(data: Pieces, settings: Settings, progress: bool, share: Sharing | None = None) -> RefinedGuide:
+    """The guide with the proposals of all data, which several processes find together if they share their work."""
     search = Search(data, settings)
     with progress_bar(len(search.programs) * settings.num_steps, "step", "refining", progress) as bar:
-        found = [search.proposals(program, bar) for program in search.programs]
+        if share is None:
+            found = [search.proposals(program, bar) for program in search.programs]
+        else:
+            found = share.each(search.programs, lambda program: search.proposals(program, bar), data.device)
     mixture, shapes = Mixture.joined([each.mixture for each in found]), torch.cat([each.pareto_k for each in found])
     return RefinedGuide(search.base, search.layout, mixture, data.program.args, shapes)
