@@ -47,6 +47,7 @@ ALLOWED = {
     "plots": set(),
     "data": set(),
     "__init__": None,  # everything
+    "__main__": None,
     "cli": None,
     "testing": None,
 }

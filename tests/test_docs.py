@@ -35,6 +35,22 @@ def test_each_block_runs(page, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.docs
+def test_several_processes_print_what_one_does(tmp_path):
+    """The page's script, by one process and by two; the noise of training differs, and that of the evaluation not."""
+    page = DOCS / "how-to" / "several-processes.md"
+    script = tmp_path / "train.py"
+    script.write_text(re.findall(r"```python\n(.*?)```", page.read_text(), re.S)[0])
+    bounds = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+        (tmp_path / "run.pt").unlink(missing_ok=True)
+        done = subprocess.run([sys.executable, *launcher, script], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (found,) = re.findall(r"validation bound (.*), log p", done.stdout)
+        bounds.append(float(found))
+    assert abs(bounds[0] - bounds[1]) < 0.5  # nats; five epochs move it by 20
+
+
+@pytest.mark.docs
 def test_the_example_on_one_screen_runs():
     """The gallery runs the others."""
     script = DOCS.parent / "examples" / "svi_digits.py"
@@ -45,7 +61,7 @@ def test_the_example_on_one_screen_runs():
 
 def test_every_public_name_has_a_page():
     listed = set(re.findall(r"^   ([\w.]+)$", (DOCS / "api" / "index.md").read_text(), re.M))
-    modules = {"callbacks", "data", "networks", "plots", "schedules", "testing"}
+    modules = {"callbacks", "data", "distributed", "networks", "plots", "schedules", "testing"}
     assert set(pv.__all__) - modules - listed == set()
     for module in modules:
         assert any(name.startswith(f"{module}.") for name in listed), module

@@ -68,6 +68,7 @@ def _run(arguments: Sequence[str], received: list[signal.Signals]) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")  # it is about programs that use ArviZ
         try:
             with group.make_context("pyro-vae", list(arguments), obj=received) as context:
+                context.meta["arguments"] = list(arguments)  # by which a command starts processes of its own
                 group.invoke(context)
         except typer.Exit as end:
             return end.exit_code

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from typer import Argument, Option
 
 import pyro_vae as pv
 from pyro_vae.checks import MAX_SEED
-from pyro_vae.cli import figures
+from pyro_vae.cli import figures, processes
 from pyro_vae.cli.memory import check_memory
 from pyro_vae.cli.run_folder import FIT, OPTIONS, RunFolder, build
 from pyro_vae.data import Dataset
@@ -97,6 +98,10 @@ def train(
         Literal["bf16"] | None,
         Option(help="bf16 runs the networks in bfloat16, and all else in float32.", show_default="float32"),
     ] = None,
+    number: Annotated[
+        int,
+        Option("--processes", min=1, help="Number of processes, each of which trains on a part of every minibatch."),
+    ] = 1,
     compile: Annotated[
         bool,
         Option("--compile", help="Compile the training step. This takes up to half a minute; steps are then faster."),
@@ -129,7 +134,11 @@ def train(
     check_memory("--particles and --batch-size", particles * rows * math.prod(dataset.event_shape))
     check_memory("--latent-dim and the layers", 4 * sum(each.numel() for each in vae.parameters()))  # with Adam's state
     bound = _objective(config, len(dataset.train))
-    with one_writer(folder.path, "training into", inside=True):  # the folder above may be read-only
+    processes.check(number, rows)
+    if processes.are_to_be_started(number):
+        raise typer.Exit(processes.run(number, context.meta["arguments"]))
+    # The folder above may be read-only.
+    with one_writer(folder.path, "training into", inside=True) if processes.is_first() else nullcontext():
         _train(folder, config, dataset, vae, bound, device, context.obj)
 
 
@@ -144,11 +153,11 @@ def _train(
 ) -> None:
     """Train, or continue, the run of these options, and write its files."""
     epochs, patience, seed = (config[name] for name in ("epochs", "patience", "seed"))
-    if not folder.checkpoint.exists():
+    if not folder.checkpoint.exists() and processes.is_first():
         folder.write_config(config)
     state = checkpoints.load(folder.checkpoint) if folder.checkpoint.exists() else {"history": []}
     earlier = len(state["history"])
-    if 0 < earlier <= epochs:
+    if 0 < earlier <= epochs and processes.is_first():
         done = earlier == epochs or checkpoints.stalled(earlier, state.get("best"), patience)
         print(f"{folder} has {_epochs(earlier)}:", "nothing left to train." if done else "training continues.")
     with warnings.catch_warnings():
@@ -156,6 +165,8 @@ def _train(
         settings = {name: config[name] for name in FIT}
         settings |= {"validation": dataset.validation, "checkpoint": folder.checkpoint, "device": device}
         history = pv.fit(vae, dataset.train, bound, **settings)
+    if not processes.is_first():
+        return
     vae.cpu()  # where the images to draw are
     if history.empty:
         print(f"stopped by {name_of(received)} in the first epoch: nothing was saved.", file=sys.stderr)
