@@ -310,3 +310,25 @@ def test_divergence_is_no_bug_and_does_not_take_the_folder(tmp_path):
 def test_help_names_the_data_sets():
     for name in pv.data.NAMES:
         assert name in DATA_HELP
+
+
+@pytest.mark.slow
+def test_several_processes_write_one_run(tmp_path):
+    run = tmp_path / "run"
+    words = ["train", "digits", *map(str, TINY), "--epochs", "3", "--processes", "2", "--out", str(run)]
+    done = subprocess.run([sys.executable, "-m", "pyro_vae", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "3 epochs with ELBO, closed-form KL, K = 1"
+    assert {Path(path) for path in lines[2:]} == {run / "figures" / name for name in FIGURES}
+    assert len(history(run)) == 3
+    (run / "history.csv").unlink()
+    again = subprocess.run([sys.executable, "-m", "pyro_vae", *words], capture_output=True, text=True)
+    assert "has 3 epochs: nothing left to train." in again.stdout
+    assert len(history(run)) == 3
+
+
+def test_more_processes_than_images_are_refused(tmp_path):
+    said = refusal("train", "digits", *TINY, "--batch-size", 4, "--processes", 5, "--out", tmp_path / "run")
+    assert "expected --processes to be at most its 4 images, got 5" in said
+    assert not (tmp_path / "run").exists()

@@ -6,6 +6,10 @@ PLACE is "step", "reduction", "checkpoint" or "nowhere"; it is there the NUMBER-
 FOLDER/end.pt. By itself, many kills at random places, which take half a minute each:
 
     python tests/helpers/killed_ranks.py KILLS SEED
+
+or kills after which two processes, or one, go on in place of three:
+
+    python tests/helpers/killed_ranks.py fewer KILLS SEED
 """
 
 import os
@@ -14,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import pyro
@@ -79,8 +82,8 @@ def train(folder, place, rank, number):
         torch_save(end | {"averages": average.averages}, folder / "end.pt")
 
 
-def start(folder, place, rank, number, ranks=3):
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1"]
+def start(folder, place, rank, number, ranks=3, restarts=1):
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
     own = [__file__, folder, place, str(rank), str(number)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     return subprocess.run([sys.executable, *command, *own], env=environment, capture_output=True, text=True)
@@ -109,10 +112,31 @@ def many(kills, seed):
             print(place, rank, number, "restarted" * restarted, "same bits" if same(ends[0], ends[-1]) else "DIFFERS")
 
 
+def fewer(kills, seed):
+    """Kill at random places, go on with fewer processes, and print the last bounds beside the unbroken one's."""
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as root:
+        for i in range(kills + 1):
+            folder = Path(root, str(i))
+            folder.mkdir()
+            if i:
+                place, rank, number = PLACES[i % 2], draw.randrange(3), draw.randint(5, 15)
+                assert start(folder, place, rank, number, restarts=0).returncode != 0
+            ranks = 2 - i % 2 if i else 3
+            done = start(folder, "nowhere", 0, 1, ranks)
+            assert done.returncode == 0, done.stderr
+            says = "noise of samples is new" in done.stderr
+            bounds = torch.load(folder / "end.pt")["bounds"]
+            print(
+                f"{ranks} processes, {len(bounds)} epochs, validation {bounds[-1][1]:.3f}", "warned" * says, flush=True
+            )
+
+
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if len(sys.argv) == 3:
+    if sys.argv[1] == "fewer":
+        fewer(int(sys.argv[2]), int(sys.argv[3]))
+    elif len(sys.argv) == 3:
         many(int(sys.argv[1]), int(sys.argv[2]))
     else:
         train(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

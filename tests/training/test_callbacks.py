@@ -301,7 +301,7 @@ def test_csv_read_back(tmp_path):
     path, recorder = tmp_path / "log.csv", Recorder()
     settings = {"batch_size": 16, "validation": X[:10], "seed": 1, "checkpoint": tmp_path / "run.pt"}
     pv.fit(small_vae(), X, pv.ELBO(), epochs=2, callbacks=[recorder, pv.callbacks.CSV(path, every=2)], **settings)
-    table = pd.read_csv(path)
+    table = pd.read_csv(path, float_precision="round_trip")
     assert table.event.tolist() == ["step", "step", "epoch"] * 2
     assert table.step.tolist() == [2, 4, 4, 6, 8, 8]
     assert table.bound[table.event == "step"].tolist() == [n["bound"] for n in recorder.steps[1::2]]

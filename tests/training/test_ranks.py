@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ranks
+from helpers import killed_ranks, ranks
 
 ALONE = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
 # Sums of some hundred numbers of one size, in another order, in each of 50 steps.
@@ -116,6 +116,34 @@ def test_refusals_on_all_ranks(on_ranks):
         assert re.search(own, each[which][name]), (name, each[which][name])
         for other in {0, 1} - {which}:
             assert re.search(told, each[other][name]), (name, each[other][name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "rank", "number"), [("step", 1, 8), ("reduction", 2, 11), ("checkpoint", 0, 3)])
+def test_a_killed_rank_is_started_again_and_the_training_ends_bit_for_bit(tmp_path, place, rank, number):
+    ends = []
+    for name in ("nowhere", place):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = killed_ranks.start(folder, name, rank, number)
+        assert done.returncode == 0, done.stderr
+        assert ("-9" in done.stderr) == (name != "nowhere")
+        ends.append(torch.load(folder / "end.pt"))
+    assert killed_ranks.same(*ends)
+
+
+@pytest.mark.slow
+def test_fewer_ranks_go_on(tmp_path):
+    """Of three ranks one is killed in the third epoch; two go on, and say that their noise is new."""
+    assert killed_ranks.start(tmp_path, "step", 1, 12, restarts=0).returncode != 0
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert len(saved["ranks"]) == 3
+    done = killed_ranks.start(tmp_path, "nowhere", 0, 1, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert re.search("was written by 3 processes, and 2 go on with it: the noise of samples is new", done.stderr)
+    bounds = torch.load(tmp_path / "end.pt")["bounds"]
+    assert len(bounds) == 4
+    assert bounds[:2] == [[row["train_bound"], row["validation_bound"]] for row in saved["history"]]
 
 
 @pytest.mark.slow
