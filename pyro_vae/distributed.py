@@ -6,6 +6,7 @@ that is missing is noticed, with any backend for the gradients.
 """
 
 import atexit
+import gc
 import os
 import pickle
 import threading
@@ -58,6 +59,7 @@ class Group:
     rank: int
     size: int
     side: Any = field(repr=False)  # a group of gloo's, for values of Python and for sums on the CPU
+    patient: Any = field(default=None, repr=False)  # another one of gloo's, whose messages may take long
     doing: str = "a call"  # the call that the ranks make
 
     @property
@@ -114,7 +116,8 @@ class Group:
 
     def require_same(self, own: Mapping[str, Any], fix: str) -> None:
         """Refuse, on all ranks at once, the first of these values that is not the same on every rank."""
-        for name in (all_own := self.gather(dict(own)))[0] | all_own[-1]:
+        all_own = self.gather(dict(own))
+        for name in dict.fromkeys(name for each in all_own for name in each):
             found = [each.get(name, "absent") for each in all_own]
             for rank, value in enumerate(found):
                 if value != found[0]:
@@ -225,6 +228,7 @@ def _start() -> bool:
         return False
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
+        local = 0 if torch.cuda.device_count() == 1 else local  # Slurm may show each task its own GPU alone
         if local >= torch.cuda.device_count():
             raise PyroVAEError(
                 f"expected a GPU for each process of this machine, got {torch.cuda.device_count()} and a process "
@@ -252,7 +256,8 @@ def _store() -> Any:
 
 def _end() -> None:
     global _known
-    _known = None
+    _known = None  # the last references to the groups, whose threads must end before the interpreter
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

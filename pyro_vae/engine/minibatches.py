@@ -116,7 +116,8 @@ class Minibatches:
     @property
     def cuts_rows(self) -> bool:
         """Whether minibatches are cut from the data's first dimension; a loader's own collate_fn may do otherwise."""
-        return self.steps != 1 and (self.loader is None or self.loader.collate_fn is default_collate)
+        cut = self.steps != 1 or self.share is not None
+        return cut and (self.loader is None or self.loader.collate_fn is default_collate)
 
     def of_one(self, first: Batch) -> Batch:
         """A minibatch with one row of the first one."""

@@ -52,15 +52,11 @@ class _Ranks(Group):
             super().gather((f"{type(error).__name__}: {error}", None))
 
 
-_patient: tuple[Any, Any] | None = None  # the side of a group, and another one, which waits longer
-
-
 def _ranks_of(group: Group) -> _Ranks:
     """The ranks of a call that all of them have made. A rank that dies is noticed at once; a slow one has time."""
-    global _patient
-    if _patient is None or _patient[0] is not group.side:
-        _patient = group.side, dist.new_group(backend="gloo", timeout=LONGEST)
-    return _Ranks(group.rank, group.size, _patient[1], group.doing)
+    if group.patient is None:
+        group.patient = dist.new_group(backend="gloo", timeout=LONGEST)
+    return _Ranks(group.rank, group.size, group.patient, doing=group.doing)
 
 
 class Sharing:

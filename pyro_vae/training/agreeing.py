@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro
+import torch
 from pyro.distributions.transforms import BatchNorm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils.data import IterableDataset
@@ -35,21 +36,28 @@ def agree(group: Group, loop: "Loop", asked: "Asked") -> None:
     settings = loop.settings if batches.loader is None else loop.settings | {"batch_size": None}
     common = settings | {"epochs": asked.epochs, "steps": asked.steps, "patience": asked.patience}
     common |= {"validation": loop.held_out is not None, "checkpoint_every": str(asked.checkpoint_every)}
-    common |= {f"parameter '{n}'": f"{tuple(p.shape)} of {p.dtype}" for n, p in parameters.items()}
+    tensors = {"parameter": parameters, "buffer": buffers(loop.modules)}
+    common |= {f"{w} '{n}'": f"{tuple(p.shape)} of {p.dtype}" for w, each in tensors.items() for n, p in each.items()}
     group.require_same(common, SAME_SCRIPT)
-    devices = group.gather((socket.gethostname(), str(next(iter(parameters.values())).device)))
-    if len(set(devices)) < group.size and "cuda" in devices[0][1]:
+    device = next(iter(parameters.values())).device
+    devices = group.gather((socket.gethostname(), _identity(device)))
+    if len(set(devices)) < group.size and device.type == "cuda":
         raise PyroVAEError(
             f"expected a GPU for each rank, got {', '.join(' '.join(each) for each in devices)}. Pass device='cuda', "
             "or move the program to the GPU of LOCAL_RANK."
         )
     if batches.loader is None:
-        _require_same_data(group, batches)
+        _require_same_data(group, batches, "data")
     else:
         _require_shards(group, batches)
         lengths = group.gather(batches.steps)
         batches.steps = None if None in lengths else max(length or 0 for length in lengths)
         loop.scales.whole = sum(group.gather(loop.scales.whole))
+    if loop.held_out is not None and loop.held_out.loader is None:
+        _require_same_data(group, loop.held_out, "validation data")
+    elif loop.held_out is not None:
+        _require_shards(group, loop.held_out)
+    loop.ranks.with_callbacks = any(group.gather(bool(loop.callbacks)))
     with group.together():
         _refuse_what_couples(group, loop)
     group.broadcast(dict.fromkeys([*parameters.values(), *buffers(loop.modules).values()]))
@@ -58,14 +66,22 @@ def agree(group: Group, loop: "Loop", asked: "Asked") -> None:
         pyro.set_rng_seed(mixed(loop.key, group.rank))
 
 
-def _require_same_data(group: Group, batches: Minibatches) -> None:
+def _identity(device: torch.device) -> str:
+    """A device's own name, since each process may see one GPU alone."""
+    return str(torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device)
+
+
+def _require_same_data(group: Group, batches: Minibatches, name: str) -> None:
     """Refuse tensors that are not the same on all ranks, which each take a share of every minibatch."""
-    found = group.gather(data_sums.describe(batches))
+    own: dict[str, Any] = {}
+    with group.together():
+        own = data_sums.describe(batches)
+    found = group.gather(own)
     for rank, each in enumerate(found):
         other = data_sums.difference(found[0], each)
         if other is not None:
             raise PyroVAEError(
-                f"the ranks have different data: expected {other.what} to be {other.was}, as on rank 0, got "
+                f"the ranks have different {name}: expected {other.what} to be {other.was}, as on rank 0, got "
                 f"{other.now} on rank {rank}. Pass all data on each rank, which takes its share of every minibatch; or "
                 "a DataLoader of each rank's own data."
             )
@@ -73,7 +89,10 @@ def _require_same_data(group: Group, batches: Minibatches) -> None:
 
 def _require_shards(group: Group, batches: Minibatches) -> None:
     """Refuse loaders that give the same data on two ranks."""
-    contents = group.gather(_content(batches))
+    own = 0
+    with group.together():
+        own = _content(batches)
+    contents = group.gather(own)
     again = next((rank for rank in range(1, group.size) if contents[rank] in contents[:rank]), None)
     if again is not None:
         raise PyroVAEError(
@@ -125,8 +144,9 @@ def _refuse_what_couples(group: Group, loop: "Loop") -> None:
     finally:
         hook.remove()
     for part in [*names, *called]:
+        moves = isinstance(part, _NormBase) and part.track_running_stats  # also instance norm's statistics
         of_batch = isinstance(part, _BatchNorm | BatchNorm) and not isinstance(part, nn.SyncBatchNorm)
-        if of_batch and part.training:
+        if (of_batch or (moves and not isinstance(part, nn.SyncBatchNorm))) and part.training:
             raise PyroVAEError(
                 f"batch norm takes the statistics of a rank's share alone: expected none in training, got "
                 f"{type(part).__name__} '{names.get(part, '')}'. On GPUs, convert the module by "

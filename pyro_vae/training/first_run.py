@@ -28,7 +28,7 @@ def first_run(
     sites = [sample_sites(trace, latent=False) for trace in traces]
     cut = len(program.args[0]) if batches.cuts_rows else None
     rows_of = find_rows(program, sites[0], cut)
-    if batches.steps != 1:
+    if batches.steps != 1 or batches.share is not None:  # a process's share cuts the only one, too
         _check_minibatches(sites[0], rows_of.number)
         other = batches.of_one(program.args) if cut not in (None, 1, rows_of.number) and not rows_of.full else None
         if other is not None and not rows_of.follows(other):

@@ -128,7 +128,8 @@ def fit(
     call. All start with rank 0's parameters. Each rank has a share of every minibatch, of `batch_size` data in all;
     a ``DataLoader`` is each rank's own, with data of its own. A step follows the gradient of the mean over the data of
     all ranks, also where shares differ in size. Samples have other noise on each rank. Rank 0 writes the checkpoint and
-    calls the callbacks. The history is the same on all ranks.
+    calls the callbacks. The history is the same on all ranks. Ctrl-C is raised again, since ranks may be at other
+    steps.
 
     While a schedule (:mod:`pyro_vae.schedules`) changes the objective, bounds of different epochs are not comparable:
     `patience` and ``ReduceLROnPlateau`` start anew at each epoch.
@@ -256,6 +257,8 @@ def fit(
                 f"those of the last step{best}{kept}.",
                 stacklevel=3,
             )
+            if group is not None:  # the others may be at another step
+                raise
         except CallbackError as error:
             error.history = loop.history()
             try:

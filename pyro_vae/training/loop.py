@@ -32,18 +32,9 @@ from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.freezing import Kept
 from pyro_vae.training.ranks import Ranks
-from pyro_vae.training.resuming import Epoch
+from pyro_vae.training.resuming import Epoch, Limits
 from pyro_vae.training.scales import Scales
 from pyro_vae.training.validation import validate
-
-
-@dataclass
-class Limits:
-    """Where a training ends: after so many epochs or steps, or without a better validation bound."""
-
-    epochs: float = math.inf
-    steps: float = math.inf
-    patience: int | None = None  # how many epochs without a better validation bound; None never ends it
 
 
 @dataclass
@@ -130,14 +121,13 @@ class Loop:
             epoch.see(self.scheduled)
             self._take_in(batch, sums)
             epoch.minibatches, sums.number = self.step, sums.number + 1
+            going_on = sums.number < self.accumulate or self._step(epoch, sums, batch, started)
             if not bar.disable and (self.step in (1, self.batches.steps) or self.step % 20 == 0):
                 bar.set_postfix(epoch.shown, refresh=False)
             bar.update()
-            if sums.number == self.accumulate:
-                going_on = self._step(epoch, sums, batch, started)
-                inside = self.ended and epoch.minibatches != self.batches.steps
-                if inside or not going_on:
-                    break
+            inside = not sums.number and self.ended and epoch.minibatches != self.batches.steps
+            if inside or not going_on:
+                break
         if sums.number:  # the last minibatches of the epoch, fewer than `accumulate`
             self._step(epoch, sums, batch, started)
             inside = self.stopped is not None and epoch.minibatches != self.batches.steps
@@ -196,7 +186,8 @@ class Loop:
         return bool(own & set(map(id, optimizers.parameters_of(self.optimizer))) - self.kept.parameters)
 
     def _uncompiled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        for parameter in self.parameters.values():
+        late = (each for found, _ in self.ranks.new for each in found.values())
+        for parameter in (*self.parameters.values(), *late):
             parameter.grad = None
         reading = collected(self.objective) if self.with_parts else nullcontext()
         with NewParameters(self.parameters) as new, reading as found:
@@ -209,12 +200,12 @@ class Loop:
         return loss, parts
 
     def _step(self, epoch: Epoch, sums: Accumulated, batch: Batch | None, started: float) -> bool:
-        """Step the optimiser by the gradients, and tell the callbacks; False if the epoch ends without this step."""
+        """Step the optimiser by the gradients, and tell the callbacks; False if no process had a minibatch for it."""
         self.ranks.provide(self.parameters)
-        agreed = self.ranks.sum(sums, stop=self.asked is not None, save=self._is_due())
-        if agreed.stop or not agreed.any_minibatch:
+        agreed = self.ranks.sum(sums, save=self._is_due())
+        if not agreed.any_minibatch:
             epoch.minibatches -= sums.number
-            self._agree_to_stop()
+            sums.clear()
             return False
         if agreed.new:
             self.ranks.find_new(self, sums)
@@ -222,6 +213,7 @@ class Loop:
         epoch.add(sums)
         sums.put(dict.fromkeys(self.parameters.values()))
         record = self.ranks.attempt(self.callbacks.before_step, self, batch, sums)
+        self.ranks.check_in()
         sums.clear()
         if self.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(optimizers.parameters_of(self.optimizer), self.clip_norm)
@@ -233,6 +225,7 @@ class Loop:
             self.scheduler.step()
         if record is not None:
             self.ranks.attempt(self.callbacks.after_step, record)
+        self.stopped = self.stopped or self.ranks.check_in(self.asked)
         epoch.seconds = time.perf_counter() - started
         if agreed.save and epoch.minibatches != self.batches.steps and not self.ended:  # an end writes its own
             self.save()
@@ -245,13 +238,11 @@ class Loop:
         else:
             self.asked = reason
 
-    def _agree_to_stop(self) -> None:
-        self.stopped = self.stopped or self.ranks.any_of(self.asked)
-
     def _finish(self, epoch: Epoch) -> None:
         """End an epoch that had its last minibatch."""
         self.ranks.settle()
-        self.ranks.hold_together(self.parameters, self.epoch)
+        self._require_finite_parameters()
+        self.ranks.hold_together(self)
         if not epoch.minibatches:
             raise PyroVAEError(
                 f"expected minibatches in epoch {self.epoch}, got none: the DataLoader can be read only once. Give it "
@@ -274,7 +265,7 @@ class Loop:
                     self.rows.pop()  # the history never runs ahead of the checkpoint
                     raise
         self.ranks.settle()
-        self._agree_to_stop()
+        self.stopped = self.stopped or self.ranks.any_of(self.asked)
 
     def finish(self) -> None:
         """End the training, which may be inside of an epoch: its row is of what was trained."""
@@ -288,15 +279,14 @@ class Loop:
         self.scales.at_end()
         self.ranks.attempt(self.callbacks.end, self)
         self.ranks.settle()
+        self.ranks.hold_together(self)
 
     def _row(self, epoch: Epoch) -> dict[str, float]:
         """The row of the history of an epoch."""
         started = time.perf_counter()
         if not math.isfinite(epoch.total):
             raise self._not_finite("the epoch's loss is not finite")
-        for name, parameter in self.parameters.items():
-            if not bool(torch.isfinite(parameter).all()):
-                raise self._not_finite(f"parameter '{name}' is not finite")
+        self._require_finite_parameters()
         row, parts = {"train_bound": epoch.bound, "validation_bound": self._validate()}, epoch.mean_parts
         kl = {} if parts is None else {"KL": float(parts[1])}
         self.moves.append({"bound": row["train_bound"]} | kl | self.scales.values())
@@ -304,6 +294,11 @@ class Loop:
         if self.scheduler is not None:
             row["lr"] = float(self.optimizer.param_groups[0]["lr"])
         return row
+
+    def _require_finite_parameters(self) -> None:
+        for name, parameter in self.parameters.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise self._not_finite(f"parameter '{name}' is not finite")
 
     def _keep_if_best(self, row: dict[str, float], anew: bool) -> None:
         bound = row["validation_bound"]
@@ -383,6 +378,7 @@ class Loop:
         if path is not None:
             checkpoints.save(path, resuming.state_of(self) | {"best": None})
             return
+        self.ranks.hold_together(self)
         others = self.ranks.gather(resuming.generators_now(self))
         with self.ranks.together():
             if self.ranks.is_first:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vae.distributed import Group, is_alone
 from pyro_vae.engine import rng
 from pyro_vae.engine.minibatches import Batch, Share
+from pyro_vae.engine.modules import buffers
 from pyro_vae.engine.ownership import parameters_of
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.training.accumulation import Accumulated
@@ -27,7 +28,6 @@ class Agreed(NamedTuple):
     """What the ranks know together before a step."""
 
     any_minibatch: bool  # whether a rank had one
-    stop: bool  # whether a callback has asked for the end
     save: bool  # whether rank 0 wants a checkpoint after the step
     new: bool  # whether a rank has found new parameters
 
@@ -48,6 +48,7 @@ class Ranks:
         self.failure: Exception | None = None
         self.new: list[tuple[dict[str, Tensor], Batch]] = []
         self.late: dict[Tensor, Tensor] = {}
+        self.with_callbacks = False  # whether any rank has some
         self.buffers: dict[Tensor, Tensor] = {}
         self.flat: list[Tensor] = []
 
@@ -137,19 +138,20 @@ class Ranks:
             self.flat.append(flat)
         self.buffers = {p: self.buffers[p] for p in each}
 
-    def sum(self, sums: Accumulated, *, stop: bool, save: bool) -> Agreed:
+    def sum(self, sums: Accumulated, *, save: bool) -> Agreed:
         """Sum what the ranks' minibatches have given; say what the ranks decide. Alone, nothing changes.
 
         Raises:
             OtherRankError: another rank has failed; this rank's own failure is raised as it is.
         """
         if self.group is None:
-            return Agreed(sums.taken > 0, stop, save, bool(self.new))
-        on_device = isinstance(sums.total, Tensor)  # a GPU's loss, which is not read
+            return Agreed(sums.taken > 0, save, bool(self.new))
+        on_device = any(each.is_cuda for each in self.flat)  # a GPU's loss is not read
+        device = self.flat[0].device if on_device else torch.device("cpu")
         parts = torch.zeros(2, dtype=torch.float64) if sums.parts is None else sums.parts
-        loss = torch.as_tensor(sums.total, dtype=torch.float64).reshape(1)
+        loss = torch.as_tensor(sums.total, dtype=torch.float64, device=device).reshape(1)
         values = torch.cat([loss, parts.to(loss)])
-        flags = [self.failure is not None, stop, save, sums.taken > 0, bool(self.new), sums.parts is not None]
+        flags = [self.failure is not None, save, sums.taken > 0, bool(self.new), sums.parts is not None]
         used = [parameter in sums.sums for parameter in self.buffers]
         numbers = torch.tensor([sums.count, *map(float, flags + used)], dtype=torch.float64)
         for parameter, buffer in self.buffers.items():
@@ -160,7 +162,7 @@ class Ranks:
         if not on_device:
             numbers = torch.cat([numbers, values])
         self.group.sum(numbers, *self.flat, *([values] if on_device else []))
-        count, failed, stops, saves, any_found, new, with_parts, *rest = numbers.tolist()
+        count, failed, saves, any_found, new, with_parts, *rest = numbers.tolist()
         if failed:
             self.settle()
         self.late = {p: each for p, each in sums.sums.items() if p not in self.buffers}
@@ -168,7 +170,7 @@ class Ranks:
         sums.count, sums.total = count, values[0] if on_device else rest[-3]
         sums.parts = values[1:] if with_parts else None
         sums.sums = {p: buffer for (p, buffer), n in zip(self.buffers.items(), rest, strict=False) if n}
-        return Agreed(bool(any_found), bool(stops), bool(saves), bool(new))
+        return Agreed(bool(any_found), bool(saves), bool(new))
 
     def find_new(self, loop: Any, sums: Accumulated) -> None:
         """Train, on all ranks, parameters that a minibatch of one rank was the first to use."""
@@ -201,10 +203,22 @@ class Ranks:
         sums.sums |= gradients
         self.new, self.late = [], {}
 
-    def hold_together(self, parameters: dict[str, Tensor], epoch: int) -> None:
-        """Give all ranks rank 0's parameters; refuse a rank whose own are further away than by rounding."""
+    def check_in(self, asked: str | None = None) -> str | None:
+        """After callbacks: raise the failure of one on all ranks, or return why one of them asks for the end."""
+        if self.group is None or not self.with_callbacks:
+            return None
+        flags = torch.tensor([self.failure is not None, asked is not None], dtype=torch.float64)
+        self.group.sum(flags)
+        if bool(flags[0]):
+            self.settle()
+        return self.any_of(asked) if bool(flags[1]) else None
+
+    def hold_together(self, loop: Any) -> None:
+        """Give all ranks rank 0's parameters and buffers; refuse parameters that are further away than by rounding."""
         if self.group is None:
             return
+        parameters, epoch = loop.parameters, loop.epoch
+        self.group.broadcast(buffers(loop.modules).values())
         own = {name: value.detach().clone() for name, value in parameters.items()}
         self.group.broadcast(parameters.values())
         apart = [
@@ -216,7 +230,7 @@ class Ranks:
         for rank, names in enumerate(found):
             if names:
                 raise PyroVAEError(
-                    f"rank {rank} of {self.group.size} has other parameters after epoch {epoch}: expected '{names[0]}' "
+                    f"rank {rank} of {self.group.size} has other parameters in epoch {epoch}: expected '{names[0]}' "
                     "to be as on rank 0, got other values. A callback that changes parameters or gradients must be "
                     "called on all ranks: set its on_all_ranks to True."
                 )

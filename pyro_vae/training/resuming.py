@@ -38,6 +38,15 @@ EARLIER: Mapping[str, Any] = {
 
 
 @dataclass
+class Limits:
+    """Where a training ends: after so many epochs or steps, or without a better validation bound."""
+
+    epochs: float = math.inf
+    steps: float = math.inf
+    patience: int | None = None  # how many epochs without a better validation bound; None never ends it
+
+
+@dataclass
 class Epoch:
     """The epoch in progress, as a checkpoint inside of it keeps it."""
 
@@ -148,8 +157,10 @@ def state_of(loop: "Loop", ranks: list[dict[str, Any]] | None = None) -> dict[st
 def resume(loop: "Loop", path: str | Path) -> None:
     """Restore the loop's state from the checkpoint, which rank 0 reads."""
     state = loop.ranks.first_does(lambda: checkpoints.load(path))
-    with loop.ranks.together():
-        _resume(loop, path, state)
+    for turn in (True, False):  # the others after rank 0 has accepted it
+        with loop.ranks.together():
+            if loop.ranks.is_first == turn:
+                _resume(loop, path, state)
 
 
 def _resume(loop: "Loop", path: str | Path, state: dict[str, Any]) -> None:

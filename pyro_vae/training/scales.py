@@ -59,7 +59,9 @@ class Scales:
 
     def __init__(self, program: Program, objective: Any, fitted: list[Fitted], lr: float, whole: int) -> None:
         self.program, self.objective, self.whole = program, objective, whole
-        self.known = [each.likelihood for each in fitted]  # in one order on all ranks
+        parts: Any = (part for module in program.modules() for part in module.modules())
+        own = [part for part in parts if hasattr(part, "has_learned_scale")]
+        self.known = list(dict.fromkeys([*own, *(each.likelihood for each in fitted)]))  # in one order on all ranks
         self.learned = any(each.likelihood.has_learned_scale for each in fitted)
         self.floors = any(each.likelihood.floor for each in fitted)
         # From this step on, gradients move a scale as fast as residuals change; never without a step size.
@@ -92,7 +94,7 @@ class Scales:
         """The likelihoods with the rows of all ranks, and the number of these."""
         if ranks.group is None:
             return own, count
-        sent = [(self.known.index(each.likelihood), (each.mean, each.x, each.weights)) for each in own]
+        sent = ranks.attempt(self._placed, own) or []
         found, rows = ranks.gather((count, sent)), dict[int, list[Any]]()
         for _, fits in found:
             for place, columns in fits:
@@ -103,6 +105,9 @@ class Scales:
             for place, parts in sorted(rows.items())
         ]
         return joined_rows, sum(each for each, _ in found)
+
+    def _placed(self, fitted: list[Fitted]) -> list[Any]:
+        return [(self.known.index(each.likelihood), (each.mean, each.x, each.weights)) for each in fitted]
 
     def values(self) -> dict[str, float]:
         """The learned scales, by name; of several in one likelihood, their mean."""

@@ -22,8 +22,9 @@ from pyro_vae.training.calling import Callback, Callbacks
 from pyro_vae.training.data_support import DataSupport
 from pyro_vae.training.fingerprint import Fingerprint
 from pyro_vae.training.first_run import check_columns, first_run
-from pyro_vae.training.loop import Limits, Loop
+from pyro_vae.training.loop import Loop
 from pyro_vae.training.ranks import Ranks
+from pyro_vae.training.resuming import Limits
 from pyro_vae.training.scales import Scales
 
 

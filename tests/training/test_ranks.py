@@ -86,7 +86,7 @@ REFUSED = {
     "score": r"expected at least two data of each minibatch on a rank, got batch_size=(\d) on \1 ranks",
     "batch norm": r"expected none in training, got BatchNorm1d 'decoder\.1'",
     "not finite": "NotFiniteError: the loss is inf in epoch 1, step",
-    "spoilt": "rank 1 of . has other parameters after epoch 1: expected .* set its on_all_ranks to True",
+    "spoilt": "rank 1 of . has other parameters in epoch 1: expected .* set its on_all_ranks to True",
     "other call": "the ranks make different calls: .* rank 0 pv.ais, rank 1 pv.fit",
 }
 # What one rank alone meets: which rank, what that rank raises, and what the other one does.
