@@ -72,7 +72,7 @@ class Program(nn.Module):
     def model(self, x, noise):
         pyro.module("decoder", self.decoder)
         shift = torch.zeros(2).to(x)
-        if self.kind == "global":
+        if self.kind in ("global", "outside"):
             shift = pyro.sample("shift", dist.Normal(torch.zeros(2).to(x), 1.0).to_event(1))
         with self.plate(x):
             z = pyro.sample("z", dist.Normal(torch.zeros(2).to(x), 1.0).to_event(1))
@@ -88,7 +88,7 @@ class Program(nn.Module):
 
     def guide(self, x, noise):
         pyro.module("encoder", self.encoder)
-        if self.kind == "global":
+        if self.kind in ("global", "outside"):
             shift = pyro.param("shift_loc", self.shift)
             pyro.sample("shift", Given(shift, torch.ones(2).to(x), noise.new_full((1, K, 2), 0.3)).to_event(1))
         with self.plate(x):
@@ -133,6 +133,7 @@ CASES = {
     "global latent": lambda: train("global"),
     "masks": lambda: train("masked", pv.IWAE(*IWAE)),
     "late parameters": lambda: train("late"),
+    "late parameters, accumulated": lambda: train("late", accumulate=2),
     "weights": lambda: train(weights=torch.arange(75.0) % 4),
     "accumulated and clipped": lambda: train(accumulate=3, clip_norm=0.5, objective=pv.IWAE(*IWAE)),
     "validated": lambda: train(
@@ -190,6 +191,8 @@ def refusals():
         "parameters": raised(lambda: train("global" if RANK else "plain")),
         "data": raised(lambda: train(data=tuple(column[RANK::SIZE][:30] for column in data))),
         "loader": raised(lambda: train(data=DataLoader(TensorDataset(*data), 8, shuffle=True))),
+        "outside of the plate": raised(lambda: train("outside", batch_size=75)),
+        "validation data": raised(lambda: train(epochs=1, validation=tuple(column[RANK:20] for column in data))),
         "free bits": raised(lambda: train(objective=pv.ELBO(free_bits=0.1))),
         "score": raised(lambda: train(objective=pv.IWAE(K, "score"), batch_size=SIZE)),
         "batch norm": raised(batch_norm),
@@ -224,6 +227,8 @@ def loaders():
     return {
         "own data": train(data=DataLoader(TensorDataset(*own), 16 // SIZE), epochs=4),
         "stream": train(data=DataLoader(Stream(own), 16 // SIZE), epochs=4),
+        "whole stream": train(data=DataLoader(Stream(own), 75), epochs=4),
+        "whole": train(data=DataLoader(TensorDataset(*own), 75), epochs=4),
         "sampler": train(data=DataLoader(TensorDataset(X, NOISE), 8, sampler=sharded), epochs=2),
     }
 

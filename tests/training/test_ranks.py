@@ -73,6 +73,8 @@ def test_loaders_of_own_data(on_ranks):
     for found in (each["loaders"] for each in on_ranks):
         check_same(one["own data"], found["own data"])
         check_same(one["own data"], found["stream"])
+        check_same(one["whole"], found["whole"])
+        check_same(one["whole"], found["whole stream"])
         assert torch.tensor(found["sampler"][1])[:, 0].isfinite().all()
 
 
@@ -82,6 +84,8 @@ REFUSED = {
     "parameters": r"different parameter 'shift_loc': expected absent, as on rank 0, got \(2,\) of torch.float64",
     "data": "the ranks have different data: expected .* Pass all data on each rank",
     "loader": "expected each rank's DataLoader to have data of its own, got the same on rank 0 and rank 1",
+    "outside of the plate": "got model site 'shift' outside the data's plate of size 75",
+    "validation data": "the ranks have different validation data: expected the number of rows to be 20",
     "free bits": "free bits average the KL over a minibatch, of which each rank has a share",
     "score": r"expected at least two data of each minibatch on a rank, got batch_size=(\d) on \1 ranks",
     "batch norm": r"expected none in training, got BatchNorm1d 'decoder\.1'",
