@@ -6,6 +6,7 @@ that is missing is noticed, with any backend for the gradients.
 """
 
 import atexit
+import copy
 import gc
 import os
 import pickle
@@ -22,11 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyro_vae.devices import of_float64
 from pyro_vae.errors import OtherRankError, PyroVAEError
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another one
+CPU = torch.device("cpu")
 SAYS_SO = 60.0  # seconds after which a rank that waits says for what
 
 ADVICE = (
@@ -70,13 +73,13 @@ class Group:
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank; tensors go to the CPU."""
         found: list[Any] = [None] * self.size
-        content = pickle.dumps(_on_cpu(value))
+        content = pickle.dumps(carried(value, CPU))
         self._waiting(lambda: dist.all_gather_object(found, content, group=self.side))
         return [pickle.loads(each) for each in found]
 
     def of_first(self, value: T) -> T:
         """Rank 0's value."""
-        content: list[Any] = [pickle.dumps(_on_cpu(value)) if self.is_first else None]
+        content: list[Any] = [pickle.dumps(carried(value, CPU)) if self.is_first else None]
         self._waiting(lambda: dist.broadcast_object_list(content, dist.get_global_rank(self.side, 0), self.side))
         found: T = pickle.loads(content[0])
         return found
@@ -302,16 +305,21 @@ def _saying(group: Group) -> Iterator[None]:
         timer.cancel()
 
 
-def _on_cpu(value: Any) -> Any:
-    """The same with all tensors on the CPU, also those in tuples, lists, dictionaries and records."""
+def carried(value: Any, device: torch.device | None) -> Any:
+    """The same on a device, also in records of this package; None leaves it where it is."""
+    if device is None:
+        return value
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().to(of_float64(device) if value.dtype is torch.float64 else device)
     if isinstance(value, dict):
-        return {key: _on_cpu(each) for key, each in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_on_cpu, value))
+        return {key: carried(each, device) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_on_cpu, value))
+        found = [carried(each, device) for each in value]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    if type(value).__module__.startswith("pyro_vae."):
+        found = copy.copy(value)
+        vars(found).update({name: carried(each, device) for name, each in vars(value).items()})
+        return found
     return value
 
 

@@ -4,7 +4,6 @@ A piece is a minibatch of rows, say. Its random numbers have a seed of its own, 
 on what was done before. What sums over pieces does so after all of them have come back, in their order.
 """
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyro_vae.devices import of_float64
-from pyro_vae.distributed import Group, group_of, mixed
+from pyro_vae.distributed import Group, carried, group_of, mixed
 from pyro_vae.engine import rng
 from pyro_vae.engine.first_run import placed
 from pyro_vae.engine.modules import eval_mode
@@ -116,7 +114,7 @@ class Sharing:
         """What each process has, by rank, on a device."""
         if self.ranks is None:
             return [own]
-        return [_moved(each, device) for each in self.ranks.gather(_moved(own, torch.device("cpu")))]
+        return [carried(each, device) for each in self.ranks.gather(own)]
 
     def records(self, programs: Programs, own: Iterable[LogLikelihood], device: torch.device) -> LogLikelihood:
         """One record of all minibatches from those of this process's own ones, without a record of each in memory."""
@@ -205,24 +203,6 @@ def _state(program: Program) -> dict[str, Tensor]:
                     seen.add(id(value))
                     found.setdefault(f"{kind} '{name}' of {type(module).__name__} (number {len(seen)})", value)
     return found
-
-
-def _moved(value: Any, device: torch.device | None) -> Any:
-    """The same on a device, also in records of this package; None leaves it where it is."""
-    if device is None:
-        return value
-    if isinstance(value, Tensor):
-        return value.detach().to(of_float64(device) if value.dtype is torch.float64 else device)
-    if isinstance(value, dict):
-        return {key: _moved(each, device) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        found = [_moved(each, device) for each in value]
-        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
-    if type(value).__module__.startswith("pyro_vae."):
-        found = copy.copy(value)
-        vars(found).update({name: _moved(each, device) for name, each in vars(value).items()})
-        return found
-    return value
 
 
 def _hash_of_rows(args: Args) -> str:
