@@ -243,6 +243,7 @@ def fit(
             if checkpoint:
                 ranks.attempt(checkpoints.check_readable, "callbacks", called.state())
             ranks.settle()
+            loop.stopped = ranks.any_of(loop.asked)
             with surroundings.flushing_denormals(), surroundings.memory_of(objective, batches):
                 while not loop.ended:
                     bar.set_description(f"epoch {loop.epoch}" + (f"/{epochs}" if epochs else ""))

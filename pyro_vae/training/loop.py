@@ -172,9 +172,12 @@ class Loop:
         value = wide(loss.detach()) if loss.is_cuda else loss.item()
         if self.ranks.group is None:
             self._require_finite(value)
+        sums.add(self._in_step(), value, data, None if parts is None else wide(parts))
+
+    def _in_step(self) -> dict[Tensor, None]:
+        """The parameters of this step, a shared one once; also those that other ranks don't know yet."""
         late = (each for found, _ in self.ranks.new for each in found.values())
-        parameters = dict.fromkeys([*self.parameters.values(), *late])  # a shared one once
-        sums.add(parameters, value, data, None if parts is None else wide(parts))
+        return dict.fromkeys([*self.parameters.values(), *late])
 
     def _require_finite(self, value: Any) -> None:
         if isinstance(value, float) and not math.isfinite(value):
@@ -186,8 +189,7 @@ class Loop:
         return bool(own & set(map(id, optimizers.parameters_of(self.optimizer))) - self.kept.parameters)
 
     def _uncompiled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        late = (each for found, _ in self.ranks.new for each in found.values())
-        for parameter in (*self.parameters.values(), *late):
+        for parameter in self._in_step():
             parameter.grad = None
         reading = collected(self.objective) if self.with_parts else nullcontext()
         with NewParameters(self.parameters) as new, reading as found:
@@ -231,17 +233,10 @@ class Loop:
             self.save()
         return True
 
-    def ask_to_stop(self, reason: str) -> None:
-        """End the training after this step, or this epoch; with other ranks, as soon as they know of it."""
-        if self.ranks.group is None:
-            self.stopped = reason
-        else:
-            self.asked = reason
-
     def _finish(self, epoch: Epoch) -> None:
         """End an epoch that had its last minibatch."""
         self.ranks.settle()
-        self._require_finite_parameters()
+        self._require_finite_state(epoch)
         self.ranks.hold_together(self)
         if not epoch.minibatches:
             raise PyroVAEError(
@@ -273,6 +268,7 @@ class Loop:
         if epoch is not None and epoch.minibatches:
             if self.checkpoint:
                 self.save()
+            self._require_finite_state(epoch)
             self.partial = self._row(epoch)
         self.finished = True
         self.restore_best()
@@ -284,9 +280,6 @@ class Loop:
     def _row(self, epoch: Epoch) -> dict[str, float]:
         """The row of the history of an epoch."""
         started = time.perf_counter()
-        if not math.isfinite(epoch.total):
-            raise self._not_finite("the epoch's loss is not finite")
-        self._require_finite_parameters()
         row, parts = {"train_bound": epoch.bound, "validation_bound": self._validate()}, epoch.mean_parts
         kl = {} if parts is None else {"KL": float(parts[1])}
         self.moves.append({"bound": row["train_bound"]} | kl | self.scales.values())
@@ -295,7 +288,9 @@ class Loop:
             row["lr"] = float(self.optimizer.param_groups[0]["lr"])
         return row
 
-    def _require_finite_parameters(self) -> None:
+    def _require_finite_state(self, epoch: Epoch) -> None:
+        if not math.isfinite(epoch.total):
+            raise self._not_finite("the epoch's loss is not finite")
         for name, parameter in self.parameters.items():
             if not bool(torch.isfinite(parameter).all()):
                 raise self._not_finite(f"parameter '{name}' is not finite")

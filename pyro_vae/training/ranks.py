@@ -180,8 +180,7 @@ class Ranks:
         gathered = [each for of_rank in self.group.gather(own) for each in of_rank]
         values = {name: value for found, _ in reversed(gathered) for name, value in found.items()}
         found: dict[str, Tensor] = {}
-        failure: Exception | None = None
-        try:
+        with self.together():
             with rng.preserved():  # a run on that minibatch makes them where they are not yet
                 for _, batch in gathered:
                     for trace in loop.program.on(batch).trace():
@@ -194,9 +193,6 @@ class Ranks:
             with torch.no_grad():
                 for name, parameter in found.items():
                     parameter.copy_(values[name])
-        except Exception as error:
-            failure = error
-        self.group.raise_failures(failure)
         gradients = {p: self.late.get(p, torch.zeros_like(p, requires_grad=False)) for _, p in sorted(found.items())}
         self.group.sum(*gradients.values())
         loop.add(found, gathered[0][1])
@@ -206,7 +202,7 @@ class Ranks:
     def check_in(self, asked: str | None = None) -> str | None:
         """After callbacks: raise the failure of one on all ranks, or return why one of them asks for the end."""
         if self.group is None or not self.with_callbacks:
-            return None
+            return asked
         flags = torch.tensor([self.failure is not None, asked is not None], dtype=torch.float64)
         self.group.sum(flags)
         if bool(flags[0]):

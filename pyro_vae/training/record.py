@@ -142,4 +142,4 @@ class Record:
 
         The progress bar's last line shows the reason, and ``history.attrs["stopped"]`` has it.
         """
-        self._loop.ask_to_stop(reason)
+        self._loop.asked = reason
