@@ -107,7 +107,9 @@ def _local(asked: Asked, ranks: Ranks, going_on: bool) -> Loop:
             )
     if asked.seed is not None and not going_on:
         pyro.set_rng_seed(asked.seed)
-    key = int(torch.randint(2**62, ())) if asked.seed is None else asked.seed
+    shuffles = batches.loader is None and batches.steps != 1
+    drawn = asked.seed is None and (shuffles or ranks.group is not None)  # only then, since it moves the generator
+    key = int(torch.randint(2**62, ())) if drawn else asked.seed or 0
 
     if isinstance(objective, type) or not hasattr(objective, "differentiable_loss"):
         raise PyroVAEError(f"expected an objective with a differentiable loss, such as pv.ELBO(), got {objective!r}.")

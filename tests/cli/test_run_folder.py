@@ -15,7 +15,7 @@ def test_config_holds_every_option(trained):
     given = {"hidden_dims": "16", "batch_size": 256, "lr": 0.01, "epochs": 3, "data": "digits", "binarize": "dynamic"}
     config = json.loads((trained[0] / "config.json").read_text())
     options = {option.name for option in typer.main.get_command(cli.app).commands["train"].params}
-    assert config.keys() == options - {"out", "device", "help"} | {"pyro_vae"}
+    assert config.keys() == options - {"out", "device", "number", "help"} | {"pyro_vae"}
     assert config["pyro_vae"] == version("pyro_vae")
     assert given.items() <= config.items()
 
