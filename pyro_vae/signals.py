@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -16,14 +17,20 @@ def taken_for_ctrl_c(*, then_obeyed: bool, with_ctrl_c: bool = False) -> Iterato
 
     With `then_obeyed`, the first one ends the program when the block has ended, however it ends. Ignored signals
     (``nohup``) stay ignored, and other handlers stay. Handlers are the main thread's: in another one nothing changes.
-    With `with_ctrl_c`, for a whole program, SIGINT is one of them, so that a second Ctrl-C ends the process at once.
+    With `with_ctrl_c`, for a whole program, SIGINT is one of them, so that a second Ctrl-C ends the process at once. A
+    signal that comes during an import then waits for the end of that import.
     """
     received: list[signal.Signals] = []
 
-    def interrupt(number: int, _: Any) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:  # forked meanwhile
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        if with_ctrl_c and _is_importing(frame):  # there, KeyboardInterrupt is lost, or becomes another exception
+            again = threading.Timer(0.05, signal.raise_signal, [number])
+            again.daemon = True
+            again.start()
+            return
         received.append(signal.Signals(number))
         put_back()
         raise KeyboardInterrupt
@@ -46,6 +53,12 @@ def taken_for_ctrl_c(*, then_obeyed: bool, with_ctrl_c: bool = False) -> Iterato
         put_back()
         if received and then_obeyed:
             signal.raise_signal(received[0])
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 def name_of(received: list[signal.Signals]) -> str:
