@@ -94,6 +94,8 @@ class Program(nn.Module):
         with self.plate(x):
             loc, log_scale = self.encoder(x).chunk(2, -1)
             pyro.sample("z", Given(loc, log_scale.exp(), noise).to_event(1))
+            if self.kind == "factor":
+                pyro.factor("penalty", -0.1 * loc.square().sum(-1), has_rsample=False)
 
 
 def train(kind="plain", objective=None, dtype=torch.float64, data=None, **settings):
@@ -143,6 +145,10 @@ CASES = {
         lr_scheduler=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold_mode="abs"),
     ),
     "schedule": lambda: train(objective=pv.ELBO(kl="monte_carlo", beta=pv.schedules.warm_up(30))),
+    "factor in the guide": lambda: train("factor", pv.IWAE(*IWAE)),
+    "one datum": lambda: train(data=(X[:1], NOISE[:1]), batch_size=3, steps=9),
+    "chunks": lambda: train(objective=pv.IWAE(*IWAE, chunk_size=2)),
+    "Pyro's ELBO": lambda: train("global", pyro.infer.Trace_ELBO()),
     "few data": lambda: train(data=(X[:7], NOISE[:7]), batch_size=3, steps=9),
     "averaged": averaged,
 }
@@ -226,6 +232,7 @@ def loaders():
     sharded = DistributedSampler(TensorDataset(X, NOISE), SIZE, RANK, seed=3) if SIZE > 1 else None
     return {
         "own data": train(data=DataLoader(TensorDataset(*own), 16 // SIZE), epochs=4),
+        "workers": train(data=DataLoader(TensorDataset(*own), 16 // SIZE, num_workers=1), epochs=4),
         "stream": train(data=DataLoader(Stream(own), 16 // SIZE), epochs=4),
         "whole stream": train(data=DataLoader(Stream(own), 75), epochs=4),
         "whole": train(data=DataLoader(TensorDataset(*own), 75), epochs=4),
