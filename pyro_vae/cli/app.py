@@ -13,9 +13,10 @@ import typer
 
 from pyro_vae.cli.compare import compare
 from pyro_vae.cli.evaluate import evaluate
+from pyro_vae.cli.processes import is_first, is_one_of_several
 from pyro_vae.cli.sample import sample
 from pyro_vae.cli.train import train
-from pyro_vae.errors import PyroVAEError
+from pyro_vae.errors import OtherRankError, PyroVAEError
 from pyro_vae.signals import name_of, taken_for_ctrl_c
 
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and moved it between versions
@@ -42,10 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()  # a full disk is noticed here
         except KeyboardInterrupt:
             status = 130
-            _say(f"stopped by {name_of(received)}.")
+            if not is_one_of_several():  # else the process that started it says so
+                _say(f"stopped by {name_of(received)}.")
         except (UsageError, PyroVAEError, OSError) as error:
             status = 2
-            _say("error:", error.format_message() if isinstance(error, UsageError) else str(error))
+            if is_first() or not isinstance(error, OtherRankError):  # else rank 0 says it
+                _say("error:", error.format_message() if isinstance(error, UsageError) else str(error))
         except (MemoryError, RuntimeError) as error:  # PyTorch's lack of memory has no class of its own on a CPU
             if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
                 raise

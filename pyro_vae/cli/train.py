@@ -136,7 +136,7 @@ def train(
     bound = _objective(config, len(dataset.train))
     processes.check(number, rows)
     if processes.are_to_be_started(number):
-        raise typer.Exit(processes.run(number, context.meta["arguments"]))
+        raise typer.Exit(processes.run(number, context.meta["arguments"], context.obj))
     # The folder above may be read-only.
     with one_writer(folder.path, "training into", inside=True) if processes.is_first() else nullcontext():
         _train(folder, config, dataset, vae, bound, device, context.obj)

@@ -328,6 +328,40 @@ def test_several_processes_write_one_run(tmp_path):
     assert len(history(run)) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        ("INT", 130, "stopped by Ctrl-C."),
+        ("KILL", 2, "error: expected all processes to end by themselves, got process"),
+    ],
+)
+def test_an_end_of_several_processes_is_one_line(tmp_path, end, status, said):
+    """torchrun would print its traceback, and each process a line of its own."""
+    words = [
+        "train",
+        "digits",
+        *map(str, TINY),
+        "--epochs",
+        "100000",
+        "--processes",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "pyro_vae", *words], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    # Ctrl-C of a terminal reaches all processes.
+    subprocess.run(["pkill", f"-{end}", "-P", str(process.pid)], check=True)
+    if end == "INT":
+        process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert (process.returncode, err.count("\n")) == (status, 1), err
+    assert err.startswith(said)
+
+
 def test_more_processes_than_images_are_refused(tmp_path):
     said = refusal("train", "digits", *TINY, "--batch-size", 4, "--processes", 5, "--out", tmp_path / "run")
     assert "expected --processes to be at most its 4 images, got 5" in said
