@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,7 +28,8 @@ def taken_for_ctrl_c(*, then_obeyed: bool, with_ctrl_c: bool = False) -> Iterato
         if os.getpid() != process:  # forked meanwhile
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if with_ctrl_c and _is_importing(frame):  # there, KeyboardInterrupt is lost, or becomes another exception
+        # In an import, KeyboardInterrupt is lost, or becomes another exception.
+        if with_ctrl_c and _num_imports(frame) > num_imports:
             again = threading.Timer(0.05, signal.raise_signal, [number])
             again.daemon = True
             again.start()
@@ -40,7 +43,7 @@ def taken_for_ctrl_c(*, then_obeyed: bool, with_ctrl_c: bool = False) -> Iterato
             if signal.getsignal(each) is interrupt:
                 signal.signal(each, signal.SIG_DFL if received else earlier)
 
-    process = os.getpid()
+    process, num_imports = os.getpid(), _num_imports(sys._getframe())
     in_main = threading.current_thread() is threading.main_thread()
     own: dict[int, Any] = {each: signal.SIG_DFL for each in ENDING if signal.getsignal(each) is signal.SIG_DFL}
     if with_ctrl_c and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -55,10 +58,9 @@ def taken_for_ctrl_c(*, then_obeyed: bool, with_ctrl_c: bool = False) -> Iterato
             signal.raise_signal(received[0])
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
-        frame = frame.f_back
-    return frame is not None
+def _num_imports(frame: FrameType | None) -> int:
+    """The number of frames of unfinished imports."""
+    return sum(each.f_code.co_filename == "<frozen importlib._bootstrap>" for each, _ in traceback.walk_stack(frame))
 
 
 def name_of(received: list[signal.Signals]) -> str:
