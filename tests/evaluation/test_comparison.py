@@ -61,6 +61,7 @@ def test_bounds_errors_and_deviations():
     assert (table.milliseconds > 0).all()
 
 
+@pytest.mark.slow
 def test_gap_is_to_the_best_estimate_of_log_evidence():
     program = LinearGaussian(3, 2, 300)
     program.c = program.c + 0.3 * program.L.diagonal()
@@ -115,6 +116,7 @@ PATHS = [pv.ELBO(), pv.ELBO(2, "monte_carlo", "stl"), pv.IWAE(8), pv.IWAE(8, "dr
 NO_PATHS = [pv.IWAE(8, "score"), pv.IWAE(8, "vimco"), pv.RWS(8), pv.ELBO(free_bits=0.1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smooth", "threshold"])
 def test_a_gradient_along_paths_is_measured_beside_the_score_function(name):
     loc = {"smooth": lambda z: z, "threshold": lambda z: torch.where(z > 0, 2.0, -1.0)}[name]
@@ -285,6 +287,7 @@ def test_compiled_code_is_refused_where_each_sample_must_be_checked(without_indu
         pv.compare(model, guide, x, pv.IWAE(4), repeats=2, compile=True, seed=0)
 
 
+@pytest.mark.slow
 def test_a_bar_over_all_data_that_are_read(monkeypatch):
     """As pv.log_likelihood has it; data in memory have the bars of their rows alone."""
     made, own = [], bars.progress_bar

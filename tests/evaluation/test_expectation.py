@@ -69,6 +69,7 @@ def test_both_ways_to_run_draw_the_same():
     torch.testing.assert_close(together.standard_error, apart.standard_error)
 
 
+@pytest.mark.slow
 def test_portions_sum_to_the_whole(monkeypatch):
     monkeypatch.setattr(pv.evaluation.pieces, "ELEMENTS_AT_ONCE", 4)  # of two draws each
     found = pv.expect(model, exact_guide, X, lambda z: 1e4 + z, 500, **QUIET)
@@ -109,6 +110,7 @@ def test_classes_of_a_discrete_latent():
     assert z_scores(found, exact) < Z_LIMIT
 
 
+@pytest.mark.slow
 def test_several_sites_come_as_a_dictionary_in_one_layout():
     def chain(x):
         with pyro.plate("rows", len(x), dim=-2):

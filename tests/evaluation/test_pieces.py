@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import wide
+from helpers.quick import slow_but
 from pyro import poutine
 from pyro.contrib.easyguide import EasyGuide
 
@@ -15,7 +16,7 @@ from pyro_vae.engine.program import Program
 from pyro_vae.evaluation import pieces
 
 
-@pytest.mark.parametrize("kind", ["all rows", "rows by index", "one network"])
+@pytest.mark.parametrize("kind", slow_but(["rows by index"], ["all rows", "rows by index", "one network"]))
 def test_guides_with_parameters_for_each_datum_are_run_whole(monkeypatch, kind):
     """In a minibatch, such a guide would use another datum's parameters, without any error where it indexes them."""
     program = wide((3, 2, 12))

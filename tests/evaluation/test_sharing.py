@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 import pyro_vae as pv
 from pyro_vae.evaluation.moments import Moments
 
+pytestmark = pytest.mark.slow  # tests/training/test_ranks.py has the quick tests of a group
+
 SCRIPT = Path(ranks_evaluate.__file__)
 LIMIT = 300  # seconds: nothing may hang
 
@@ -143,7 +145,6 @@ def test_the_work_is_shared_out(two):
     assert min(first, second) > 0.35 * (first + second)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 3])
 def test_any_number_of_ranks_has_the_numbers_of_one_process(number, tmp_path, monkeypatch):
     results, refusals = on_ranks(number, tmp_path, "all")

@@ -24,6 +24,9 @@ ZERO_VARIANCE = [
 ]
 
 
+FEW_SIZES = [SIZES[1], *(pytest.param(size, marks=pytest.mark.slow) for size in (SIZES[0], SIZES[2]))]
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("objective", ZERO_VARIANCE, ids=repr)
 def test_exact_posterior_gives_log_evidence_with_zero_variance(size, objective):
@@ -36,7 +39,7 @@ def test_exact_posterior_gives_log_evidence_with_zero_variance(size, objective):
         assert loss == pytest.approx(-program.log_evidence().sum().item(), abs=1e-8)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", FEW_SIZES)
 @pytest.mark.parametrize(("kl", "wrong"), [("analytic", False), ("analytic", True), ("monte_carlo", True)])
 def test_elbo_is_log_evidence_minus_the_kl_to_the_posterior(size, kl, wrong):
     program = LinearGaussian(*size, wrong=wrong)
@@ -66,7 +69,7 @@ def test_which_form_of_the_kl_varies_less(guide):
     assert (closed < 0.5 * sampled if guide == "near the prior" else sampled < 0.5 * closed).all()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", FEW_SIZES)
 def test_iwae_rises_with_particles_and_stays_below_log_evidence(size):
     program = LinearGaussian(*size, wrong=True)
     exact = program.log_evidence().mean()

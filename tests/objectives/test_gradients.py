@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import LinearGaussian, z_score
+from helpers.quick import slow_but
 from helpers.toys import CONTINUOUS, DISCRETE, Discrete, Mixed, MixturePrior, OneSite, SharedPrior, TwoSites, X
 from pyro.distributions.testing.rejection_gamma import RejectionGamma
 
@@ -95,7 +96,10 @@ def test_sticking_the_landing_is_biased_by_the_score_it_leaves_out(bound, toy):
         assert z_score(found, unbiased).max() > 10
 
 
-@pytest.mark.parametrize("toy", [OneSite, SharedPrior, TwoSites, Discrete, Mixed], ids=name)
+TOYS = [OneSite, SharedPrior, TwoSites, Discrete, Mixed]
+
+
+@pytest.mark.parametrize("toy", slow_but([OneSite, Discrete], TOYS), ids=name)
 def test_reweighted_wake_sleep_is_unbiased_for_theta_and_self_normalised_for_phi(toy):
     program = toy()
     grid = Outcomes(program, NODES[toy])
@@ -117,6 +121,7 @@ def test_reweighted_wake_sleep_is_unbiased_for_theta_and_self_normalised_for_phi
     assert distances[1] < 0.2 * distances[0]
 
 
+@pytest.mark.slow
 def test_the_sleep_phase_follows_log_q_of_dreams():
     program = OneSite()
     z = program.p["mean"].detach() + torch.randn(400_000, dtype=torch.float64)

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.programs import z_score
+from helpers.quick import slow_but
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -150,10 +151,11 @@ def test_predictive_and_handlers(network):
     torch.testing.assert_close(trace.log_prob_sum(), expected)
 
 
+SCALED = [pv.ELBO(2), pv.IWAE(3), Trace_ELBO(), TraceMeanField_ELBO()]
+
+
 @networks
-@pytest.mark.parametrize(
-    "objective", [pv.ELBO(2), pv.IWAE(3), Trace_ELBO(), TraceMeanField_ELBO()], ids=lambda o: type(o).__name__
-)
+@pytest.mark.parametrize("objective", slow_but(SCALED[:2], SCALED), ids=lambda o: type(o).__name__)
 def test_a_subsampled_plate_scales_to_all_data(network, objective):
     vae, x = build(network, "gaussian, fixed")
     with torch.no_grad():

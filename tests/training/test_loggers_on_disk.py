@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pandas as pd
 import pytest
 import torch
+from helpers.quick import slow_but
 from helpers.training import X, same, small_vae
 
 import pyro_vae as pv
@@ -127,7 +128,10 @@ pv.fit(vae, x, pv.ELBO(), epochs=1, validation=x, callbacks=[getattr(pv.callback
 """
 
 
-@pytest.mark.parametrize(("kind", "words"), [("CSV", "logging to"), ("KeepBest", "keeping its best epochs in")])
+WRITERS = [("CSV", "logging to"), ("KeepBest", "keeping its best epochs in")]
+
+
+@pytest.mark.parametrize(("kind", "words"), slow_but(WRITERS[:1], WRITERS))
 def test_a_second_writer_is_refused(kind, words, tmp_path):
     path = tmp_path / "place"
     make = getattr(pv.callbacks, kind)

@@ -177,6 +177,7 @@ def test_fit_brings_a_scale_to_the_residuals_within_some_hundred_steps(kind):
     assert residual(vae, x) < 0.25  # of data with a deviation of 1; other seeds have .09 to .15
 
 
+@pytest.mark.slow
 def test_each_kind_of_program_and_of_data():
     x, y = curves(n=320), torch.randint(3, (320,))
     mask = torch.rand_like(x) < 0.7
@@ -199,7 +200,10 @@ def test_each_kind_of_program_and_of_data():
         assert pair.likelihood.log_scale.exp() < 0.4, name
 
 
-@pytest.mark.parametrize("objective", [pv.TVO(4), pv.PIWAE(2, 2), pv.ELBO(3)], ids=lambda o: o.family)
+BRINGING = [pv.TVO(4), pv.PIWAE(2, 2), pv.ELBO(3)]
+
+
+@pytest.mark.parametrize("objective", slow_but(BRINGING[-1:], BRINGING), ids=lambda o: o.family)
 def test_each_bound_brings_the_scales_of_columns_to_the_noise(objective):
     x, vae = 0.1 * torch.randn(640, 16), small_vae(**KINDS["per_column"])
     pv.fit(vae, x, objective, epochs=20, batch_size=64, seed=0, progress=False)
@@ -323,6 +327,7 @@ def test_dropout_is_on_where_the_module_is_in_training_mode():
     assert in_training > 0.9 > 1.5 * sigma(pair)
 
 
+@pytest.mark.slow
 def test_it_serves_svi_and_compiled_steps(without_inductor):
     x, vae = curves(), small_vae()
     svi = pyro.infer.SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss=pv.ELBO())
