@@ -2,8 +2,9 @@
 
 import os
 import sys
-from importlib.metadata import version as installed
 from pathlib import Path
+
+import pyro_vae
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_extensions"))
@@ -13,7 +14,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE / "_extensions
 project = "pyro_vae"
 author = "The pyro_vae developers"
 copyright = author
-version = release = installed("pyro_vae")
+version = release = pyro_vae.__version__
 
 extensions = [
     "myst_parser",

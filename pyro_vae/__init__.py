@@ -16,58 +16,9 @@ In six lines::
     print(pv.compare(vae, digits.test.x))
 """
 
-from pyro_vae import (
-    callbacks,
-    data,
-    distributed,
-    evaluation,
-    likelihoods,
-    networks,
-    objectives,
-    pairs,
-    plots,
-    posteriors,
-    priors,
-    schedules,
-    testing,
-)
-from pyro_vae.arviz_io import to_arviz
-from pyro_vae.compiled.step import compile_step
-from pyro_vae.engine.weights import log_weights
-from pyro_vae.errors import (
-    CallbackError,
-    MissingCompilerError,
-    NoDensityError,
-    NotFiniteError,
-    NotWrittenError,
-    OtherRankError,
-    PyroVAEError,
-)
-from pyro_vae.evaluation import *
-from pyro_vae.likelihoods import *
-from pyro_vae.objectives import *
-from pyro_vae.pairs import *
-from pyro_vae.posteriors import *
-from pyro_vae.priors import *
-from pyro_vae.training import fit
-from pyro_vae.training.calling import Callback
-from pyro_vae.training.checkpoint import load_parameters
-from pyro_vae.training.scales import fit_scale
+import lazy_loader
 
-__all__ = ["callbacks", "data", "distributed", "networks", "plots", "schedules", "testing"]
-__all__ += ["Callback", "compile_step", "fit", "fit_scale", "load_parameters", "log_weights", "to_arviz"]
-__all__ += [
-    "CallbackError",
-    "MissingCompilerError",
-    "NoDensityError",
-    "NotFiniteError",
-    "NotWrittenError",
-    "OtherRankError",
-    "PyroVAEError",
-]
-__all__ += evaluation.__all__
-__all__ += likelihoods.__all__
-__all__ += objectives.__all__
-__all__ += pairs.__all__
-__all__ += posteriors.__all__
-__all__ += priors.__all__
+__version__ = "0.1.0"
+
+# Each name in __init__.pyi is imported at its first use, so that to import the package takes no time.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae import __version__
 from pyro_vae.checks import Seed
 from pyro_vae.engine.agreement import draws_otherwise
 from pyro_vae.engine.arguments import takes_program
@@ -27,6 +28,7 @@ from pyro_vae.evaluation.pieces import checked_sites, memory_of
 from pyro_vae.evaluation.runs import laid_out, run, simulate
 from pyro_vae.evaluation.sharing import Sharing, sharing
 from pyro_vae.evaluation.simulation import sites_that_read
+from pyro_vae.extras import require
 
 PARTICLES_AT_ONCE = 64  # of the model, whose draws of x are the largest tensors
 Variable = tuple[list[str], np.ndarray]  # the names of the dimensions, and the array
@@ -84,6 +86,7 @@ def to_arviz(
         An ``arviz.InferenceData`` under ArviZ 0.2x, an ``xarray.DataTree`` under ArviZ 1.x. Both have ``to_netcdf``.
 
     Raises:
+        MissingPackageError: ArviZ is not installed.
         ValueError: there are fewer than 2 samples; data are not finite; coordinates are of a dimension that does not
             exist; or the program has no log-weight per datum (see :func:`pyro_vae.log_weights`).
 
@@ -101,6 +104,7 @@ def to_arviz(
         Kumar, Carroll, Hartikainen and Martin (2019), *ArviZ: a unified library for exploratory analysis of Bayesian
         models in Python*, JOSS.
     """
+    require("arviz", "xarray", by="pv.to_arviz")
     settings = {"num_samples": num_samples, "vectorize_particles": vectorize_particles}
     groups, warned = list[Groups](), False
     with sharing(distributed, "pv.to_arviz", seed, settings) as share:
@@ -222,7 +226,7 @@ def _container(groups: Groups, coords: dict[str, Any]) -> Any:
                 f"expected coords of dimensions {sizes}, one value for each position, got {len(values)} values of "
                 f"'{dim}'. Rename or resize them."
             )
-    attributes = {"inference_library": "pyro_vae", "inference_library_version": version("pyro_vae")}
+    attributes = {"inference_library": "pyro_vae", "inference_library_version": __version__}
     datasets = {}
     for group, variables in groups.items():
         dims = {dim for names, _ in variables.values() for dim in names}

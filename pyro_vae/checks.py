@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from pyro_vae.defaults import MAX_SEED
 from pyro_vae.devices import is_out_of_memory
 from pyro_vae.errors import PyroVAEError
 
@@ -49,7 +50,6 @@ Count = Annotated[int, Between(1)]
 Whole = Annotated[int, Between(0)]
 Shape = Annotated[Sequence[Count], Between(1)]
 Image = Annotated[Sequence[Count], Between(3, 3)]  # (C, H, W)
-MAX_SEED = 2**32 - 1  # of NumPy's generator, which Pyro seeds too
 Seed = Annotated[int, Between(0, MAX_SEED)]
 
 

@@ -71,3 +71,7 @@ class NoDensityError(PyroVAEError, NotImplementedError):
 
 class MissingCompilerError(PyroVAEError, RuntimeError):
     """Compiled code needs a C++ compiler, and none works."""
+
+
+class MissingPackageError(PyroVAEError, ImportError):
+    """A package that an extra of this one installs is not there: the message has the command that installs it."""

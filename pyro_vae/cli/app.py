@@ -6,11 +6,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
+from pyro_vae import __version__
 from pyro_vae.cli.compare import compare
 from pyro_vae.cli.evaluate import evaluate
 from pyro_vae.cli.processes import is_first, is_one_of_several
@@ -85,7 +85,7 @@ def _say(*words: str) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"pyro-vae {version('pyro_vae')}")
+        print(f"pyro-vae {__version__}")
         raise typer.Exit
 
 
@@ -96,7 +96,3 @@ def _pyro_vae(
     ] = False,
 ) -> None:
     """Train a variational autoencoder in Pyro, evaluate it and draw samples."""
-    os.environ["MPLBACKEND"] = "agg"  # it writes files and needs no screen; importing matplotlib refuses unknown ones
-    import matplotlib  # only here, so that --help and --version do not wait for it
-
-    matplotlib.use("agg")  # where it was imported before

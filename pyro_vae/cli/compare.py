@@ -5,11 +5,9 @@ from typing import Annotated
 from typer import Option
 
 import pyro_vae as pv
-from pyro_vae.checks import MAX_SEED
-from pyro_vae.cli import figures
 from pyro_vae.cli.memory import check_memory
-from pyro_vae.cli.run_folder import RunArgument, RunFolder
-from pyro_vae.cli.tables import format_comparison, print_table
+from pyro_vae.cli.options import RunArgument
+from pyro_vae.defaults import MAX_SEED
 
 
 def compare(
@@ -20,6 +18,11 @@ def compare(
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 0,
 ) -> None:
     """Compare bounds on log p(x) on test images. The table has their values, noise, gradients and cost."""
+    from pyro_vae.cli import figures  # only here: --help and usage errors do not wait for torch
+    from pyro_vae.cli.run_folder import RunFolder
+    from pyro_vae.cli.tables import format_comparison, print_table
+
+    figures.prepare()
     folder = RunFolder(path)
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]

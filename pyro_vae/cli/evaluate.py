@@ -6,13 +6,10 @@ from typing import Annotated, Any
 from typer import Option
 
 import pyro_vae as pv
-from pyro_vae.checks import MAX_SEED
-from pyro_vae.cli import figures
 from pyro_vae.cli.memory import check_memory
-from pyro_vae.cli.report import ANNEALED_STEPS, NUM_ANNEALED, make_report
-from pyro_vae.cli.run_folder import RunArgument, RunFolder
-from pyro_vae.cli.tables import format_report, print_table
-from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_SAMPLES
+from pyro_vae.cli.options import RunArgument
+from pyro_vae.defaults import MAX_SEED, NUM_CHAINS, NUM_SAMPLES, REPORT_ANNEALED, REPORT_STEPS
+from pyro_vae.extras import require
 from pyro_vae.files import written_whole
 
 ARVIZ_IMAGES, ARVIZ_DRAWS = 20, 200  # evaluation.nc has all draws of x for each image: 25 MB for MNIST
@@ -31,13 +28,20 @@ def evaluate(
     num_samples: Annotated[int, Option(min=30, help="Importance samples per image. k-hat needs 30.")] = NUM_SAMPLES,
     ais_images: Annotated[
         int, Option(min=2, help="Number of images for annealed importance sampling (AIS), gaps and simulation.")
-    ] = NUM_ANNEALED,
-    ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = ANNEALED_STEPS,
+    ] = REPORT_ANNEALED,
+    ais_steps: Annotated[int, Option(min=2, help="Number of AIS temperatures.")] = REPORT_STEPS,
     ais_chains: Annotated[int, Option(min=2, help="Number of AIS chains for each image.")] = NUM_CHAINS,
     compile: Annotated[bool, Option("--compile", help="Compile importance sampling: faster for many images.")] = False,
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of all samples.")] = 0,
 ) -> None:
     """Estimate log p(x) of test images, with error bars. The report also has the gaps and the parts of the ELBO."""
+    from pyro_vae.cli import figures  # only here: --help and usage errors do not wait for torch
+    from pyro_vae.cli.report import make_report
+    from pyro_vae.cli.run_folder import RunFolder
+    from pyro_vae.cli.tables import format_report, print_table
+
+    require("arviz", "xarray", "h5netcdf", by="pyro-vae evaluate")
+    figures.prepare()
     folder = RunFolder(path)
     dataset, vae = folder.load()
     x = dataset.test.x[:num_images]

@@ -1,6 +1,7 @@
 """Draws the figures of a run folder, as PNG files in its ``figures/``."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from pyro_vae import VAE, plots
 from pyro_vae.cli.report import Report
 from pyro_vae.cli.run_folder import RunFolder
 from pyro_vae.data import Dataset, Split
+from pyro_vae.extras import require
 from pyro_vae.files import written_whole
+
+
+def prepare() -> None:
+    """Refuse to begin without matplotlib, and make it draw to files, which needs no screen."""
+    require("matplotlib", by="pyro-vae")
+    os.environ["MPLBACKEND"] = "agg"  # importing matplotlib refuses unknown ones
+    import matplotlib
+
+    matplotlib.use("agg")  # where it was imported before
 
 
 def draw_training(folder: RunFolder, vae: VAE, dataset: Dataset, history: pd.DataFrame, seed: int) -> list[Path]:

@@ -12,8 +12,6 @@ from pyro_vae import evaluation as ev
 from pyro_vae.evaluation.diagnostics import HIGH_K
 from pyro_vae.pairs import VAE
 
-NUM_ANNEALED = 100  # number of data for the slow estimates; the others use all data
-ANNEALED_STEPS = 50  # temperatures from a refined proposal, which is near the posterior
 IWAE_PARTICLES = 64
 SANDWICH_SAMPLES = 1000  # with more, the gap is smaller
 FEW_HIGH = 0.01  # share of high k-hats up to which the mean of log p(x) can be trusted

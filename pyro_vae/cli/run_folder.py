@@ -8,39 +8,22 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pandas as pd
 import pyro
-from typer import Argument
 
 import pyro_vae as pv
 from pyro_vae.cli.memory import check_memory, fewest_weights
+from pyro_vae.cli.options import OPTIONS, READ
+from pyro_vae.cli.train import train
 from pyro_vae.data import Dataset
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.files import written_whole
 from pyro_vae.training import contents
 
-RUN_HELP = "Folder that 'pyro-vae train' wrote, such as runs/digits."
-RunArgument = Annotated[Path, Argument(metavar="RUN", help=RUN_HELP, show_default=False)]
-
-READ = ("root", "binarize", "validation")  # arguments of pv.data.load
-NETWORKS = ("network", "hidden_dims", "channels", "latent_dim", "likelihood", "scale")
-BOUND = ("objective", "gradient", "particles", "warm_up", "free_bits")
-FIT = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "clip_norm",
-    "patience",
-    "precision",
-    "compile",
-    "seed",
-)  # keyword arguments of pv.fit
-OPTIONS = ("data", *READ, *NETWORKS, *BOUND, *FIT)  # those that config.json holds
 MAY_CHANGE = {"pyro_vae", "root", "epochs"}  # a run may continue with other values, since no epoch depends on them
 # Older runs lack these options; they were trained with these values.
 OLD_VALUES = {
@@ -105,7 +88,7 @@ class RunFolder:
 
     def _check_config(self, path: Path, config: dict[str, Any]) -> None:
         """Refuse other options than those of this version's train, and values that it does not take."""
-        own, kinds = version("pyro_vae"), {"pyro_vae": str} | _kinds()
+        own, kinds = pv.__version__, {"pyro_vae": str} | _kinds()
         unknown = [name for name in config if name not in kinds]
         found = contents.difference(config, contents.Parts(kinds))
         if found is None and unknown:
@@ -175,8 +158,6 @@ class RunFolder:
 
 def _kinds() -> dict[str, Any]:
     """What config.json may hold for each option: the values that the command line takes."""
-    from pyro_vae.cli.train import train  # here, since it imports this file
-
     hints, kinds = get_type_hints(train, include_extras=True), {}
     for name in OPTIONS:
         values, option = get_args(hints[name])

@@ -5,10 +5,9 @@ from typing import Annotated
 
 from typer import Option
 
-from pyro_vae.checks import MAX_SEED
-from pyro_vae.cli import figures
 from pyro_vae.cli.memory import check_memory
-from pyro_vae.cli.run_folder import RunArgument, RunFolder
+from pyro_vae.cli.options import RunArgument
+from pyro_vae.defaults import MAX_SEED
 
 
 def sample(
@@ -17,6 +16,10 @@ def sample(
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of the draws of z.")] = 0,
 ) -> None:
     """Draw images from the trained model. Each is the mean of p(x|z) for a z drawn from the prior."""
+    from pyro_vae.cli import figures  # only here: --help and usage errors do not wait for torch
+    from pyro_vae.cli.run_folder import RunFolder
+
+    figures.prepare()
     folder = RunFolder(path)
     dataset, vae = folder.load()
     check_memory("--num-samples", num_samples * math.prod(dataset.event_shape))

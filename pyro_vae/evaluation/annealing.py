@@ -17,12 +17,12 @@ from torch import Tensor
 
 from pyro_vae.checks import Seed
 from pyro_vae.compiled.function import CompiledFunction
+from pyro_vae.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.simulation import prior_that_draws
 from pyro_vae.errors import PyroVAEError, require_count
-from pyro_vae.evaluation.defaults import NUM_CHAINS, NUM_LEAPFROG, NUM_STEPS, STEP_SIZE
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence
 from pyro_vae.evaluation.hamiltonian import Chains, trial_length

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import Between, Seed
+from pyro_vae.defaults import BLAME_SAMPLES, NUM_SAMPLES
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.weights import log_weights_of, per_datum
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.defaults import BLAME_SAMPLES, NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.draws import draw_weights, in_portions
 from pyro_vae.evaluation.estimate import Estimate

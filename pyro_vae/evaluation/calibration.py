@@ -19,6 +19,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_vae.checks import Seed
+from pyro_vae.defaults import CALIBRATION_SAMPLES
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
@@ -27,7 +28,6 @@ from pyro_vae.engine.simulation import prior_that_draws
 from pyro_vae.engine.sites import Sites, unwrapped
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import NoDensityError, PyroVAEError, require_count
-from pyro_vae.evaluation.defaults import CALIBRATION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_latents

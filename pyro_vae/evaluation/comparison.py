@@ -11,6 +11,7 @@ from pyro import poutine
 
 from pyro_vae.checks import Seed, shown
 from pyro_vae.compiled.step import check_compiled
+from pyro_vae.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.first_run import placed
@@ -19,7 +20,6 @@ from pyro_vae.engine.parameters import find_parameters
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import Sites, is_factor
 from pyro_vae.errors import PyroVAEError, require_count
-from pyro_vae.evaluation.defaults import COMPARE_REPEATS, COMPARE_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import Evidence, LogLikelihood, check_same_data
 from pyro_vae.evaluation.likelihood import Draw, estimate_evidence

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import Seed
+from pyro_vae.defaults import DECOMPOSITION_SAMPLES
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
@@ -17,7 +18,6 @@ from pyro_vae.engine.sites import Sites
 from pyro_vae.engine.weights import log_density, terms
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation import runs
-from pyro_vae.evaluation.defaults import DECOMPOSITION_SAMPLES
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_latents, same_for_all_particles, univariate
 from pyro_vae.evaluation.parts import checked_parts

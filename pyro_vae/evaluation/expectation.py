@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import Seed, shown
+from pyro_vae.defaults import NUM_SAMPLES
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.batch_plate import find_batch_plate
@@ -19,7 +20,6 @@ from pyro_vae.engine.sites import family, is_deterministic, is_factor, labelled
 from pyro_vae.engine.traces import sample_sites
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import NotFiniteError, PyroVAEError, require_count
-from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k, warn_of_high_k
 from pyro_vae.evaluation.draws import in_portions
 from pyro_vae.evaluation.evidence import check_finite

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_vae.checks import Seed
+from pyro_vae.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.engine import rng
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import family, layers, not_reparameterised, unwrapped
 from pyro_vae.errors import PyroVAEError, require_count
-from pyro_vae.evaluation.defaults import GAPS_LR, GAPS_STEPS, NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k
 from pyro_vae.evaluation.draws import draw_weights
 from pyro_vae.evaluation.estimate import Estimate

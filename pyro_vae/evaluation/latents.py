@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import Seed
+from pyro_vae.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program, Run
 from pyro_vae.engine.sites import family
 from pyro_vae.errors import PyroVAEError, require_count
-from pyro_vae.evaluation.defaults import ACTIVE_SAMPLES, ACTIVE_THRESHOLD
 from pyro_vae.evaluation.families import by_dimension, refuse_masks, univariate
 from pyro_vae.evaluation.moments import Moments
 from pyro_vae.evaluation.parts import checked_parts

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_vae.checks import Seed
 from pyro_vae.compiled.function import CompiledFunction
+from pyro_vae.defaults import NUM_SAMPLES
 from pyro_vae.devices import wide
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
@@ -17,7 +18,6 @@ from pyro_vae.engine.program import Program
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import PyroVAEError, require_count
 from pyro_vae.evaluation.allocation import Goal, sample_as_needed, warn_of_larger_errors
-from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import warn_of_high_k, warn_of_zero_weights
 from pyro_vae.evaluation.draws import WEIGHTS_AT_ONCE, draw_weights, even_chunks
 from pyro_vae.evaluation.evidence import LogLikelihood

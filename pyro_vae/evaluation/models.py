@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from pyro_vae.checks import MAX_SEED, Seed, checked, shown
+from pyro_vae.checks import Seed, checked, shown
+from pyro_vae.defaults import MAX_SEED, NUM_SAMPLES
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.columns import ArrayRows, column_of, tensor_of
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import element_weights, is_deterministic, is_factor
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.defaults import NUM_SAMPLES
 from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, pareto_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import LogLikelihood

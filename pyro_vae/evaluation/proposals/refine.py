@@ -5,10 +5,10 @@ from typing import Annotated, Any
 import torch
 
 from pyro_vae.checks import Between, Count, Seed, Whole
+from pyro_vae.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
 from pyro_vae.engine.arguments import takes_program
 from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
 from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, warn_of_high_k
 from pyro_vae.evaluation.pieces import Pieces, checked, progress_bar, require_vectorized
 from pyro_vae.evaluation.proposals.guide import Mixture, RefinedGuide

@@ -19,6 +19,7 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
+from pyro_vae.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
 from pyro_vae.devices import wide
 from pyro_vae.engine.coverage import same_support
 from pyro_vae.engine.modules import PyroFunction
@@ -28,7 +29,6 @@ from pyro_vae.engine.sites import unwrapped
 from pyro_vae.engine.traces import prior
 from pyro_vae.engine.weights import log_weights_of
 from pyro_vae.errors import NoDensityError
-from pyro_vae.evaluation.defaults import REFINE_LR, REFINE_PARTICLES, REFINE_PILOT, REFINE_ROUNDS, REFINE_STEPS
 from pyro_vae.evaluation.families import refuse_masks, require_latents
 from pyro_vae.evaluation.fitting import minimise
 from pyro_vae.evaluation.hamiltonian import check_latents

@@ -1,4 +1,4 @@
-"""The default numbers of the evaluations, for the functions, the report and the command line."""
+"""The default numbers of the evaluations, also for the help of the command line, which does not import torch."""
 
 NUM_SAMPLES = 5000  # importance samples for each datum: log_likelihood, inference_gaps
 NUM_STEPS = 1000  # temperatures of annealed importance sampling: ais, bdmc
@@ -19,3 +19,6 @@ REFINE_PILOT = 1000  # draws that show k-hat: refine
 REFINE_ROUNDS = 3  # components that may be added: refine
 BLAME_SAMPLES = 100  # draws of the guide for each datum: blame
 CALIBRATION_SAMPLES = 100  # draws of the guide for each simulated datum: calibrate
+REPORT_ANNEALED = 100  # number of data for the slow estimates of the report; the others use all data
+REPORT_STEPS = 50  # temperatures of the report, from a refined proposal, which is near the posterior
+MAX_SEED = 2**32 - 1  # of NumPy's generator, which Pyro seeds too
