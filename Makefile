@@ -25,7 +25,7 @@ docs: $(VENV)/installed-docs  ## the pages' code and the gallery's scripts, run;
 	$(BIN)/python docs/check_site.py docs/_build/html
 
 arviz: $(VENV)/installed-dev  ## what depends on ArviZ's version: make arviz PYTHON=python3.13 VENV=.venv-3.13 has 1.x
-	$(BIN)/python -m pytest tests/test_arviz_io.py tests/evaluation/test_diagnostics.py tests/evaluation/test_log_likelihood.py
+	$(BIN)/python -m pytest tests/test_arviz_io.py tests/evaluation/test_diagnostics.py
 
 bench: .venv-bench/installed  ## a step beside Pyro's, PyTorch's, NumPyro's and pythae's, in an environment of their own: tables, runs/bench
 	.venv-bench/bin/python -m pytest -q -m docs tests/test_docs.py -k coming-from
@@ -42,13 +42,13 @@ clean:  ## everything that make made
 $(VENV)/installed: pyproject.toml
 	@echo "Installing the packages into $(VENV) (some minutes the first time: torch is large) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --editable .
+	@$(BIN)/pip install --quiet --editable ".[all]"
 	@touch $@
 
 .venv-bench/installed: pyproject.toml benchmarks/peers/requirements.txt
 	@echo "Installing the peers into .venv-bench (some minutes the first time) ..."
 	@$(PYTHON) -m venv .venv-bench
-	@.venv-bench/bin/pip install --quiet --editable . --requirement benchmarks/peers/requirements.txt
+	@.venv-bench/bin/pip install --quiet --editable ".[all]" --requirement benchmarks/peers/requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
@@ -58,5 +58,5 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/installed-docs: $(VENV)/installed-dev
 	@echo "Installing what the docs need into $(VENV) ..."
-	@$(BIN)/pip install --quiet --editable ".[dev,docs]"
+	@$(BIN)/pip install --quiet --editable ".[docs]"
 	@touch $@

@@ -1,5 +1,6 @@
-"""Diagnostics of each datum's importance weights: Pareto k-hat (by ArviZ), warnings."""
+"""Diagnostics of each datum's importance weights: Pareto k-hat, warnings."""
 
+import math
 import warnings
 
 import numpy as np
@@ -11,8 +12,9 @@ from pyro_vae.devices import of_float64, wide
 from pyro_vae.errors import PyroVAEError
 
 HIGH_K = 0.7  # above it, more samples do not make the average of the weights reliable
-FEWEST_IN_TAIL = 6  # of five, the first quartile is the least, and ArviZ (1.3.3) fits none whose quartile is the least
+FEWEST_IN_TAIL = 6  # of five, the first quartile is the least, which is none of a generalised Pareto distribution
 FEWEST_SAMPLES = 5 * FEWEST_IN_TAIL  # of few samples, a fifth is the tail
+LEAST = np.log(np.finfo(float).tiny)  # below it, relative to the largest, a weight is zero
 
 
 @checked
@@ -42,6 +44,8 @@ def pareto_k(log_weights: Tensor) -> Tensor:
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), *Pareto Smoothed Importance Sampling*, JMLR.
+        Zhang and Stephens (2009), *A New and Efficient Estimation Method for the Generalized Pareto Distribution*,
+        Technometrics, for the fit.
     """
     if log_weights.dim() != 2 or log_weights.is_complex() or log_weights.is_meta or not len(log_weights):
         raise PyroVAEError(
@@ -53,43 +57,45 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     usable = np.isfinite(rows.max(1)) & ~np.isnan(rows).any(1) & (number >= FEWEST_SAMPLES)
     shapes = np.full(len(rows), np.nan)
     if usable.any():
-        # The fit uses only the 3 sqrt(K) largest weights. From five times as many, with a matching relative efficiency,
-        # ArviZ takes the same tail and sorts fewer weights.
-        kept = min(number, int(15 * number**0.5) + 5)
-        largest = np.partition(rows[usable], number - kept, axis=1)[:, number - kept :]
-        shapes[usable] = _shapes(largest, tail=int(min(number / 5, 3 * number**0.5)), efficiency=kept / number)
+        tail = math.ceil(min(number / 5, 3 * number**0.5))
+        largest = np.partition(rows[usable], number - tail - 1, axis=1)[:, number - tail - 1 :]
+        with np.errstate(all="ignore"):  # a tail that can't be fitted gives NaN or infinity
+            shapes[usable] = [_shape(row) for row in largest]
     return torch.from_numpy(shapes).to(of_float64(log_weights.device))
 
 
-def _shapes(rows: np.ndarray, tail: int, efficiency: float) -> np.ndarray:
-    """The shape of each row's tail, which is of the weights above zero where these are fewer than `tail`."""
-    above_zero = (rows > rows.max(1, keepdims=True) + np.log(np.finfo(float).tiny)).sum(1)
-    shapes = np.full(len(rows), np.inf)
-    for size in np.unique(above_zero[above_zero >= FEWEST_IN_TAIL].clip(max=tail)):
-        chosen = above_zero.clip(max=tail) == size
-        if size == tail:
-            shapes[chosen] = _arviz_shapes(rows[chosen], size, efficiency)
-        else:  # of less than 225 effective samples, ArviZ takes a fifth
-            shapes[chosen] = _arviz_shapes(np.sort(rows[chosen])[:, -5 * size :], size, min(1.0, 200 / (5 * size)))
-    return shapes
+def _shape(log_weights: np.ndarray) -> float:
+    """The shape of the tail of a datum, from its largest weights: one more than the tail has, which it begins above.
+
+    Where fewer are above zero, these are the tail.
+    """
+    ordered = np.sort(log_weights - log_weights.max())
+    least = max(ordered[0], LEAST)
+    tail = ordered[ordered > least]
+    if ordered[1] <= LEAST and len(tail) < FEWEST_IN_TAIL:
+        return math.inf
+    if len(tail) < 5 or tail[0] == tail[-1]:
+        return math.nan
+    shape = _fitted(np.exp(tail) - np.exp(least))
+    return shape if math.isfinite(shape) else math.nan
 
 
-def _arviz_shapes(rows: np.ndarray, tail: int, efficiency: float) -> np.ndarray:
-    varied = rows.max(1) > np.partition(rows, -tail, axis=1)[:, -tail]
-    shapes = np.full(len(rows), np.nan)
-    if not varied.any():
-        return shapes  # ArviZ 1.x raises at a tail of equal weights
-    with np.errstate(all="ignore"):  # a tail that can't be fitted gives NaN or infinity
-        try:
-            from arviz_stats.base import array_stats  # ArviZ 1.x, which takes log-ratios of the opposite sign
+def _fitted(tail: np.ndarray) -> float:
+    """The shape of a generalised Pareto distribution: Zhang and Stephens (2009), with the prior of Vehtari et al.
 
-            fitted = array_stats.psislw(-rows[varied], r_eff=efficiency, axis=-1)[1]
-        except ImportError:
-            from arviz import psislw
-
-            fitted = psislw(rows[varied], reff=efficiency)[1]
-    shapes[varied] = np.where(np.isfinite(fitted), fitted, np.nan)
-    return shapes
+    The numbers are those of ArviZ's ``psislw``. `tail` is sorted, and above zero.
+    """
+    number = len(tail)
+    places = 30 + int(number**0.5)
+    b = 1 - np.sqrt(places / (np.arange(1, places + 1) - 0.5))
+    b = b / (3 * tail[int(number / 4 + 0.5) - 1]) + 1 / tail[-1]
+    k = np.log1p(-b[:, None] * tail).mean(1)
+    log_likelihood = number * (np.log(-b / k) - k - 1)
+    weights = 1 / np.exp(log_likelihood - log_likelihood[:, None]).sum(1)
+    kept = weights >= 10 * np.finfo(float).eps
+    mean = (b[kept] * weights[kept]).sum() / weights[kept].sum()
+    shape = float(np.log1p(-mean * tail).mean())
+    return (number * shape + 10 * 0.5) / (number + 10)  # ten samples of a tail of 0.5
 
 
 def relative_variance(log_w: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from pyro_vae.engine.modules import PyroFunction
 from pyro_vae.engine.program import Program
 from pyro_vae.engine.sites import element_weights, is_deterministic, is_factor
 from pyro_vae.errors import PyroVAEError
-from pyro_vae.evaluation.diagnostics import FEWEST_SAMPLES, pareto_k
 from pyro_vae.evaluation.estimate import Estimate
 from pyro_vae.evaluation.evidence import LogLikelihood
 from pyro_vae.evaluation.likelihood import log_likelihood
@@ -115,7 +114,6 @@ def compare_models(
             raise PyroVAEError(f"expected {what} to be a positive number of nats, got {value!r}. Try 0.1.")
     for part in _parts(x):
         _check_observations(models, part)
-    pareto_k(torch.arange(FEWEST_SAMPLES)[:, None])  # imports ArviZ, which takes seconds that are no model's
     found, seconds = dict[str, LogLikelihood](), dict[str, float]()
     options: dict[str, Any] = {"vectorize_particles": vectorize_particles, "progress": progress}
     if error is not None:  # of the two estimates whose difference it is
