@@ -1,4 +1,4 @@
-"""The entry point of ``pyro-vae``, outside of the package: importing that takes seconds, in which Ctrl-C may come."""
+"""The entry point of ``pyro-vae``, outside of the package, so that Ctrl-C is answered before anything is imported."""
 
 import os
 import signal
@@ -15,6 +15,14 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
     if sys.stdout.errors in ("strict", "surrogateescape"):  # an ASCII terminal shows a question mark for ±
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    from pyro_vae.errors import MissingPackageError
+    from pyro_vae.extras import require
+
+    try:
+        require("typer", "rich", by="pyro-vae")
+    except MissingPackageError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
     from pyro_vae.cli import main as run
 
     try:

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 
 from pyro_vae.checks import Between, Whole, checked, shown
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.extras import require
 
 _TORCHVISION = {
     "mnist": "MNIST",
@@ -265,6 +266,7 @@ def _binarized(split: Split, binarize: str, generator: torch.Generator) -> Split
 
 
 def _read_digits() -> list[Split]:
+    require("sklearn", by='pv.data.load("digits")')
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -275,6 +277,7 @@ def _read_digits() -> list[Split]:
 
 
 def _read_torchvision(name: str, root: Path) -> list[Split]:
+    require("torchvision", by=f'pv.data.load("{name}")')
     from torchvision import datasets, transforms
 
     create = getattr(datasets, _TORCHVISION[name])

@@ -27,6 +27,5 @@ def require(*packages: str, by: str) -> None:
         if find_spec(package) is None:
             raise MissingPackageError(
                 f"expected the package {package}, which {by} needs, got none. Install it: pip install "
-                f'"pyro_vae[{EXTRA_OF[package]}]".',
-                name=package,
+                f'"pyro_vae[{EXTRA_OF[package]}]".'
             )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import tomllib
 from pathlib import Path
 
 import pyro_vae
 
 PACKAGE = Path(pyro_vae.__file__).parent
-ROOT = Path(__file__).parents[1]
 # Each module or folder of the package, with the others that it may import; all may import the first six.
 FOR_ALL = ("errors", "extras", "defaults", "checks", "devices", "distributed", "__version__")
 ALLOWED = {
@@ -82,14 +80,3 @@ def test_imports_point_one_way():
 def test_a_file_holds_one_idea():
     long = {path: count for path in PACKAGE.rglob("*.py") if (count := len(path.read_text().splitlines())) > MOST_LINES}
     assert long == {}
-
-
-def test_the_oldest_versions_are_the_floors():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
-    floors = dict(requirement.split(">=") for requirement in named)
-    lines = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
-    assert [line for line in lines if not line.startswith("#")] == [f"{name}=={floors[name]}" for name in floors]
-    python = project["requires-python"].removeprefix(">=")
-    supported = f"Python {python}, PyTorch {floors['torch']} and Pyro {floors['pyro-ppl']}, and all later versions"
-    assert supported in (ROOT / "README.md").read_text()

@@ -11,6 +11,7 @@ import torch
 
 from pyro_vae.checks import checked, is_dense, shown
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.extras import require
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
     from matplotlib.figure import Figure
@@ -64,6 +65,7 @@ def objective_colour(objective: str) -> str:
 
 def new_figure(canvas: np.ndarray | None = None, *, left: float = 0, top: float = 0) -> Figure:
     """Return a new pyplot figure; with a canvas of images, the figure has its aspect ratio plus margins in inches."""
+    require("matplotlib", by="pv.plots")
     import matplotlib.pyplot as plt
 
     if canvas is None:

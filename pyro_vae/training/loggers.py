@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae.checks import Count, checked, shown
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.extras import require
 from pyro_vae.files import one_writer, writing_to, written_whole
 from pyro_vae.training.calling import Callback
 from pyro_vae.training.record import Record
@@ -124,7 +125,7 @@ class TensorBoard(Callback):
         images_every: how many epochs lie between images.
 
     Raises:
-        ValueError: the package `tensorboard` is not there.
+        MissingPackageError: the package `tensorboard` is not there.
     """
 
     @checked
@@ -136,13 +137,9 @@ class TensorBoard(Callback):
         images: Mapping[str, Callable[[], Any]] | None = None,
         images_every: Count = 1,
     ) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise PyroVAEError(
-                "expected the package tensorboard for the callback TensorBoard, got none. Install it: pip install "
-                "tensorboard. Or use pv.callbacks.CSV."
-            ) from error
+        require("tensorboard", by="the callback TensorBoard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer_class: Any = SummaryWriter
         self.folder, self.every = Path(folder), every
         self.images, self.images_every = dict(images or {}), images_every
