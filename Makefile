@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow oldest docs arviz bench lint clean
+.PHONY: demo test slow oldest docs arviz bench lint release-check coverage clean
 
 demo: $(VENV)/installed  ## train on the digits that ship offline, compare the bounds, draw the pictures
 	$(BIN)/pyro-vae train digits --out runs/digits
@@ -35,6 +35,14 @@ lint: $(VENV)/installed-dev  ## what CI asks of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+release-check:  ## builds wheel and sdist into dist; installs the wheel in an empty environment, and runs it there
+	rm -rf dist
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet build twine
+	.venv-release/bin/python -m build
+	.venv-release/bin/python -m twine check --strict dist/*
+	.venv-release/bin/python tests/installed/check.py dist
 
 clean:  ## everything that make made
 	rm -rf .venv .venv-* runs docs/_build docs/story docs/api/generated docs/api/backreferences docs/sg_execution_times.rst

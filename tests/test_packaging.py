@@ -46,6 +46,52 @@ def test_all_is_every_extra_of_a_user():
     assert EXTRAS["all"] == [f"pyro_vae[{','.join(sorted({*EXTRA_OF.values()}))}]"]
 
 
+def test_the_version_and_its_date_are_everywhere_the_same():
+    citation, recipe = ((ROOT / name).read_text() for name in ("CITATION.cff", "recipe/recipe.yaml"))
+    (date,) = re.findall(r"^date-released: (\S+)$", citation, re.M)
+    assert f"\nversion: {pv.__version__}\n" in citation
+    assert f'\n  version: "{pv.__version__}"\n' in recipe
+    assert f"\n## {pv.__version__} ({date})\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+CONDA = {"torch": "pytorch", "matplotlib": "matplotlib-base"}  # of packages that have another name there
+
+
+def test_the_recipe_has_the_dependencies():
+    recipe = (ROOT / "recipe" / "recipe.yaml").read_text()
+    lists = re.findall(r"(\w+):((?:\n +- .*)+\n)", recipe)
+    sections = {name: {*re.findall(r"- (\S+) >=(\d\S*)\n", lines)} for name, lines in lists}
+
+    def conda(requirements):
+        return {(CONDA.get(name, name), floor) for name, floor in floors(requirements).items()}
+
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert sections["host"] == conda(build)
+    assert sections["run"] == conda(PROJECT["dependencies"])
+    assert sections["run_constraints"] == conda(chain(*(EXTRAS[extra] for extra in EXTRA_OF.values())))
+    python = PROJECT["requires-python"].removeprefix(">=")
+    assert f'python_min: "{python}"' in recipe
+
+
+def test_the_addresses_are_in_the_repository_of_the_project():
+    repository = PROJECT["urls"]["Repository"]
+    for name in ("pyproject.toml", "CITATION.cff", "SECURITY.md", "recipe/recipe.yaml"):
+        found = re.findall(r"https://github\.com/[^\s\"')]+", (ROOT / name).read_text())
+        assert found, name
+        assert all(url == repository or url.startswith(f"{repository}/") for url in found), name
+
+
+def test_the_workflow_runs_what_every_change_must_pass():
+    if not (ROOT / ".ci" / "run").exists():
+        pytest.skip("an sdist has no .ci")
+    targets = set(re.findall(r"^ *make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.M))
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert len(targets) >= 6
+    assert targets <= {*re.findall(r"target: \[?([\w-]+)", workflow)}
+    supported = [name.split()[-1] for name in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", name)]
+    assert [*re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.*)\]", workflow)[0])] == supported
+
+
 @pytest.fixture
 def missing(monkeypatch, tmp_path):
     """Hides packages, as if they were not installed."""
