@@ -24,6 +24,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    overload,
 )
 
 import numpy as np
@@ -64,7 +65,11 @@ class Kind:
     convert: Callable[[Any], Any]
 
 
-def checked(function: Callable[P, T]) -> Callable[P, T]:
+@overload
+def checked(function: type[T]) -> type[T]: ...  # an editor then shows a class as one
+@overload
+def checked(function: Callable[P, T]) -> Callable[P, T]: ...
+def checked(function: Any) -> Any:
     """Refuse arguments that are not of their annotated types, before the function runs; for a class, its `__init__`.
 
     NumPy's integers, and tensors of one number, become Python's numbers. A sequence becomes a tuple.
@@ -75,7 +80,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     convert = converter(function)
 
     @functools.wraps(function)
-    def with_checks(*args: P.args, **kwargs: P.kwargs) -> T:
+    def with_checks(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = convert(args, kwargs)
         try:
             return function(*args, **kwargs)
