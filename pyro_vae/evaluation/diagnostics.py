@@ -83,7 +83,8 @@ def _shape(log_weights: np.ndarray) -> float:
 def _fitted(tail: np.ndarray) -> float:
     """The shape of a generalised Pareto distribution: Zhang and Stephens (2009), with the prior of Vehtari et al.
 
-    The numbers are those of ArviZ's ``psislw``. `tail` is sorted, and above zero.
+    The numbers are those of ``psislw`` in ArviZ 0.2x. In 1.x, the tail may have a weight fewer. `tail` is sorted, and
+    above zero.
     """
     number = len(tail)
     places = 30 + int(number**0.5)
