@@ -35,5 +35,6 @@ def main() -> None:
 
 def _stop(number: int, _: Any) -> None:
     # Nothing has begun. KeyboardInterrupt in an import is lost, or ends as another exception.
-    os.write(2, b"stopped by Ctrl-C.\n")
+    if "RANK" not in os.environ:  # of several processes, the one that started them says it
+        os.write(2, b"stopped by Ctrl-C.\n")
     os._exit(128 + number)
