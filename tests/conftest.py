@@ -5,6 +5,7 @@ import torch
 
 from pyro_vae.compiled import function
 
+collect_ignore = ["installed"]  # scripts, which make release-check runs against an installed wheel
 matplotlib.use("Agg")
 
 
