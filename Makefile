@@ -1,7 +1,8 @@
 # Everything from nothing: each target makes .venv and installs what it needs; the second time that takes no time.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+PROGRAMS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := $(VENV)/$(PROGRAMS)
 
 .PHONY: demo test slow oldest docs arviz bench lint release-check coverage clean
 
@@ -44,10 +45,10 @@ coverage: $(VENV)/installed-dev  ## the share of lines that the quick suite runs
 release-check:  ## builds wheel and sdist into dist; installs the wheel in an empty environment, and runs it there
 	rm -rf dist
 	$(PYTHON) -m venv .venv-release
-	.venv-release/bin/pip install --quiet build twine
-	.venv-release/bin/python -m build
-	.venv-release/bin/python -m twine check --strict dist/*
-	.venv-release/bin/python tests/installed/check.py dist
+	.venv-release/$(PROGRAMS)/pip install --quiet build twine
+	.venv-release/$(PROGRAMS)/python -m build
+	.venv-release/$(PROGRAMS)/python -m twine check --strict dist/*
+	.venv-release/$(PROGRAMS)/python tests/installed/check.py dist
 
 clean:  ## everything that make made
 	rm -rf .venv .venv-* runs docs/_build docs/story docs/api/generated docs/api/backreferences docs/sg_execution_times.rst
