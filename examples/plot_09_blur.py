@@ -191,7 +191,7 @@ for ax, (title, shown) in zip(axes, rows.items(), strict=True):
 # The average of two bars is the best mean, and its log-density is 32 nats above that of each bar. The low-rank
 # likelihood's held-out log p(x) is above that of independent pixels by more than 10 standard errors of the
 # paired difference. It is not above the truth. The noise in its samples has the correlation of the noise in the
-# data, to 0.03. The noise in samples of independent pixels has no correlation.
+# data, to 0.05. The noise in samples of independent pixels has no correlation.
 
 assert steepest < 1e-9, f"the average of the bars has slope {steepest}"
 assert abs(excess - SIDE**2 / 2) < 1e-9, f"the average is {excess} nats above a bar, not {SIDE**2 / 2}"
@@ -200,7 +200,7 @@ assert gain.value > 10 * gain.standard_error, f"low rank is {gain} nats above in
 above = pv.Estimate.of(log_p["low rank"] - truth)
 assert above.value < 4 * above.standard_error, f"low rank is {above} nats above the truth"
 off = left["low rank"].value - left["data"].value
-assert abs(off) < 0.03, f"neighbours have correlation {left['low rank']} in low rank, {left['data']} in the data"
+assert abs(off) < 0.05, f"neighbours have correlation {left['low rank']} in low rank, {left['data']} in the data"
 score = left["independent"].value / left["independent"].standard_error
 assert abs(score) < 4, f"neighbours have correlation {left['independent']} in independent pixels"
 print(f"low rank minus independent: {gain} nats per image, {gain.value / gain.standard_error:.0f} standard errors;")
