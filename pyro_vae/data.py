@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from pyro_vae import shapes
 from pyro_vae.checks import Between, Whole, checked, shown
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.extras import require
@@ -24,7 +26,8 @@ _TORCHVISION = {
     "emnist": "EMNIST",
     "omniglot": "Omniglot",
 }
-NAMES = ("digits", *_TORCHVISION, "binarized_mnist")
+NAMES = ("digits", "shapes", *_TORCHVISION, "binarized_mnist")
+HELD_OUT = {"digits": 250, "shapes": 1000}  # validation images by default; a sixth of the others
 BINARIZE = ("none", "threshold", "fixed", "dynamic")
 
 
@@ -33,13 +36,15 @@ BINARIZE = ("none", "threshold", "fixed", "dynamic")
 class Split:
     """The images of one split, and their labels.
 
-    ``split[i]`` is one image (1, H, W). With a slice, a list or an index tensor, ``split[index]`` is a minibatch
-    (len(index), 1, H, W). Labels are a separate attribute, so a ``torch.utils.data.DataLoader`` collates images only.
+    ``split[i]`` is one image (C, H, W). With a slice, a list or an index tensor, ``split[index]`` is a minibatch
+    (len(index), C, H, W). Labels are a separate attribute, so a ``torch.utils.data.DataLoader`` collates images only.
 
     Attributes:
-        images: float32 images in [0, 1], (N, 1, H, W).
+        images: float32 images in [0, 1], (N, C, H, W).
         labels: int64 labels, (N,), or None.
         dynamic: whether `images` are grey values, from which each indexing draws new binary images.
+        factors: what each image was drawn from, a table of N rows with a column for each factor; None if that is not
+            known.
 
     Example:
         >>> import torch, pyro_vae as pv
@@ -53,6 +58,7 @@ class Split:
     images: Tensor
     labels: Tensor | None
     dynamic: bool = False
+    factors: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
         if not self.dynamic:
@@ -84,7 +90,7 @@ class Split:
 
     @property
     def x(self) -> Tensor:
-        """All images, (N, 1, H, W); a dynamic split draws them anew."""
+        """All images, (N, C, H, W); a dynamic split draws them anew."""
         return self[:]
 
 
@@ -99,7 +105,7 @@ class Dataset:
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """The shape of one image, (1, H, W)."""
+        """The shape of one image, (C, H, W)."""
         return tuple(self.train.images.shape[1:])
 
 
@@ -114,7 +120,7 @@ def load(
 ) -> Dataset:
     """Load a data set as shuffled, disjoint train, validation and test splits.
 
-    Images are float32 in [0, 1], (N, 1, H, W). Labels are int64, (N,). The validation images are taken from the
+    Images are float32 in [0, 1], (N, C, H, W). Labels are int64, (N,). The validation images are taken from the
     training part. Each split is shuffled, because some data sets are sorted by class or by writer. The same seed gives
     the same data, and the global random number generators keep their state.
 
@@ -123,6 +129,13 @@ def load(
 
             - ``"digits"``: the 1797 digits of scikit-learn, 8 x 8, available offline. The 250 test images are the same
               for every seed.
+            - ``"shapes"``: 12,000 colour images of one shape each, 3 x 64 x 64, made in some seconds, without files.
+              They are the same on every machine, and the 1000 test images are the same for every seed. A pixel is a
+              whole number of 255ths. In memory they take 600 MB. The table ``split.factors`` has what an image was
+              drawn from, independent and uniform: `x` and `y`, the place of the shape's centroid in an image from
+              -1 to 1, upwards, from -0.35 to 0.35; `size`, the radius of the circle of the same area, from 0.28 to
+              0.45; `angle`, anticlockwise, from -30 to 30 degrees; `hue`, an angle of OKLCH, from 0 to 360 degrees;
+              and `kind`, one of ellipse, square, triangle, star and heart, with labels 0 to 4.
             - ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``, ``"emnist"`` (the "balanced" split): 28 x 28.
             - ``"omniglot"``: 105 x 105 resized to 28 x 28, with ink as 1. The training images are the background
               alphabets and the test images the evaluation alphabets, each with labels from 0. Burda et al. used other
@@ -131,7 +144,7 @@ def load(
               ``<root>/binarized_mnist/binarized_mnist_larochelle_packed.npz``. The arrays train, valid and test in this
               file are ``np.packbits(np.loadtxt(f, dtype=np.uint8), axis=1)`` of the authors' ``.amat`` files.
         root: the folder above torchvision's own folder (above ``MNIST``). torchvision downloads absent files into it.
-            ``"digits"`` needs no root.
+            ``"digits"`` and ``"shapes"`` need no root.
         binarize: one of
 
             - ``"none"``: grey values stay as they are.
@@ -140,8 +153,11 @@ def load(
             - ``"dynamic"``: training images are drawn anew at each indexing, with torch's global random number
               generator (Salakhutdinov and Murray; Burda et al.). Validation and test images are those of ``"fixed"``,
               so that evaluation is repeatable.
-        validation: the number of validation images, 0 for none. The default is 250 for digits, and a sixth of the
-            training part otherwise (50000/10000/10000 for MNIST). ``"binarized_mnist"`` has its own 10000.
+
+            ``"shapes"``, whose images have colours, takes ``"none"`` only.
+        validation: the number of validation images, 0 for none. The default is 250 for digits, 1000 for shapes, and
+            a sixth of the training part otherwise (50000/10000/10000 for MNIST). ``"binarized_mnist"`` has its own
+            10000.
         seed: the seed of the shuffle, the choice of validation images and the fixed draw.
 
     Raises:
@@ -155,6 +171,11 @@ def load(
         Dataset(name='digits', train=Split(1297 x (1, 8, 8)), validation=Split(250 x (1, 8, 8)), test=...)
         >>> digits.train[:32].shape
         torch.Size([32, 1, 8, 8])
+        >>> shapes = pv.data.load("shapes")
+        >>> shapes
+        Dataset(name='shapes', train=Split(10000 x (3, 64, 64)), validation=Split(1000 x (3, 64, 64)), test=...)
+        >>> shapes.test.factors.columns.tolist()
+        ['x', 'y', 'size', 'angle', 'hue', 'kind']
 
     References:
         Salakhutdinov and Murray (2008), *On the Quantitative Analysis of Deep Belief Networks*, ICML.
@@ -168,6 +189,11 @@ def load(
             f"expected binarize='none' or 'fixed' for binarized_mnist, which is already binary, got {binarize!r}. "
             'Leave it out, or load "mnist" to binarise its grey images.'
         )
+    if name == "shapes" and binarize != "none":
+        raise PyroVAEError(
+            f"expected binarize='none' for shapes, whose images have colours, got {binarize!r}. Leave it out, and take "
+            'a likelihood of real pixels, such as likelihood="gaussian".'
+        )
     if name == "binarized_mnist" and validation is not None:
         raise PyroVAEError(
             f"expected no validation for binarized_mnist, which has its own validation split, got {validation}. "
@@ -176,6 +202,8 @@ def load(
 
     if name == "digits":
         parts = _read_digits()
+    elif name == "shapes":
+        parts = _draw_shapes()
     elif root is None:
         raise PyroVAEError(
             f'expected root to be the folder of the {name} files, got None. Pass it: load("{name}", root="data").'
@@ -189,7 +217,7 @@ def load(
     generator = torch.Generator().manual_seed(seed)
     train, *held_out, test = [_take(part, torch.randperm(len(part), generator=generator)) for part in parts]
     if not held_out:
-        n = validation if validation is not None else 250 if name == "digits" else len(train) // 6
+        n = validation if validation is not None else HELD_OUT.get(name, len(train) // 6)
         if n >= len(train):
             raise PyroVAEError(f"expected validation to be below the {len(train)} training images of {name}, got {n}.")
         held_out, train = [_take(train, slice(n))], _take(train, slice(n, None))
@@ -253,16 +281,30 @@ def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _take(split: Split, index: slice | Tensor) -> Split:
-    return Split(split.images[index], None if split.labels is None else split.labels[index])
+    labels, factors = split.labels, split.factors
+    return Split(
+        split.images[index],
+        None if labels is None else labels[index],
+        factors=None if factors is None else factors.iloc[np.arange(len(factors))[index]].reset_index(drop=True),
+    )
 
 
 def _binarized(split: Split, binarize: str, generator: torch.Generator) -> Split:
     images = split.images
+    if images.dtype == torch.uint8:  # until here, since bytes take a quarter of the memory of float32
+        images = images / 255
     if binarize == "threshold":
         images = (images >= 0.5).float()
     elif binarize == "fixed":
         images = torch.bernoulli(images, generator=generator)
-    return Split(images, split.labels, dynamic=binarize == "dynamic")
+    return Split(images, split.labels, binarize == "dynamic", split.factors)
+
+
+def _draw_shapes() -> list[Split]:
+    factors = shapes.sample_factors(12_000)
+    images, labels = torch.from_numpy(shapes.draw(factors)), torch.tensor(factors["kind"].map(list(shapes.KINDS).index))
+    whole = Split(images, labels, factors=factors)
+    return [_take(whole, slice(1000, None)), _take(whole, slice(1000))]
 
 
 def _read_digits() -> list[Split]:

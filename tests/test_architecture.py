@@ -43,7 +43,8 @@ ALLOWED = {
     "arviz_io": {"engine", "evaluation"},
     "schedules": set(),
     "plots": set(),
-    "data": set(),
+    "data": {"shapes"},
+    "shapes": set(),
     "__init__": None,  # everything
     "__main__": None,
     "cli": None,

@@ -340,7 +340,7 @@ def test_loading_leaves_the_global_generators_alone(binarize):
     [
         (
             {"name": "fashion-mnist"},
-            r"expected name to be one of digits, mnist, .*: did you mean 'fashion_mnist'\?",
+            r"expected name to be one of digits, shapes, mnist, .*: did you mean 'fashion_mnist'\?",
         ),
         ({"name": "MNIST"}, r"got 'MNIST': did you mean 'mnist'\?"),
         ({"name": "zzz"}, r"got 'zzz'\.$"),

@@ -14,7 +14,9 @@ from pyro_vae.defaults import MAX_SEED
 from pyro_vae.errors import PyroVAEError
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127  # torch.finfo(torch.float32).max, without torch
-DATA_HELP = "The data set: digits (no download), mnist, fashion_mnist, kmnist, emnist, omniglot or binarized_mnist."
+DATA_HELP = (
+    "The data set: digits or shapes (no download), mnist, fashion_mnist, kmnist, emnist, omniglot or binarized_mnist."
+)
 
 
 def train(
