@@ -42,7 +42,7 @@ ALLOWED = {
     "evaluation": {"engine", "objectives", "compiled"},
     "arviz_io": {"engine", "evaluation"},
     "schedules": set(),
-    "plots": set(),
+    "plots": {"pairs"},
     "data": {"shapes"},
     "shapes": set(),
     "__init__": None,  # everything

@@ -12,7 +12,6 @@ from pyro_vae.plots.shared import CLASSES, Array, new_figure, to_numpy
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
 
 _MARKERS = "o^"
 
@@ -35,26 +34,23 @@ def images(x: Array, *, columns: Count = 10, title: str | None = None, ax: Axes 
         >>> pv.plots.images(torch.rand(20, 1, 28, 28), title="samples from the model").get_title()
         'samples from the model'
     """
-    tiles = _images(x, "x")
-    canvas = _mosaic(tiles, columns, _gap(tiles.shape[1]))
+    tiles = tiles_of(x, "x")
+    canvas = mosaic(tiles, columns, gap_of(tiles.shape[1]))
     ax = ax or new_figure(canvas, top=0.3 if title else 0).add_subplot()
-    _draw(canvas, ax)
+    draw_mosaic(canvas, ax)
     if title is not None:
         ax.set_title(title)
     return ax
 
 
 @checked
-def reconstructions(
-    x: Array, x_mean: Array, *, columns: Count = 10, figure: Figure | SubFigure | None = None
-) -> Figure | SubFigure:
+def reconstructions(x: Array, x_mean: Array, *, columns: Count = 10, ax: Axes | None = None) -> Axes:
     """Draw originals in rows, and the reconstructions of each row below it.
 
     Arguments:
         x: the originals, (N, C, H, W) with C 1 or 3, or (N, H, W). Values outside [0, 1] are clipped.
         x_mean: the reconstructions, in the shape and order of `x`.
         columns: the largest number of originals in a row.
-        figure: an empty figure to draw in, in place of Axes; by default a new one.
 
     Raises:
         ValueError: the two shapes differ, an array does not have one of these shapes or holds integers above 1, or
@@ -62,8 +58,8 @@ def reconstructions(
 
     Example:
         >>> import torch, pyro_vae as pv
-        >>> figure = pv.plots.reconstructions(torch.zeros(4, 1, 28, 28), torch.rand(4, 1, 28, 28))
-        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        >>> ax = pv.plots.reconstructions(torch.zeros(4, 1, 28, 28), torch.rand(4, 1, 28, 28))
+        >>> [label.get_text() for label in ax.get_yticklabels()]
         ['original', 'reconstruction']
     """
     x, x_mean = to_numpy(x), to_numpy(x_mean)
@@ -72,19 +68,18 @@ def reconstructions(
             f"expected x and x_mean of one shape, got {x.shape} and {x_mean.shape}. "
             "Pass the reconstruction of each original, in the same order."
         )
-    originals, means = _images(x, "x"), _images(x_mean, "x_mean")
+    originals, means = tiles_of(x, "x"), tiles_of(x_mean, "x_mean")
     count, height, width, channels = originals.shape
     # The gap between pairs of rows is wider than the line between the two rows of a pair, so that pairs are told apart.
-    line, gap = np.ones((count, 1, width, channels)), 1 + _gap(height)
-    canvas = _mosaic(np.concatenate([originals, line, means], axis=1), columns, gap)
-    figure = figure or new_figure(canvas, left=1.2)
-    ax = figure.add_subplot()
-    _draw(canvas, ax)
+    line, gap = np.ones((count, 1, width, channels)), 1 + gap_of(height)
+    canvas = mosaic(np.concatenate([originals, line, means], axis=1), columns, gap)
+    ax = ax or new_figure(canvas, left=1.2).add_subplot()
+    draw_mosaic(canvas, ax)
     ax.set_anchor("W")  # constrained layout can cut off the row labels of a centred image
     tops = np.arange(0, len(canvas), 2 * height + 1 + gap)
     centres = tops[:, None] + (height - 1) / 2 + [0, height + 1]
     ax.set_yticks(centres.ravel(), labels=["original", "reconstruction"] * len(tops))
-    return figure
+    return ax
 
 
 @checked
@@ -161,9 +156,9 @@ def latent_grid(x: Array, *, extent: tuple[float, float, float, float], ax: Axes
             f"expected extent to be (z1_min, z1_max, z2_min, z2_max), finite, each min below its max, got {extent}."
         )
     rows, columns, *image = grid.shape
-    tiles = _images(grid[::-1].reshape(rows * columns, *image), "each row of x")  # imshow starts at the top
+    tiles = tiles_of(grid[::-1].reshape(rows * columns, *image), "each row of x")  # imshow starts at the top
     ax = ax or new_figure().add_subplot()
-    ax.imshow(_mosaic(tiles, columns, gap=0), cmap="gray", vmin=0, vmax=1, extent=extent)
+    ax.imshow(mosaic(tiles, columns, gap=0), cmap="gray", vmin=0, vmax=1, extent=extent)
     ax.set(aspect="equal", xlabel="z1", ylabel="z2")
     return ax
 
@@ -186,7 +181,7 @@ def _classes(labels: Array | None, count: int) -> tuple[np.ndarray, np.ndarray]:
     return names, codes
 
 
-def _images(x: Array, name: str) -> np.ndarray:
+def tiles_of(x: Array, name: str) -> np.ndarray:
     """Return images as (N, H, W, C) in [0, 1]."""
     array = to_numpy(x)
     if array.ndim == 3:
@@ -204,12 +199,12 @@ def _images(x: Array, name: str) -> np.ndarray:
     return np.clip(array.transpose(0, 2, 3, 1).astype(float), 0, 1)
 
 
-def _gap(size: int) -> int:
+def gap_of(size: int) -> int:
     """The number of pixels between images of this height."""
     return max(1, size // 14)
 
 
-def _mosaic(tiles: np.ndarray, columns: int, gap: int) -> np.ndarray:
+def mosaic(tiles: np.ndarray, columns: int, gap: int) -> np.ndarray:
     """Lay tiles (N, H, W, C) out in rows on white, in reading order."""
     count, height, width, channels = tiles.shape
     columns = min(columns, count)
@@ -221,7 +216,8 @@ def _mosaic(tiles: np.ndarray, columns: int, gap: int) -> np.ndarray:
     return canvas
 
 
-def _draw(canvas: np.ndarray, ax: Axes) -> None:
+def draw_mosaic(canvas: np.ndarray, ax: Axes) -> None:
+    """Draw a canvas of images without ticks and frame."""
     ax.imshow(canvas, cmap="gray", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
     ax.tick_params(length=0)

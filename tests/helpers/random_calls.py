@@ -73,6 +73,11 @@ def images(*shape: int) -> torch.Tensor:
     return torch.rand(*shape)
 
 
+def image_vae() -> pv.VAE:
+    """A pair for images of `grey`."""
+    return pv.mlp_vae((1, 6, 6), latent_dim=2, hidden_dims=(8,), likelihood="gaussian")
+
+
 # For each name in a call: what is right there, and what is wrong or odd.
 POOLS: dict[str, tuple[str, str]] = {
     "program": (
@@ -301,6 +306,8 @@ CALLS: list[tuple[int, str]] = [
     (2, "networks.apply_batched({network}, {x}, 1)"),
     (3, "pv.plots.images({pixels}, columns={count})"),
     (2, "pv.plots.reconstructions(x := {pixels}, x)"),
+    (2, "pv.plots.traversal(image_vae(), {grey}, start={count}, rows={count}, columns={count})"),
+    (2, "pv.plots.interpolation(image_vae(), {grey}, {grey}, columns={count})"),
     (2, "pv.plots.latent_space({points})"),
     (2, "pv.plots.latent_grid(images(3, 3, 6, 6), extent={extent})"),
     (2, "pv.plots.training_curve({table})"),

@@ -49,6 +49,32 @@ def line(ax, label):
     return found
 
 
+SCALES = torch.tensor([0.5, 0.0, 2.0])  # how much each latent of squares_vae varies over squares()
+
+
+class Corners(torch.nn.Module):
+    """A decoder of 2 x 2 logits: the latents, and their sum."""
+
+    def forward(self, z):
+        return torch.cat([z, z.sum(-1, keepdim=True)], -1).reshape(-1, 1, 2, 2)
+
+
+class Reader(torch.nn.Module):
+    """An encoder whose means are the first three pixels times `SCALES`."""
+
+    def forward(self, x):
+        return torch.cat([x.flatten(1)[:, :3] * SCALES, torch.zeros(len(x), 3)], 1)
+
+
+def squares_vae():
+    likelihood = pv.Gaussian(Corners(), (1, 2, 2))
+    return pv.VAE(prior=pv.StandardNormal(3), likelihood=likelihood, posterior=pv.DiagonalNormal(Reader(), (1, 2, 2)))
+
+
+def squares():
+    return torch.rand(101, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.fixture(autouse=True)
 def no_figure_left():
     plt.close("all")
@@ -56,12 +82,30 @@ def no_figure_left():
     plt.close("all")
 
 
+ONE_DIMENSION = pd.MultiIndex.from_tuples([("z", 0)], names=["site", "dimension"])
 DRAW = {
+    "active_units": lambda **where: plots.active_units(
+        pd.DataFrame({"kl": [1.2], "kl_se": [0.1], "active": [True]}, ONE_DIMENSION), **where
+    ),
+    "calibration": lambda **where: plots.calibration(
+        pd.DataFrame(np.linspace(0.01, 0.99, 50)[:, None], columns=ONE_DIMENSION), **where
+    ),
+    "models": lambda **where: plots.models(
+        pd.DataFrame(
+            {"log_likelihood": -98.0, "difference": 0.0, "difference_se": 0.0, "share_high_k": 0.0},
+            pd.Index(["A"], name="model"),
+        ),
+        **where,
+    ),
+    "pareto_k": lambda **where: plots.pareto_k(np.zeros(3), **where),
     "bounds": lambda **where: plots.bounds(bounds_table(), **where),
     "training_curve": lambda **where: plots.training_curve(history([-150.0, -110.0]), **where),
     "images": lambda **where: plots.images(torch.rand(3, 1, 8, 8), **where),
     "latent_space": lambda **where: plots.latent_space(torch.randn(9, 2), torch.arange(9), **where),
     "latent_grid": lambda **where: plots.latent_grid(torch.rand(2, 3, 8, 8), extent=(0, 3, 0, 2), **where),
+    "reconstructions": lambda **where: plots.reconstructions(*torch.rand(2, 3, 1, 8, 8), **where),
+    "traversal": lambda **where: plots.traversal(squares_vae(), squares(), **where),
+    "interpolation": lambda **where: plots.interpolation(squares_vae(), squares()[:2], squares()[2:4], **where),
 }
 
 
@@ -77,21 +121,14 @@ def test_axes_are_made_or_used(name):
         each.figure.canvas.draw()
 
 
-def test_figure_is_made_or_used():
-    x = torch.rand(3, 1, 8, 8)
-    made = plots.reconstructions(x, x)
-    assert isinstance(made, Figure)
-    given = Figure()
-    assert plots.reconstructions(x, x, figure=given) is given
-    assert len(given.axes) == 1
-    assert plt.get_fignums() == [made.number]
+def test_every_function_is_drawn_above():
+    drawn = {name for name in plots.__all__ if name.islower()} - {"objective_colour"}
+    assert drawn == DRAW.keys()
 
 
 def test_what_is_no_axes_is_refused():
     with pytest.raises(pv.PyroVAEError, match=r"^expected ax to be an Axes or None, got 3\."):
         pv.plots.pareto_k(np.zeros(3), ax=3)
-    figure = plt.figure()
-    assert pv.plots.reconstructions(*[np.zeros((2, 6, 6))] * 2, figure=figure.subfigures()) in figure.subfigs
 
 
 def test_importing_is_cheap_and_drawing_needs_no_display(tmp_path):
@@ -298,8 +335,7 @@ def test_images_has_a_title_and_no_ticks():
 
 def test_reconstructions_alternate_with_originals_and_are_labelled():
     x, x_mean = np.random.default_rng(1).random((2, 3, 1, 4, 4))
-    figure = plots.reconstructions(torch.tensor(x), x_mean, columns=2)
-    ax = figure.axes[0]
+    ax = plots.reconstructions(torch.tensor(x), x_mean, columns=2)
     drawn = ax.images[0].get_array()
     for i, (top, left) in enumerate([(0, 0), (0, 6), (11, 0)]):  # a pair is 4 + 1 + 4 high, and the gap below it is 2
         np.testing.assert_array_equal(drawn[top : top + 4, left : left + 4], x[i, 0])
@@ -307,7 +343,7 @@ def test_reconstructions_alternate_with_originals_and_are_labelled():
     assert ax.get_yticks().tolist() == [1.5, 6.5, 12.5, 17.5]  # the middles of the four rows
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == ["original", "reconstruction"] * 2
-    figure.canvas.draw()
+    ax.figure.canvas.draw()
     assert all(label.get_window_extent().x0 >= 0 for label in ax.get_yticklabels())
 
 
@@ -485,3 +521,92 @@ def test_bounds_with_log_likelihood_between_two_numbers():
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert "log p(x), between -95.00 and -94.80" in labels
     assert ax.get_ylim()[1] > -94.8
+
+
+# traversal and interpolation
+
+
+def tiles(ax, rows, columns):
+    """The 2 x 2 tiles of a mosaic, (rows, columns, 2, 2)."""
+    drawn = np.asarray(ax.images[0].get_array())
+    return np.array([[drawn[3 * i : 3 * i + 2, 3 * j : 3 * j + 2] for j in range(columns)] for i in range(rows)])
+
+
+def test_traversal_moves_one_dimension_in_each_row_and_the_most_active_comes_first():
+    vae, x = squares_vae(), squares() / 4
+    drawn = tiles(plots.traversal(vae, x, start=5, columns=4), 3, 4)
+    z = vae.embed(x)
+    for row, j in enumerate([2, 0, 1]):
+        for column, t in enumerate(np.linspace(0, 1, 4)):
+            moved = z[5].clone()
+            low, high = np.quantile(z[:, j].numpy(), [0.02, 0.98])
+            moved[j] = low + t * (high - low)
+            expected = vae.decode(moved[None])[0, 0].numpy().clip(0, 1)
+            np.testing.assert_allclose(drawn[row, column], expected, atol=1e-6)
+
+
+def test_traversal_is_labelled_with_dimensions_and_their_variance_as_active_units_has_it():
+    vae, x = squares_vae(), squares()
+    ax = plots.traversal(vae, x, rows=2)
+    variance = pv.active_units(vae, x).variance["z"]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == [f"$z_{{2}}$   {variance[2]:.2f}", f"$z_{{0}}$   {variance[0]:.2f}"]
+    ax.figure.canvas.draw()
+    assert all(label.get_window_extent().x0 >= 0 for label in ax.get_yticklabels())
+
+
+def test_traversal_from_the_mean_of_all_data():
+    vae, x = squares_vae(), squares() / 4
+    drawn = tiles(plots.traversal(vae, x, start=None, columns=1), 3, 1)
+    assert drawn[0, 0].flatten()[0] == pytest.approx(vae.embed(x).mean(0)[0].item(), abs=1e-6)
+
+
+def test_interpolation_is_straight_between_the_posterior_means():
+    vae, x = squares_vae(), squares() / 4
+    a, b = x[:2], x[2:4]
+    ax = plots.interpolation(vae, a, b, columns=5)
+    drawn = np.asarray(ax.images[0].get_array())
+    for row in range(2):
+        line = drawn[3 * row : 3 * row + 2]
+        np.testing.assert_allclose(line[:, :2], a[row, 0], atol=1e-6)
+        np.testing.assert_allclose(line[:, -2:], b[row, 0], atol=1e-6)
+        for column, t in enumerate(np.linspace(0, 1, 5)):
+            z = (1 - t) * vae.embed(a)[row] + t * vae.embed(b)[row]
+            left = 6 + 3 * column
+            expected = vae.decode(z[None].float())[0, 0].numpy()
+            np.testing.assert_allclose(line[:, left : left + 2], expected, atol=1e-6)
+    assert ax.get_xticks().tolist() == [0.5, 6.5, 18.5, 24.5]  # the middles of a, of the first and last decoded, of b
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pv.mlp_hierarchical_vae((1, 2, 2), latent_dims=(3, 2)),
+        pv.mlp_conditional_vae((1, 2, 2), latent_dim=2, label_dim=3),
+        (lambda x: None, lambda x: None),
+        None,
+    ],
+)
+def test_pictures_of_latents_refuse_other_programs(program):
+    for draw in (lambda x: plots.traversal(program, x), lambda x: plots.interpolation(program, x, x)):
+        with pytest.raises(pv.PyroVAEError, match=r"^expected a pv\.VAE or a pv\.Autoencoder.*one latent z.*got "):
+            draw(squares())
+    assert plt.get_fignums() == []
+
+
+def test_pictures_of_latents_refuse_bad_data():
+    vae, x = squares_vae(), squares()
+    with pytest.raises(pv.PyroVAEError, match=r"expected x of two data or more.*got 1\."):
+        plots.traversal(vae, x[:1])
+    with pytest.raises(pv.PyroVAEError, match=r"start below their number, got 101 and start=101"):
+        plots.traversal(vae, x, start=101)
+    with pytest.raises(pv.PyroVAEError, match=r"as many images in a as in b.*got 3, 4 and columns=8"):
+        plots.interpolation(vae, x[:3], x[:4])
+    with pytest.raises(pv.PyroVAEError, match="columns=1"):
+        plots.interpolation(vae, x[:3], x[:3], columns=1)
+    with pytest.raises(pv.PyroVAEError, match=r"expected x of shape \(N, 1, 2, 2\)"):
+        plots.traversal(vae, torch.rand(4, 1, 3, 3))
+    vectors = pv.mlp_vae((4,), latent_dim=2, likelihood="gaussian")
+    with pytest.raises(pv.PyroVAEError, match="expected x to hold one image or more"):
+        plots.traversal(vectors, torch.rand(5, 4))
+    assert plt.get_fignums() == []
