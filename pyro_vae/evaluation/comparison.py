@@ -83,6 +83,8 @@ def compare(
     - ``is_bound``: whether the row's mean is a lower bound on log p(x). It is not for an ELBO with beta below 1, a
       Renyi bound with alpha below 0, a jackknife estimate, or where the guide has a ``pyro.factor``.
 
+    ``table.attrs["num_data"]`` is N.
+
     Arguments:
         model, guide, x: see :func:`pyro_vae.log_likelihood`.
         objectives: one objective, a list, or a dictionary from names to objectives. None stands for the ELBO with
@@ -198,7 +200,9 @@ class _Table:
             k_hat = evidence.pareto_k.nanmedian().item()
             row |= {"gap": gap.value, "gap_se": gap.standard_error, "pareto_k": k_hat}
             rows.append(row | {"is_bound": objective.is_bound and not self.factors})
-        return pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(self.keys, names=["objective", "particles"]))
+        table = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(self.keys, names=["objective", "particles"]))
+        table.attrs["num_data"] = len(best.per_datum)
+        return table
 
 
 def _without(factors: list[str], program: Program) -> Program:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from pyro_vae.checks import checked, shown
 from pyro_vae.errors import PyroVAEError
 from pyro_vae.plots.shared import BLACK, BLUE, CLASSES, SKY, VERMILLION, Array, new_figure, objective_colour, to_numpy
 
+APART = 0.12  # how far objectives are from each other, as powers of two of the number of particles
 FEW_HIGH = 0.01  # share of high k-hats that leaves a model's mean as it is
 
 if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package draws nothing
@@ -20,17 +22,21 @@ if TYPE_CHECKING:  # matplotlib is slow to import, and importing this package dr
 
 @checked
 def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = None, ax: Axes | None = None) -> Axes:
-    """Plot bounds on log p(x) against the number of particles, one line per objective.
+    """Plot bounds on log p(x) against the number of particles, one line per objective, with a line at log p(x).
 
-    The band of a line is plus and minus one standard error over the data. All rows average over the same data, so their
-    errors are correlated: two bounds can differ clearly although their bands overlap. An objective with a single number
-    of particles is a marker with an error bar, and a dashed line across the plot.
+    The band of a line is plus and minus 1.96 standard errors of the paired difference to log p(x) over the same data.
+    How much the data themselves differ is in none of the bands: all rows have the same data. A whisker is the noise of
+    one evaluation, plus and minus the standard deviation over repeats of the mean over data. An objective with a single
+    number of particles is a marker, and a dashed line across the plot. Objectives are a little apart on the x axis, so
+    that they do not hide each other.
 
     Arguments:
         table: the return value of :func:`pyro_vae.compare`, with index levels "objective" and "particles", and columns
-            `bound` and `bound_se` in nats per datum, and optionally `is_bound`, whose False the legend shows.
+            `bound`, `gap` and `gap_se` in nats per datum. The line at log p(x) is at the highest ``bound + gap``.
+            Optional are `is_bound`, whose False the legend shows; and `estimator_std` with ``attrs["num_data"]``, for
+            the whiskers.
         log_likelihood: a lower and an upper estimate of log p(x) of the same data, in nats per datum. A grey band is
-            drawn between them.
+            drawn between them, in place of the line.
 
     Raises:
         ValueError: `table` is empty, or lacks those levels or columns.
@@ -38,31 +44,38 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
     Example:
         >>> import pandas as pd, pyro_vae as pv
         >>> rows = pd.MultiIndex.from_tuples([("IWAE", 1), ("IWAE", 16)], names=["objective", "particles"])
-        >>> ax = pv.plots.bounds(pd.DataFrame({"bound": [-98.0, -95.5], "bound_se": [0.6, 0.6]}, index=rows))
-        >>> [label.get_text() for label in ax.get_xticklabels()]
-        ['1', '16']
+        >>> table = pd.DataFrame({"bound": [-98.0, -95.5], "gap": [3.0, 0.5], "gap_se": [0.2, 0.1]}, index=rows)
+        >>> ax = pv.plots.bounds(table)
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['log p(x), best estimate: -95.00', 'IWAE']
     """
-    _check_table(table, ["objective", "particles"], ["bound", "bound_se"], "pv.compare")
+    _check_table(table, ["objective", "particles"], ["bound", "gap", "gap_se"], "pv.compare")
     ax = ax or new_figure().add_subplot()
-    if log_likelihood is not None:
+    if log_likelihood is None:
+        best = (table["bound"] + table["gap"]).max()
+        ax.axhline(best, color=BLACK, linewidth=1, label=f"log p(x), best estimate: {best:.2f}")
+    else:
         lower, upper = log_likelihood
         label = f"log p(x), between {lower:.2f} and {upper:.2f}"
         ax.axhspan(lower, upper, color="0.6", alpha=0.5, linewidth=0, label=label)
         for edge in (lower, upper):  # a narrow band would be invisible without its edges
             ax.axhline(edge, color="0.4", linewidth=0.8)
-    for marker, (name, rows) in zip(cycle("osD^v"), table.groupby(level="objective", sort=False)):
+    objectives = list(table.groupby(level="objective", sort=False))
+    for place, (marker, (name, rows)) in enumerate(zip(cycle("osD^v"), objectives)):
         rows = rows.sort_index(level="particles")
-        k = rows.index.get_level_values("particles").to_numpy()
-        bound, se = rows["bound"].to_numpy(float), rows["bound_se"].to_numpy(float)
+        k = rows.index.get_level_values("particles").to_numpy() * 2 ** (APART * (place - (len(objectives) - 1) / 2))
+        bound, error = rows["bound"].to_numpy(float), 1.96 * rows["gap_se"].to_numpy(float)
         colour = objective_colour(str(name))
-        # The markers are hollow because bounds coincide: with one particle, IWAE is the ELBO.
         label = str(name) if rows.get("is_bound", default=pd.Series([True])).all() else f"{name} (no bound)"
-        ax.plot(k, bound, color=colour, marker=marker, markersize=7, markerfacecolor="none", label=label)
         if len(k) == 1:
             ax.axhline(bound[0], color=colour, linewidth=0.8, linestyle="--")
-            ax.errorbar(k, bound, yerr=se, color=colour, linestyle="", capsize=3)
+            ax.fill_between(k[0] * np.array([0.9, 1.1]), *(bound + error * [[-1], [1]]), **_band(colour))
         else:
-            ax.fill_between(k, bound - se, bound + se, color=colour, alpha=0.15, linewidth=0)
+            ax.fill_between(k, bound - error, bound + error, **_band(colour))
+        ax.plot(k, bound, color=colour, marker=marker, markersize=5, label=label)
+        if "estimator_std" in rows and "num_data" in table.attrs:
+            noise = rows["estimator_std"] / np.sqrt(table.attrs["num_data"])
+            ax.errorbar(k, bound, noise, color=colour, linestyle="", linewidth=1, capsize=3)
     particles = sorted({int(k) for k in table.index.get_level_values("particles")})
     ax.set_xscale("log", base=2)
     ax.set_xticks(particles, labels=map(str, particles))
@@ -70,21 +83,28 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
     return _finished(ax, "number of particles", "bound on log p(x) (nats per datum)")
 
 
-@checked
-def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Plot the bound on the training and the validation data against the epoch.
+def _band(colour: str) -> dict[str, Any]:
+    return {"color": colour, "alpha": 0.2, "linewidth": 0}
 
-    The first bounds are often so low that they would flatten the rest of the curve. The y axis therefore starts at
-    Q1 - 1.5 (Q3 - Q1) if that at least halves its length, with Q1 and Q3 the quartiles of all values. A note in the
-    plot then gives the number of epochs below the axis and their lowest value. The lines still hold every value.
+
+@checked
+def training_curve(history: pd.DataFrame | Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+    """Plot the bound on the training and the validation data against the epoch, of one training or of several.
+
+    Of several trainings, each has a colour, and validation data have a dashed line. The first bounds are often so low
+    that they would flatten the rest of the curve. The y axis therefore starts at Q1 - 1.5 (Q3 - Q1) if that at least
+    halves its length, with Q1 and Q3 the quartiles of all values. A note in the plot then gives the number of epochs
+    below the axis and their lowest value. The lines still hold every value.
 
     Arguments:
         history: the return value of :func:`pyro_vae.fit`, with index "epoch", the column `train_bound` and
-            optionally `validation_bound`, in nats per datum. NaN and infinite values leave gaps. The y label is
-            ``history.attrs["quantity"]``: a weighted objective, such as a beta-VAE's, is no bound on log p(x).
+            optionally `validation_bound`, in nats per datum; or a dictionary from names to these. NaN and infinite
+            values leave gaps. The y label is ``history.attrs["quantity"]``: a weighted objective, such as a beta-VAE's,
+            is no bound on log p(x).
 
     Raises:
-        ValueError: `history` is empty, lacks that index or `train_bound`, or has no finite value.
+        ValueError: a history is empty, lacks that index or `train_bound`, or has no finite value; or there are several
+            with another `quantity`, or none.
 
     Example:
         >>> import pandas as pd, pyro_vae as pv
@@ -92,30 +112,57 @@ def training_curve(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         >>> history = pd.DataFrame({"train_bound": [-150.0, -110.0, -104.0]}, index=epochs)
         >>> pv.plots.training_curve(history).get_ylabel()
         'bound on log p(x) (nats per datum)'
+        >>> ax = pv.plots.training_curve({"one layer": history, "two layers": history + 3})
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['one layer', 'two layers']
     """
+    histories = history if isinstance(history, Mapping) else {"": history}
+    alone = histories is not history
+    curves: dict[str, pd.Series] = {}
+    styles: dict[str, dict[str, Any]] = {}
+    for (name, each), colour in zip(histories.items(), cycle(CLASSES), strict=False):
+        for part, values in _finite_bounds(each, f" of {name!r}" * (not alone)).items():
+            valid = part == "validation"
+            label = str(part) if alone else f"{name}, validation" if valid else name
+            curves[label] = values
+            alone_colour = BLACK if valid else SKY
+            styles[label] = {
+                "color": alone_colour if alone else colour,
+                "linestyle": "--" if valid and not alone else "-",
+            }
+    quantities = {str(each.attrs.get("quantity", "bound on log p(x)")) for each in histories.values()}
+    if len(quantities) != 1:
+        raise PyroVAEError(
+            f"expected one history or more of one quantity, got {sorted(quantities) or 'none'}. Draw those of another "
+            "quantity apart."
+        )
+    ax = ax or new_figure().add_subplot()
+    for label, values in curves.items():
+        ax.plot(values.index, values, marker=".", label=label, **styles[label])
+    found = pd.DataFrame(curves).to_numpy()
+    low, high = np.nanmin(found), np.nanmax(found)
+    lower, upper = np.nanpercentile(found, [25, 75])
+    fence = lower - 1.5 * (upper - lower)
+    if high - low > 2 * (high - fence) > 0:
+        ax.set_ylim(fence, high + 0.05 * (high - fence))
+        hidden = int((found < fence).any(axis=1).sum())
+        note = f"{hidden} epoch{'s' * (hidden > 1)} below the axis, down to {low:.0f} nats"
+        ax.text(0.98, 0.03, note, transform=ax.transAxes, ha="right", color="0.35", fontsize="small")
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
+    return _finished(ax, "epoch", f"{quantities.pop()} (nats per datum)")
+
+
+def _finite_bounds(history: pd.DataFrame, whose: str) -> pd.DataFrame:
+    """The columns train and validation of a history, without what is not finite."""
     _check_table(history, ["epoch"], ["train_bound"], "pv.fit")
     columns = history.reindex(columns=["train_bound", "validation_bound"]).astype(float)
     columns = columns.where(np.isfinite(columns)).dropna(axis="columns", how="all")
     if columns.empty:
         raise PyroVAEError(
-            f"expected at least one finite bound in history, got {len(history)} epochs of NaN or infinity. "
+            f"expected at least one finite bound in history{whose}, got {len(history)} epochs of NaN or infinity. "
             "Train with a lower learning rate."
         )
-    ax = ax or new_figure().add_subplot()
-    for name, colour in {"train": SKY, "validation": BLACK}.items():
-        if f"{name}_bound" in columns:
-            ax.plot(columns.index, columns[f"{name}_bound"], color=colour, marker=".", label=name)
-    values = columns.to_numpy()
-    low, high = np.nanmin(values), np.nanmax(values)
-    lower, upper = np.nanpercentile(values, [25, 75])
-    fence = lower - 1.5 * (upper - lower)
-    if high - low > 2 * (high - fence) > 0:
-        ax.set_ylim(fence, high + 0.05 * (high - fence))
-        hidden = int((values < fence).any(axis=1).sum())
-        note = f"{hidden} epoch{'s' * (hidden > 1)} below the axis, down to {low:.0f} nats"
-        ax.text(0.98, 0.03, note, transform=ax.transAxes, ha="right", color="0.35", fontsize="small")
-    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
-    return _finished(ax, "epoch", f"{history.attrs.get('quantity', 'bound on log p(x)')} (nats per datum)")
+    return columns.rename(columns=lambda name: name.removesuffix("_bound"))
 
 
 @checked

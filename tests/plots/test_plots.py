@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 import pyro_vae as pv
 from pyro_vae import plots
+from pyro_vae.plots.charts import APART
 from pyro_vae.plots.shared import FAMILIES
 
 CLOSED, MONTE_CARLO, IWAE = "ELBO, closed-form KL", "ELBO, Monte Carlo KL", "IWAE"
@@ -34,9 +35,13 @@ ROWS = [
 ]
 
 
+LOG_P = -98.5
+
+
 def bounds_table(rows=ROWS):
-    columns = ["objective", "particles", "bound", "bound_se"]
-    return pd.DataFrame(rows, columns=columns).set_index(columns[:2])
+    columns = ["objective", "particles", "bound", "gap_se"]
+    table = pd.DataFrame(rows, columns=columns).set_index(columns[:2])
+    return table.assign(gap=LOG_P - table["bound"])
 
 
 def history(train, validation=None):
@@ -171,28 +176,47 @@ def test_colour_does_not_depend_on_the_other_rows():
 # bounds
 
 
-def test_bounds_draws_lines_in_order_of_particles():
+def test_bounds_draws_lines_in_order_of_particles_beside_each_other():
     ax = plots.bounds(bounds_table())
-    assert line(ax, IWAE).get_xdata().tolist() == [1, 16, 256]
+    np.testing.assert_allclose(np.log2(line(ax, IWAE).get_xdata()), [APART, 4 + APART, 8 + APART])
+    np.testing.assert_allclose(np.log2(line(ax, MONTE_CARLO).get_xdata()), [0, 4])
+    np.testing.assert_allclose(np.log2(line(ax, CLOSED).get_xdata()), [-APART])
     assert line(ax, IWAE).get_ydata().tolist() == [-104.25, -101.0, -99.0]
     assert line(ax, MONTE_CARLO).get_ydata().tolist() == [-104.3, -104.1]
 
 
-def test_bounds_draws_bands_of_one_standard_error():
+def test_bounds_has_a_line_at_log_p():
     ax = plots.bounds(bounds_table())
-    bands = [band for band in ax.collections if isinstance(band, PolyCollection)]
-    vertices = [{tuple(v) for v in band.get_paths()[0].vertices.round(9).tolist()} for band in bands]
-    monte_carlo = {(1, -104.72), (1, -103.88), (16, -104.53), (16, -103.67)}
-    iwae = {(1, -104.67), (1, -103.83), (16, -101.4), (16, -100.6), (256, -99.38), (256, -98.62)}
-    assert vertices == [monte_carlo, iwae]
+    assert set(line(ax, "log p(x), best estimate: -98.50").get_ydata()) == {LOG_P}
 
 
-def test_bounds_draws_a_lone_particle_count_as_marker_bar_and_dashed_line():
+def test_bounds_draws_bands_of_the_paired_errors():
     ax = plots.bounds(bounds_table())
-    marker = line(ax, CLOSED)
-    assert (marker.get_xdata().tolist(), marker.get_ydata().tolist()) == ([1], [-104.2])
-    (bar,) = [c for c in ax.containers if hasattr(c, "has_yerr")]
-    np.testing.assert_allclose(bar[2][0].get_segments(), [[[1, -104.61], [1, -103.79]]])
+    bands = [band.get_paths()[0].vertices for band in ax.collections if isinstance(band, PolyCollection)]
+    edges = [{round(y, 9) for y in vertices[:, 1].tolist()} for vertices in bands]
+    rows = {CLOSED: [(-104.2, 0.41)], MONTE_CARLO: [(-104.3, 0.42), (-104.1, 0.43)]}
+    rows[IWAE] = [(-104.25, 0.42), (-101.0, 0.40), (-99.0, 0.38)]
+    expected = [{round(y + sign * 1.96 * se, 9) for y, se in each for sign in (-1, 1)} for each in rows.values()]
+    assert edges == expected
+
+
+def test_bounds_draws_the_noise_of_one_evaluation_as_whiskers():
+    table = bounds_table().assign(estimator_std=[2.0, 1.0, 0.5, 0.1, 0.4, 0.2])
+    assert not [c for c in plots.bounds(table).containers if hasattr(c, "has_yerr")]  # the number of data is not known
+    table.attrs["num_data"] = 400
+    whiskers = [c[2][0].get_segments() for c in plots.bounds(table).containers]
+    found = {
+        name: [y[1] - y[0] for _, y in (segment.T for segment in each)]
+        for name, each in zip("cmi", whiskers, strict=True)
+    }
+    np.testing.assert_allclose(found["c"], [2 * 2.0 / 20])
+    np.testing.assert_allclose(found["m"], [2 * 1.0 / 20, 2 * 0.5 / 20])
+    np.testing.assert_allclose(found["i"], [2 * 0.4 / 20, 2 * 0.2 / 20, 2 * 0.1 / 20])
+
+
+def test_bounds_draws_a_lone_particle_count_as_a_marker_and_a_dashed_line():
+    ax = plots.bounds(bounds_table())
+    assert line(ax, CLOSED).get_ydata().tolist() == [-104.2]
     (dashed,) = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert list(dashed.get_ydata()) == [-104.2, -104.2]
 
@@ -223,13 +247,13 @@ def test_legend_is_in_the_figure_and_clear_of_the_axes_and_label(extra, width):
     ax = plots.bounds(bounds_table([*ROWS, *extra]), ax=figure.add_subplot())
     assert_legend_is_clear(ax)
     names = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert names == [CLOSED, MONTE_CARLO, IWAE, *(row[0] for row in extra)]
+    assert names == ["log p(x), best estimate: -98.50", CLOSED, MONTE_CARLO, IWAE, *(row[0] for row in extra)]
 
 
 @pytest.mark.parametrize(
     "table",
     [
-        bounds_table().drop(columns="bound_se"),
+        bounds_table().drop(columns="gap_se"),
         bounds_table().reset_index(),
         bounds_table([]),
         bounds_table().rename_axis(["name", "K"]),
@@ -237,7 +261,7 @@ def test_legend_is_in_the_figure_and_clear_of_the_axes_and_label(extra, width):
 )
 def test_bounds_refuses_another_table(table):
     with pytest.raises(
-        ValueError, match=r"\['objective', 'particles'\].*'bound_se'.*Pass the return value of pv.compare\."
+        ValueError, match=r"\['objective', 'particles'\].*'gap_se'.*Pass the return value of pv.compare\."
     ):
         plots.bounds(table)
     assert plt.get_fignums() == []
@@ -276,6 +300,31 @@ def test_training_curve_leaves_gaps_where_values_are_not_finite():
     ax = plots.training_curve(history([-np.inf, -110.0, np.nan, -105.0]))
     np.testing.assert_array_equal(line(ax, "train").get_ydata(), [np.nan, -110.0, np.nan, -105.0])
     assert np.isfinite(ax.get_ylim()).all()
+
+
+def test_training_curve_of_several_trainings():
+    a, b = history([-120.0, -110.0], [-121.0, -112.0]), history([-130.0, -115.0, -100.0])
+    ax = plots.training_curve({"A": a, "B": b})
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A", "A, validation", "B"]
+    assert line(ax, "B").get_ydata().tolist() == [-130.0, -115.0, -100.0]
+    assert line(ax, "A").get_color() == line(ax, "A, validation").get_color() != line(ax, "B").get_color()
+    assert [each.get_linestyle() for each in ax.lines] == ["-", "--", "-"]
+
+
+def test_training_curves_of_several_quantities_are_refused():
+    a, b = history([-120.0]), history([-130.0])
+    b.attrs["quantity"] = "objective"
+    with pytest.raises(pv.PyroVAEError, match=r"of one quantity, got \['bound on log p\(x\)', 'objective'\]\. Draw"):
+        plots.training_curve({"A": a, "B": b})
+    with pytest.raises(pv.PyroVAEError, match="one history or more of one quantity, got none"):
+        plots.training_curve({})
+    with pytest.raises(pv.PyroVAEError, match="finite bound in history of 'B', got 1 epochs"):
+        plots.training_curve({"A": a, "B": history([np.nan])})
+    with pytest.raises(pv.PyroVAEError, match=r"expected a table, got None\. Pass the return value of pv\.fit"):
+        plots.training_curve({"A": None})
+    with pytest.raises(pv.PyroVAEError, match=r"expected a table, got 3\."):
+        plots.training_curve(3)
+    assert plt.get_fignums() == []
 
 
 def test_training_curve_errors():
@@ -516,7 +565,7 @@ def test_active_units_are_in_the_order_of_their_kl():
 
 def test_bounds_with_log_likelihood_between_two_numbers():
     rows = pd.MultiIndex.from_tuples([("IWAE", 1), ("IWAE", 16)], names=["objective", "particles"])
-    table = pd.DataFrame({"bound": [-98.0, -95.5], "bound_se": [0.6, 0.6]}, index=rows)
+    table = pd.DataFrame({"bound": [-98.0, -95.5], "gap": [3.2, 0.7], "gap_se": [0.6, 0.6]}, index=rows)
     ax = plots.bounds(table, log_likelihood=(-95.0, -94.8))
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert "log p(x), between -95.00 and -94.80" in labels
