@@ -133,9 +133,9 @@ def load(
               They are the same on every machine, and the 1000 test images are the same for every seed. A pixel is a
               whole number of 255ths. In memory they take 600 MB. The table ``split.factors`` has what an image was
               drawn from, independent and uniform: `x` and `y`, the place of the shape's centroid in an image from
-              -1 to 1, upwards, from -0.35 to 0.35; `size`, the radius of the circle of the same area, from 0.28 to
-              0.45; `angle`, anticlockwise, from -30 to 30 degrees; `hue`, an angle of OKLCH, from 0 to 360 degrees;
-              and `kind`, one of ellipse, square, triangle, star and heart, with labels 0 to 4.
+              -1 to 1, upwards, from -0.25 to 0.25; `size`, the radius of the circle of the same area, from 0.35 to
+              0.5; `angle`, anticlockwise, from -30 to 30 degrees; `hue`, an angle of OKLCH, from 0 (pink) to 270
+              degrees (blue); and `kind`, one of ellipse, square, triangle, star and heart, with labels 0 to 4.
             - ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``, ``"emnist"`` (the "balanced" split): 28 x 28.
             - ``"omniglot"``: 105 x 105 resized to 28 x 28, with ink as 1. The training images are the background
               alphabets and the test images the evaluation alphabets, each with labels from 0. Burda et al. used other

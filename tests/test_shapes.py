@@ -104,8 +104,8 @@ def test_factors_are_independent_and_uniform():
 
 def test_images_are_the_same_on_every_machine(drawn):
     factors, images = drawn
-    assert factors["x"].tolist()[:2] == [0.12308193658689726, -0.29489212636660067]
-    assert zlib.crc32(images.tobytes()) == 669066639
+    assert factors["x"].tolist()[:2] == [0.0879156689906409, -0.2106372331190005]
+    assert zlib.crc32(images.tobytes()) == 2374602848
 
 
 def test_a_longer_set_begins_with_a_shorter_one(drawn):
