@@ -9,7 +9,7 @@ import pandas as pd
 
 SIDE = 64  # pixels
 # The least and the largest value of each factor. Places and sizes are parts of half a side. All shapes fit in.
-# Within 60 degrees no kind repeats: the star does so after 72, the square after 90. Hues are an interval too, no circle.
+# Within 60 degrees no kind repeats: the star does so after 72, the square after 90. Hues are an interval, no circle.
 RANGES = {"x": (-0.25, 0.25), "y": (-0.25, 0.25), "size": (0.35, 0.5), "angle": (-30, 30), "hue": (0, 270)}
 STREAM = 2024  # the seed of the bit stream
 AT_ONCE = 250  # images, which keeps the arrays within the processor's cache

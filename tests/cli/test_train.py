@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 import pyro_vae as pv
 from pyro_vae.cli.run_folder import RunFolder
-from pyro_vae.cli.train import DATA_HELP
+from pyro_vae.cli.train import DATA_HELP, FOR_SHAPES
 
 
 def test_train_writes_a_run(trained):
@@ -86,6 +86,19 @@ def test_every_kind_of_network_likelihood_and_objective(tmp_path):
     # nats: 64 pixels of N(x | about 0.3, 0.5^2), with x in [0, 1]
     assert -64 < history(run).train_bound.item() < -64 * math.log(0.5 * math.sqrt(2 * math.pi))
     assert pyro_vae("compare", run, "--num-images", 5, "--repeats", 2)[0] == 0
+
+
+@pytest.mark.slow
+def test_shapes_have_defaults_of_their_own(tmp_path):
+    run = tmp_path / "run"
+    small = ["--channels", "4,4,4", "--batch-size", 1000]
+    status, _, err = pyro_vae("train", "shapes", *small, "--epochs", 1, "--out", run)
+    assert (status, err) == (0, "")
+    config = json.loads((run / "config.json").read_text())
+    expected = FOR_SHAPES | {"channels": "4,4,4", "epochs": 1, "binarize": "none"}
+    assert {name: config[name] for name in expected} == expected
+    assert {path.name for path in (run / "figures").iterdir()} == FIGURES - {"latent_space.png"}
+    assert pyro_vae("train", "shapes", *small, "--epochs", 1, "--out", run)[0] == 0  # it continues with these too
 
 
 @pytest.mark.slow
@@ -286,6 +299,7 @@ def test_ctrl_c_in_another_command_is_one_line(trained, monkeypatch):
         (["digits", "--device", "abacus"], "expected device to be one that this machine has"),
         (["digits", "--binarize", "none"], "zeros and ones"),
         (["digits", "--validation", 5000], "below the 1547"),
+        (["shapes", "--likelihood", "bernoulli"], "expected binarize='none' for shapes"),
         (["binarized_mnist", "--root", "nowhere"], "nowhere"),
         (["binarized_mnist"], "data"),
         ([], "DATA"),
