@@ -58,7 +58,7 @@ copybutton_prompt_is_regexp = True
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "story",
-    "ignore_pattern": r"svi_digits\.py",
+    "ignore_pattern": r"(svi_digits|front_page)\.py",
     "within_subsection_order": "FileNameSortKey",
     "doc_module": ("pyro_vae",),
     "backreferences_dir": "api/backreferences",

@@ -69,11 +69,12 @@ def traversal(
     tiles = _decoded(vae, lines)
     labels = [f"$z_{{{j}}}$   {variances[j]:.2f}" for j in order.tolist()]
     canvas = mosaic(tiles, columns, gap_of(tiles.shape[1]))
-    ax = ax or new_figure(canvas, left=1.2, top=0.5).add_subplot()
+    ax = ax or new_figure(canvas, left=1.6, top=0.5).add_subplot()
     _draw_rows(canvas, tiles.shape[1], labels, ax)
+    ax.set_anchor("W")  # constrained layout can cut off the row labels of a centred image
     ax.set(
         xlabel=f"value of the dimension: from the {OUTER:.0%} to the {1 - OUTER:.0%} quantile of posterior means",
-        ylabel="latent dimension, variance of its posterior mean",
+        ylabel="dimension of z, and the variance of its posterior mean",
     )
     return ax
 
