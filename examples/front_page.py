@@ -119,7 +119,7 @@ panels[2].scatter(z[:, first], z[:, second], s=30, c=colours.numpy(), linewidths
 panels[2].set(xlabel=f"$z_{first}$", ylabel=f"$z_{second}$", box_aspect=1)
 pv.plots.bounds(table, ax=panels[3])
 panels[3].set(box_aspect=1, ylabel="nats per image")
-panels[3].legend(loc="best", fontsize=12)
+panels[3].legend(loc="upper right", bbox_to_anchor=(1, 0.95), fontsize=11)  # below the line at log p(x)
 titles = "Samples", "Data and reconstructions", "Latent space", "Bounds on log p(x)"
 for panel, title in zip(panels, titles, strict=True):
     panel.set_title(title, pad=12)
