@@ -1,7 +1,7 @@
 """Draw the pictures of the front page: a VAE of the drawn shapes, trained on one thread in about five minutes.
 
-``python examples/front_page.py`` writes docs/images/*.png. With the file runs/front_page.pt of an earlier run, it draws
-the pictures anew and does not train.
+``python examples/front_page.py`` writes pictures into docs/images, which takes some minutes more. With the file
+runs/front_page.pt of an earlier run, it draws them anew and does not train.
 """
 
 import time
