@@ -8,8 +8,9 @@ from pathlib import Path
 import pyro_vae
 
 PACKAGE = Path(pyro_vae.__file__).parent
-# Each module or folder of the package, with the others that it may import; all may import the first six.
-FOR_ALL = ("errors", "extras", "defaults", "checks", "devices", "distributed", "__version__")
+ROOT = Path(__file__).parents[1]
+# Each module or folder of the package, with the others that it may import; all may import these.
+FOR_ALL = ("errors", "extras", "defaults", "checks", "devices", "distributed", "printed", "__version__")
 ALLOWED = {
     "errors": set(),
     "extras": set(),
@@ -17,6 +18,7 @@ ALLOWED = {
     "checks": set(),
     "devices": set(),
     "distributed": set(),
+    "printed": set(),
     "files": set(),
     "signals": set(),
     "networks": set(),

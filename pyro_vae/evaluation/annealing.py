@@ -9,7 +9,7 @@ f_{b_t} / f_{b_{t-1}} at its states is its weight.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -30,11 +30,12 @@ from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.pieces import Args, progress_bar
 from pyro_vae.evaluation.sharing import Sharing, sharing
 from pyro_vae.evaluation.simulation import simulate_data
+from pyro_vae.printed import Printed
 
 Schedule = Literal["sigmoid", "linear"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AnnealedLikelihood(Evidence):
     """The result of :func:`pyro_vae.ais`; see :class:`pyro_vae.Evidence` for the other attributes.
 
@@ -44,8 +45,8 @@ class AnnealedLikelihood(Evidence):
             adapt.
     """
 
-    log_weights: Tensor = field(repr=False)
-    acceptance: Tensor = field(repr=False)
+    log_weights: Tensor
+    acceptance: Tensor
 
     _not_per_datum: ClassVar[tuple[str, ...]] = ("num_samples", "acceptance")
 
@@ -54,16 +55,21 @@ class AnnealedLikelihood(Evidence):
         """The record of log-weights (C, N); see :meth:`pyro_vae.Evidence.from_weights`."""
         return super().from_weights(log_w, log_weights=log_w, **other_fields)
 
-    def __str__(self) -> str:
+    def _statement(self) -> str:
         return (
             f"log p(x) >= {self.estimate} nats per datum (AIS, {len(self.acceptance) + 1} steps, {self.num_samples} "
             f"chains, N = {len(self.per_datum)}; Monte Carlo error {self.monte_carlo_error:.2g}, median ESS "
             f"{self.ess.median():.1f}, acceptance {self.acceptance.mean():.2f}{self._zeros()})"
         )
 
+    def _rows(self) -> dict[str, object]:
+        steps = {"steps": len(self.acceptance) + 1, "acceptance": f"{self.acceptance.mean():.2f}"}
+        names = {"log p(x), nats per datum": "lower bound, nats per datum", "samples K of a datum": "chains of a datum"}
+        return {names.get(name, name): value for name, value in super()._rows().items()} | steps
 
-@dataclass(frozen=True)
-class Sandwich:
+
+@dataclass(frozen=True, repr=False)
+class Sandwich(Printed):
     r"""The result of :func:`pyro_vae.bdmc`: a lower and an upper bound of log p(x) on data simulated from the model.
 
     Attributes:
@@ -74,7 +80,7 @@ class Sandwich:
 
     lower: AnnealedLikelihood
     upper_per_datum: Tensor
-    x: Any = field(repr=False)
+    x: Any
 
     @property
     def upper(self) -> Estimate:
@@ -86,7 +92,7 @@ class Sandwich:
         """The upper minus the lower bound, by datum. On average, the error of AIS is at most this gap."""
         return Estimate.of(self.upper_per_datum - self.lower.per_datum)
 
-    def __str__(self) -> str:
+    def _statement(self) -> str:
         low, high, gap = self.lower.mean, self.upper.value, self.gap
         bounds = f"{low:.2f} <= log p(x) <= {high:.2f} nats per datum, a gap of {gap}"
         if gap.value < 0:  # by noise, since the means are in order
@@ -95,6 +101,16 @@ class Sandwich:
             f"{bounds} (BDMC, {len(self.lower.acceptance) + 1} steps, {self.lower.num_samples} chains, "
             f"N = {len(self.upper_per_datum)} data simulated from the model)"
         )
+
+    def _rows(self) -> dict[str, object]:
+        return {
+            "lower bound, nats per datum": self.lower.estimate,
+            "upper bound": self.upper,
+            "gap": self.gap,
+            "simulated data N": len(self.upper_per_datum),
+            "chains of a datum": self.lower.num_samples,
+            "steps": len(self.lower.acceptance) + 1,
+        }
 
 
 @takes_program

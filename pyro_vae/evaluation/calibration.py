@@ -10,7 +10,7 @@ and their rank among the guide's draws is uniform if the guide is the posterior.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -36,14 +36,15 @@ from pyro_vae.evaluation.pieces import Args, Pieces, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.search import Search, Settings
 from pyro_vae.evaluation.runs import run, run_at
 from pyro_vae.evaluation.simulation import simulate_data
+from pyro_vae.printed import Printed
 
 LEVELS = (0.5, 0.9, 0.95)
 FEWEST_OF_PRIOR = 200  # draws that tell the scale of each dimension
 SEEN = 3.5  # standard errors from which a difference counts: of 1,000 exact dimensions, one has one, from 100 data on
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Printed):
     r"""The result of :func:`pyro_vae.calibrate`, on N simulated data with K draws of the guide for each.
 
     Attributes:
@@ -59,12 +60,12 @@ class Calibration:
         refined: whether the draws are of refined proposals.
     """
 
-    log_weights: Tensor = field(repr=False)
-    true_log_weights: Tensor = field(repr=False)
-    ranks: pd.DataFrame = field(repr=False)
-    weighted_ranks: pd.DataFrame = field(repr=False)
-    distance_ranks: Tensor = field(repr=False)
-    x: Any = field(repr=False)
+    log_weights: Tensor
+    true_log_weights: Tensor
+    ranks: pd.DataFrame
+    weighted_ranks: pd.DataFrame
+    distance_ranks: Tensor
+    x: Any
     refined: bool = False
 
     @property
@@ -163,7 +164,7 @@ class Calibration:
         columns = ["guide", "guide_se", "weighted", "weighted_se"]
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("level")
 
-    def __str__(self) -> str:
+    def _statement(self) -> str:
         low, high, number = self.lower.estimate, self.upper, len(self.log_weights)
         bounds = f"{low} <= log p(x) <= {high} nats per datum, a gap of {self.gap}"
         if self.gap.value < -1e-4:  # more than rounding; by noise, since the means are in order
@@ -172,13 +173,36 @@ class Calibration:
         data = f"(K = {number}, N = {self.log_weights.shape[1]} data simulated from the model)"
         if self.refined:
             return f"{bounds} {data}"
-        counts = self.dimensions.verdict.value_counts()
-        verdicts = "; ".join(f"{count} of {len(self.dimensions)} dimensions: {word}" for word, count in counts.items())
-        share = self.coverage((0.95,)).guide.iloc[0]
         return (
             f"{bounds} {data}\n"
-            f"KL(p || q) + KL(q || p) = {self.kl} nats; 95% intervals of the guide hold {share:.1%} of true latents\n"
-            f"{verdicts}"
+            f"KL(p || q) + KL(q || p) = {self.kl} nats; 95% intervals of the guide hold {self._held()} of true "
+            "latents\n"
+            f"{self._verdicts()}"
+        )
+
+    def _rows(self) -> dict[str, object]:
+        rows: dict[str, object] = {
+            "lower bound, nats per datum": self.lower.estimate,
+            "upper bound": self.upper,
+            "gap": self.gap,
+            "simulated data N": self.log_weights.shape[1],
+            "draws K of a datum": len(self.log_weights),
+        }
+        if self.refined:
+            return rows
+        return rows | {
+            "KL(p || q) + KL(q || p)": self.kl,
+            "true latents in 95% intervals": self._held(),
+            "verdict": self._verdicts(),
+        }
+
+    def _held(self) -> str:
+        return f"{self.coverage((0.95,)).guide.iloc[0]:.1%}"
+
+    def _verdicts(self) -> str:
+        verdicts = self.dimensions.verdict
+        return "; ".join(
+            f"{count} of {len(verdicts)} dimensions: {word}" for word, count in verdicts.value_counts().items()
         )
 
 

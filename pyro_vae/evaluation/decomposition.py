@@ -23,13 +23,14 @@ from pyro_vae.evaluation.families import by_dimension, refuse_masks, require_lat
 from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.pieces import Pieces, progress_bar
 from pyro_vae.evaluation.sharing import sharing
+from pyro_vae.printed import Printed
 
 DENSITIES_AT_ONCE = 2**21  # log-densities in memory: samples times data times dimensions
 DATA_AT_ONCE = 512  # data in one run of the guide on a block of samples
 
 
-@dataclass(frozen=True)
-class Decomposition:
+@dataclass(frozen=True, repr=False)
+class Decomposition(Printed):
     r"""The result of :func:`pyro_vae.decompose_elbo`, in nats per datum, with Monte Carlo standard errors.
 
     Attributes:
@@ -50,13 +51,23 @@ class Decomposition:
     dimension_wise_kl: Estimate | None
     num_data: int
 
-    def __str__(self) -> str:
+    def _statement(self) -> str:
         parts = "unknown" if self.dimension_wise_kl is None else str(self.dimension_wise_kl)
         return (
             f"ELBO {self.elbo} = reconstruction {self.reconstruction} - mutual information {self.mutual_information} "
             f"(at most log N = {math.log(self.num_data):.2f}) - marginal KL {self.marginal_kl} (dimension-wise "
             f"{parts}), nats per datum"
         )
+
+    def _rows(self) -> dict[str, object]:
+        return {
+            "ELBO, nats per datum": self.elbo,
+            "reconstruction": self.reconstruction,
+            f"mutual information, at most {math.log(self.num_data):.2f}": self.mutual_information,
+            "marginal KL": self.marginal_kl,
+            "dimension-wise KL": "unknown" if self.dimension_wise_kl is None else self.dimension_wise_kl,
+            "data N": self.num_data,
+        }
 
 
 @takes_program

@@ -11,11 +11,12 @@ from torch import Tensor
 from pyro_vae.checks import checked, shown
 from pyro_vae.devices import wide
 from pyro_vae.errors import PyroVAEError
+from pyro_vae.printed import Printed
 
 
 @checked
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Printed):
     r"""An estimate with its standard error.
 
     Attributes:
@@ -55,7 +56,7 @@ class Estimate:
         reach = dist.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
         return self.value - reach * self.standard_error, self.value + reach * self.standard_error
 
-    def __str__(self) -> str:
+    def _statement(self) -> str:
         if math.isnan(self.standard_error):
             reason = "of a single value" if math.isfinite(self.value) else "of values that are not finite"
             return f"{self.value:.2f} ({reason}, without an error)"
@@ -63,3 +64,10 @@ class Estimate:
         tiny = not 0 < self.standard_error < 0.095
         digits = 2 if tiny else min(4, 1 - math.floor(math.log10(self.standard_error)))
         return f"{self.value:.{digits}f} ± {self.standard_error:.{digits}f}"
+
+    def _rows(self) -> dict[str, object]:
+        rows: dict[str, object] = {"estimate": self}
+        if not math.isnan(self.standard_error):
+            low, high = (Estimate(end, self.standard_error)._statement().split(" ± ")[0] for end in self.interval())
+            rows["95% interval"] = f"{low} to {high}"
+        return rows

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,10 +13,11 @@ from pyro_vae.devices import of_float64, wide
 from pyro_vae.errors import NotFiniteError, PyroVAEError
 from pyro_vae.evaluation.diagnostics import HIGH_K, pareto_k
 from pyro_vae.evaluation.estimate import Estimate
+from pyro_vae.printed import Printed
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Printed):
     r"""Estimates of log p(x_n) from K importance weights for each datum.
 
     Attributes:
@@ -98,8 +99,26 @@ class Evidence:
         all_lost = f", all of them at {lost}" if lost else ""
         return f"; weights of zero at {some} data{all_lost}" if some else ""
 
+    def _statement(self) -> str:
+        return (
+            f"log p(x) = {self.estimate} nats per datum (K = {self.num_samples}, N = {len(self.per_datum)}; "
+            f"Monte Carlo error {self.monte_carlo_error:.2g}, median ESS {self.ess.median():.1f}{self._zeros()})"
+        )
 
-@dataclass(frozen=True)
+    def _rows(self) -> dict[str, object]:
+        rows: dict[str, object] = {
+            "log p(x), nats per datum": self.estimate,
+            "Monte Carlo error": f"{self.monte_carlo_error:.2g}",
+            "data N": len(self.per_datum),
+            "samples K of a datum": self.num_samples,
+            "median ESS": f"{self.ess.median():.1f}",
+        }
+        if zeros := self._zeros().removeprefix("; weights of zero "):
+            rows["weights of zero"] = zeros
+        return rows
+
+
+@dataclass(frozen=True, repr=False)
 class LogLikelihood(Evidence):
     r"""The result of :func:`pyro_vae.log_likelihood`; see :class:`pyro_vae.Evidence` for the other attributes.
 
@@ -114,10 +133,10 @@ class LogLikelihood(Evidence):
             `num_samples` is the largest.
     """
 
-    elbo: Tensor = field(repr=False)
-    upper: Tensor = field(repr=False)
-    pareto_k: Tensor = field(repr=False)
-    drawn: Tensor = field(repr=False)
+    elbo: Tensor
+    upper: Tensor
+    pareto_k: Tensor
+    drawn: Tensor
 
     @classmethod
     def from_weights(cls, log_w: Tensor, /, **other_fields: Any) -> Self:
@@ -186,16 +205,28 @@ class LogLikelihood(Evidence):
         """KL(q(z|x) || p(z|x)) = log p(x) - ELBO, averaged over data: how much a perfect guide would raise the ELBO."""
         return Estimate.of(self.per_datum - self.elbo)
 
-    def __str__(self) -> str:
-        number = f"{self.num_samples}"
-        if int(self.drawn.min()) < self.num_samples:
-            number = f"{self.drawn.min()} to {self.num_samples}, {wide(self.drawn).mean():.0f} on average"
-        without = f", {self.share_no_k:.1%} without" if self.share_no_k else ""
+    def _number(self) -> str:
+        if int(self.drawn.min()) == self.num_samples:
+            return f"{self.num_samples}"
+        return f"{self.drawn.min()} to {self.num_samples}, {wide(self.drawn).mean():.0f} on average"
+
+    def _high_k(self) -> str:
+        return f"{self.share_high_k:.1%}" + (f", {self.share_no_k:.1%} without" if self.share_no_k else "")
+
+    def _statement(self) -> str:
         return (
-            f"log p(x) = {self.estimate} nats per datum (importance sampling, K = {number}, "
+            f"log p(x) = {self.estimate} nats per datum (importance sampling, K = {self._number()}, "
             f"N = {len(self.per_datum)}; Monte Carlo error {self.monte_carlo_error:.2g}, median ESS "
-            f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self.share_high_k:.1%}{without}{self._zeros()})"
+            f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self._high_k()}{self._zeros()})"
         )
+
+    def _rows(self) -> dict[str, object]:
+        return super()._rows() | {
+            "samples K of a datum": self._number(),
+            "median ESS": f"{self.ess.median():.0f}",
+            f"data with k-hat > {HIGH_K}": self._high_k(),
+            "log p(x) - ELBO": self.kl_to_posterior,
+        }
 
 
 def check_finite(log_w: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from pyro_vae.evaluation.parts import checked_parts
 from pyro_vae.evaluation.pieces import Pieces, progress_bar, rows_at_once
 from pyro_vae.evaluation.proposals.search import Search, Settings
 from pyro_vae.evaluation.runs import laid_out
+from pyro_vae.printed import Printed
 
 ADVICE = "Pass refine=True, which fits a proposal to each datum, or take more samples."
 REFINED_ADVICE = "Take more samples, or a function with lighter tails."
@@ -36,8 +37,8 @@ OF_MEAN = "a few draws dominate their expectation, so that neither it nor its er
 Function = Callable[..., Tensor] | str
 
 
-@dataclass(frozen=True)
-class Expectation:
+@dataclass(frozen=True, repr=False)
+class Expectation(Printed):
     r"""The result of :func:`pyro_vae.expect`, for N data and K draws.
 
     Attributes:
@@ -50,10 +51,10 @@ class Expectation:
         num_samples: K.
     """
 
-    value: Tensor = field(repr=False)
-    standard_error: Tensor = field(repr=False)
-    ess: Tensor = field(repr=False)
-    pareto_k: Tensor = field(repr=False)
+    value: Tensor
+    standard_error: Tensor
+    ess: Tensor
+    pareto_k: Tensor
     num_samples: int
 
     @property
@@ -61,13 +62,25 @@ class Expectation:
         """The share of data whose k-hat is above 0.7."""
         return wide(self.pareto_k > HIGH_K).mean().item()
 
-    def __str__(self) -> str:
+    def _high_k(self) -> str:
         none = wide(self.pareto_k.isnan()).mean().item()
+        return f"{self.share_high_k:.1%}{f', {none:.1%} without' * (none > 0)}"
+
+    def _statement(self) -> str:
         return (
             f"E[f(z) | x] of shape {tuple(self.value.shape)} (self-normalised importance sampling, K = "
             f"{self.num_samples}; median standard error {self.standard_error.median():.2g}, median ESS "
-            f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self.share_high_k:.1%}{f', {none:.1%} without' * (none > 0)})"
+            f"{self.ess.median():.0f}, k-hat > {HIGH_K}: {self._high_k()})"
         )
+
+    def _rows(self) -> dict[str, object]:
+        return {
+            "shape of E[f(z) | x]": tuple(self.value.shape),
+            "median standard error": f"{self.standard_error.median():.2g}",
+            "samples K of a datum": self.num_samples,
+            "median ESS": f"{self.ess.median():.0f}",
+            f"data with k-hat > {HIGH_K}": self._high_k(),
+        }
 
 
 @takes_program

@@ -29,6 +29,7 @@ from pyro_vae.evaluation.proposals.guide import RefinedGuide
 from pyro_vae.evaluation.runs import run
 from pyro_vae.evaluation.sharing import sharing
 from pyro_vae.objectives import ELBO
+from pyro_vae.printed import Printed
 
 PARTICLES = 8  # particles of the ELBO that is maximised for each datum
 ADVICE = (
@@ -37,8 +38,8 @@ ADVICE = (
 )
 
 
-@dataclass(frozen=True)
-class Gaps:
+@dataclass(frozen=True, repr=False)
+class Gaps(Printed):
     r"""The result of :func:`pyro_vae.inference_gaps`, in nats per datum.
 
     Attributes:
@@ -66,11 +67,19 @@ class Gaps:
         """log p(x) minus the guide's ELBO, which is KL(q(z|x) || p(z|x))."""
         return Estimate.of(self.log_likelihood - self.elbo)
 
-    def __str__(self) -> str:
+    def _statement(self) -> str:
         return (
             f"log p(x) - ELBO = {self.total} nats per datum = {self.approximation} (approximation) + "
             f"{self.amortisation} (amortisation), N = {len(self.elbo)}"
         )
+
+    def _rows(self) -> dict[str, object]:
+        return {
+            "log p(x) - ELBO, nats per datum": self.total,
+            "approximation gap": self.approximation,
+            "amortisation gap": self.amortisation,
+            "data N": len(self.elbo),
+        }
 
 
 @takes_program

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import checked
 from pyro_vae.engine.minibatches import Batch, Minibatches
+from pyro_vae.printed import Printed
 from pyro_vae.training import freezing, optimizers
 from pyro_vae.training.validation import validate
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 Data = Any  # what `fit` takes as data
 
 
-class Record:
+class Record(Printed):
     r"""What a callback is given: where the training is, its numbers, and the parts that it works on.
 
     After a step, the numbers are those of the step's minibatch; after an epoch, the means of the epoch. All of them are
@@ -95,6 +96,14 @@ class Record:
         names = ("bound", "reconstruction", "kl", "beta", "lr", "gradient_norm", "examples_per_second")
         found = {name: getattr(self, name) for name in (*names, "validation_bound")}
         return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    def _statement(self) -> str:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.numbers().items())
+        return f"epoch {self.epoch}, step {self.step}: {numbers}".rstrip(": ")
+
+    def _rows(self) -> dict[str, object]:
+        numbers = {name: f"{value:.4g}" for name, value in self.numbers().items()}
+        return {"epoch": self.epoch, "step": self.step, **numbers}
 
     def validate(self, data: Data, batch_size: int | None = None) -> float:
         """The mean bound of these data, without gradients, in evaluation mode, with the same noise each time."""

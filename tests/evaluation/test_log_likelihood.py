@@ -120,13 +120,12 @@ def test_zero_weights_count_and_are_reported():
     assert "all of them at 3" in str(lost)
 
 
-def test_one_line_to_quote():
+def test_one_statement_to_quote():
     program = wide((3, 2, 20))
-    line = str(pv.log_likelihood(program.model, program.guide, program.x, 500))
-    assert line.startswith("log p(x) = -")
-    assert "\n" not in line
+    said = str(pv.log_likelihood(program.model, program.guide, program.x, 500))
+    assert said.startswith("log p(x) = -")
     for words in (" ± ", "K = 500", "N = 20", "Monte Carlo error", "median ESS", "k-hat > 0.7: 0.0%"):
-        assert words in line
+        assert words in said
 
 
 def test_leaves_the_random_state_where_a_seed_is_given():

@@ -447,7 +447,7 @@ def test_what_fits_in_memory_is_one_part(monkeypatch):
     array = OnDisk(X.numpy())
     on_disk, whole = (pv.log_likelihood(PROGRAM, x, 100, seed=0) for x in (array, X))
     assert torch.equal(on_disk.per_datum, whole.per_datum)
-    assert re.fullmatch(r"log p\(x\) = .*", str(on_disk))
+    assert str(on_disk).startswith("log p(x) = ")
 
 
 @pytest.mark.slow

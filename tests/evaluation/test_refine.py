@@ -208,7 +208,7 @@ def test_a_stated_error_is_reached_with_the_samples_that_each_datum_needs(refine
     assert ((found.per_datum - exact).abs() < 4.5 * found.per_datum_error).all()
     assert found.drawn.min() < found.num_samples == found.drawn.max()
     assert (found.ess <= found.drawn).all()
-    assert f"K = {found.drawn.min()} to {found.num_samples}, " in str(found)
+    assert f"K = {found.drawn.min()} to {found.num_samples}," in str(found)
 
 
 def test_data_that_do_not_reach_the_error_are_named():
