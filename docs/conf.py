@@ -8,6 +8,8 @@ import pyro_vae
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_extensions"))
+from links import write_inventories  # noqa: E402
+
 # The gallery's scripts run in processes of their own, which inherit this: one thread each, and no search for modules.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE / "_extensions"), os.environ.get("PYTHONPATH")]))
 
@@ -17,9 +19,12 @@ copyright = author
 version = release = pyro_vae.__version__
 
 extensions = [
+    "accessible",
+    "links",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -32,7 +37,8 @@ extensions = [
 exclude_patterns = ["_build", "_templates", "**/sg_execution_times.rst", "sg_execution_times.rst"]
 templates_path = ["_templates"]
 
-myst_enable_extensions = ["dollarmath", "colon_fence", "fieldlist"]
+myst_enable_extensions = ["colon_fence", "dollarmath", "fieldlist", "substitution"]
+myst_substitutions = {"version": release}
 myst_heading_anchors = 3
 
 autosummary_generate = True
@@ -42,15 +48,29 @@ napoleon_use_rtype = False
 
 default_role = "code"  # `name` in a docstring
 nitpicky = True
-# Only names of this package have a page here: a page for another package's would need the network.
-nitpick_ignore_regex = [("py:.*", r"(torch|pyro|pandas|numpy|matplotlib|arviz|xarray)\..*")]
+# Code is a link where its name has a page; `links` makes a reference of this type of each.
+nitpick_ignore_regex = [("py:obj", r".*"), ("py:.*", r"(torch|pyro|pandas|numpy|matplotlib|arviz|xarray)\..*")]
+intersphinx_mapping = write_inventories(HERE / "_build" / "inventories")
 
 html_theme = "furo"
-html_title = "pyro_vae"
+html_title = f"pyro_vae {release}"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["pyro_vae.css"]
 html_show_sphinx = False
-html_theme_options = {"navigation_with_keys": True}
+html_show_sourcelink = html_copy_source = False
+html_search_scorer = str(HERE / "_static" / "scorer.js")
+html_sidebars = {
+    "**": [
+        f"sidebar/{part}.html" for part in ("scroll-start", "brand", "version", "search", "navigation", "scroll-end")
+    ]
+}
+html_theme_options = {
+    "light_logo": "logo.svg",
+    "dark_logo": "logo-dark.svg",
+    "navigation_with_keys": True,
+    "top_of_page_buttons": [],
+}
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -67,6 +87,7 @@ sphinx_gallery_conf = {
     "run_stale_examples": True,
     "capture_repr": (),
     "image_srcset": ["2x"],
+    "thumbnail_size": (640, 320),
     "parallel": 2,
     "show_memory": False,
     "min_reported_time": 0,

@@ -61,7 +61,10 @@ def test_the_example_on_one_screen_runs():
 
 
 def test_every_public_name_has_a_page():
-    listed = set(re.findall(r"^   ([\w.]+)$", (DOCS / "api" / "index.md").read_text(), re.M))
+    pages = [page.read_text() for page in (DOCS / "api").glob("*.md")]
+    names = [name for page in pages for name in re.findall(r"^   ([\w.]+)$", page, re.M)]
+    listed = set(names)
+    assert len(names) == len(listed)
     modules = {name for name in pv.__all__ if isinstance(getattr(pv, name), ModuleType)}
     assert set(pv.__all__) - modules - listed == set()
     with_own_names = modules - {"evaluation", "likelihoods", "pairs", "posteriors", "priors"}
