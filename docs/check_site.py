@@ -1,15 +1,40 @@
-"""A built site leads nowhere that isn't there, loads nothing from elsewhere, and describes every image.
+"""A built site leads nowhere that isn't there, loads nothing from elsewhere, and can be read without eyes or a mouse.
 
 python docs/check_site.py FOLDER
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from bs4 import BeautifulSoup
 
 LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src"}
+
+
+def find_unreadable(page: BeautifulSoup) -> list[str]:
+    """What a screen reader or a keyboard does not reach on a page; axe-core finds more, in a browser."""
+    faults = []
+    if not (page.html and page.html.get("lang")) or not (page.title and page.title.get_text().strip()):
+        faults.append("has no language, or no title")
+    levels = [int(tag.name[1]) for tag in page.select("h1, h2, h3, h4, h5, h6")]
+    if levels.count(1) != 1:
+        faults.append(f"has {levels.count(1)} headings of the first level")
+    if any(after > before + 1 for before, after in pairwise(levels)):
+        faults.append(f"leaves a level of headings out: {levels}")
+    for tag in page.select("a[href], button"):
+        if not (tag.get_text().strip() or tag.get("aria-label") or tag.find("img", alt=True)):
+            faults.append(f"{str(tag)[:80]} has no name")
+    for tag in page.select("pre, .table-wrapper"):
+        if not tag.has_attr("tabindex"):
+            faults.append(f"{str(tag)[:80]} can't be scrolled by the keyboard")
+    seen: set[str] = set()
+    for tag in page.find_all(id=True):
+        if tag["id"] in seen:
+            faults.append(f"has two elements #{tag['id']}")
+        seen.add(tag["id"])
+    return faults
 
 
 def find_faults(site: Path) -> list[str]:
@@ -41,6 +66,7 @@ def find_faults(site: Path) -> list[str]:
             # Sphinx writes the path of an image that nobody has described.
             if (image.get("alt") or "").strip() in ("", image.get("src")):
                 faults.append(f"{where}: {image.get('src')} has no alternative text")
+        faults += [f"{where}: {fault}" for fault in find_unreadable(page)]
     if not pages:
         faults.append(f"{site} has no pages")
     return faults
@@ -48,5 +74,8 @@ def find_faults(site: Path) -> list[str]:
 
 if __name__ == "__main__":
     found = find_faults(Path(sys.argv[1]).resolve())
-    print("\n".join(found) or "Every link inside the site leads somewhere, and every image has an alternative text.")
+    print(
+        "\n".join(found)
+        or "Every link inside the site leads somewhere, and every page can be read without eyes or a mouse."
+    )
     sys.exit(bool(found))

@@ -60,11 +60,8 @@ html_css_files = ["pyro_vae.css"]
 html_show_sphinx = False
 html_show_sourcelink = html_copy_source = False
 html_search_scorer = str(HERE / "_static" / "scorer.js")
-html_sidebars = {
-    "**": [
-        f"sidebar/{part}.html" for part in ("scroll-start", "brand", "version", "search", "navigation", "scroll-end")
-    ]
-}
+SIDEBAR = ("scroll-start", "brand", "version", "search", "navigation", "scroll-end")
+html_sidebars = {"**": [f"sidebar/{part}.html" for part in SIDEBAR]}
 html_theme_options = {
     "light_logo": "logo.svg",
     "dark_logo": "logo-dark.svg",

@@ -15,7 +15,8 @@ REPAIRS = (
 )
 # The gallery hides the text of a thumbnail's link.
 THUMBNAIL = re.compile(
-    r'(<div class="sphx-glr-thumbcontainer".*?<a class="reference internal")( href="[^"]*"><span class="doc">(.*?)</span>)',
+    r'(<div class="sphx-glr-thumbcontainer".*?<a class="reference internal")'
+    r'( href="[^"]*"><span class="doc">(.*?)</span>)',
     re.S,
 )
 
