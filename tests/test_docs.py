@@ -70,3 +70,16 @@ def test_every_public_name_has_a_page():
     with_own_names = modules - {"evaluation", "likelihoods", "pairs", "posteriors", "priors"}
     for module in with_own_names:
         assert any(name.startswith(f"{module}.") for name in listed), module
+
+
+def test_the_page_to_cite_agrees_with_the_file():
+    """The BibTeX entry has the title, the version and the year of CITATION.cff."""
+    file = (DOCS.parent / "CITATION.cff").read_text()
+    entry = " ".join((DOCS / "cite.md").read_text().replace("\\_", "_").split())
+    for name, pattern in (
+        ("title", r'^title: "(.*)"$'),
+        ("version", r"^version: (.*)$"),
+        ("year", r"^date-released: (\d+)"),
+    ):
+        (value,) = re.findall(pattern, file, re.M)
+        assert f"{name} = {{{value}}}," in entry
