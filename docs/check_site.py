@@ -29,6 +29,8 @@ def find_unreadable(page: BeautifulSoup) -> list[str]:
     for tag in page.select("pre, .table-wrapper"):
         if not tag.has_attr("tabindex"):
             faults.append(f"{str(tag)[:80]} can't be scrolled by the keyboard")
+    if any(not tag.get_text().strip() for tag in page.select("th")):
+        faults.append("has a table with an empty heading")
     seen: set[str] = set()
     for tag in page.find_all(id=True):
         if tag["id"] in seen:

@@ -12,6 +12,7 @@ REPAIRS = (
     (r"<pre(?=[ >])(?! tabindex)", '<pre tabindex="0"'),
     (r'<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'),
     (r'<div class="math', '<div tabindex="0" class="math'),
+    (r'<th class="([^"]*)"><p></p></th>', r'<td class="\1"></td>'),  # the corner of a table heads nothing
 )
 # The gallery hides the text of a thumbnail's link.
 THUMBNAIL = re.compile(
