@@ -15,7 +15,7 @@ def test_a_signal_during_an_import_stops_the_program_after_it(tmp_path, monkeypa
         "import signal, time\n"
         "caught = None\n"
         "try:\n"
-        "    signal.raise_signal(signal.SIGINT)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
         "    time.sleep(0.2)\n"
         "except BaseException as error:\n"
         "    caught = error\n"
@@ -25,6 +25,6 @@ def test_a_signal_during_an_import_stops_the_program_after_it(tmp_path, monkeypa
         import catches_all
 
         time.sleep(10)
-    assert received == [signal.SIGINT]
+    assert received == [signal.SIGTERM]
     assert sys.modules.pop("catches_all") is catches_all
     assert catches_all.caught is None
