@@ -130,12 +130,12 @@ def load(
             - ``"digits"``: the 1797 digits of scikit-learn, 8 x 8, available offline. The 250 test images are the same
               for every seed.
             - ``"shapes"``: 12,000 colour images of one shape each, 3 x 64 x 64, made in some seconds, without files.
-              They are the same on every machine, and the 1000 test images are the same for every seed. A pixel is a
-              whole number of 255ths. In memory they take 600 MB. The table ``split.factors`` has what an image was
-              drawn from, independent and uniform: `x` and `y`, the place of the shape's centroid in an image from
-              -1 to 1, upwards, from -0.25 to 0.25; `size`, the radius of the circle of the same area, from 0.35 to
-              0.5; `angle`, anticlockwise, from -30 to 30 degrees; `hue`, an angle of OKLCH, from 0 (pink) to 270
-              degrees (blue); and `kind`, one of ellipse, square, triangle, star and heart, with labels 0 to 4.
+              They are the same on every machine, but for rounding, and the 1000 test images are the same for every
+              seed. A pixel is a whole number of 255ths. In memory they take 600 MB. The table ``split.factors`` has
+              what an image was drawn from, independent and uniform: `x` and `y`, the place of the shape's centroid in
+              an image from -1 to 1, upwards, from -0.25 to 0.25; `size`, the radius of the circle of the same area,
+              from 0.35 to 0.5; `angle`, anticlockwise, from -30 to 30 degrees; `hue`, an angle of OKLCH, from 0 (pink)
+              to 270 degrees (blue); and `kind`, one of ellipse, square, triangle, star and heart, with labels 0 to 4.
             - ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``, ``"emnist"`` (the "balanced" split): 28 x 28.
             - ``"omniglot"``: 105 x 105 resized to 28 x 28, with ink as 1. The training images are the background
               alphabets and the test images the evaluation alphabets, each with labels from 0. Burda et al. used other

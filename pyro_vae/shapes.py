@@ -1,7 +1,8 @@
 """Draws the data set "shapes": colour images of known factors, by signed distance functions.
 
 Integers of a fixed random bit stream give the factors, float32 arithmetic without transcendental functions gives the
-pixels, and these are rounded to bytes. So all machines draw the same images.
+pixels, and these are rounded to bytes. So all machines draw the same images, but for
+a byte where cosines round differently.
 """
 
 import numpy as np
@@ -105,7 +106,7 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         over = 2 * np.maximum(side * cos * x - sin * y, 0)
         x, y = x - side * over * cos, y + over * sin
     x, y = np.abs(x), y - radius
-    edge_x, edge_y = waist * sin, waist * cos - 1
+    edge_x, edge_y = waist * sin, waist * cos - np.float32(1)
     along = np.clip((x * edge_x + y * edge_y) / (edge_x * edge_x + edge_y * edge_y), 0, radius)
     outside = np.sign(y * edge_x - x * edge_y)
     return _length(x - edge_x * along, y - edge_y * along) * outside - np.float32(0.12)

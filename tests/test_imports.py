@@ -28,6 +28,7 @@ SLOW = {
     "xarray",
 }
 OF_TORCH = {"numpy", "torch", "tqdm", "scipy"}  # Pyro imports tqdm; PyTorch imports SciPy where it is installed
+CLI = {"rich", "typer"}  # old versions of Typer import Rich
 HELP = "import pyro_vae_command, sys; sys.argv[1:] = '{}'.split(); pyro_vae_command.main()"
 LEFT_OUT = [  # what is run, its exit status, and the slow packages that it may import
     ("import pyro_vae", 0, set()),
@@ -35,13 +36,13 @@ LEFT_OUT = [  # what is run, its exit status, and the slow packages that it may 
     ("import pyro_vae as pv; dir(pv); pv.__all__; pv.__version__", 0, set()),
     ("import pyro_vae as pv; pv.ELBO(); pv.mlp_vae((5,), latent_dim=2)", 0, OF_TORCH | {"pyro"}),
     ("import pyro_vae as pv; pv.data; pv.plots; pv.log_likelihood; pv.fit", 0, OF_TORCH | {"pyro", "pandas"}),
-    (HELP.format("--help"), 0, {"typer"}),
-    (HELP.format("--version"), 0, {"typer"}),
-    (HELP.format("train --help"), 0, {"typer"}),
-    (HELP.format("evaluate --help"), 0, {"typer"}),
-    (HELP.format("train digits --epochs many"), 2, {"typer"}),
-    (HELP.format("train digits --channels 3"), 2, {"typer"}),
-    (HELP.format("compare --num-images 1 run"), 2, {"typer"}),
+    (HELP.format("--help"), 0, CLI),
+    (HELP.format("--version"), 0, CLI),
+    (HELP.format("train --help"), 0, CLI),
+    (HELP.format("evaluate --help"), 0, CLI),
+    (HELP.format("train digits --epochs many"), 2, CLI),
+    (HELP.format("train digits --channels 3"), 2, CLI),
+    (HELP.format("compare --num-images 1 run"), 2, CLI),
 ]
 
 
