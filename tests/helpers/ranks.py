@@ -232,7 +232,6 @@ def loaders():
     sharded = DistributedSampler(TensorDataset(X, NOISE), SIZE, RANK, seed=3) if SIZE > 1 else None
     return {
         "own data": train(data=DataLoader(TensorDataset(*own), 16 // SIZE), epochs=4),
-        "workers": train(data=DataLoader(TensorDataset(*own), 16 // SIZE, num_workers=1), epochs=4),
         "stream": train(data=DataLoader(Stream(own), 16 // SIZE), epochs=4),
         "whole stream": train(data=DataLoader(Stream(own), 75), epochs=4),
         "whole": train(data=DataLoader(TensorDataset(*own), 75), epochs=4),

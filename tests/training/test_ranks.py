@@ -72,7 +72,6 @@ def test_loaders_of_own_data(on_ranks):
     one = ranks.loaders()
     for found in (each["loaders"] for each in on_ranks):
         check_same(one["own data"], found["own data"])
-        check_same(one["own data"], found["workers"])
         check_same(one["own data"], found["stream"])
         check_same(one["whole"], found["whole"])
         check_same(one["whole"], found["whole stream"])
