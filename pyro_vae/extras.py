@@ -24,7 +24,8 @@ def require(*packages: str, by: str) -> None:
     It is called before any work that would be lost. Nothing is imported.
     """
     for package in packages:
-        if find_spec(package) is None:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:  # a folder of that name, such as one of logs, has no origin
             raise MissingPackageError(
                 f"expected the package {package}, which {by} needs, got none. Install it: pip install "
                 f'"pyro_vae[{EXTRA_OF[package]}]".'

@@ -137,7 +137,7 @@ def train(
         if MAX_FLOAT32 < value < math.inf:
             raise PyroVAEError(f"expected {option} to be at most {MAX_FLOAT32:.1e}, got a larger number. Pass less.")
     if binarize is None:
-        binarize = "dynamic" if likelihood == "bernoulli" and data != "binarized_mnist" else "none"
+        binarize = "dynamic" if likelihood == "bernoulli" and data not in ("binarized_mnist", "shapes") else "none"
     config: dict[str, Any] = {"pyro_vae": __version__} | {name: context.params[name] for name in OPTIONS}
     config |= {"root": os.path.realpath(root), "binarize": binarize}
     from pyro_vae.cli.training import train_run  # only here: --help and usage errors do not wait for torch

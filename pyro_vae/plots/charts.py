@@ -51,11 +51,15 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
     """
     _check_table(table, ["objective", "particles"], ["bound", "gap", "gap_se"], "pv.compare")
     ax = ax or new_figure().add_subplot()
-    if log_likelihood is None:
-        best = (table["bound"] + table["gap"]).max()
+    best = (table["bound"] + table["gap"]).max()
+    if log_likelihood is None and np.isfinite(best):
         ax.axhline(best, color=BLACK, linewidth=1, label=f"log p(x), best estimate: {best:.2f}")
-    else:
+    if log_likelihood is not None:
         lower, upper = log_likelihood
+        if not -np.inf < lower <= upper < np.inf:
+            raise PyroVAEError(
+                f"expected log_likelihood=(lower, upper) with finite lower <= upper, got {log_likelihood}."
+            )
         label = f"log p(x), between {lower:.2f} and {upper:.2f}"
         ax.axhspan(lower, upper, color="0.6", alpha=0.5, linewidth=0, label=label)
         for edge in (lower, upper):  # a narrow band would be invisible without its edges
@@ -118,18 +122,14 @@ def training_curve(history: pd.DataFrame | Mapping[str, pd.DataFrame], *, ax: Ax
     """
     histories = history if isinstance(history, Mapping) else {"": history}
     alone = histories is not history
-    curves: dict[str, pd.Series] = {}
-    styles: dict[str, dict[str, Any]] = {}
+    curves: list[tuple[str, pd.Series, dict[str, Any]]] = []
     for (name, each), colour in zip(histories.items(), cycle(CLASSES), strict=False):
         for part, values in _finite_bounds(each, f" of {name!r}" * (not alone)).items():
             valid = part == "validation"
             label = str(part) if alone else f"{name}, validation" if valid else name
-            curves[label] = values
             alone_colour = BLACK if valid else SKY
-            styles[label] = {
-                "color": alone_colour if alone else colour,
-                "linestyle": "--" if valid and not alone else "-",
-            }
+            style = {"color": alone_colour if alone else colour, "linestyle": "--" if valid and not alone else "-"}
+            curves.append((label, values, style))
     quantities = {str(each.attrs.get("quantity", "bound on log p(x)")) for each in histories.values()}
     if len(quantities) != 1:
         raise PyroVAEError(
@@ -137,15 +137,15 @@ def training_curve(history: pd.DataFrame | Mapping[str, pd.DataFrame], *, ax: Ax
             "quantity apart."
         )
     ax = ax or new_figure().add_subplot()
-    for label, values in curves.items():
-        ax.plot(values.index, values, marker=".", label=label, **styles[label])
-    found = pd.DataFrame(curves).to_numpy()
+    for label, values, style in curves:
+        ax.plot(values.index, values, marker=".", label=label, **style)
+    found = np.concatenate([values.to_numpy() for _, values, _ in curves])
     low, high = np.nanmin(found), np.nanmax(found)
     lower, upper = np.nanpercentile(found, [25, 75])
     fence = lower - 1.5 * (upper - lower)
     if high - low > 2 * (high - fence) > 0:
         ax.set_ylim(fence, high + 0.05 * (high - fence))
-        hidden = int((found < fence).any(axis=1).sum())
+        hidden = len({epoch for _, values, _ in curves for epoch in values.index[values < fence]})
         note = f"{hidden} epoch{'s' * (hidden > 1)} below the axis, down to {low:.0f} nats"
         ax.text(0.98, 0.03, note, transform=ax.transAxes, ha="right", color="0.35", fontsize="small")
     ax.locator_params(axis="x", integer=True, min_n_ticks=1)

@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
         run("python", str(HERE / "core.py"))
         (place / "readme.py").write_text(readme, encoding="utf-8")
         run("python", "readme.py")
-        assert (place / "reconstructions.png").stat().st_size > 2000
+        assert (place / "bounds.png").stat().st_size > 2000
         run("pyro-vae", "train", "digits", "--epochs", "2")
         run("pyro-vae", "compare", "runs/digits", "--num-images", "50", "--repeats", "2")
 
