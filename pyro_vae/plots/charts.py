@@ -39,7 +39,8 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
             drawn between them, in place of the line.
 
     Raises:
-        ValueError: `table` is empty, or lacks those levels or columns.
+        ValueError: `table` is empty, or lacks those levels or columns; or the estimates of log p(x) are not finite, or
+            cross.
 
     Example:
         >>> import pandas as pd, pyro_vae as pv
@@ -51,9 +52,6 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
     """
     _check_table(table, ["objective", "particles"], ["bound", "gap", "gap_se"], "pv.compare")
     ax = ax or new_figure().add_subplot()
-    best = (table["bound"] + table["gap"]).max()
-    if log_likelihood is None and np.isfinite(best):
-        ax.axhline(best, color=BLACK, linewidth=1, label=f"log p(x), best estimate: {best:.2f}")
     if log_likelihood is not None:
         lower, upper = log_likelihood
         if not -np.inf < lower <= upper < np.inf:
@@ -64,6 +62,8 @@ def bounds(table: pd.DataFrame, *, log_likelihood: tuple[float, float] | None = 
         ax.axhspan(lower, upper, color="0.6", alpha=0.5, linewidth=0, label=label)
         for edge in (lower, upper):  # a narrow band would be invisible without its edges
             ax.axhline(edge, color="0.4", linewidth=0.8)
+    elif np.isfinite(best := (table["bound"] + table["gap"]).max()):
+        ax.axhline(best, color=BLACK, linewidth=1, label=f"log p(x), best estimate: {best:.2f}")
     objectives = list(table.groupby(level="objective", sort=False))
     for place, (marker, (name, rows)) in enumerate(zip(cycle("osD^v"), objectives)):
         rows = rows.sort_index(level="particles")
